@@ -1,0 +1,175 @@
+"""What the extractor server and a runner process say to each other: one JSON object a line.
+
+Commands go to the runner's standard input, events come from its standard output; anything else it prints goes to
+standard error. Activations never travel here, only row numbers: the log is the channel. End of input means that the
+server is gone, and the runner exits at once.
+
+    server → runner   load · extract · grant · stop · convert
+    runner → server   loading · loaded · committed · blocked · finished · failed · converting · converted
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+MAX_LINE_BYTES = 4 * 1024 * 1024  # A `loaded` event lists every hookpoint; the largest models have a few thousand.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Base of all commands and events; `KIND` is the value of the JSON key `kind`."""
+
+    KIND: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load(Message):
+    """Load the model in `files_path` onto `device`. Answered by `loading` events, then `loaded` or `failed`."""
+
+    KIND: ClassVar[str] = "load"
+    files_path: str
+    device: str  # `cpu`, `cuda:0`, `mps`
+    dtype: str  # compute dtype: `float32`, `bfloat16`, `float16`
+    quantization: str = "none"
+    load_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extract(Message):
+    """Append rows to the set in `set_path` until the corpus ends, `max_rows` exist, or `stop`.
+
+    The set's manifest holds recipe and columns; the run goes on behind its last sealed segment. Rows from `grant_row` on
+    wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then `finished` or `failed`.
+    """
+
+    KIND: ClassVar[str] = "extract"
+    extraction_id: str
+    set_path: str
+    corpus_path: str
+    max_rows: int = 0  # 0: the whole corpus
+    grant_row: int | None = None
+    allow_non_finite: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant(Message):
+    """Rows before `row` may be written."""
+
+    KIND: ClassVar[str] = "grant"
+    extraction_id: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop(Message):
+    """Seal what there is and finish."""
+
+    KIND: ClassVar[str] = "stop"
+    extraction_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convert(Message):
+    """Convert the GGUF file `source_path` to a folder in transformers' layout at `target_path`."""
+
+    KIND: ClassVar[str] = "convert"
+    source_path: str
+    target_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(Message):
+    """Bytes of weights read so far."""
+
+    KIND: ClassVar[str] = "loading"
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded(Message):
+    """The model is on its device."""
+
+    KIND: ClassVar[str] = "loaded"
+    measured_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed(Message):
+    """Rows before `n_rows` are readable."""
+
+    KIND: ClassVar[str] = "committed"
+    extraction_id: str
+    n_rows: int
+    n_tokens: int = 0  # tokens through the model in this run
+    n_non_finite: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocked(Message):
+    """The next row is not granted yet."""
+
+    KIND: ClassVar[str] = "blocked"
+    extraction_id: str
+    n_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Message):
+    """The run is over and everything is sealed; `complete` when the corpus is exhausted."""
+
+    KIND: ClassVar[str] = "finished"
+    extraction_id: str
+    n_rows: int
+    complete: bool
+    n_non_finite: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Message):
+    """A command failed. `reason` is an ErrorReason without prefix; `extraction_id` is empty for load and convert."""
+
+    KIND: ClassVar[str] = "failed"
+    reason: str
+    message: str
+    extraction_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converting(Message):
+    """Bytes of the source handled so far."""
+
+    KIND: ClassVar[str] = "converting"
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted(Message):
+    """The target folder is complete."""
+
+    KIND: ClassVar[str] = "converted"
+
+
+_KINDS: dict[str, type[Message]] = {
+    kind.KIND: kind
+    for kind in (Load, Extract, Grant, Stop, Convert, Loading, Loaded, Committed, Blocked, Finished, Failed, Converting)
+} | {Converted.KIND: Converted}
+
+
+def encode(message: Message) -> bytes:
+    """Encodes a message as one line."""
+    return json.dumps({"kind": message.KIND, **asdict(message)}, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Decodes one line; raises ValueError on anything else."""
+    fields = json.loads(line)
+    try:
+        return _KINDS[fields.pop("kind")](**fields)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"not a runner message: {line[:200]!r}") from exc
