@@ -1,0 +1,51 @@
+"""What can go wrong with an activation log.
+
+    LogError
+    ├── SetCorrupt        a file contradicts the manifest or the index
+    ├── DigestMismatch    a sealed segment's bytes are not the ones that were written
+    ├── DiskFull          no room for the next segment
+    └── RowsExpired       a WINDOW set has let these rows go
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class LogError(Exception):
+    """Base of all errors of the activation log."""
+
+
+class SetCorrupt(LogError):
+    """A set's files contradict one another; deleting the set's folder makes the next extraction recompute it."""
+
+
+class DigestMismatch(LogError):
+    """A sealed segment differs from its digest."""
+
+    def __init__(self, path: Path, *, expected: str, actual: str) -> None:
+        super().__init__(f"{path} has SHA-256 {actual}, recorded was {expected}; delete the set to recompute it")
+        self.path = path
+        self.expected = expected
+        self.actual = actual
+
+
+class DiskFull(LogError):
+    """No room for the next segment."""
+
+    def __init__(self, path: Path, *, required_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"the disk of {path} has {free_bytes} bytes free and the next segment needs {required_bytes}; free some space"
+        )
+        self.path = path
+        self.required_bytes = required_bytes
+        self.free_bytes = free_bytes
+
+
+class RowsExpired(LogError):
+    """Rows of a WINDOW set that are no longer kept."""
+
+    def __init__(self, row: int, *, first_available_row: int) -> None:
+        super().__init__(f"row {row} is no longer kept; the first row still there is {first_available_row}")
+        self.row = row
+        self.first_available_row = first_available_row

@@ -1,0 +1,172 @@
+"""`ActivationChunk` messages, framed and parsed by hand around their payload.
+
+The bytes are those of a `headrace.extractor.v1.StreamActivationsResponse` that holds a `chunk`: any generated stub reads
+and writes them. By hand, because a generated one copies the payload twice on each side. The payload comes last and starts
+at a multiple of `ALIGNMENT` from the start of the message, so that columns are views of the message, not copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 64
+
+# Field numbers and wire types: (number << 3) | type, with 0 a varint and 2 length-delimited.
+_OUTER_CHUNK = (15 << 3) | 2
+_FIRST_ROW = (1 << 3) | 0
+_N_ROWS = (2 << 3) | 0
+_COLUMN_OFFSETS = (3 << 3) | 2
+_PADDING = (4 << 3) | 2
+_PAYLOAD = (15 << 3) | 2
+
+_ZEROS = bytes(ALIGNMENT)
+
+
+class FrameError(ValueError):
+    """A message that claims to be a chunk and can't be parsed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A parsed chunk; `payload` is a view of the message it came in."""
+
+    first_row: int
+    n_rows: int
+    column_offsets: tuple[int, ...]
+    payload: memoryview
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.n_rows
+
+    def column(self, at: int, row_bytes: int) -> memoryview:
+        """Bytes of the column with number `at` in the stream's header."""
+        start = self.column_offsets[at]
+        view = self.payload[start : start + self.n_rows * row_bytes]
+        if len(view) != self.n_rows * row_bytes:
+            raise FrameError(f"column {at} of rows {self.first_row}.. is cut short")
+        return view
+
+
+def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview]) -> bytes:
+    """Frames rows as one message: the only copy of the columns on the way to the transport."""
+    offsets, parts, payload_bytes = _lay_out(columns)
+    head = bytearray()
+    if first_row:
+        head.append(_FIRST_ROW)
+        _put_varint(head, first_row)
+    if n_rows:
+        head.append(_N_ROWS)
+        _put_varint(head, n_rows)
+    if offsets:
+        packed = bytearray()
+        for offset in offsets:
+            _put_varint(packed, offset)
+        head.append(_COLUMN_OFFSETS)
+        _put_varint(head, len(packed))
+        head += packed
+    tail = bytearray()
+    if payload_bytes:
+        tail.append(_PAYLOAD)
+        _put_varint(tail, payload_bytes)
+    outer, padding = _outer_and_padding(len(head), len(tail), payload_bytes)
+    return b"".join((outer, head, padding, tail, *parts))
+
+
+def decode_chunk(message: bytes) -> Chunk | None:
+    """Parses a message into views of itself; None if it holds something other than a chunk.
+
+    Raises FrameError if the message is damaged.
+    """
+    if not message or message[0] != _OUTER_CHUNK:
+        return None
+    try:
+        length, at = _get_varint(message, 1)
+        if at + length != len(message):
+            return None  # Several fields: left to a generated stub.
+        return _decode_fields(message, at)
+    except IndexError as exc:
+        raise FrameError("a chunk ends in the middle of a field") from exc
+
+
+def _decode_fields(message: bytes, at: int) -> Chunk:
+    first_row = n_rows = 0
+    offsets: list[int] = []
+    payload = memoryview(b"")
+    end = len(message)
+    while at < end:
+        tag, at = _get_varint(message, at)
+        if tag & 7 == 0:
+            value, at = _get_varint(message, at)
+            if tag == _FIRST_ROW:
+                first_row = value
+            elif tag == _N_ROWS:
+                n_rows = value
+            elif tag == _COLUMN_OFFSETS & ~7:  # Not packed; allowed to readers.
+                offsets.append(value)
+            continue
+        if tag & 7 != 2:  # noqa: PLR2004 -- the contract has varints and length-delimited fields only
+            raise FrameError(f"wire type {tag & 7} in a chunk")
+        length, at = _get_varint(message, at)
+        if at + length > end:
+            raise FrameError("a chunk ends in the middle of a field")
+        if tag == _PAYLOAD:
+            payload = memoryview(message)[at : at + length]
+        elif tag == _COLUMN_OFFSETS:
+            stop = at + length
+            while at < stop:
+                value, at = _get_varint(message, at)
+                offsets.append(value)
+            continue
+        at += length
+    return Chunk(first_row, n_rows, tuple(offsets), payload)
+
+
+def _lay_out(columns: Sequence[memoryview]) -> tuple[list[int], list[bytes | memoryview], int]:
+    """Offset of each column, the parts of the payload with the gaps between them, and its length."""
+    offsets: list[int] = []
+    parts: list[bytes | memoryview] = []
+    end = 0
+    for column in columns:
+        gap = -end % ALIGNMENT
+        if gap:
+            parts.append(_ZEROS[:gap])
+        offsets.append(end + gap)
+        parts.append(column)
+        end += gap + memoryview(column).nbytes
+    return offsets, parts, end
+
+
+def _outer_and_padding(n_head: int, n_tail: int, payload_bytes: int) -> tuple[bytearray, bytes]:
+    """The outer tag and length, and the padding field that puts the payload on a multiple of `ALIGNMENT`."""
+    for n_padding in range(ALIGNMENT + 1):
+        n_field = 2 + n_padding if n_padding else 0
+        outer = bytearray((_OUTER_CHUNK,))
+        _put_varint(outer, n_head + n_field + n_tail + payload_bytes)
+        if not payload_bytes or (len(outer) + n_head + n_field + n_tail) % ALIGNMENT == 0:
+            padding = bytes((_PADDING, n_padding)) + _ZEROS[:n_padding] if n_padding else b""
+            return outer, padding
+    raise AssertionError("64 consecutive lengths hold a multiple of 64")
+
+
+def _put_varint(out: bytearray, value: int) -> None:
+    while value > 0x7F:
+        out.append((value & 0x7F) | 0x80)
+        value >>= 7
+    out.append(value)
+
+
+def _get_varint(message: bytes, at: int) -> tuple[int, int]:
+    """Value and the offset behind it."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise FrameError("a varint is longer than ten bytes")

@@ -1,0 +1,142 @@
+"""`segments.jsonl`: which segments are sealed, with digests and the point from which a writer goes on.
+
+One line per sealing. A later line of the same segment adds columns to it. A torn last line, left by a crash, is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from activation_log.errors import SetCorrupt
+from activation_log.files import append_durably, write_atomically
+
+FILE_NAME = "segments.jsonl"
+DROPPED_NAME = "dropped.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentRecord:
+    """A sealed segment: rows `[first_row, first_row + n_rows)`, SHA-256 of each column's data, resume point behind it."""
+
+    segment: int
+    first_row: int
+    n_rows: int
+    digests: Mapping[str, str]
+    resume: Mapping[str, Any]
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.n_rows
+
+    def to_line(self) -> bytes:
+        """One line of `segments.jsonl`."""
+        document = {
+            "segment": self.segment,
+            "first_row": self.first_row,
+            "rows": self.n_rows,
+            "sha256": dict(self.digests),
+            "resume": dict(self.resume),
+        }
+        return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentIndex:
+    """All sealed segments of a set, in order and without holes."""
+
+    records: tuple[SegmentRecord, ...] = ()
+
+    @classmethod
+    def load(cls, folder: Path) -> SegmentIndex:
+        """Reads the index; an absent file is an empty index."""
+        try:
+            lines = (folder / FILE_NAME).read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return cls()
+        records: list[SegmentRecord] = []
+        for line in lines[:-1]:  # What follows the last newline was never finished.
+            _merge(records, _parse(line, folder), folder)
+        return cls(records=tuple(records))
+
+    def append(self, folder: Path, record: SegmentRecord) -> SegmentIndex:
+        """Records a sealing on disk; returns the index that includes it."""
+        records = list(self.records)
+        _merge(records, record, folder)
+        _end_torn_line(folder / FILE_NAME)
+        append_durably(folder / FILE_NAME, record.to_line())
+        return SegmentIndex(records=tuple(records))
+
+    def n_rows(self, columns: Sequence[str]) -> int:
+        """Rows that are sealed in every one of `columns`."""
+        n_rows = 0
+        for record in self.records:
+            if any(name not in record.digests for name in columns):
+                break
+            n_rows = record.end_row
+        return n_rows
+
+    def find(self, row: int) -> SegmentRecord | None:
+        """The sealed segment that holds `row`."""
+        at = bisect_right(self.records, row, key=lambda record: record.first_row) - 1
+        return self.records[at] if at >= 0 and row < self.records[at].end_row else None
+
+
+def dropped_rows(folder: Path) -> int:
+    """Rows a WINDOW set has let go: the first row still kept."""
+    try:
+        return int(json.loads((folder / DROPPED_NAME).read_bytes())["first_row"])
+    except FileNotFoundError:
+        return 0
+
+
+def record_dropped(folder: Path, first_row: int) -> None:
+    """Notes that rows before `first_row` are gone; done before their files are removed."""
+    write_atomically(folder / DROPPED_NAME, json.dumps({"first_row": first_row}).encode() + b"\n")
+
+
+def _parse(line: bytes, folder: Path) -> SegmentRecord:
+    try:
+        document = json.loads(line)
+        return SegmentRecord(
+            segment=document["segment"],
+            first_row=document["first_row"],
+            n_rows=document["rows"],
+            digests=document["sha256"],
+            resume=document["resume"],
+        )
+    except (ValueError, KeyError, TypeError) as exc:
+        raise SetCorrupt(f"{folder / FILE_NAME} has a line that is no record: {line[:80]!r}") from exc
+
+
+def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) -> None:
+    end_row = records[-1].end_row if records else 0
+    if record.segment == len(records) and record.first_row == end_row and record.n_rows > 0:
+        records.append(record)
+        return
+    known = records[record.segment] if record.segment < len(records) else None
+    if known is None or (known.first_row, known.n_rows) != (record.first_row, record.n_rows):
+        raise SetCorrupt(f"{folder / FILE_NAME}: segment {record.segment} does not fit behind row {end_row}")
+    records[record.segment] = SegmentRecord(
+        segment=known.segment,
+        first_row=known.first_row,
+        n_rows=known.n_rows,
+        digests={**known.digests, **record.digests},
+        resume=known.resume,
+    )
+
+
+def _end_torn_line(path: Path) -> None:
+    """Cuts off what a crash left of a line, so that the next one starts at the margin."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    keep = content.rfind(b"\n") + 1
+    if keep != len(content):
+        with path.open("r+b") as file:
+            file.truncate(keep)

@@ -1,0 +1,147 @@
+"""Reads runs of rows of a set as views of its mapped files; nothing is copied.
+
+A reader maps one segment at a time and lets go of pages it has passed, so its memory does not grow with the set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from activation_log.errors import RowsExpired, SetCorrupt
+from activation_log.index import SegmentIndex, dropped_rows
+from activation_log.layout import ColumnSpec
+from activation_log.manifest import Manifest
+from activation_log.segment import DATA_OFFSET, map_segment
+
+# Passed pages are given back in steps of this many bytes: one system call for several chunks.
+_RELEASE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Rows `[first_row, first_row + n_rows)`; one read-only view per column, in the reader's order."""
+
+    first_row: int
+    n_rows: int
+    columns: tuple[memoryview, ...]
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.n_rows
+
+
+class _MappedColumn:
+    def __init__(self, folder: Path, column: ColumnSpec, segment: int, n_rows: int) -> None:
+        self._map = map_segment(folder, column, segment)
+        self._row_bytes = column.row_bytes
+        self._released = 0
+        if len(self._map) < DATA_OFFSET + n_rows * column.row_bytes:
+            raise SetCorrupt(f"{folder}: segment {segment} of {column.name} is too short; delete the set to recompute it")
+        self._data = memoryview(self._map)[DATA_OFFSET:]
+
+    def view(self, at: int, n_rows: int) -> memoryview:
+        """Rows from `at` on, counted from the segment's first."""
+        start = at * self._row_bytes
+        self._release_before(DATA_OFFSET + start)
+        return self._data[start : start + n_rows * self._row_bytes]
+
+    def _release_before(self, offset: int) -> None:
+        page_start = offset - offset % mmap.PAGESIZE
+        if page_start - self._released >= _RELEASE_BYTES:
+            # The pages stay in the page cache; only this process's claim on them ends.
+            self._map.madvise(mmap.MADV_DONTNEED, self._released, page_start - self._released)
+            self._released = page_start
+        elif page_start < self._released:
+            self._released = page_start
+
+    def close(self) -> None:
+        """Unmaps; a view that somebody still holds keeps its memory until it goes."""
+        self._data.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+class SetReader:
+    """Reads some columns of a set, sealed segments and the open one."""
+
+    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+        manifest = Manifest.load(folder)
+        self._folder = folder
+        self.columns = tuple(manifest.column(name) for name in columns)
+        self._names = tuple(columns)
+        self._capacity = manifest.segment_rows
+        self._mapped: tuple[_MappedColumn, ...] = ()
+        self._mapped_segment = -1
+        self.refresh()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over the reader's columns."""
+        return sum(column.row_bytes for column in self.columns)
+
+    @property
+    def sealed_rows(self) -> int:
+        """Rows sealed in all columns, as of the last `refresh`."""
+        return self._sealed_rows
+
+    def refresh(self) -> None:
+        """Looks at the index again: what was sealed or dropped since."""
+        self._index = SegmentIndex.load(self._folder)
+        self._sealed_rows = self._index.n_rows(self._names)
+        self.first_row = dropped_rows(self._folder)
+
+    def read(self, row: int, max_rows: int, *, end_row: int) -> RowRun:
+        """Reads up to `max_rows` rows from `row` on, at most to `end_row` and to the end of the segment.
+
+        `end_row` is the committed row count the caller knows of; `row` must lie before it. Raises RowsExpired and
+        SetCorrupt.
+        """
+        assert row < end_row, "read only what is committed"
+        if row < self.first_row:
+            raise RowsExpired(row, first_available_row=self.first_row)
+        segment, first_row, segment_end = self._locate(row)
+        n_rows = min(max_rows, end_row - row, segment_end - row)
+        self._map(segment, min(end_row, segment_end) - first_row)
+        views = tuple(column.view(row - first_row, n_rows) for column in self._mapped)
+        return RowRun(row, n_rows, views)
+
+    def forget_open_segment(self) -> None:
+        """Drops the mapping: the writer died, and its open segment will be written anew in another file."""
+        self._unmap()
+        self.refresh()
+
+    def close(self) -> None:
+        """Unmaps everything."""
+        self._unmap()
+
+    def _locate(self, row: int) -> tuple[int, int, int]:
+        """Segment number, first row and end row of the segment with `row`."""
+        if row >= self._sealed_rows:
+            self.refresh()
+        if row < self._sealed_rows and (record := self._index.find(row)):
+            return record.segment, record.first_row, record.end_row
+        segment, first_row = self._first_unsealed()
+        return segment, first_row, first_row + self._capacity
+
+    def _first_unsealed(self) -> tuple[int, int]:
+        for record in self._index.records:
+            if any(name not in record.digests for name in self._names):
+                return record.segment, record.first_row
+        return len(self._index.records), self._sealed_rows
+
+    def _map(self, segment: int, n_rows: int) -> None:
+        if segment == self._mapped_segment:
+            return
+        self._unmap()
+        self._mapped = tuple(_MappedColumn(self._folder, column, segment, n_rows) for column in self.columns)
+        self._mapped_segment = segment
+
+    def _unmap(self) -> None:
+        for column in self._mapped:
+            column.close()
+        self._mapped, self._mapped_segment = (), -1

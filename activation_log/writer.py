@@ -1,0 +1,179 @@
+"""Appends rows to a set: straight into mapped segment files, sealed in the background.
+
+One writer per set at a time. Rows are visible to readers once `commit` returns, durable once their segment is sealed.
+A crash at any point leaves the sealed segments; the next writer removes what was open and goes on behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from activation_log.files import fsync_folder
+from activation_log.index import SegmentIndex, SegmentRecord
+from activation_log.layout import OPEN_SUFFIX, ColumnSpec, column_folder
+from activation_log.manifest import Manifest
+from activation_log.segment import OpenSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Memory for `n_rows` rows: one writable view per column, `n_rows * row_bytes` bytes each."""
+
+    n_rows: int
+    columns: Mapping[str, memoryview]
+
+
+class SetWriter:
+    """Appends rows of `columns` (all columns of the set by default)."""
+
+    def __init__(self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec]) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._columns = tuple(columns)
+        self._index = SegmentIndex.load(folder)
+        self._open: tuple[OpenSegment, ...] = ()
+        self._open_first_row = 0
+        self._open_rows = 0
+        self._open_segment = 0
+        self._resume_at_commit: Mapping[str, Any] = {}
+        self._sealing: Future[SegmentIndex] | None = None
+        # One thread: segments are sealed in order.
+        self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+        self.next_row = self._index.n_rows([column.name for column in self._columns])
+        _remove_leftovers(folder, self._columns, self._index)
+
+    @classmethod
+    def open(cls, folder: Path, columns: Sequence[str] | None = None) -> SetWriter:
+        """Opens a set whose manifest exists, behind the last row sealed in all of `columns`."""
+        manifest = Manifest.load(folder)
+        names = [column.name for column in manifest.columns] if columns is None else columns
+        return cls(folder, manifest, [manifest.column(name) for name in names])
+
+    @property
+    def resume(self) -> Mapping[str, Any] | None:
+        """Resume point stored with the segment before `next_row`; None at the start of the set."""
+        record = self._index.find(self.next_row - 1) if self.next_row else None
+        return record.resume if record else None
+
+    def reserve(self, n_rows: int) -> Reservation:
+        """Offers memory for at most `n_rows` rows, less where the open segment ends; at least one. Raises DiskFull."""
+        if not self._open:
+            self._begin_segment()
+        n_rows = min(n_rows, self._capacity - self._open_rows)
+        views = {}
+        for segment in self._open:
+            row_bytes = segment.column.row_bytes
+            views[segment.column.name] = segment.data[
+                self._open_rows * row_bytes : (self._open_rows + n_rows) * row_bytes
+            ]
+        return Reservation(n_rows, views)
+
+    def commit(self, n_rows: int, resume: Mapping[str, Any]) -> None:
+        """Makes the first `n_rows` rows reserved readable; from `resume` the row behind them can be produced again."""
+        assert 0 < n_rows <= self._capacity - self._open_rows, "commit what was reserved"
+        self._open_rows += n_rows
+        self.next_row += n_rows
+        self._resume_at_commit = dict(resume)
+        if self._open_rows == self._capacity:
+            self.seal()
+
+    def seal(self) -> None:
+        """Seals the open segment however short, in the background; nothing happens if it has no rows."""
+        if not self._open:
+            return
+        self._settle()
+        segments, self._open = self._open, ()
+        if self._open_rows == 0:
+            for segment in segments:
+                segment.discard()
+            return
+        record = SegmentRecord(
+            segment=self._open_segment,
+            first_row=self._open_first_row,
+            n_rows=self._open_rows,
+            digests={},
+            resume=self._resume_at_commit,
+        )
+        self._sealing = self._sealer.submit(self._seal_files, segments, record)
+
+    def finish(self) -> None:
+        """Seals what is open and marks the set complete at `next_row` rows."""
+        self.seal()
+        self._settle()
+        # Another process may have added columns to the manifest since.
+        replace(Manifest.load(self._folder), total_rows=self.next_row).save(self._folder)
+
+    def close(self) -> None:
+        """Waits for sealing to end and gives up rows that were not sealed. Raises what sealing raised."""
+        try:
+            self._settle()
+        finally:
+            self._sealer.shutdown()
+            for segment in self._open:
+                segment.discard()
+            self._open = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _capacity(self) -> int:
+        """Rows of the open segment: as many as its columns of an earlier pass have, else a full segment."""
+        records = self._index.records
+        known = records[self._open_segment] if self._open_segment < len(records) else None
+        return known.n_rows if known else self._manifest.segment_rows
+
+    def _begin_segment(self) -> None:
+        self._settle()
+        names = [column.name for column in self._columns]
+        self._open_segment = sum(all(name in record.digests for name in names) for record in self._index.records)
+        self._open_first_row, self._open_rows = self.next_row, 0
+        opened: list[OpenSegment] = []
+        try:
+            for column in self._columns:
+                opened.append(
+                    OpenSegment(
+                        self._folder,
+                        column,
+                        segment=self._open_segment,
+                        first_row=self._open_first_row,
+                        capacity_rows=self._capacity,
+                    )
+                )
+        except BaseException:
+            for segment in opened:
+                segment.discard()
+            raise
+        self._open = tuple(opened)
+
+    def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
+        digests = {segment.column.name: segment.seal(record.n_rows) for segment in segments}
+        for segment in segments:
+            fsync_folder(column_folder(self._folder, segment.column))
+        return self._index.append(self._folder, replace(record, digests=digests))
+
+    def _settle(self) -> None:
+        """Waits for the segment being sealed, so that at most one is under way."""
+        if self._sealing is None:
+            return
+        sealing, self._sealing = self._sealing, None
+        self._index = sealing.result()
+
+
+def _remove_leftovers(folder: Path, columns: Sequence[ColumnSpec], index: SegmentIndex) -> None:
+    """Removes segment files that no record speaks of: open ones, and those renamed just before a crash."""
+    for column in columns:
+        recorded = {f"{r.segment:08d}.safetensors" for r in index.records if column.name in r.digests}
+        for path in column_folder(folder, column).glob("*.safetensors*"):
+            if path.name.endswith(OPEN_SUFFIX) or path.name not in recorded:
+                path.unlink()
