@@ -1,10 +1,10 @@
 """What can go wrong with an activation log.
 
-    LogError
-    ├── SetCorrupt        a file contradicts the manifest or the index
-    ├── DigestMismatch    a sealed segment's bytes are not the ones that were written
-    ├── DiskFull          no room for the next segment
-    └── RowsExpired       a WINDOW set has let these rows go
+LogError
+├── SetCorrupt        a file contradicts the manifest or the index
+├── DigestMismatch    a sealed segment's bytes are not the ones that were written
+├── DiskFull          no room for the next segment
+└── RowsExpired       a WINDOW set has let these rows go
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DiskFull(LogError):
 
     def __init__(self, path: Path, *, required_bytes: int, free_bytes: int) -> None:
         super().__init__(
-            f"the disk of {path} has {free_bytes} bytes free and the next segment needs {required_bytes}; free some space"
+            f"the disk of {path} has {free_bytes} bytes free, the next segment needs {required_bytes}; free some space"
         )
         self.path = path
         self.required_bytes = required_bytes

@@ -1,8 +1,8 @@
 """`ActivationChunk` messages, framed and parsed by hand around their payload.
 
-The bytes are those of a `headrace.extractor.v1.StreamActivationsResponse` that holds a `chunk`: any generated stub reads
-and writes them. By hand, because a generated one copies the payload twice on each side. The payload comes last and starts
-at a multiple of `ALIGNMENT` from the start of the message, so that columns are views of the message, not copies.
+The bytes are those of a `headrace.extractor.v1.StreamActivationsResponse` that holds a `chunk`: any generated stub
+reads and writes them. By hand, because a generated one copies the payload twice on each side. The payload is last and
+starts at a multiple of `ALIGNMENT` from the start of the message, so that columns are views of the message, not copies.
 """
 
 from __future__ import annotations
@@ -95,33 +95,39 @@ def _decode_fields(message: bytes, at: int) -> Chunk:
     first_row = n_rows = 0
     offsets: list[int] = []
     payload = memoryview(b"")
-    end = len(message)
-    while at < end:
+    while at < len(message):
         tag, at = _get_varint(message, at)
         if tag & 7 == 0:
             value, at = _get_varint(message, at)
-            if tag == _FIRST_ROW:
-                first_row = value
-            elif tag == _N_ROWS:
-                n_rows = value
-            elif tag == _COLUMN_OFFSETS & ~7:  # Not packed; allowed to readers.
-                offsets.append(value)
+            first_row = value if tag == _FIRST_ROW else first_row
+            n_rows = value if tag == _N_ROWS else n_rows
+            offsets += [value] if tag == _COLUMN_OFFSETS & ~7 else []  # Not packed: allowed to writers.
             continue
-        if tag & 7 != 2:  # noqa: PLR2004 -- the contract has varints and length-delimited fields only
-            raise FrameError(f"wire type {tag & 7} in a chunk")
-        length, at = _get_varint(message, at)
-        if at + length > end:
-            raise FrameError("a chunk ends in the middle of a field")
+        start, end = _bounds(message, tag, at)
         if tag == _PAYLOAD:
-            payload = memoryview(message)[at : at + length]
+            payload = memoryview(message)[start:end]
         elif tag == _COLUMN_OFFSETS:
-            stop = at + length
-            while at < stop:
-                value, at = _get_varint(message, at)
-                offsets.append(value)
-            continue
-        at += length
+            offsets += _get_varints(message, start, end)
+        at = end
     return Chunk(first_row, n_rows, tuple(offsets), payload)
+
+
+def _bounds(message: bytes, tag: int, at: int) -> tuple[int, int]:
+    """Start and end of the content of the length-delimited field whose length stands at `at`."""
+    if tag & 7 != 2:
+        raise FrameError(f"wire type {tag & 7} in a chunk")
+    length, at = _get_varint(message, at)
+    if at + length > len(message):
+        raise FrameError("a chunk ends in the middle of a field")
+    return at, at + length
+
+
+def _get_varints(message: bytes, at: int, end: int) -> list[int]:
+    values = []
+    while at < end:
+        value, at = _get_varint(message, at)
+        values.append(value)
+    return values
 
 
 def _lay_out(columns: Sequence[memoryview]) -> tuple[list[int], list[bytes | memoryview], int]:

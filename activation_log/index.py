@@ -1,6 +1,7 @@
 """`segments.jsonl`: which segments are sealed, with digests and the point from which a writer goes on.
 
-One line per sealing. A later line of the same segment adds columns to it. A torn last line, left by a crash, is ignored.
+One line per sealing. A later line of the same segment adds columns to it. A torn last line, left by a crash, is
+ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DROPPED_NAME = "dropped.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRecord:
-    """A sealed segment: rows `[first_row, first_row + n_rows)`, SHA-256 of each column's data, resume point behind it."""
+    """A sealed segment: rows `[first_row, end_row)`, SHA-256 of each column's data, and the resume point behind it."""
 
     segment: int
     first_row: int
@@ -85,6 +86,14 @@ class SegmentIndex:
         """The sealed segment that holds `row`."""
         at = bisect_right(self.records, row, key=lambda record: record.first_row) - 1
         return self.records[at] if at >= 0 and row < self.records[at].end_row else None
+
+
+def index_size(folder: Path) -> int:
+    """Bytes of the index: it only grows, so a reader looks again when this has changed."""
+    try:
+        return (folder / FILE_NAME).stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def dropped_rows(folder: Path) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from activation_log.errors import RowsExpired, SetCorrupt
-from activation_log.index import SegmentIndex, dropped_rows
+from activation_log.index import SegmentIndex, dropped_rows, index_size
 from activation_log.layout import ColumnSpec
 from activation_log.manifest import Manifest
 from activation_log.segment import DATA_OFFSET, map_segment
@@ -41,7 +41,7 @@ class _MappedColumn:
         self._row_bytes = column.row_bytes
         self._released = 0
         if len(self._map) < DATA_OFFSET + n_rows * column.row_bytes:
-            raise SetCorrupt(f"{folder}: segment {segment} of {column.name} is too short; delete the set to recompute it")
+            raise SetCorrupt(f"{folder}: segment {segment} of {column.name} is cut short; delete the set")
         self._data = memoryview(self._map)[DATA_OFFSET:]
 
     def view(self, at: int, n_rows: int) -> memoryview:
@@ -77,6 +77,9 @@ class SetReader:
         self._capacity = manifest.segment_rows
         self._mapped: tuple[_MappedColumn, ...] = ()
         self._mapped_segment = -1
+        self._index = SegmentIndex()
+        self._index_bytes = 0
+        self._sealed_rows = 0
         self.refresh()
 
     @property
@@ -91,9 +94,12 @@ class SetReader:
 
     def refresh(self) -> None:
         """Looks at the index again: what was sealed or dropped since."""
-        self._index = SegmentIndex.load(self._folder)
-        self._sealed_rows = self._index.n_rows(self._names)
         self.first_row = dropped_rows(self._folder)
+        index_bytes = index_size(self._folder)
+        if index_bytes != self._index_bytes:
+            self._index = SegmentIndex.load(self._folder)
+            self._index_bytes = index_bytes
+            self._sealed_rows = self._index.n_rows(self._names)
 
     def read(self, row: int, max_rows: int, *, end_row: int) -> RowRun:
         """Reads up to `max_rows` rows from `row` on, at most to `end_row` and to the end of the segment.
@@ -125,14 +131,17 @@ class SetReader:
             self.refresh()
         if row < self._sealed_rows and (record := self._index.find(row)):
             return record.segment, record.first_row, record.end_row
-        segment, first_row = self._first_unsealed()
-        return segment, first_row, first_row + self._capacity
+        # Not recorded yet: the open segment, or the one before it while it is being sealed.
+        segment = sum(record.end_row <= self._sealed_rows for record in self._index.records)
+        first_row = self._sealed_rows
+        while row >= first_row + self._rows_of(segment):
+            first_row += self._rows_of(segment)
+            segment += 1
+        return segment, first_row, first_row + self._rows_of(segment)
 
-    def _first_unsealed(self) -> tuple[int, int]:
-        for record in self._index.records:
-            if any(name not in record.digests for name in self._names):
-                return record.segment, record.first_row
-        return len(self._index.records), self._sealed_rows
+    def _rows_of(self, segment: int) -> int:
+        records = self._index.records
+        return records[segment].n_rows if segment < len(records) else self._capacity
 
     def _map(self, segment: int, n_rows: int) -> None:
         if segment == self._mapped_segment:

@@ -141,20 +141,21 @@ class SetWriter:
         opened: list[OpenSegment] = []
         try:
             for column in self._columns:
-                opened.append(
-                    OpenSegment(
-                        self._folder,
-                        column,
-                        segment=self._open_segment,
-                        first_row=self._open_first_row,
-                        capacity_rows=self._capacity,
-                    )
-                )
+                opened.append(self._open_column(column))  # noqa: PERF401 -- those opened so far must be at hand on failure
         except BaseException:
             for segment in opened:
                 segment.discard()
             raise
         self._open = tuple(opened)
+
+    def _open_column(self, column: ColumnSpec) -> OpenSegment:
+        return OpenSegment(
+            self._folder,
+            column,
+            segment=self._open_segment,
+            first_row=self._open_first_row,
+            capacity_rows=self._capacity,
+        )
 
     def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
         digests = {segment.column.name: segment.seal(record.n_rows) for segment in segments}
