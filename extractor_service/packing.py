@@ -1,11 +1,12 @@
 """From documents to batches of token ids, as the recipe says; plain numpy.
 
-Batches are a pure function of (documents, recipe, special tokens, start), where `start` is a batch boundary: the batches
-from `batch.next` on are the tail of the batches from the beginning, so a run resumes bit for bit.
+Batches are a pure function of (documents, recipe, special tokens, start), where `start` is a batch boundary: the
+batches from `batch.next` on are the tail of the batches from the beginning, so a run resumes bit for bit.
 
-PACKED fills sequences of `context_size` without padding; a document that does not fit goes on as a further *piece* in the
-next sequence. ONE_DOCUMENT gives each document a sequence and a batch of its own and cuts off what exceeds the context.
-The EOS token counts as the document's last token, the BOS token precedes every piece.
+PACKED fills sequences of `context_size` without padding; a document that does not fit goes on as a further *piece* in
+the next sequence. ONE_DOCUMENT gives each document a sequence and a batch of its own and cuts off what exceeds the
+context. The EOS token counts as a document's last token, the BOS token precedes every piece. Documents without tokens
+of their own are skipped and keep their index.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class Cursor:
         return cls(**value)
 
 
+_START = Cursor()
+_NOTHING = np.empty(0, dtype=np.int32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """One forward pass: `[B, S]` arrays, row-major order is the order of rows in the log.
@@ -94,30 +99,166 @@ class Counts:
     n_tokens: int = 0  # through the model, inserted ones counted
     n_cut_off: int = 0  # own tokens that ONE_DOCUMENT leaves out
     n_documents_cut: int = 0
-    n_empty_documents: int = 0
-
-
-class _Piece(NamedTuple):
-    """A document's part in one sequence: `tokens` own tokens from `token` on (EOS counted), `length` with its BOS."""
-
-    document: int
-    token: int
-    tokens: int
-    length: int
-    position: int
 
 
 class Packer:
     """Cuts `documents` into batches; raises FieldInvalid when the recipe wants an EOS token that isn't there."""
 
     def __init__(self, documents: Documents, recipe: Recipe, special: SpecialTokens) -> None:
-        raise NotImplementedError
+        check_special(recipe, special)
+        self._documents = documents
+        self._recipe = recipe
+        self._bos = _one(special.bos_id) if recipe.bos == "document" else _NOTHING
+        self._eos = _one(special.eos_id) if recipe.eos == "document" else _NOTHING
+        self._special = _lookup_table(special.ids)
+        self._held: tuple[int, Int32Array] = (-1, _NOTHING)  # the document at hand, which may span many sequences
 
-    def batches(self, start: Cursor = Cursor()) -> Iterator[TokenBatch]:
-        """Yields the batches from `start` (0, or the `next` of a batch) to the end of the corpus."""
-        raise NotImplementedError
+    def batches(self, start: Cursor = _START) -> Iterator[TokenBatch]:
+        """Yields the batches from `start` (the beginning, or `next` of a batch) to the end of the corpus."""
+        for plan in self._plans(start):
+            yield self._batch(plan)
+
+    def count(self) -> Counts:
+        """Counts the whole corpus. Only lengths are looked at, unless special tokens are dropped."""
+        n_rows = n_tokens = n_cut_off = n_documents_cut = 0
+        for plan in self._plans(_START):
+            n_tokens += sum(piece.length for piece in plan.pieces)
+            n_rows += self._count_kept(plan)
+            n_cut_off += plan.n_cut_off
+            n_documents_cut += plan.n_cut_off > 0
+        return Counts(n_rows=n_rows, n_tokens=n_tokens, n_cut_off=n_cut_off, n_documents_cut=n_documents_cut)
+
+    def _count_kept(self, plan: _Plan) -> int:
+        if self._recipe.drop_special_tokens:
+            return self._batch(plan).n_rows
+        return sum(max(0, piece.length - self._recipe.drop_first_positions) for piece in plan.pieces)
+
+    def _plans(self, start: Cursor) -> Iterator[_Plan]:
+        return self._plan_documents(start) if self._recipe.packing == ONE_DOCUMENT else self._plan_packed(start)
+
+    def _plan_documents(self, start: Cursor) -> Iterator[_Plan]:
+        for document in range(start.document, len(self._documents)):
+            own = self._own(document)
+            if own.size == 0:
+                continue
+            pieces, _ = self._fill(Cursor(document=document))
+            plan = _Plan(start, Cursor(document=document + 1), 1, pieces, own.size - pieces[0].own.size)
+            yield plan
+            start = plan.next
+
+    def _plan_packed(self, start: Cursor) -> Iterator[_Plan]:
+        """Full sequences in groups of `batch_size`; the shorter last sequence of the corpus is a batch of its own."""
+        pieces: list[_Piece] = []
+        n_full, cursor = 0, start
+        while True:
+            sequence, following = self._fill(cursor)
+            full = sum(piece.length for piece in sequence) == self._recipe.context_size
+            if full:
+                pieces += sequence
+                n_full, cursor = n_full + 1, following
+            if n_full == self._recipe.batch_size or (n_full and not full):
+                yield _Plan(start, cursor, n_full, pieces)
+                pieces, n_full, start = [], 0, cursor
+            if not full:
+                break
+        if sequence:
+            yield _Plan(start, following, 1, sequence)
+
+    def _fill(self, cursor: Cursor) -> tuple[list[_Piece], Cursor]:
+        """Cuts one sequence: one document's worth for ONE_DOCUMENT, else until it is full or the corpus ends."""
+        pieces: list[_Piece] = []
+        document, token, position = cursor.document, cursor.token, cursor.position
+        room, n_documents, n_bos = self._recipe.context_size, len(self._documents), self._bos.size
+        while room > 0 and document < n_documents:
+            own = self._own(document)
+            n_stream = own.size + self._eos.size if own.size else 0
+            if token < n_stream:
+                end = min(n_stream, token + room - n_bos)  # a room of one may hold a BOS and nothing else
+                pieces.append(_Piece(document, position, n_bos + end - token, own[token:end], end > own.size))
+                room, token, position = room - pieces[-1].length, end, position + pieces[-1].length
+            if token == n_stream:
+                document, token, position = document + 1, 0, 0
+            if pieces and self._recipe.packing == ONE_DOCUMENT:
+                break
+        return pieces, Cursor(document=document, token=token, position=position)
+
+    def _batch(self, plan: _Plan) -> TokenBatch:
+        # A piece's values are repeated over its tokens; everything is built flat and reshaped at the end.
+        token_ids = np.concatenate(
+            [part for piece in plan.pieces for part in (self._bos, piece.own, self._eos if piece.has_eos else _NOTHING)]
+        )
+        lengths = np.array([piece.length for piece in plan.pieces])
+        slots = np.arange(token_ids.size)
+        within = slots - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        documents = np.repeat(np.array([piece.document for piece in plan.pieces]), lengths)
+        positions = within + np.repeat(np.array([piece.position for piece in plan.pieces]), lengths)
+        width = token_ids.size // plan.n_sequences
+        position_ids = slots % width if self._recipe.attend_across_documents else within
+        shape = (plan.n_sequences, width)
+        return TokenBatch(
+            token_ids=token_ids.reshape(shape),
+            position_ids=position_ids.astype(np.int32).reshape(shape),
+            documents=documents.astype(np.int32).reshape(shape),
+            positions=positions.astype(np.int32).reshape(shape),
+            keep=self._keep(token_ids, within).reshape(shape),
+            start=plan.start,
+            next=plan.next,
+            n_cut_off=plan.n_cut_off,
+        )
+
+    def _keep(self, token_ids: Int32Array, within: NDArray[np.int64]) -> BoolArray:
+        keep = within >= self._recipe.drop_first_positions
+        if self._recipe.drop_special_tokens:
+            keep &= ~self._special[np.minimum(token_ids, self._special.size - 1)]
+        return keep
+
+    def _own(self, document: int) -> Int32Array:
+        if self._held[0] != document:
+            self._held = (document, self._documents[document])
+        return self._held[1]
+
+
+class _Piece(NamedTuple):
+    """A document's part in one sequence: a BOS if any, some of its own tokens, and an EOS if it ends here."""
+
+    document: int
+    position: int
+    length: int
+    own: Int32Array
+    has_eos: bool
+
+
+class _Plan(NamedTuple):
+    """A batch before its arrays are built."""
+
+    start: Cursor
+    next: Cursor
+    n_sequences: int
+    pieces: list[_Piece]
+    n_cut_off: int = 0
 
 
 def count_rows(documents: Documents, recipe: Recipe, special: SpecialTokens) -> tuple[int, int]:
     """Returns (rows, tokens through the model) of the whole corpus, exactly."""
-    raise NotImplementedError
+    counts = Packer(documents, recipe, special).count()
+    return counts.n_rows, counts.n_tokens
+
+
+def check_special(recipe: Recipe, special: SpecialTokens) -> None:
+    """Raises FieldInvalid when the recipe wants an EOS token and the tokenizer has none."""
+    if recipe.eos == "document" and special.eos_id is None:
+        raise FieldInvalid(
+            "spec.recipe.eos is document, but the model's tokenizer has no EOS token; use none.",
+            field="spec.recipe.eos",
+        )
+
+
+def _one(token_id: int | None) -> Int32Array:
+    return _NOTHING if token_id is None else np.array([token_id], dtype=np.int32)
+
+
+def _lookup_table(ids: frozenset[int]) -> BoolArray:
+    """Returns a table to be indexed with min(token id, last index); the last entry stands for all ids beyond."""
+    table = np.zeros(max(ids, default=0) + 2, dtype=np.bool_)
+    table[list(ids)] = True
+    return table
