@@ -1,0 +1,73 @@
+"""Captures activations at named places of a network.
+
+The hooks live inside a `with` block, and the forward pass ends as soon as the last requested place has been seen, so
+nothing behind it is computed, whatever the order of the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Captured = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A hookpoint resolved: what goes into `module`, or what comes out of it."""
+
+    name: str
+    module: nn.Module
+    is_input: bool
+
+
+class HookDidNotFireError(RuntimeError):
+    """A forward pass ended without passing a requested place, or passed it twice: a bug in the family table."""
+
+
+class _AllSeen(BaseException):
+    """Ends the forward pass; a BaseException, so that no library takes it for an error."""
+
+
+@contextmanager
+def capture(sites: Sequence[Site]) -> Iterator[Captured]:
+    """Fills the dict with one tensor a site during the forward pass in the block, which it ends early.
+
+    Statements of the block behind the forward pass do not run. The tensors are the network's own, not copies. Raises
+    HookDidNotFireError if the block ends without them.
+    """
+    captured: Captured = {}
+    wanted = {site.name for site in sites}
+
+    def keep(name: str, value: Any) -> None:
+        if name in captured:
+            raise HookDidNotFireError(f"{name} was passed twice in one forward pass")
+        captured[name] = value[0] if isinstance(value, tuple) else value
+        if len(captured) == len(wanted):
+            raise _AllSeen
+
+    handles = [_hook(site, keep) for site in sites]
+    try:
+        yield captured
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := sorted(wanted - captured.keys()):
+        raise HookDidNotFireError(f"the forward pass did not pass {', '.join(missing)}")
+
+
+def _hook(site: Site, keep: Callable[[str, Any], None]) -> torch.utils.hooks.RemovableHandle:
+    if not site.is_input:
+        return site.module.register_forward_hook(lambda _module, _args, output: keep(site.name, output))
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(site.name, args[0] if args else kwargs["hidden_states"])
+
+    return site.module.register_forward_pre_hook(before, with_kwargs=True)

@@ -1,0 +1,169 @@
+"""The extraction loop: documents in, rows in the log, until the corpus or the granted rows end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from activation_log.layout import ColumnSpec
+from activation_log.manifest import Manifest
+from activation_log.writer import SetWriter
+from extractor_service.corpora.documents import TokenizedDocuments
+from extractor_service.corpora.reader import DocumentReader
+from extractor_service.corpora.tokenizer import Tokenizer
+from extractor_service.errors import CorpusEmpty
+from extractor_service.packing import Cursor, Packer, TokenBatch
+from extractor_service.recipe import Recipe
+from extractor_service.runner.capture import Site
+from extractor_service.runner.forward import BatchRows, fetch_for, forward_rows
+from extractor_service.runner.gate import Gate
+from extractor_service.runner.hookpoints import resolve
+from extractor_service.runner.loading import LoadedModel, out_of_memory_as_typed
+from extractor_service.runner.rows import RowSource, storage_dtype
+from extractor_service.runner.throttle import Throttle
+from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Message
+
+Emit = Callable[[Message], None]
+
+# Often enough for smooth progress and prompt readers; every event wakes the server.
+_COMMITTED_PER_SECOND = 20
+
+
+def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit) -> None:
+    """Carries out one `extract` command; emits `committed`, `blocked` and at last `finished`.
+
+    Whatever ends it, rows that were committed are sealed first. Raises ServiceError and LogError.
+    """
+    manifest = Manifest.load(Path(command.set_path))
+    recipe = Recipe.from_json(manifest.identity["recipe"])
+    columns = [column for column in manifest.columns if not column.is_provenance]
+    sites = resolve(loaded.model, [column.name for column in columns])
+    tokenizer = Tokenizer.load(loaded.files_path)
+    with DocumentReader(Path(command.corpus_path)) as reader:
+        packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
+        with SetWriter.open(Path(command.set_path)) as writer:
+            job = _Job(
+                command=command,
+                gate=gate,
+                writer=writer,
+                loaded=loaded,
+                columns=columns,
+                sites=sites,
+                packer=packer,
+                emit=emit,
+            )
+            complete = manifest.complete or job.run()
+    emit(
+        Finished(
+            extraction_id=command.extraction_id,
+            n_rows=writer.next_row,
+            complete=complete,
+            n_non_finite=job.n_non_finite,
+        )
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Job:
+    command: Extract
+    gate: Gate
+    writer: SetWriter
+    loaded: LoadedModel
+    columns: Sequence[ColumnSpec]
+    sites: Sequence[Site]
+    packer: Packer
+    emit: Emit
+    n_tokens: int = 0
+    n_non_finite: int = 0
+    throttle: Throttle = field(default_factory=lambda: Throttle(_COMMITTED_PER_SECOND))
+
+    def run(self) -> bool:
+        """Writes rows to the end; returns whether the corpus is exhausted."""
+        try:
+            exhausted = self._write_all()
+        finally:
+            self._tell_committed()
+            self.writer.seal()
+        if exhausted and self.writer.next_row == 0:
+            raise CorpusEmpty("No row survives the recipe: every document is empty, or all its tokens are dropped.")
+        if exhausted:
+            self.writer.finish()
+        return exhausted
+
+    def _write_all(self) -> bool:
+        start, skip_rows = _resume_point(self.writer.resume)
+        fetch = fetch_for(self.loaded.device, {column.name: storage_dtype(column) for column in self.columns})
+        with out_of_memory_as_typed(
+            self.loaded.device, self.loaded.measured_bytes, "Use a smaller batch_size or context_size."
+        ):
+            for rows in fetch.rows(self._passes(start)):
+                if not self._write_batch(rows, skip_rows):
+                    return False
+                skip_rows = 0
+        return not self._is_over()
+
+    def _passes(self, start: Cursor) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
+        for batch in self.packer.batches(start):
+            if self._is_over():
+                return
+            self.n_tokens += batch.token_ids.size
+            yield batch, forward_rows(self.loaded.model, batch, self.sites)
+
+    def _write_batch(self, rows: BatchRows, done: int) -> bool:
+        """Writes a batch's rows from `done` on; returns False if stopped or if `max_rows` exist."""
+        source = RowSource(rows, self.columns, allow_non_finite=self.command.allow_non_finite)
+        while done < source.n_rows:
+            n_rows = min(source.n_rows - done, self._room())
+            if n_rows == 0:
+                return False
+            reservation = self.writer.reserve(n_rows)
+            self.n_non_finite += source.copy_to(reservation, done)
+            done += reservation.n_rows
+            self.writer.commit(reservation.n_rows, _resume_json(rows.batch, done, source.n_rows))
+        if self.throttle.ready():
+            self._tell_committed()
+        return True
+
+    def _room(self) -> int:
+        """Rows that may be written now; waits for a grant. 0 when it is over."""
+        row = self.writer.next_row
+        if self._is_over():
+            return 0
+        granted = self.gate.rows_from(row, self._tell_blocked)
+        return min(granted, self.command.max_rows - row) if self.command.max_rows else granted
+
+    def _is_over(self) -> bool:
+        return self.gate.stopped or bool(self.command.max_rows and self.writer.next_row >= self.command.max_rows)
+
+    def _tell_committed(self) -> None:
+        self.emit(
+            Committed(
+                extraction_id=self.command.extraction_id,
+                n_rows=self.writer.next_row,
+                n_tokens=self.n_tokens,
+                n_non_finite=self.n_non_finite,
+            )
+        )
+
+    def _tell_blocked(self) -> None:
+        self._tell_committed()
+        self.emit(Blocked(extraction_id=self.command.extraction_id, n_rows=self.writer.next_row))
+
+
+def _resume_point(resume: Mapping[str, Any] | None) -> tuple[Cursor, int]:
+    """Batch to start from, and how many of its rows are there already."""
+    if resume is None:
+        return Cursor(), 0
+    cursor = dict(resume)
+    skip_rows = cursor.pop("skip_rows")
+    return Cursor.from_json(cursor), skip_rows
+
+
+def _resume_json(batch: TokenBatch, done: int, n_rows: int) -> dict[str, int]:
+    if done == n_rows:
+        return {**batch.next.to_json(), "skip_rows": 0}
+    return {**batch.start.to_json(), "skip_rows": done}

@@ -1,0 +1,202 @@
+"""The runner's frame: commands in, events out, one command carried out at a time.
+
+A thread reads commands, so that `grant` and `stop` reach an extraction at work and the end of input ends the process at
+once. torch is imported when the first command that needs it has arrived: a start that goes wrong is seen early.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from activation_log.errors import DiskFull, LogError
+from chassis.errors import ServiceError
+from extractor_service import errors
+from extractor_service.runner.gate import Gate
+from extractor_service.runner.throttle import Throttle
+from extractor_service.runner_protocol import (
+    MAX_LINE_BYTES,
+    Convert,
+    Converted,
+    Converting,
+    Extract,
+    Failed,
+    Grant,
+    Load,
+    Loaded,
+    Loading,
+    Message,
+    Stop,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from extractor_service.runner.loading import LoadedModel
+
+# A server waits for one extraction before it sends the next; more than a few are its mistake.
+_MAX_WAITING = 64
+_PROGRESS_PER_SECOND = 20
+
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (errors.HookpointNotFound, "HOOKPOINT_NOT_FOUND"),
+    (errors.FieldInvalid, "FIELD_INVALID"),
+    (errors.CorpusMalformed, "CORPUS_MALFORMED"),
+    (errors.CorpusEmpty, "CORPUS_EMPTY"),
+    (errors.CorpusNotFound, "CORPUS_NOT_FOUND"),
+    (errors.StateConflict, "STATE_CONFLICT"),
+    (errors.ModelUnsupported, "MODEL_UNSUPPORTED"),
+    (errors.NotImplementedYet, "NOT_IMPLEMENTED"),
+    (errors.QueueFull, "QUEUE_FULL"),
+    (errors.DiskFull, "DISK_FULL"),
+    (errors.DeviceOom, "DEVICE_OOM"),
+    (errors.NonFinite, "NON_FINITE"),
+    (errors.DigestMismatch, "DIGEST_MISMATCH"),
+    (errors.LoadFailed, "LOAD_FAILED"),
+    (DiskFull, "DISK_FULL"),
+    (LogError, "DIGEST_MISMATCH"),  # A set that contradicts itself.
+)
+
+
+class EventSink:
+    """Writes events as lines; both threads do."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+
+    def emit(self, message: Message) -> None:
+        """Writes one line; ends the process when nobody listens any more."""
+        line = memoryview(encode(message))
+        with self._lock:
+            try:
+                while line:
+                    line = line[os.write(self._fd, line) :]
+            except BrokenPipeError:
+                os._exit(1)
+
+
+class Runner:
+    """Holds at most one model and carries out commands in order."""
+
+    def __init__(self, emit: Callable[[Message], None]) -> None:
+        self._emit = emit
+        self._waiting: queue.Queue[Message] = queue.Queue(_MAX_WAITING)
+        self._gates: dict[str, Gate] = {}
+        self._loaded: LoadedModel | None = None
+
+    def read_commands(self, stream: BinaryIO) -> None:
+        """Takes commands until the end of input, which means that the server is gone: then ends the process."""
+        while line := stream.readline(MAX_LINE_BYTES):
+            try:
+                self._take(decode(line))
+            except Exception as exc:  # noqa: BLE001 -- a bad command is answered; the runner goes on.
+                self._emit(failure_of(exc))
+        os._exit(0)
+
+    def run(self) -> None:
+        """Carries out commands as they come; never returns."""
+        while True:
+            self.carry_out(self._waiting.get())  # Ends with the process.
+
+    def carry_out(self, command: Message) -> None:
+        """Carries out one command; whatever goes wrong becomes a `failed` event."""
+        extraction_id = command.extraction_id if isinstance(command, Extract) else ""
+        try:
+            if isinstance(command, Load):
+                self._load(command)
+            elif isinstance(command, Extract):
+                self._extract(command)
+            elif isinstance(command, Convert):
+                self._convert(command)
+        except Exception as exc:  # noqa: BLE001
+            self._emit(replace(failure_of(exc), extraction_id=extraction_id))
+        finally:
+            self._gates.pop(extraction_id, None)
+
+    def _take(self, command: Message) -> None:
+        if isinstance(command, Grant | Stop):
+            self._steer(command)
+            return
+        if isinstance(command, Extract):
+            self._gates[command.extraction_id] = Gate(command.grant_row)
+        try:
+            self._waiting.put_nowait(command)
+        except queue.Full:
+            extraction_id = command.extraction_id if isinstance(command, Extract) else ""
+            self._gates.pop(extraction_id, None)
+            full = errors.QueueFull(f"The runner has {_MAX_WAITING} commands waiting; wait for one to finish.")
+            self._emit(replace(failure_of(full), extraction_id=extraction_id))
+
+    def _steer(self, command: Grant | Stop) -> None:
+        gate = self._gates.get(command.extraction_id)
+        if gate is None:
+            return  # It has ended meanwhile, and said so.
+        if isinstance(command, Grant):
+            gate.grant(command.row)
+        else:
+            gate.stop()
+
+    def _load(self, command: Load) -> None:
+        if self._loaded is not None:
+            raise errors.StateConflict("This runner holds a model already; start another runner.")
+        if command.quantization not in ("", "none"):
+            raise errors.NotImplementedYet(f"Quantization {command.quantization!r} is not in this version; use none.")
+        from extractor_service.runner.loading import load_model  # noqa: PLC0415 -- torch
+
+        self._loaded = load_model(
+            Path(command.files_path),
+            command.device,
+            command.dtype,
+            command.load_options,
+            self._progress(lambda done, total: Loading(done_bytes=done, total_bytes=total)),
+        )
+        self._emit(Loaded(measured_bytes=self._loaded.measured_bytes))
+
+    def _extract(self, command: Extract) -> None:
+        if self._loaded is None:
+            raise errors.StateConflict("No model is loaded in this runner; send load first.")
+        from extractor_service.runner.extract import run_extraction  # noqa: PLC0415 -- torch
+
+        run_extraction(command, self._gates[command.extraction_id], self._loaded, self._emit)
+
+    def _convert(self, command: Convert) -> None:
+        from extractor_service.runner.convert import convert_gguf  # noqa: PLC0415 -- torch
+
+        progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
+        convert_gguf(Path(command.source_path), Path(command.target_path), progress)
+        self._emit(Converted())
+
+    def _progress(self, event: Callable[[int, int], Message]) -> Callable[[int, int], None]:
+        throttle = Throttle(_PROGRESS_PER_SECOND)
+
+        def tell(done_bytes: int, total_bytes: int) -> None:
+            if throttle.ready() or done_bytes >= total_bytes:
+                self._emit(event(done_bytes, total_bytes))
+
+        return tell
+
+
+def failure_of(exc: Exception) -> Failed:
+    """Turns an exception into an event; one that nobody foresaw leaves its trace on standard error only."""
+    if isinstance(exc, errors.ExtractionFailed):
+        return Failed(reason=exc.reason, message=exc.message, metadata=exc.metadata)
+    for kind, reason in _REASONS:
+        if isinstance(exc, kind):
+            metadata = dict(exc.metadata) if isinstance(exc, ServiceError) else _log_metadata(exc)
+            return Failed(reason=reason, message=str(exc), metadata=metadata)
+    traceback.print_exception(exc, file=sys.stderr)
+    return Failed(reason="INTERNAL", message="Unexpected error in the runner; its standard error has the details.")
+
+
+def _log_metadata(exc: Exception) -> dict[str, str]:
+    if isinstance(exc, DiskFull):
+        return {"required_bytes": str(exc.required_bytes), "free_bytes": str(exc.free_bytes)}
+    return {}

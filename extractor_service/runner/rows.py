@@ -1,0 +1,95 @@
+"""Writes the rows of a batch into the log's mapped memory: one copy, with the conversion to the storage dtype."""
+
+# ruff: noqa: N803, N806 -- capital suffixes are shapes
+# R rows · D model width
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activation_log.layout import DOCUMENT, POSITION, TOKEN_ID, ColumnSpec, Dtype
+from activation_log.writer import Reservation
+from extractor_service.errors import FieldInvalid, NonFinite, NotImplementedYet
+from extractor_service.runner.forward import BatchRows
+
+_TORCH_DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16}
+
+
+def storage_dtype(column: ColumnSpec) -> torch.dtype:
+    """The dtype of a hookpoint's column; raises NotImplementedYet for 8-bit ones."""
+    if column.dtype not in _TORCH_DTYPES:
+        raise NotImplementedYet(f"Column {column.name}: storing {column.dtype} is not in this version; use bfloat16.")
+    return _TORCH_DTYPES[column.dtype]
+
+
+class RowSource:
+    """The kept rows of one batch, ready to be copied in parts."""
+
+    def __init__(self, rows: BatchRows, columns: Sequence[ColumnSpec], *, allow_non_finite: bool) -> None:
+        self._activations = rows.activations
+        self._index = rows.index
+        self._columns = columns
+        self._allow_non_finite = allow_non_finite
+        keep = rows.batch.keep
+        self._provenance = {
+            TOKEN_ID.name: rows.batch.token_ids[keep],
+            DOCUMENT.name: rows.batch.documents[keep],
+            POSITION.name: rows.batch.positions[keep],
+        }
+        self.n_rows = len(self._provenance[TOKEN_ID.name])
+        for column in columns:
+            _check_width(column, rows.activations[column.name])
+
+    def copy_to(self, reservation: Reservation, first: int) -> int:
+        """Fills the reservation with rows from `first` on; returns how many values are not finite.
+
+        Raises NonFinite for these unless they are allowed.
+        """
+        end = first + reservation.n_rows
+        for name, values in self._provenance.items():
+            np.frombuffer(reservation.columns[name], dtype=np.int32)[:] = values[first:end]
+        return sum(self._copy_column(column, reservation.columns[column.name], first, end) for column in self._columns)
+
+    def _copy_column(self, column: ColumnSpec, memory: memoryview, first: int, end: int) -> int:
+        stored_RD = torch.frombuffer(memory, dtype=storage_dtype(column)).view(end - first, column.width)
+        acts_RD = self._activations[column.name]
+        if self._index is None:
+            stored_RD.copy_(acts_RD[first:end])
+        elif stored_RD.dtype == acts_RD.dtype:
+            torch.index_select(acts_RD, 0, self._index[first:end], out=stored_RD)
+        else:
+            stored_RD.copy_(acts_RD.index_select(0, self._index[first:end]))
+        return self._count_non_finite(column, stored_RD, first)
+
+    def _count_non_finite(self, column: ColumnSpec, stored_RD: Tensor, first: int) -> int:
+        """Looks at what was stored: a value may be finite before the conversion and not after it."""
+        finite_RD = torch.isfinite(stored_RD)
+        if bool(finite_RD.all()):
+            return 0
+        if not self._allow_non_finite:
+            raise self._non_finite(column, first + int((~finite_RD.all(1)).nonzero()[0]))
+        return int((~finite_RD).sum())
+
+    def _non_finite(self, column: ColumnSpec, row: int) -> NonFinite:
+        where: Mapping[str, str] = {
+            "hookpoint": column.name,
+            "document": str(self._provenance[DOCUMENT.name][row]),
+            "position": str(self._provenance[POSITION.name][row]),
+        }
+        return NonFinite(
+            f"{column.name} has NaN or infinite values at position {where['position']} of document {where['document']} "
+            f"stored as {column.dtype}; try a storage or compute dtype of wider range, or allow_non_finite.",
+            metadata=where,
+        )
+
+
+def _check_width(column: ColumnSpec, acts: Tensor) -> None:
+    if acts.shape[1] != column.width:
+        raise FieldInvalid(
+            f"Column {column.name} is {column.width} wide, the model gives {acts.shape[1]} values; the set was made "
+            "for another model, delete it."
+        )
