@@ -1,0 +1,51 @@
+"""Logs: one JSON object a line; inside an RPC each line carries its request id."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+LEVELS = ("debug", "info", "warning", "error")
+
+# Set by the interceptor for the task of an RPC, and copied into the tasks it starts.
+current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object; `extra={"fields": {...}}` adds keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line without its end."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := current_request_id.get():
+            line["request_id"] = request_id
+        fields = getattr(record, "fields", None)
+        if isinstance(fields, Mapping):
+            line |= fields
+        if record.exc_info:
+            line["stack"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure(level: str, stream: TextIO) -> None:
+    """Sends all of this process's logs to `stream`, from `level` (one of LEVELS) on."""
+    if level not in LEVELS:
+        raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.captureWarnings(capture=True)
+    # grpc reports every cancelled call and every event loop it meets at debug level.
+    logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
+    logging.getLogger("asyncio").setLevel(max(root.level, logging.INFO))
