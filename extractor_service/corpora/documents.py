@@ -4,17 +4,59 @@ from __future__ import annotations
 
 from extractor_service.corpora.reader import DocumentReader
 from extractor_service.corpora.tokenizer import Tokenizer
+from extractor_service.errors import CorpusMalformed, ModelUnsupported
 from extractor_service.packing import Int32Array
+
+BLOCK_DOCUMENTS = 64  # The tokenizer works on several documents at once.
+BLOCK_BYTES = 256 * 1024  # It takes a hundred bytes for each token meanwhile.
 
 
 class TokenizedDocuments:
-    """Tokenizes a corpus as it is read, or passes its token ids through; not for several threads at once."""
+    """Tokenizes a corpus as it is read, or passes its token ids through; not for several threads at once.
+
+    Tokens depend on the document alone, not on what else is read. Raises CorpusMalformed for token ids beyond the
+    model's vocabulary.
+    """
 
     def __init__(self, reader: DocumentReader, tokenizer: Tokenizer) -> None:
-        raise NotImplementedError
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._block_start = 0
+        self._block: list[Int32Array] = []
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self._reader)
 
     def __getitem__(self, index: int, /) -> Int32Array:
-        raise NotImplementedError
+        """Returns a document's own token ids, to be read only."""
+        if self._reader.tokenized:
+            return self._checked(self._reader.token_ids(index), index)
+        if not 0 <= index - self._block_start < len(self._block):
+            self._read_block(index)
+        return self._checked(self._block[index - self._block_start], index)
+
+    def _read_block(self, start: int) -> None:
+        texts = [self._reader.text(start)]
+        size = self._reader.size_bytes(start)
+        for index in range(start + 1, min(start + BLOCK_DOCUMENTS, len(self._reader))):
+            size += self._reader.size_bytes(index)
+            if size > BLOCK_BYTES:
+                break
+            texts.append(self._reader.text(index))
+        self._block = self._tokenizer.encode_batch(texts)
+        self._block_start = start
+
+    def _checked(self, token_ids: Int32Array, index: int) -> Int32Array:
+        largest = int(token_ids.max(initial=0))
+        if largest < self._tokenizer.vocab_size:
+            return token_ids
+        if self._reader.tokenized:
+            raise CorpusMalformed(
+                f"Document {index} holds token id {largest}, and the model's end before {self._tokenizer.vocab_size};"
+                " tokenize the corpus with this model's tokenizer.",
+                metadata={"document": str(index), "token_id": str(largest)},
+            )
+        raise ModelUnsupported(
+            f"The tokenizer gives the id {largest} and the model's ids end before {self._tokenizer.vocab_size}; the"
+            " tokenizer is not this model's."
+        )
