@@ -41,8 +41,8 @@ class Load(Message):
 class Extract(Message):
     """Append rows to the set in `set_path` until the corpus ends, `max_rows` exist, or `stop`.
 
-    The set's manifest holds recipe and columns; the run goes on behind its last sealed segment. Rows from `grant_row` on
-    wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then `finished` or `failed`.
+    The set's manifest holds recipe and columns; the run goes on behind its last sealed segment. Rows from `grant_row`
+    on wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then `finished` or `failed`.
     """
 
     KIND: ClassVar[str] = "extract"

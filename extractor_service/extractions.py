@@ -1,0 +1,288 @@
+"""All extractions of a node: starting, finding, listing, cancelling them, and carrying on after a restart.
+
+Each is recorded in `<data>/extractions/<id>.json`, so that a killed extractor takes up where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from activation_log.files import write_atomically
+from activation_log.index import SegmentIndex
+from activation_log.manifest import Manifest
+from extractor_service import hookpoints
+from extractor_service.errors import (
+    ExtractionNotFound,
+    FieldInvalid,
+    ModelNotReady,
+    NotImplementedYet,
+    QueueFull,
+)
+from extractor_service.extraction import ExtractionJob, JobContext
+from extractor_service.identity import identity_of, new_manifest
+from extractor_service.ports import Corpora, Models
+from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, ModelInfo, Retention
+
+MAX_ACTIVE = 64
+# Ended extractions are kept for people to look at, the oldest forgotten first. Their rows stay.
+MAX_ENDED = 1000
+MIN_WINDOW_BYTES = 1024 * 1024
+_UUID4 = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
+
+logger = logging.getLogger(__name__)
+
+
+class Extractions:
+    """The extractions of this node."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        models: Models,
+        corpora: Corpora,
+        context: Callable[[Callable[[ExtractionJob], None]], JobContext],
+        device_id: str,
+    ) -> None:
+        self._records = data_dir / "extractions"
+        self._sets = data_dir / "activations"
+        self._models = models
+        self._corpora = corpora
+        self._device_id = device_id
+        self._jobs: dict[str, ExtractionJob] = {}
+        self._set_locks: dict[Path, asyncio.Lock] = {}
+        self._starting = asyncio.Lock()
+        self._dirty: set[str] = set()
+        self._context = context(self._save)
+
+    def get(self, extraction_id: str) -> ExtractionJob:
+        """Raises ExtractionNotFound."""
+        try:
+            return self._jobs[extraction_id]
+        except KeyError:
+            raise ExtractionNotFound(
+                f"There is no extraction {extraction_id!r} on this node; ListExtractions lists them.",
+                resource=("Extraction", extraction_id),
+            ) from None
+
+    def list(self) -> list[ExtractionJob]:
+        """All of them, the newest first."""
+        return sorted(self._jobs.values(), key=lambda job: (-job.value.create_time, job.value.id))
+
+    async def start(self, request_id: str, spec: ExtractionSpec) -> Extraction:
+        """Starts an extraction, or returns one that already does or did what is asked for."""
+        if request_id and not _UUID4.match(request_id):
+            raise FieldInvalid("request_id is no UUID4; send one per intended call.", field="request_id")
+        async with self._starting:  # Two equal requests at once become one extraction.
+            if known := self._by_request(request_id):
+                return known.value
+            spec, model = await self.check(spec)
+            identity = self._identity(spec, model)
+            if running := self._covering(spec, identity):
+                return running.value
+            self._check_room()
+            job = self._new_job(spec, model, identity, request_id)
+            self._begin(job)
+            return job.value
+
+    async def check(self, spec: ExtractionSpec) -> tuple[ExtractionSpec, ModelInfo]:
+        """Checks a request against model and corpus; returns it with hookpoints in forward order."""
+        if not spec.model_id:
+            raise FieldInvalid("spec.model_id is empty; name a registered model.", field="spec.model_id")
+        _check_numbers(spec)
+        model = await self._models.get_model(spec.model_id)
+        if not model.ready:
+            raise ModelNotReady(
+                f"Model {model.id} has no files yet; run PrepareModel (`headrace models add` does) and wait for READY.",
+                resource=("Model", model.id),
+            )
+        self._corpora.digest(spec.corpus_id)
+        offered = hookpoints.available(model.model_type, model.n_layers, model.d_model)
+        names = hookpoints.check(spec.hookpoints, offered)
+        if model.context_window and spec.recipe.context_size > model.context_window:
+            raise FieldInvalid(
+                f"spec.recipe.context_size is {spec.recipe.context_size}; {model.id} reads at most "
+                f"{model.context_window} tokens.",
+                field="spec.recipe.context_size",
+            )
+        return replace(spec, hookpoints=names), model
+
+    def rows_cached(self, spec: ExtractionSpec, model: ModelInfo) -> int:
+        """Rows of a checked request that exist already."""
+        folder = self._folder(self._identity(spec, model))
+        if not (folder / "manifest.json").exists():
+            return 0
+        return SegmentIndex.load(folder).n_rows(["token_id", "document", "position", *spec.hookpoints])
+
+    def recover(self) -> None:
+        """Reads the records and carries on with what had not ended."""
+        self._records.mkdir(parents=True, exist_ok=True)
+        self._sets.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._records.glob("*.json")):
+            try:
+                job = self._read(json.loads(path.read_bytes()))
+            except (ValueError, KeyError, FileNotFoundError) as exc:
+                logger.warning("%s is no extraction that can be carried on: %s", path.name, exc)
+                path.unlink()
+                continue
+            self._jobs[job.value.id] = job
+            if not job.value.state.ended or job.value.spec.retention.is_window:
+                self._begin(job)
+
+    async def close(self) -> None:
+        """Ends all tasks; what had not ended goes on at the next start."""
+        await asyncio.gather(*(job.close() for job in self._jobs.values()))
+
+    async def report_changes(self, report: Callable[[ExtractionJob], Awaitable[None]], interval_s: float = 2.0) -> None:
+        """Reports sets whose extraction changed, at most one report per set and interval, until cancelled."""
+        while True:
+            await asyncio.sleep(interval_s)
+            for extraction_id in [i for i, job in self._jobs.items() if i in self._dirty or not job.value.state.ended]:
+                self._dirty.discard(extraction_id)
+                await report(self._jobs[extraction_id])
+
+    def report_all(self) -> None:
+        """Marks every set for a report: the registry has a new epoch of this node."""
+        self._dirty.update(self._jobs)
+
+    def _begin(self, job: ExtractionJob) -> None:
+        job.task = asyncio.create_task(job.run(), name=f"extraction-{job.value.id}")
+
+    def _by_request(self, request_id: str) -> ExtractionJob | None:
+        return next((job for job in self._jobs.values() if request_id and job.request_id == request_id), None)
+
+    def _covering(self, spec: ExtractionSpec, identity: dict[str, Any]) -> ExtractionJob | None:
+        """An active extraction of the same set that will have all rows and columns asked for."""
+        folder = self._folder(identity)
+        for job in self._jobs.values():
+            ours = job.value.spec
+            same_rows = ours.max_rows == spec.max_rows and ours.allow_non_finite == spec.allow_non_finite
+            if (
+                not job.value.state.ended
+                and same_rows
+                and not spec.retention.is_window
+                and job.folder == folder
+                and set(spec.hookpoints) == set(ours.hookpoints)
+            ):
+                return job
+        return None
+
+    def _check_room(self) -> None:
+        active = sum(not job.value.state.ended for job in self._jobs.values())
+        if active >= MAX_ACTIVE:
+            raise QueueFull(f"{active} extractions are under way, the most there can be.", retry_after_s=10.0)
+        ended = [job for job in self.list() if job.value.state.ended]
+        for job in ended[MAX_ENDED:]:
+            del self._jobs[job.value.id]
+            (self._records / f"{job.value.id}.json").unlink(missing_ok=True)
+
+    def _new_job(
+        self, spec: ExtractionSpec, model: ModelInfo, identity: dict[str, Any], request_id: str
+    ) -> ExtractionJob:
+        extraction_id = f"x{uuid.uuid4().hex[:12]}"
+        widths = dict.fromkeys(spec.hookpoints, model.d_model)
+        manifest = new_manifest(spec, identity, widths)
+        folder = self._folder(identity)
+        if spec.retention.is_window and not self._complete(folder, spec):
+            folder = folder.with_name(f"{folder.name}.window-{extraction_id}")
+        if (folder / "manifest.json").exists():
+            known = Manifest.load(folder)
+            missing = [name for name in spec.hookpoints if all(name != column.name for column in known.columns)]
+            if missing:
+                raise NotImplementedYet(
+                    f"Set {known.set_id} exists without {', '.join(missing)}; columns can't be added to a set yet. "
+                    "Ask for all hookpoints at once, or change the recipe.",
+                )
+        else:
+            manifest.save(folder)
+        value = Extraction(id=extraction_id, spec=spec, set_id=manifest.set_id, path=str(folder))
+        job = self._job(value, request_id)
+        self._jobs[extraction_id] = job
+        self._save(job)
+        return job
+
+    def _complete(self, folder: Path, spec: ExtractionSpec) -> bool:
+        """True when a RETAIN set holds everything, so that even a WINDOW request is a plain read."""
+        if not (folder / "manifest.json").exists():
+            return False
+        manifest, index = Manifest.load(folder), SegmentIndex.load(folder)
+        return manifest.complete and index.n_rows(spec.hookpoints) == manifest.total_rows
+
+    def _job(self, value: Extraction, request_id: str) -> ExtractionJob:
+        if value.spec.retention.is_window and ".window-" not in value.path:
+            value = replace(value, spec=replace(value.spec, retention=Retention()))
+        folder = Path(value.path)
+        lock = self._set_locks.setdefault(folder, asyncio.Lock())
+        job = ExtractionJob(value, self._context, lock, corpus_path=self._corpora.folder(value.spec.corpus_id))
+        job.request_id = request_id
+        return job
+
+    def _folder(self, identity: dict[str, Any]) -> Path:
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return self._sets / hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+    def _identity(self, spec: ExtractionSpec, model: ModelInfo) -> dict[str, Any]:
+        return identity_of(
+            spec,
+            model,
+            corpus_digest=self._corpora.digest(spec.corpus_id),
+            compute_dtype=model.compute_dtype(self._device_id),
+        )
+
+    def _save(self, job: ExtractionJob) -> None:
+        value = job.value
+        record = {
+            "id": value.id,
+            "request_id": job.request_id,
+            "spec": value.spec.to_json(),
+            "set_id": value.set_id,
+            "path": value.path,
+            "state": str(value.state),
+            "failure": value.failure.to_json() if value.failure else None,
+            "n_rows": value.n_rows,
+            "n_rows_computed": value.n_rows_computed,
+            "cached": value.cached,
+            "create_time": value.create_time,
+        }
+        self._records.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._records / f"{value.id}.json", json.dumps(record).encode())
+        self._dirty.add(value.id)
+
+    def _read(self, record: dict[str, Any]) -> ExtractionJob:
+        state = ExtractionState(record["state"])
+        value = Extraction(
+            id=record["id"],
+            spec=ExtractionSpec.from_json(record["spec"]),
+            set_id=record["set_id"],
+            path=record["path"],
+            state=state if state.ended else ExtractionState.RECOVERING,
+            failure=Failure(**record["failure"]) if record["failure"] else None,
+            n_rows=record["n_rows"],
+            n_rows_expected=record["n_rows"] if state.ended else 0,
+            n_rows_exact=state.ended,
+            n_rows_computed=record["n_rows_computed"],
+            cached=record["cached"],
+            create_time=record["create_time"],
+        )
+        return self._job(value, record["request_id"])
+
+
+def _check_numbers(spec: ExtractionSpec) -> None:
+    if spec.max_rows < 0:
+        raise FieldInvalid("spec.max_rows is negative; 0 means the whole corpus.", field="spec.max_rows")
+    if spec.retention.is_window and spec.retention.window_bytes < MIN_WINDOW_BYTES:
+        raise FieldInvalid(
+            f"spec.retention.window_bytes is {spec.retention.window_bytes}; it must be at least {MIN_WINDOW_BYTES}.",
+            field="spec.retention.window_bytes",
+        )
+    if spec.retention.reader_grace_s < 0:
+        raise FieldInvalid("spec.retention.reader_grace_s is negative.", field="spec.retention.reader_grace_s")

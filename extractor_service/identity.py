@@ -1,0 +1,51 @@
+"""What a set is: everything that determines its numbers, and its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
+from activation_log.manifest import Manifest, segment_rows_for, set_id_of
+from extractor_service.values import ExtractionSpec, ModelInfo
+
+# A WINDOW set holds at least this many segments, so that readers and the forward pass don't wait for one another's.
+MIN_WINDOW_SEGMENTS = 8
+
+# Load options that say where a model is put, not what it computes.
+_NOT_NUMERIC = frozenset({"device_map", "max_memory", "low_cpu_mem_usage"})
+
+
+def identity_of(spec: ExtractionSpec, model: ModelInfo, *, corpus_digest: str, compute_dtype: str) -> dict[str, Any]:
+    """Everything row values depend on. `max_rows`, hookpoints and retention don't change a value and stay out."""
+    options = {key: value for key, value in model.load_options.items() if key not in _NOT_NUMERIC}
+    return {
+        "model": {"source": model.source, "commit_sha": model.commit_sha, "quantization": model.quantization},
+        "compute_dtype": compute_dtype,
+        "load_options": options | {"dtype": compute_dtype},
+        "tokenizer_digest": model.tokenizer_digest,
+        "corpus_digest": corpus_digest,
+        "recipe": spec.recipe.to_json(),
+    }
+
+
+def hookpoint_columns(spec: ExtractionSpec, widths: Mapping[str, int]) -> tuple[ColumnSpec, ...]:
+    """Columns of the hookpoints asked for."""
+    dtype = Dtype(spec.recipe.storage_dtype)
+    return tuple(ColumnSpec(name=name, dtype=dtype, width=widths[name]) for name in spec.hookpoints)
+
+
+def new_manifest(spec: ExtractionSpec, identity: Mapping[str, Any], widths: Mapping[str, int]) -> Manifest:
+    """Manifest of a set that does not exist yet."""
+    columns = (*PROVENANCE, *hookpoint_columns(spec, widths))
+    segment_rows = segment_rows_for(columns)
+    if spec.retention.is_window:
+        window_rows = spec.retention.window_bytes // sum(column.row_bytes for column in columns)
+        segment_rows = max(1, min(segment_rows, window_rows // MIN_WINDOW_SEGMENTS))
+    return Manifest(
+        set_id=set_id_of(identity),
+        identity=identity,
+        columns=columns,
+        segment_rows=segment_rows,
+        retention=spec.retention.kind,
+    )

@@ -1,0 +1,298 @@
+"""A node: holds what the registry wants held, and tells it how that stands.
+
+The desired state is in the registry; this reconciles towards it and can be killed at any point. Each residency is one
+runner process. While the registry is away everything goes on as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from chassis.errors import ServiceError
+from extractor_service.errors import (
+    EpochStale,
+    ExtractionFailed,
+    LeaseLost,
+    LoadFailed,
+    RegistryUnavailable,
+    RunnerLost,
+    WaitTimeout,
+)
+from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
+from extractor_service.runner_protocol import Convert, Converted, Converting, Load, Loaded, Loading
+from extractor_service.values import (
+    Assignment,
+    Build,
+    DesiredState,
+    Device,
+    Failure,
+    ModelInfo,
+    ResidencyReport,
+    TransferMeter,
+)
+
+RETRY_S = 1.0
+# Loading progress is for people; a report is a transaction in the registry.
+REPORT_INTERVAL_S = 0.5
+REPORT_DEADLINE_S = 30.0
+# 400 GB from a slow disk; longer is a hang.
+LOAD_DEADLINE_S = 3600.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Holding:
+    """A residency this node loads or holds."""
+
+    assignment: Assignment
+    runner: Runner | None = None
+    loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    measured_bytes: int = 0
+    task: asyncio.Task[None] | None = None
+
+
+class Node:
+    """Reconciles this node with the registry's desired state until it is cancelled."""
+
+    def __init__(
+        self,
+        registry: NodeRegistry,
+        start_runner: RunnerFactory,
+        devices: Callable[[], Sequence[Device]],
+        *,
+        environment: Mapping[str, str],
+        reason_of: Callable[[ServiceError], str],
+    ) -> None:
+        self._registry = registry
+        self._start_runner = start_runner
+        self._devices = devices
+        self._environment = environment
+        self._reason_of = reason_of
+        self._holdings: dict[str, Holding] = {}
+        self._builds: dict[str, asyncio.Task[None]] = {}
+        self._desired: DesiredState = DesiredState()
+        self.epoch = 0
+        self.registered = asyncio.Event()
+        self.on_registered: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        """Registers, then heartbeats and reconciles; registers anew whenever the epoch turns out to be stale."""
+        try:
+            while True:
+                try:
+                    await self._live_one_epoch()
+                except (RegistryUnavailable, EpochStale) as exc:
+                    logger.info("registering again: %s", exc)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            await self._end_everything()
+
+    async def runner_for(self, residency_id: str, deadline_s: float) -> tuple[Runner, Assignment]:
+        """Waits until a residency is loaded here; WaitTimeout past the deadline, RunnerLost if it is given up."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            holding = self._holdings.get(residency_id)
+            if holding and holding.loaded.is_set() and holding.runner:
+                return holding.runner, holding.assignment
+            await asyncio.sleep(0.05)
+        raise WaitTimeout(
+            f"Residency {residency_id} was granted but is not on this node after {deadline_s:.0f} s; try again.",
+            retry_after_s=RETRY_S,
+        )
+
+    async def _live_one_epoch(self) -> None:
+        self.epoch, interval_s = await self._registry.register(self._devices())
+        logger.info("registered as epoch %d", self.epoch)
+        self.registered.set()
+        self.on_registered()
+        heartbeats = asyncio.create_task(self._heartbeat(interval_s), name="heartbeat")
+        watching = asyncio.create_task(self._watch(), name="assignments")
+        try:
+            done, _ = await asyncio.wait((heartbeats, watching), return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            for task in (heartbeats, watching):
+                task.cancel()
+            await asyncio.gather(heartbeats, watching, return_exceptions=True)
+
+    async def _heartbeat(self, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            await self._registry.heartbeat(self.epoch, self._devices())
+
+    async def _watch(self) -> None:
+        async for desired in self._registry.assignments(self.epoch):
+            await self._reconcile(desired)
+        raise RegistryUnavailable("The registry ended the stream of assignments.", retry_after_s=RETRY_S)
+
+    async def _reconcile(self, desired: DesiredState) -> None:
+        wanted = {a.residency_id: a for a in desired.assignments if a.hold}
+        ending = {a.residency_id: a for a in desired.assignments if not a.hold}
+        for residency_id in [r for r in self._holdings if r not in wanted]:
+            await self._let_go(residency_id)
+        for assignment in ending.values():
+            await self._report(
+                ResidencyReport(residency_id=assignment.residency_id, fence=assignment.fence, state="UNLOADED")
+            )
+        for assignment in wanted.values():
+            await self._hold(assignment)
+        for build in desired.builds:
+            if build.model.id not in self._builds:
+                self._builds[build.model.id] = asyncio.create_task(self._build(build), name=f"build-{build.model.id}")
+
+    async def _hold(self, assignment: Assignment) -> None:
+        holding = self._holdings.get(assignment.residency_id)
+        if holding is None:
+            holding = self._holdings[assignment.residency_id] = Holding(assignment)
+            holding.task = asyncio.create_task(self._load_and_watch(holding), name=f"hold-{assignment.residency_id}")
+            return
+        holding.assignment = assignment
+        if holding.loaded.is_set() and assignment.state != "RESIDENT":
+            await self._report_resident(holding)
+
+    async def _load_and_watch(self, holding: Holding) -> None:
+        """Loads one model, and tells the registry when its process dies."""
+        try:
+            holding.runner = runner = await self._start_runner(environment=self._environment)
+            async with asyncio.timeout(LOAD_DEADLINE_S):
+                await self._load(holding, runner)
+            holding.loaded.set()
+            await self._report_resident(holding)
+            await runner.wait()
+            raise RunnerLost("The model's process died; it is loaded again on demand.", retry_after_s=RETRY_S)
+        except (ServiceError, TimeoutError) as raised:
+            exc = (
+                raised
+                if isinstance(raised, ServiceError)
+                else LoadFailed(f"Loading took longer than {LOAD_DEADLINE_S:.0f} s; look at the node's disk and log.")
+            )
+            logger.warning("residency %s failed: %s", holding.assignment.residency_id, exc.message)
+            self._holdings.pop(holding.assignment.residency_id, None)
+            if holding.runner:
+                await holding.runner.kill()
+            await self._report(
+                ResidencyReport(
+                    residency_id=holding.assignment.residency_id,
+                    fence=holding.assignment.fence,
+                    state="FAILED",
+                    failure=Failure(reason=self._reason_of(exc), message=exc.message, metadata=exc.metadata),
+                )
+            )
+
+    async def _load(self, holding: Holding, runner: Runner) -> None:
+        assignment = holding.assignment
+        command = Load(
+            files_path=assignment.model.files_path,
+            device=assignment.device_id,
+            dtype=assignment.model.compute_dtype(assignment.device_id),
+            quantization=assignment.model.quantization,
+            load_options=dict(assignment.model.load_options),
+        )
+        meter, reported = TransferMeter(time.monotonic()), 0.0
+        async for event in runner.run(command, ends=(Loaded,)):
+            now = time.monotonic()
+            if isinstance(event, Loading) and now - reported >= REPORT_INTERVAL_S:
+                reported = now
+                await self._report(
+                    ResidencyReport(
+                        residency_id=assignment.residency_id,
+                        fence=holding.assignment.fence,
+                        state="LOADING",
+                        transfer=meter.at(event.done_bytes, event.total_bytes, now),
+                    ),
+                    attempts=1,
+                )
+            elif isinstance(event, Loaded):
+                holding.measured_bytes = event.measured_bytes
+
+    async def _report_resident(self, holding: Holding) -> None:
+        await self._report(
+            ResidencyReport(
+                residency_id=holding.assignment.residency_id,
+                fence=holding.assignment.fence,
+                state="RESIDENT",
+                measured_bytes=holding.measured_bytes,
+            )
+        )
+
+    async def _report(self, report: ResidencyReport, attempts: int = 3) -> None:
+        """Reports; gives up after a while, since the desired state is sent again and answered again."""
+        await self._try_to_tell(
+            lambda: self._registry.report_residency(self.epoch, report),
+            attempts,
+            f"{report.residency_id} {report.state}",
+        )
+
+    async def _try_to_tell(self, tell: Callable[[], Awaitable[None]], attempts: int, what: str) -> None:
+        for attempt in range(attempts):
+            try:
+                await asyncio.wait_for(tell(), REPORT_DEADLINE_S)
+            except (RegistryUnavailable, TimeoutError):
+                if attempt + 1 < attempts:
+                    await asyncio.sleep(RETRY_S * (attempt + 1))
+            except (LeaseLost, EpochStale) as exc:
+                logger.info("report of %s refused: %s", what, exc.message)
+                return
+            else:
+                return
+        logger.warning("report of %s did not reach the registry", what)
+
+    async def _let_go(self, residency_id: str) -> None:
+        holding = self._holdings.pop(residency_id)
+        if holding.task:
+            holding.task.cancel()
+            await asyncio.gather(holding.task, return_exceptions=True)
+        if holding.runner:
+            await holding.runner.kill()
+
+    async def _build(self, build: Build) -> None:
+        model: ModelInfo = build.model
+        failure: Failure | None = None
+        runner: Runner | None = None
+        try:
+            runner = await self._start_runner(environment=self._environment)
+            await self._convert(runner, build)
+        except ServiceError as exc:
+            failure = Failure(reason=self._reason_of(exc), message=exc.message)
+        finally:
+            if runner:
+                await runner.kill()
+        await self._try_to_tell(
+            lambda: self._registry.report_build(
+                self.epoch, model.id, done=failure is None, transfer=None, failure=failure
+            ),
+            5,
+            f"build of {model.id}",
+        )
+        self._builds.pop(model.id, None)
+
+    async def _convert(self, runner: Runner, build: Build) -> None:
+        if not build.model.gguf_path:
+            raise ExtractionFailed(f"Model {build.model.id} needs no conversion.", reason="MODEL_UNSUPPORTED")
+        command = Convert(source_path=build.model.gguf_path, target_path=build.target_path)
+        meter, reported = TransferMeter(time.monotonic()), 0.0
+        async for event in runner.run(command, ends=(Converted,)):
+            now = time.monotonic()
+            if isinstance(event, Converting) and now - reported >= REPORT_INTERVAL_S:
+                reported = now
+                transfer = meter.at(event.done_bytes, event.total_bytes, now)
+                await self._try_to_tell(
+                    lambda transfer=transfer: self._registry.report_build(  # type: ignore[misc]
+                        self.epoch, build.model.id, done=False, transfer=transfer, failure=None
+                    ),
+                    1,
+                    f"build of {build.model.id}",
+                )
+
+    async def _end_everything(self) -> None:
+        for build in list(self._builds.values()):
+            build.cancel()
+        await asyncio.gather(*self._builds.values(), return_exceptions=True)
+        for residency_id in list(self._holdings):
+            await self._let_go(residency_id)

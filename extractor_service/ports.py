@@ -1,0 +1,92 @@
+"""What the core needs from outside, each with a real implementation in a room and a fake in the tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from extractor_service.runner_protocol import Message
+from extractor_service.values import (
+    DesiredState,
+    Device,
+    Extraction,
+    Failure,
+    Lease,
+    ModelInfo,
+    ResidencyReport,
+    Transfer,
+)
+
+
+class NodeRegistry(Protocol):
+    """The registry as a node sees it. Every method may raise RegistryUnavailable; those with `epoch`, EpochStale."""
+
+    async def register(self, devices: Sequence[Device]) -> tuple[int, float]:
+        """Announces this node; returns the epoch and the heartbeat interval in seconds."""
+
+    async def heartbeat(self, epoch: int, devices: Sequence[Device]) -> None:
+        """Tells that this node lives."""
+
+    def assignments(self, epoch: int) -> AsyncIterator[DesiredState]:
+        """Yields the whole desired state at once and after each change."""
+
+    async def report_residency(self, epoch: int, report: ResidencyReport) -> None:
+        """Tells how a residency stands; LeaseLost if the fence is stale."""
+
+    async def report_build(
+        self, epoch: int, model_id: str, *, done: bool, transfer: Transfer | None, failure: Failure | None
+    ) -> None:
+        """Tells how a build stands."""
+
+    async def report_set(self, epoch: int, extraction: Extraction, columns: Sequence[str], *, deleted: bool) -> None:
+        """Tells what a set of this node holds."""
+
+
+class Models(Protocol):
+    """Models and leases, as an extraction needs them. Every method may raise RegistryUnavailable."""
+
+    async def get_model(self, model_id: str) -> ModelInfo:
+        """Raises ModelNotFound."""
+
+    def acquire_lease(self, model_id: str, *, holder: str, wait_s: float) -> AsyncIterator[Lease | Transfer | int]:
+        """Yields queue positions and loading progress, and the lease last."""
+
+    async def renew_lease(self, lease: Lease) -> None:
+        """Extends it; LeaseLost once it has expired."""
+
+    async def release_lease(self, lease: Lease) -> None:
+        """Ends it."""
+
+
+class Corpora(Protocol):
+    """Corpora on this node."""
+
+    def digest(self, corpus_id: str) -> str:
+        """Raises CorpusNotFound."""
+
+    def folder(self, corpus_id: str) -> Path:
+        """Where its documents are."""
+
+
+class Runner(Protocol):
+    """A process that holds one model."""
+
+    def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncIterator[Message]:
+        """Sends a command, yields its events up to one of `ends`; raises what `failed` says, or RunnerLost."""
+
+    async def send(self, command: Message) -> None:
+        """Sends a command that has no answer of its own."""
+
+    async def wait(self) -> None:
+        """Waits until the process has ended."""
+
+    async def kill(self) -> None:
+        """Ends the process and waits until its memory is back."""
+
+
+class RunnerFactory(Protocol):
+    """Starts runners."""
+
+    async def __call__(self, *, environment: Mapping[str, str]) -> Runner:
+        """Starts one."""

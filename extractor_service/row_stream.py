@@ -1,0 +1,156 @@
+"""Rows of an extraction for one reader: what is committed at once, the rest as it comes.
+
+The reader's own pace is the only one here: the next run is read when the last one has been sent, so a slow reader holds
+nothing but its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from activation_log import errors as log_errors
+from activation_log.reader import RowRun, SetReader
+from extractor_service.errors import DigestMismatch, FieldInvalid, HookpointNotFound
+from extractor_service.extraction import ExtractionJob, rows_expired
+from extractor_service.readers import Reader
+from extractor_service.values import ExtractionState
+
+DEFAULT_CHUNK_BYTES = 1024 * 1024
+MAX_CHUNK_BYTES = 3_500_000
+MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
+HEARTBEAT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRequest:
+    """What a reader wants; checked when made."""
+
+    start_row: int = 0
+    end_row: int = 0  # 0: all there will be
+    columns: tuple[str, ...] = ()
+    chunk_bytes: int = 0
+    allow_large_chunks: bool = False
+    reader: str = ""
+    explicit_release: bool = False
+
+    def __post_init__(self) -> None:
+        limit = MAX_LARGE_CHUNK_BYTES if self.allow_large_chunks else MAX_CHUNK_BYTES
+        if not 0 <= self.chunk_bytes <= limit:
+            more = "" if self.allow_large_chunks else " (up to 16 MiB with allow_large_chunks)"
+            raise FieldInvalid(
+                f"chunk_bytes is {self.chunk_bytes}; it must be from 0 (1 MiB) to {limit}{more}.", field="chunk_bytes"
+            )
+        if self.start_row < 0:
+            raise FieldInvalid("start_row is negative.", field="start_row")
+        if self.end_row < 0 or 0 < self.end_row < self.start_row:
+            raise FieldInvalid("end_row lies before start_row; 0 means all rows.", field="end_row")
+        if len(self.reader) > 255:
+            raise FieldInvalid("reader has more than 255 characters.", field="reader")
+        if len(set(self.columns)) != len(self.columns):
+            raise FieldInvalid("columns names one column twice.", field="columns")
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """No rows for a while."""
+
+    n_rows: int
+    state: ExtractionState
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Every row asked for was sent."""
+
+    next_row: int
+    n_rows: int
+
+
+class RowStream:
+    """One reader's way through a set; a context manager that attaches and detaches it."""
+
+    def __init__(self, job: ExtractionJob, request: StreamRequest) -> None:
+        self._job = job
+        self._request = request
+        columns = check_columns(request.columns, job.columns)
+        self._attached: Reader = job.attach(request.reader, request.start_row)
+        try:
+            self._reader = SetReader(job.folder, columns)
+        except BaseException:
+            job.detach(self._attached)
+            raise
+        self._generation = job.generation
+        self.next_row = request.start_row
+        chunk_bytes = request.chunk_bytes or DEFAULT_CHUNK_BYTES
+        self._chunk_rows = max(1, chunk_bytes // self._reader.row_bytes)
+
+    @property
+    def name(self) -> str:
+        """Name of this reader."""
+        return self._attached.name
+
+    @property
+    def set_reader(self) -> SetReader:
+        """Columns and folder of what is read."""
+        return self._reader
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row that will come; 0 while unknown."""
+        known, wanted = self._job.end_row, self._request.end_row
+        return min(known, wanted) if known and wanted else known or wanted
+
+    async def events(self) -> AsyncIterator[RowRun | Pause | End]:
+        """Yields runs of rows in order without gaps, pauses, and an end; use a run before asking for the next.
+
+        Raises what the extraction ended with if it ends before the rows wanted exist.
+        """
+        while not self._at_end():
+            if self.next_row < self._job.value.n_rows:
+                run = self._read()
+                yield run
+                self.next_row = run.end_row
+                if not self._request.explicit_release:
+                    self._job.release_reader(self._attached, self.next_row)
+            elif self._job.value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
+                raise self._job.failure_error()
+            elif not await self._job.changed(HEARTBEAT_S):
+                yield Pause(self._job.value.n_rows, self._job.value.state)
+        yield End(self.next_row, self._job.value.n_rows)
+
+    def close(self) -> None:
+        """Detaches the reader."""
+        self._reader.close()
+        self._job.detach(self._attached)
+
+    def _at_end(self) -> bool:
+        end_row, value = self.end_row, self._job.value
+        if self._request.start_row > end_row > 0 and value.state == ExtractionState.DONE:
+            raise rows_expired(self._request.start_row, first_row=0, n_rows=value.n_rows)
+        return bool(end_row) and self.next_row >= end_row
+
+    def _read(self) -> RowRun:
+        if self._generation != self._job.generation:
+            self._reader.forget_open_segment()
+            self._generation = self._job.generation
+        n_rows = self._job.value.n_rows
+        end_row = min(n_rows, self.end_row) if self.end_row else n_rows
+        try:
+            return self._reader.read(self.next_row, self._chunk_rows, end_row=end_row)
+        except log_errors.RowsExpired as exc:
+            raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
+        except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:
+            raise DigestMismatch(str(exc), resource=("ActivationSet", self._job.value.set_id)) from exc
+
+
+def check_columns(wanted: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    """The columns to read, in the order asked for; raises HookpointNotFound."""
+    for name in wanted:
+        if name not in there:
+            raise HookpointNotFound(
+                f"Column {name!r} is not in this extraction; it has {', '.join(there)}.",
+                metadata={"nearest": ", ".join(there[:10])},
+                resource=("Column", name),
+            )
+    return tuple(wanted) or tuple(there)

@@ -1,0 +1,148 @@
+"""A runner as the server sees it: a child process that is sent commands and answers with events.
+
+The process is started afresh (never forked from this one), so it shares neither interpreter nor device memory with the
+server; ending it gives all its memory back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from chassis.errors import ServiceError
+from extractor_service.errors import (
+    CorpusMalformed,
+    DeviceOom,
+    DiskFull,
+    ExtractionFailed,
+    HookpointNotFound,
+    LoadFailed,
+    ModelUnsupported,
+    NonFinite,
+    RunnerLost,
+)
+from extractor_service.runner_protocol import MAX_LINE_BYTES, Failed, Message, decode, encode
+
+# Events of a command that nobody has taken yet. The runner waits in its pipe beyond that.
+_MAX_EVENTS = 256
+_EXIT_DEADLINE_S = 10.0
+RUNNER_COMMAND = (sys.executable, "-m", "extractor_service.runner")
+
+_BY_REASON: Mapping[str, type[ServiceError]] = {
+    "CORPUS_MALFORMED": CorpusMalformed,
+    "DEVICE_OOM": DeviceOom,
+    "DISK_FULL": DiskFull,
+    "HOOKPOINT_NOT_FOUND": HookpointNotFound,
+    "LOAD_FAILED": LoadFailed,
+    "MODEL_UNSUPPORTED": ModelUnsupported,
+    "NON_FINITE": NonFinite,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class RunnerProcess:
+    """One child process; commands that are answered run one after another."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._events: asyncio.Queue[Message | None] = asyncio.Queue(_MAX_EVENTS)
+        self._busy = asyncio.Lock()
+        self._reading = asyncio.create_task(self._read(), name=f"runner-{process.pid}")
+
+    @classmethod
+    async def start(cls, *, environment: Mapping[str, str], command: Sequence[str] = RUNNER_COMMAND) -> RunnerProcess:
+        """Starts a runner; its standard error is this process's."""
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=dict(environment),
+            limit=MAX_LINE_BYTES,
+        )
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    async def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncIterator[Message]:
+        """Sends a command and yields its events up to one of `ends`.
+
+        Raises the error a `failed` event stands for, and RunnerLost if the process ends first.
+        """
+        async with self._busy:
+            await self.send(command)
+            while True:
+                event = await self._events.get()
+                if event is None:
+                    self._close_events()  # For whoever asks next.
+                    await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
+                    raise self._lost()
+                if isinstance(event, Failed):
+                    raise error_of(event)
+                yield event
+                if isinstance(event, tuple(ends)):
+                    return
+
+    async def send(self, command: Message) -> None:
+        """Sends a command; RunnerLost if the process is gone."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(encode(command))
+            await self._process.stdin.drain()
+        except (BrokenPipeError, ConnectionResetError) as exc:
+            raise self._lost() from exc
+
+    async def wait(self) -> None:
+        """Waits until the process has ended."""
+        await self._process.wait()
+
+    async def kill(self) -> None:
+        """Ends the process, and waits until the system has taken its memory back."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
+        self._reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reading
+
+    def _lost(self) -> RunnerLost:
+        code = self._process.returncode
+        how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+        return RunnerLost(
+            f"The model's process {self.pid} {how}; it is started again, and reading resumes at the next row.",
+            metadata={"pid": str(self.pid), "exit_status": str(code)},
+            retry_after_s=1.0,
+        )
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            while line := await self._process.stdout.readline():
+                await self._events.put(decode(line))
+        except ValueError:
+            logger.exception("runner %d says something that is no event; it is ended", self.pid)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        finally:
+            self._close_events()
+        await self._process.wait()
+
+    def _close_events(self) -> None:
+        """Puts the end mark, in place of an event nobody took if there is no room."""
+        if self._events.full():
+            self._events.get_nowait()
+        self._events.put_nowait(None)
+
+
+def error_of(event: Failed) -> ServiceError:
+    """The error a `failed` event stands for."""
+    kind = _BY_REASON.get(event.reason)
+    if kind is None:
+        return ExtractionFailed(event.message, reason=event.reason, metadata=event.metadata)
+    return kind(event.message, metadata=event.metadata)
