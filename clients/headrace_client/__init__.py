@@ -1,0 +1,72 @@
+"""The Headrace client: models, corpora and extractions, and activations as a stream.
+
+Importing it needs neither torch nor a server; torch is imported by those who ask for tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headrace_client.chunk import ActivationChunk
+from headrace_client.client import HeadraceClient
+from headrace_client.errors import HeadraceError
+from headrace_client.stream import ChunkStream
+from headrace_client.values import (
+    ActivationSet,
+    Corpus,
+    Device,
+    Dtype,
+    Estimate,
+    Extraction,
+    ExtractionState,
+    Hookpoint,
+    Model,
+    ModelState,
+    Node,
+    Packing,
+    Progress,
+    Quantization,
+    Recipe,
+    Residency,
+    Retain,
+    TokenPolicy,
+    Window,
+)
+
+if TYPE_CHECKING:
+    from headrace_client.tensors import ActivationStream
+
+__all__ = [
+    "ActivationChunk",
+    "ActivationSet",
+    "ActivationStream",
+    "ChunkStream",
+    "Corpus",
+    "Device",
+    "Dtype",
+    "Estimate",
+    "Extraction",
+    "ExtractionState",
+    "HeadraceClient",
+    "HeadraceError",
+    "Hookpoint",
+    "Model",
+    "ModelState",
+    "Node",
+    "Packing",
+    "Progress",
+    "Quantization",
+    "Recipe",
+    "Residency",
+    "Retain",
+    "TokenPolicy",
+    "Window",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ActivationStream":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from headrace_client.tensors import ActivationStream  # noqa: PLC0415 - needs torch.
+
+    return ActivationStream

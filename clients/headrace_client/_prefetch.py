@@ -1,0 +1,326 @@
+"""The thread that keeps a stream going: reads ahead, reconnects, and proves that no row is missing or twice."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from activation_log import frames
+from headrace_client import _convert as convert
+from headrace_client._queue import ChunkQueue
+from headrace_client._watch import Backoff
+from headrace_client.chunk import ActivationChunk
+from headrace_client.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    HeadraceError,
+    RowsNotContiguous,
+    StreamLost,
+    TooManyStreams,
+    Unavailable,
+)
+from headrace_client.values import Column, ExtractionState, StreamHeader, StreamState
+
+JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
+_RELEASE_PAUSE_S = 0.05  # Between ReleaseRows calls: one call covers all rows taken in between.
+_LOG = logging.getLogger("headrace_client")
+
+
+class Messages(Protocol):
+    """The raw messages of one connection."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Raises HeadraceError when the connection breaks."""
+
+    def close(self) -> None:
+        """Cancels it, from any thread."""
+
+
+class Source(Protocol):
+    """Where a stream's rows come from."""
+
+    def open(self, start_row: int, *, again: bool) -> AbstractContextManager[Messages]:
+        """Connects; `again` after a failure, when the server may have moved."""
+
+    def release(self, row: int) -> None:
+        """Tells that rows before `row` may go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """How to stream; `start_row` inclusive, `end_row` exclusive with 0 for all."""
+
+    start_row: int = 0
+    end_row: int = 0
+    queue_bytes: int = 64 * 1024 * 1024
+    explicit_release: bool = False
+    reconnect_deadline_s: float = 120.0
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+@dataclass
+class Outage:
+    """Adds up the time without a live server since the last row; decides how long to go on."""
+
+    deadline_s: float
+    backoff: Backoff
+    clock: Callable[[], float] = time.monotonic
+    lost_s: float = 0.0
+    attempt: int = 0
+    alive_at: float = 0.0
+    reconnecting: bool = False
+
+    def __post_init__(self) -> None:
+        self.alive_at = self.clock()
+
+    def row(self) -> None:
+        """A row came: all is well."""
+        self.lost_s, self.attempt = 0.0, 0
+        self.alive()
+
+    def alive(self) -> None:
+        """The server says something, or the reader was busy: that time is no outage, but a row is still owed."""
+        now = self.clock()
+        if self.reconnecting:
+            self.lost_s += now - self.alive_at
+            self.reconnecting = False
+        self.alive_at = now
+
+    def pause_s(self, exc: HeadraceError, next_row: int) -> float:
+        """The wait before the next attempt; raises `exc` if none can help, StreamLost if the deadline has passed."""
+        if not _passing(exc, again=self.attempt > 0):
+            raise exc
+        lost_s = self.lost_s + self.clock() - self.alive_at
+        if lost_s > self.deadline_s:
+            raise StreamLost(
+                f"the stream broke and no row came for {lost_s:.0f} s; last: {exc}",
+                metadata={"next_row": str(next_row), "last_reason": exc.reason},
+            ) from exc
+        pause = max(self.backoff.wait_s(self.attempt), min(exc.retry_after_s or 0.0, self.backoff.most_s))
+        self.attempt += 1
+        self.reconnecting = True
+        return min(pause, max(self.deadline_s - lost_s, 0.0) + 0.01)
+
+
+def _passing(exc: HeadraceError, *, again: bool) -> bool:
+    """True when a new connection may help."""
+    if isinstance(exc, Unavailable):
+        return not isinstance(exc, StreamLost)
+    if isinstance(exc, TooManyStreams):
+        return again  # The server may still count the connection that broke.
+    return isinstance(exc, DeadlineExceeded) and exc.reason == DeadlineExceeded.REASON  # The call's own long life.
+
+
+class Prefetcher:
+    """Reads a stream into a bounded queue, from a thread. What goes wrong arrives with the taker of the queue."""
+
+    def __init__(self, source: Source, options: StreamOptions) -> None:
+        self.queue = ChunkQueue(options.queue_bytes)
+        self.state = StreamState.CONNECTING
+        self.extraction_state: ExtractionState | None = None
+        self.n_rows_committed = 0
+        self.n_reconnects = 0
+        self.header: StreamHeader | None = None
+        self.header_ready = threading.Event()
+        self._source = source
+        self._options = options
+        self._next_row = options.start_row
+        self._stopping = threading.Event()
+        self._messages: Messages | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="headrace-prefetch", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancels the connection and waits for the thread, up to a deadline."""
+        self._stopping.set()
+        self.queue.close()
+        with self._lock:
+            messages = self._messages
+        if messages is not None:
+            messages.close()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_DEADLINE_S)
+
+    def _run(self) -> None:
+        try:
+            self._pump()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the consumer must see it.
+            if not self._stopping.is_set():
+                self.queue.fail(exc)
+        finally:
+            self.state = StreamState.ENDED
+
+    def _pump(self) -> None:
+        outage = Outage(deadline_s=self._options.reconnect_deadline_s, backoff=self._options.backoff)
+        again = False
+        while not self._stopping.is_set():
+            try:
+                ended = self._connection(outage, again=again)
+            except HeadraceError as exc:
+                if self._stopping.is_set():
+                    return
+                pause_s = outage.pause_s(exc, self._next_row)
+                _LOG.info("stream at row %d: %s; reconnecting in %.1f s", self._next_row, exc, pause_s)
+            else:
+                if ended:
+                    self.queue.finish()
+                return
+            self.state = StreamState.RECONNECTING
+            self.n_reconnects += 1
+            again = True
+            self._stopping.wait(pause_s)
+
+    def _connection(self, outage: Outage, *, again: bool) -> bool:
+        """Reads one connection; True at the stream's end, False when stopped."""
+        with self._source.open(self._next_row, again=again) as messages:
+            with self._lock:
+                self._messages = messages
+            if self._stopping.is_set():
+                return False
+            greeted = False
+            for message in messages:
+                chunk = _decode(message)
+                if chunk is None:
+                    if self._event(message, outage):
+                        return True
+                    greeted = True
+                elif not greeted:
+                    raise DataLoss("rows came before the stream's header")
+                elif not self._rows(chunk, outage):
+                    return False
+        raise Unavailable("the stream ended without its end message")
+
+    def _rows(self, chunk: frames.Chunk, outage: Outage) -> bool:
+        """Checks and queues a chunk; False when stopped."""
+        assert self.header is not None
+        if chunk.first_row != self._next_row or chunk.n_rows < 1:
+            raise RowsNotContiguous(
+                f"rows {chunk.first_row} to {chunk.first_row + chunk.n_rows} came where row {self._next_row} was due",
+                metadata={"next_row": str(self._next_row), "first_row": str(chunk.first_row)},
+            )
+        outage.row()
+        self.state = StreamState.STREAMING
+        going_on = self.queue.put(_cut(chunk, self.header.columns))
+        self._next_row = chunk.first_row + chunk.n_rows
+        self.n_rows_committed = max(self.n_rows_committed, self._next_row)
+        outage.alive()  # The wait for room in the queue was no silence.
+        return going_on
+
+    def _event(self, message: bytes, outage: Outage) -> bool:
+        """Takes a header, a progress or an end; True for the end."""
+        event = convert.stream_event_from_pb(message)
+        match event.WhichOneof("event"):
+            case "header":
+                self._greet(convert.header_from_pb(event.header))
+            case "progress":
+                outage.alive()
+                self.state = StreamState.WAITING
+                self.n_rows_committed = event.progress.n_rows
+                self.extraction_state = convert.extraction_state_from_pb(event.progress.state)
+            case "end":
+                self._check_end(event.end.next_row)
+                self.n_rows_committed = event.end.n_rows
+                return True
+            case _:
+                pass  # A kind of message that this client does not know yet.
+        return False
+
+    def _greet(self, header: StreamHeader) -> None:
+        first = self.header
+        if header.first_row != self._next_row:
+            raise RowsNotContiguous(f"the stream begins at row {header.first_row}, asked for was {self._next_row}")
+        if first is not None and (header.set_id, header.columns) != (first.set_id, first.columns):
+            raise RowsNotContiguous(
+                f"the stream went on with other data: set {header.set_id}, before {first.set_id}",
+                metadata={"next_row": str(self._next_row)},
+            )
+        self.header = header
+        self.header_ready.set()
+
+    def _check_end(self, next_row: int) -> None:
+        if next_row != self._next_row:
+            raise RowsNotContiguous(f"the stream ended at row {next_row}, received were those before {self._next_row}")
+
+
+def _decode(message: bytes) -> frames.Chunk | None:
+    try:
+        chunk = frames.decode_chunk(message)
+    except frames.FrameError as exc:
+        raise DataLoss(f"a message of the stream is damaged: {exc}") from exc
+    if chunk is not None:
+        return chunk
+    event = convert.stream_event_from_pb(message)
+    if event.WhichOneof("event") != "chunk":
+        return None
+    pb = event.chunk  # Framed by somebody else, with its fields in another order.
+    return frames.Chunk(pb.first_row, pb.n_rows, tuple(pb.column_offsets), memoryview(pb.payload))
+
+
+def _cut(chunk: frames.Chunk, columns: tuple[Column, ...]) -> ActivationChunk:
+    if len(chunk.column_offsets) != len(columns):
+        raise DataLoss(f"a chunk has {len(chunk.column_offsets)} columns, the stream's header {len(columns)}")
+    try:
+        buffers = tuple(chunk.column(at, column.row_bytes) for at, column in enumerate(columns))
+    except frames.FrameError as exc:
+        raise DataLoss(f"a chunk is damaged: {exc}") from exc
+    return ActivationChunk(
+        first_row=chunk.first_row,
+        n_rows=chunk.n_rows,
+        columns=columns,
+        buffers=buffers,
+        size_bytes=len(chunk.payload),
+    )
+
+
+class Releaser:
+    """Sends ReleaseRows for a WINDOW set from a thread of its own.
+
+    Not from the prefetching one: when the window is full that one waits for rows which come only after a release.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._changed = threading.Condition()
+        self._row = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="headrace-release", daemon=True)
+        self._thread.start()
+
+    def offer(self, row: int) -> None:
+        """Tells that rows before `row` are done with; returns at once."""
+        with self._changed:
+            self._row = max(self._row, row)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends the thread; a call in progress ends by its own deadline."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        sent = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._row > sent)  # noqa: B023 - called before `sent` changes.
+                if self._stopping:
+                    return
+                row = self._row
+            try:
+                self._source.release(row)
+                sent = row
+                time.sleep(_RELEASE_PAUSE_S)
+            except HeadraceError as exc:
+                # While the stream reconnects there is no reader to release for; the next call covers these rows too.
+                _LOG.debug("release of rows before %d: %s", row, exc)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, 0.5)

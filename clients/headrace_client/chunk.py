@@ -1,0 +1,60 @@
+"""A run of rows as it came in one message: views of it, no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace_client.values import PROVENANCE_COLUMNS, Column, Dtype
+
+# numpy has no bfloat16 and no float8: their bits come as unsigned integers.
+_NUMPY_DTYPES: Mapping[Dtype, npt.DTypeLike] = {
+    Dtype.FLOAT32: np.dtype("<f4"),
+    Dtype.FLOAT16: np.dtype("<f2"),
+    Dtype.BFLOAT16: np.dtype("<u2"),
+    Dtype.INT32: np.dtype("<i4"),
+    Dtype.FLOAT8_E4M3: np.dtype("u1"),
+    Dtype.INT8: np.dtype("i1"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationChunk:
+    """Rows `first_row` to `end_row` of some columns; `buffers` are read-only and go with the chunk."""
+
+    first_row: int
+    n_rows: int
+    columns: tuple[Column, ...]
+    buffers: tuple[memoryview, ...]
+    size_bytes: int
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.n_rows
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtype name of each column: tells bfloat16 bits from integers."""
+        return {column.name: column.dtype.value for column in self.columns}
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """A read-only view of each column: `[rows, width]`, or `[rows]` for the three of provenance."""
+        return {column.name: self._array(at) for at, column in enumerate(self.columns)}
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """The view of one column. Raises KeyError for one that is not in the stream."""
+        for at, column in enumerate(self.columns):
+            if column.name == name:
+                return self._array(at)
+        raise KeyError(name)
+
+    def _array(self, at: int) -> npt.NDArray[Any]:
+        column = self.columns[at]
+        flat = np.frombuffer(self.buffers[at], dtype=_NUMPY_DTYPES[column.dtype])
+        return flat if column.name in PROVENANCE_COLUMNS else flat.reshape(self.n_rows, column.width)

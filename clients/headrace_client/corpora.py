@@ -1,0 +1,139 @@
+"""`client.corpora`: sources of documents, each on one node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from headrace_client import _convert as convert
+from headrace_client._nodes import Nodes, pages
+from headrace_client._transport import Endpoint, new_request_id
+from headrace_client.errors import InvalidArgument
+from headrace_client.values import Corpus
+
+UPLOAD_DEADLINE_S = 3600.0
+_BLOCK_BYTES = 4 * 1024 * 1024
+
+
+class Corpora:
+    """Corpora on the extractors. `node` names one; without it, the first alive, or the one that holds the corpus."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+
+    def upload(
+        self,
+        id: str,  # noqa: A002 - the resource's own word.
+        path: str | Path | None = None,
+        documents: Iterable[str] | None = None,
+        *,
+        format: str = "",  # noqa: A002 - the contract's word.
+        text_column: str = "",
+        text_split: str = "",
+        node: str = "",
+        deadline_s: float = UPLOAD_DEADLINE_S,
+    ) -> Corpus:
+        """Sends a local file (`.txt`, `.jsonl`, `.csv`, `.parquet`) or texts. The same content again is no error."""
+        if (path is None) == (documents is None):
+            raise InvalidArgument("give either a path or documents", fields={"path": "exactly one of path, documents"})
+        file = None if path is None else Path(path)
+        if file is not None and not file.is_file():
+            raise InvalidArgument(f"{file} is no file", fields={"path": str(file)})
+        spec = convert.corpus_spec_to_pb(
+            corpus_id=id,
+            file_format=format if file else "jsonl",
+            text_column=text_column if file else "text",
+            text_split=text_split,
+            file_name=file.name if file else f"{id}.jsonl",
+        )
+        content = _file_blocks(file) if file else _document_blocks(documents or ())
+        endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
+        answer = endpoint.upload(
+            "CorpusService.UploadCorpus", convert.upload_parts(spec, content), deadline_s=deadline_s
+        )
+        return convert.corpus_from_pb(answer.corpus)
+
+    def register_path(
+        self,
+        id: str,  # noqa: A002
+        path: str | Path,
+        *,
+        format: str = "",  # noqa: A002
+        text_column: str = "",
+        text_split: str = "",
+        node: str = "",
+        deadline_s: float = UPLOAD_DEADLINE_S,
+    ) -> Corpus:
+        """Takes a file that lies on the node, under one of its corpus roots. Its content is copied."""
+        spec = convert.corpus_spec_to_pb(
+            corpus_id=id, file_format=format, text_column=text_column, text_split=text_split, file_name=Path(path).name
+        )
+        return self._register(node, deadline_s, spec=spec, path=convert.path_to_pb(str(path)))
+
+    def register_token_ids(
+        self,
+        id: str,  # noqa: A002
+        documents: Iterable[Sequence[int]],
+        *,
+        node: str = "",
+        deadline_s: float = UPLOAD_DEADLINE_S,
+    ) -> Corpus:
+        """Takes documents as token ids, in one message: the server's limit (4 MiB by default) holds for all of them."""
+        spec = convert.corpus_spec_to_pb(corpus_id=id)
+        return self._register(node, deadline_s, spec=spec, token_ids=convert.token_ids_to_pb(documents))
+
+    def get(self, corpus_id: str) -> Corpus:
+        """Reads one corpus, on whichever node holds it."""
+
+        def probe(endpoint: Endpoint) -> Corpus:
+            answer = endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
+            return convert.corpus_from_pb(answer.corpus)
+
+        return self._nodes.find(probe)[1]
+
+    def list(self, *, node: str = "") -> Iterator[Corpus]:
+        """Iterates over the corpora of one node, or of all that are alive, node by node."""
+        places = (self._nodes.pick(node_id=node),) if node else self._nodes.alive()
+        for place in places:
+            endpoint = self._nodes.endpoint(place)
+            yield from pages(endpoint, "CorpusService.ListCorpora", "corpora", convert.corpus_from_pb)
+
+    def delete(self, corpus_id: str) -> None:
+        """Deletes a corpus; sets made from it stay."""
+        request_id = new_request_id()
+
+        def probe(endpoint: Endpoint) -> None:
+            endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
+            endpoint.unary("CorpusService.DeleteCorpus", request_id=request_id, corpus_id=corpus_id)
+
+        self._nodes.find(probe)
+
+    def _register(self, node: str, deadline_s: float, **fields: object) -> Corpus:
+        endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
+        answer = endpoint.unary(
+            "CorpusService.RegisterCorpus", deadline_s=deadline_s, request_id=new_request_id(), **fields
+        )
+        return convert.corpus_from_pb(answer.corpus)
+
+
+def _file_blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def _document_blocks(documents: Iterable[str]) -> Iterator[bytes]:
+    """Documents as JSONL; many small ones share a block, so that messages stay few."""
+    if isinstance(documents, str):
+        raise InvalidArgument("documents is a sequence of texts, not one text", fields={"documents": "not a str"})
+    lines: list[bytes] = []
+    n_bytes = 0
+    for document in documents:
+        line = json.dumps({"text": document}).encode() + b"\n"
+        lines.append(line)
+        n_bytes += len(line)
+        if n_bytes >= convert.UPLOAD_PIECE_BYTES:
+            yield b"".join(lines)
+            lines, n_bytes = [], 0
+    yield b"".join(lines)

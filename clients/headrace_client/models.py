@@ -1,0 +1,113 @@
+"""`client.models`: registered models and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace_client import _convert as convert
+from headrace_client._nodes import pages
+from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
+from headrace_client._watch import watch
+from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError, InvalidArgument
+from headrace_client.values import Model, ModelEvent, ModelSource, ModelState, Quantization, choice
+
+
+class Models:
+    """Models in the registry."""
+
+    def __init__(self, registry: Endpoint) -> None:
+        self._registry = registry
+
+    def register(
+        self,
+        *,
+        hub: str = "",
+        folder: str | Path = "",
+        gguf: str | Path = "",
+        id: str = "",  # noqa: A002 - the resource's own word.
+        revision: str = "",
+        quantization: str = Quantization.NONE,
+        load_options: Mapping[str, Any] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Model:
+        """Registers a model from exactly one of: a hub repo, a folder, a GGUF file. No files move.
+
+        Paths are on the registry's disk. An empty id is derived from the source. The same model again answers with the
+        existing one; another one under the same id raises AlreadyExists.
+        """
+        pb = convert.model_to_pb(
+            source=_source(hub=hub, folder=folder, gguf=gguf, revision=revision),
+            model_id=id,
+            quantization=choice(Quantization, quantization, "quantization"),
+            load_options=dict(load_options or {}),
+            labels=dict(labels or {}),
+        )
+        answer = self._registry.unary("ModelService.RegisterModel", request_id=new_request_id(), model=pb)
+        return convert.model_from_pb(answer.model)
+
+    def get(self, model_id: str) -> Model:
+        """Reads one model."""
+        return convert.model_from_pb(self._registry.unary("ModelService.GetModel", model_id=model_id).model)
+
+    def list(self, filter: str = "") -> Iterator[Model]:  # noqa: A002 - the contract's word.
+        """Iterates over models by id, all pages; `filter` such as `state = READY AND id : smol`."""
+        return pages(self._registry, "ModelService.ListModels", "models", convert.model_from_pb, filter=filter)
+
+    def delete(self, model_id: str, *, force: bool = False, etag: str = "") -> None:
+        """Deletes a model; ModelInUse while leased or resident, unless `force`."""
+        self._registry.unary(
+            "ModelService.DeleteModel", request_id=new_request_id(), model_id=model_id, force=force, etag=etag
+        )
+
+    def prepare(self, model_id: str, *, hub_token: str = "") -> Model:
+        """Starts fetching and converting the files; answers at once."""
+        answer = self._registry.unary(
+            "ModelService.PrepareModel", request_id=new_request_id(), model_id=model_id, hub_token=hub_token
+        )
+        return convert.model_from_pb(answer.model)
+
+    def cancel_preparation(self, model_id: str) -> Model:
+        """Stops a preparation; what was fetched is kept for the next try."""
+        answer = self._registry.unary("ModelService.CancelPreparation", request_id=new_request_id(), model_id=model_id)
+        return convert.model_from_pb(answer.model)
+
+    def watch(self, model_id: str, *, after_seq: int = 0, deadline_s: float | None = None) -> Iterator[ModelEvent]:
+        """Yields the model's events, a snapshot first; reconnects behind the last one seen."""
+
+        def connect(seq: int, life_s: float | None) -> ServerStream:
+            return self._registry.stream(
+                "ModelService.WatchModel", life_s=life_s or STREAM_LIFE_S, model_id=model_id, after_seq=seq
+            )
+
+        return watch(connect, convert.model_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+
+    def wait_ready(
+        self, model_id: str, on_progress: Callable[[Model], None] | None = None, deadline_s: float = 3600.0
+    ) -> Model:
+        """Waits until the model is READY. Raises its failure's error class, or DeadlineExceeded."""
+        for event in self.watch(model_id, deadline_s=deadline_s):
+            if on_progress is not None:
+                on_progress(event.model)
+            if event.model.state is ModelState.READY:
+                return event.model
+            if event.model.state is ModelState.FAILED:
+                raise _failed(event.model)
+        raise DeadlineExceeded(f"the watch of {model_id} ended before the model was ready")
+
+
+def _source(*, hub: str, folder: str | Path, gguf: str | Path, revision: str) -> ModelSource:
+    given = [(kind, str(where)) for kind, where in (("hub", hub), ("folder", folder), ("gguf", gguf)) if str(where)]
+    if len(given) != 1:
+        raise InvalidArgument("give exactly one of hub=, folder=, gguf=", fields={"source": "exactly one"})
+    kind, location = given[0]
+    return ModelSource(kind=kind, location=location, revision=revision)
+
+
+def _failed(model: Model) -> HeadraceError:
+    failure = model.failure
+    if failure is None:
+        return HeadraceError(f"preparing {model.id} failed", reason="FAILED")
+    kind = BY_REASON.get(failure.reason, HeadraceError)
+    return kind(failure.message, reason=failure.reason, metadata={"model_id": model.id})
