@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -23,8 +23,8 @@ from chassis.auth import TokenGate
 from chassis.errors import MessageTooLarge, MethodUnknown, RequestMalformed, ServiceError
 from chassis.rpc import REQUEST_ID_KEY, Context, Rpc, RpcRunner
 
-Handler = grpc.RpcMethodHandler[Any, Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"]
 
 # grpc ends a request stream in the same way whether the client closed it, broke off or sent too much; in the latter
 # cases the cancellation follows some loop iterations later. Waiting for it keeps a torn upload from looking whole.
@@ -156,7 +156,7 @@ _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
 
 def _behaviour_of(handler: Handler) -> Callable[[Any, Context], Any]:
     kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-    return cast(Callable[[Any, Context], Any], next(kind for kind in kinds if kind is not None))
+    return cast("Callable[[Any, Context], Any]", next(kind for kind in kinds if kind is not None))
 
 
 async def _answer_one(behaviour: Callable[[Any, Context], Any], request: Any, context: Context) -> Any:

@@ -35,6 +35,8 @@ __all__ = ["Server", "ServerOptions"]
 # Part of the grace that is kept for what comes after the drain: cutting, and the service's own cleaning up.
 _RESERVE_S = 2.0
 _ANNOUNCE_TIMEOUT_S = 1.0
+# Long enough for health watchers to be sent NOT_SERVING before their stream is cut.
+_FAREWELL_S = 0.05
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # Up to this multiple of `max_receive_bytes` an oversized request is read, dropped and answered with MESSAGE_TOO_LARGE;
@@ -163,6 +165,7 @@ class Server:
 
     async def _drain(self, server: grpc.aio.Server, *, drain_s: float, cut_s: float) -> None:
         stopping = asyncio.create_task(server.stop(drain_s + cut_s))
+        await asyncio.wait({stopping}, timeout=min(_FAREWELL_S, drain_s))
         self._runner.cut(infrastructure_only=True)
         await asyncio.wait({stopping}, timeout=drain_s)
         if not stopping.done():

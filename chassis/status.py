@@ -19,8 +19,8 @@ INTERNAL = "INTERNAL"
 # The whole status travels in trailing metadata, which peers cut at 8 KiB. The message appears twice (percent-encoded,
 # at worst threefold, and in base64), details in base64: with these bounds the worst case stays under 6.5 KiB.
 MAX_MESSAGE_BYTES = 640
-MAX_DESCRIPTION_BYTES = 240
-MAX_METADATA_BYTES = 1536
+MAX_DESCRIPTION_BYTES = 160
+MAX_METADATA_BYTES = 1280
 MAX_METADATA_KEYS = 16
 MAX_KEY_BYTES = 64
 
