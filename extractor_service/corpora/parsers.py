@@ -160,9 +160,10 @@ def _paragraphs(lines: Iterable[_Line]) -> Iterator[bytes]:
 
 def _single_lines(lines: Iterable[_Line]) -> Iterator[bytes]:
     for line in lines:
-        if len(line.content) > MAX_DOCUMENT_BYTES:
+        text = _without_line_end(line.content)
+        if len(text) > MAX_DOCUMENT_BYTES:
             raise too_large(f"Line {line.number}", line=line.number)
-        yield _without_line_end(line.content)
+        yield text
 
 
 def _pages(lines: Iterable[_Line]) -> Iterator[bytes]:

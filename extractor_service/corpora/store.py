@@ -210,9 +210,10 @@ def _open_regular(path: Path) -> Iterator[BinaryIO]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         raise FieldInvalid(f"{path} can't be opened: {exc.strerror}.", field="path.path") from exc
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FieldInvalid(f"{path} is no regular file; name a single file.", field="path.path")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FieldInvalid(f"{path} is no regular file; name a single file.", field="path.path")
         yield file
 
 

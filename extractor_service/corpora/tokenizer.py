@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from extractor_service.packing import Int32Array, SpecialTokens
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKEN_ID = 2**31 - 1
+# The library takes about 500 bytes a token while it works, and for one text of this size more than twice the time of
+# many short ones. Longer texts are tokenized in slices, cut behind a line end where there is one.
+SLICE_CHARACTERS = 1024 * 1024
 
 # Each names token texts; the first that has the key decides, also when it says null.
 _TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -26,6 +29,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 class Tokenizer:
     """Text to token ids and back. No special tokens are added; such tokens written out in a text are recognised.
+
+    A text of more than SLICE_CHARACTERS is tokenized in slices; at a cut its tokens may differ from those of the whole.
 
     `vocab_size` is the model's (of config.json) where that is known, else the tokenizer's: token ids are below it.
     `digest` is the sha256 of tokenizer.json, hex.
@@ -58,8 +63,17 @@ class Tokenizer:
         """Returns each text's own token ids; raises ModelUnsupported when the model's folder has no tokenizer."""
         if self._inner is None:
             raise ModelUnsupported(f"The model has no {TOKENIZER}, so only corpora of token ids can be used with it.")
+        if any(len(text) > SLICE_CHARACTERS for text in texts):
+            return [self._encode_slices(self._inner, text) for text in texts]
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _encode_slices(self, inner: tokenizers.Tokenizer, text: str) -> Int32Array:
+        parts = [
+            np.array(inner.encode_batch_fast([piece], add_special_tokens=False)[0].ids, dtype=np.int32)
+            for piece in _slices(text)
+        ]
+        return np.concatenate(parts)
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """Returns the text of each token by itself, as it reads in the middle of a text.
@@ -146,6 +160,18 @@ def _named_id(
         if isinstance(value, int) and 0 <= value <= MAX_TOKEN_ID:
             return value
     return None
+
+
+def _slices(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > SLICE_CHARACTERS:
+        # Behind a line end or before a space is where pre-tokenizers cut anyway.
+        end = start + SLICE_CHARACTERS
+        cut = text.rfind("\n", start, end) + 1 or text.rfind(" ", start + 1, end)
+        cut = cut if cut > start else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _find_anchor(inner: tokenizers.Tokenizer) -> tuple[list[int], str]:
