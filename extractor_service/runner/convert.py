@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ def _convert(source_path: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _make_durable(folder)
+
+
+def _make_durable(folder: Path) -> None:
+    """Before the folder gets its name: a name stands for whole files, readable to whom its config is."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for path in folder.iterdir():
+        path.chmod(mode)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 @contextmanager

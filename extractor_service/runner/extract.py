@@ -42,8 +42,8 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     recipe = Recipe.from_json(manifest.identity["recipe"])
     columns = [column for column in manifest.columns if not column.is_provenance]
     sites = resolve(loaded.model, [column.name for column in columns])
-    tokenizer = Tokenizer.load(loaded.files_path)
     with DocumentReader(Path(command.corpus_path)) as reader:
+        tokenizer = Tokenizer.load(loaded.files_path, ids_only=reader.tokenized)
         packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
         with SetWriter.open(Path(command.set_path)) as writer:
             job = _Job(

@@ -2,8 +2,8 @@
 
 `position_ids` are passed and no attention mask. transformers then takes a step other than +1 between neighbouring
 position ids of a sequence for the start of a document and masks attention across it, in every sequence of the batch on
-its own; where no sequence has such a step, attention is plain causal. The packer numbers positions anew in each piece of
-a document, or through the whole sequence when documents may attend to one another, so its `position_ids` decide.
+its own; where no sequence has such a step, attention is plain causal. The packer numbers positions anew in each piece
+of a document, or through the whole sequence when documents may attend to one another, so its `position_ids` decide.
 """
 
 # ruff: noqa: N803, N806 -- capital suffixes are shapes

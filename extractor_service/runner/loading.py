@@ -218,7 +218,9 @@ def _estimate(path: Path, itemsize: int) -> int:
 
 
 def _from_pretrained(files_path: Path, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    # Progress is told by events, and weights that are missing by an error.
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     model, report = AutoModel.from_pretrained(
         files_path,
         dtype=dtype,

@@ -66,7 +66,10 @@ class RowSource:
         return self._count_non_finite(column, stored_RD, first)
 
     def _count_non_finite(self, column: ColumnSpec, stored_RD: Tensor, first: int) -> int:
-        """Looks at what was stored: a value may be finite before the conversion and not after it."""
+        """Looks at what was stored: a value may be finite before the conversion and not after it.
+
+        Behind the first attention a NaN is usually in every row of its sequence: masked positions are multiplied by zero.
+        """
         finite_RD = torch.isfinite(stored_RD)
         if bool(finite_RD.all()):
             return 0
