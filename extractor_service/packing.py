@@ -11,7 +11,7 @@ of their own are skipped and keep their index.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -93,7 +93,9 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a corpus comes to under a recipe, exactly."""
+    """What the first `n_documents` documents of a corpus come to under a recipe, exactly."""
+
+    n_documents: int = 0
 
     n_rows: int = 0
     n_tokens: int = 0  # through the model, inserted ones counted
@@ -118,15 +120,29 @@ class Packer:
         for plan in self._plans(start):
             yield self._batch(plan)
 
-    def count(self) -> Counts:
-        """Counts the whole corpus. Only lengths are looked at, unless special tokens are dropped."""
-        n_rows = n_tokens = n_cut_off = n_documents_cut = 0
+    def count(self, stop: Callable[[], bool] = lambda: False) -> Counts:
+        """Counts the whole corpus, or less when `stop`, asked after each batch, returns true.
+
+        Only lengths are looked at, unless special tokens are dropped.
+        """
+        n_documents = n_rows = n_tokens = n_cut_off = n_documents_cut = 0
         for plan in self._plans(_START):
             n_tokens += sum(piece.length for piece in plan.pieces)
             n_rows += self._count_kept(plan)
             n_cut_off += plan.n_cut_off
             n_documents_cut += plan.n_cut_off > 0
-        return Counts(n_rows=n_rows, n_tokens=n_tokens, n_cut_off=n_cut_off, n_documents_cut=n_documents_cut)
+            n_documents = plan.next.document
+            if stop():
+                break
+        else:
+            n_documents = len(self._documents)
+        return Counts(
+            n_documents=n_documents,
+            n_rows=n_rows,
+            n_tokens=n_tokens,
+            n_cut_off=n_cut_off,
+            n_documents_cut=n_documents_cut,
+        )
 
     def _count_kept(self, plan: _Plan) -> int:
         if self._recipe.drop_special_tokens:

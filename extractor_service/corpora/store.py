@@ -127,12 +127,11 @@ class CorpusStore:
         with _open_regular(self._allowed(path)) as file:
             return self.ingest(spec, file, origin=path)
 
-    def ingest_tokens(
-        self, spec: CorpusSpec, documents: Iterable[Sequence[int]], *, origin: str = "token ids"
-    ) -> Corpus:
+    def ingest_tokens(self, corpus_id: str, documents: Iterable[Sequence[int]], *, origin: str = "token ids") -> Corpus:
         """Ingests documents as token ids, which must be non-negative int32."""
+        check_id(corpus_id)
         contents = (_token_bytes(index, tokens) for index, tokens in enumerate(documents))
-        return self._ingest(spec.id, contents, origin=origin, tokenized=True)
+        return self._ingest(corpus_id, contents, origin=origin, tokenized=True)
 
     def _ingest(self, corpus_id: str, documents: Iterable[bytes], *, origin: str, tokenized: bool) -> Corpus:
         folder = self._temporary("ingest")

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from headrace.extractor.v1.corpus_service_pb2 import TokenDocument
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ def test_a_text_corpus_is_read_back(store):
 
 
 def test_a_token_corpus_is_read_back_as_views(store):
-    corpus = store.ingest_tokens(spec(), [[5, 6], [], [2**31 - 1]])
+    corpus = store.ingest_tokens("c", [[5, 6], [], [2**31 - 1]])
 
     assert (corpus.n_documents, corpus.size_bytes, corpus.tokenized) == (3, 12, True)
     reader = store.open("c")
@@ -113,7 +114,7 @@ def test_the_digest_tells_text_from_tokens_and_boundaries_apart(store):
         ingest(store, "ab\n\nc", "a").digest,
         ingest(store, "a\n\nbc", "b").digest,
         ingest(store, "\x01\x00\x00\x00", "d").digest,
-        store.ingest_tokens(spec("e"), [[1]]).digest,
+        store.ingest_tokens("e", [[1]]).digest,
     }
     assert len(digests) == 4
 
@@ -149,7 +150,7 @@ def test_a_corpus_of_empty_documents_is_empty(store):
     with pytest.raises(CorpusEmpty):
         store.ingest(spec(format_="jsonl"), io.BytesIO(b'{"text": ""}\n'))
     with pytest.raises(CorpusEmpty):
-        store.ingest_tokens(spec(), [[], []])
+        store.ingest_tokens("c", [[], []])
 
 
 def test_a_malformed_file_leaves_nothing(store):
@@ -160,10 +161,19 @@ def test_a_malformed_file_leaves_nothing(store):
     assert store._quota.used_bytes == 0
 
 
+def test_token_ids_may_come_as_any_sequence(store):
+    wire = [TokenDocument(token_ids=[1, 2]).token_ids, range(3, 5), (5, 6), np.array([7, 8])]
+
+    store.ingest_tokens("c", wire)
+
+    with store.open("c") as reader:
+        assert [reader.token_ids(i).tolist() for i in range(4)] == [[1, 2], [3, 4], [5, 6], [7, 8]]
+
+
 @pytest.mark.parametrize("tokens", [[-1], [2**31], [1, -5]])
 def test_token_ids_must_be_int32_and_not_negative(store, tokens):
     with pytest.raises(CorpusMalformed) as caught:
-        store.ingest_tokens(spec(), [[1], tokens])
+        store.ingest_tokens("c", [[1], tokens])
 
     assert caught.value.metadata == {"document": "1"}
 
@@ -423,7 +433,7 @@ def test_closing_the_store_ends_ingests_under_way(store):
             yield [1] * 1000
 
     with pytest.raises(ShuttingDown):
-        store.ingest_tokens(spec(), endless())
+        store.ingest_tokens("c", endless())
 
     assert names(store) == []
 

@@ -231,7 +231,7 @@ def test_packing_a_corpus_restores_its_text(folder, store):
 
 
 def test_token_ids_pass_through_and_are_checked_against_the_vocabulary(folder, store):
-    store.ingest_tokens(CorpusSpec(id="c"), [[3, 319], [320]])
+    store.ingest_tokens("c", [[3, 319], [320]])
     documents = TokenizedDocuments(store.open("c"), Tokenizer.load(folder))
 
     assert documents[0].tolist() == [3, 319]

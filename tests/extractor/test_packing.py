@@ -182,6 +182,15 @@ def test_one_document_is_cut_to_the_context_and_the_cut_is_counted():
     )
 
 
+def test_counting_stops_when_told_and_says_how_far_it_came():
+    packer = Packer(documents(*[[5, 6, 7]] * 10, []), Recipe(context_size=4, batch_size=1), SPECIAL)
+
+    counts = packer.count(stop=lambda: True)
+
+    assert (counts.n_documents, counts.n_rows) == (1, 4)
+    assert (packer.count().n_documents, packer.count().n_rows) == (11, 40)
+
+
 def test_special_tokens_and_first_positions_get_no_rows():
     (batch,) = batches([[5, 6, 0, 7]], drop_special_tokens=True, drop_first_positions=2, eos="document")
 
