@@ -105,7 +105,7 @@ def read_corpus(folder: Path) -> Corpus:
         value = json.loads((folder / CORPUS).read_bytes())
         if value.pop("format") != FORMAT:
             raise _damaged(folder, f"{CORPUS} is of a format this version does not know")
-        return Corpus.from_json(value)
+        corpus = Corpus.from_json(value)
     except FileNotFoundError as exc:
         if not folder.is_dir():
             raise CorpusNotFound(
@@ -114,6 +114,9 @@ def read_corpus(folder: Path) -> Corpus:
         raise _damaged(folder, f"{CORPUS} is missing") from exc
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise _damaged(folder, f"{CORPUS} can't be read") from exc
+    if corpus.id != folder.name:
+        raise _damaged(folder, f"{CORPUS} is that of {corpus.id!r}")
+    return corpus
 
 
 def check_files(folder: Path, corpus: Corpus) -> None:

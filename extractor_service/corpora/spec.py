@@ -95,9 +95,14 @@ class Corpus:
         return cls(**value)
 
 
+def is_id(text: str) -> bool:
+    """Tells whether it is a corpus id."""
+    return _ID.fullmatch(text) is not None
+
+
 def check_id(corpus_id: str) -> None:
     """Raises FieldInvalid unless it is a corpus id: lower-case letters, digits and hyphens, at most 63."""
-    if _ID.fullmatch(corpus_id) is None:
+    if not is_id(corpus_id):
         raise FieldInvalid(
             f"The corpus id {corpus_id[:64]!r} must match ^{_ID.pattern}$: lower-case letters, digits and hyphens, a"
             " letter first, at most 63.",

@@ -26,7 +26,7 @@ from chassis.errors import ShuttingDown
 from extractor_service.corpora.parsers import MAX_DOCUMENT_BYTES, malformed, parse, too_large
 from extractor_service.corpora.quota import Quota, Share
 from extractor_service.corpora.reader import DocumentReader, check_files, read_corpus
-from extractor_service.corpora.spec import Corpus, CorpusSpec, check_id
+from extractor_service.corpora.spec import Corpus, CorpusSpec, check_id, is_id
 from extractor_service.corpora.upload import CorpusUpload
 from extractor_service.corpora.writer import DocumentWriter, disk_errors, sync_folder
 from extractor_service.errors import AlreadyExists, CorpusNotFound, DigestMismatch, FieldInvalid, PathNotAllowed
@@ -189,7 +189,7 @@ class CorpusStore:
         for entry in sorted(self._root.iterdir()):
             if entry.name.startswith("."):
                 _remove(entry)
-            elif entry.is_dir():
+            elif entry.is_dir() and is_id(entry.name):  # the root of a file system has a lost+found
                 self._read(entry)
 
     def _read(self, folder: Path) -> None:

@@ -191,9 +191,19 @@ def test_corpora_survive_reopening_and_leftovers_do_not(store):
     assert again._quota.used_bytes == store._quota.used_bytes == 6 + 8 * 3
 
 
+def test_folders_that_are_no_corpora_are_left_alone(store):
+    (store._root / "lost+found").mkdir()
+
+    again = CorpusStore(store._root)
+
+    assert again.list() == ([], "")
+    assert names(again) == ["lost+found"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda folder: shutil.copy(folder.parent / "other" / "corpus.json", folder),
         lambda folder: (folder / "corpus.json").write_text("{"),
         lambda folder: (folder / "corpus.json").write_text('{"format": 2}'),
         lambda folder: (folder / "corpus.json").unlink(),
