@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from extractor_service import window
 from extractor_service.errors import (
     CorpusEmpty,
     ExtractionCancelled,
-    ExtractionFailed,
     LeaseLost,
     ReaderStalled,
     RegistryUnavailable,
     RowsExpired,
     RunnerLost,
     WaitTimeout,
+    error_for,
+    reason_of,
 )
+from extractor_service.estimate import RowCount
 from extractor_service.node import Node
 from extractor_service.ports import Models, Runner
 from extractor_service.rate import RateMeter
@@ -59,23 +61,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowCount:
-    """Rows and tokens a corpus gives under a recipe."""
-
-    n_rows: int
-    n_tokens: int
-    exact: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class JobContext:
     """What every job needs."""
 
     models: Models
     node: Node
-    reason_of: Callable[[ServiceError], str]
     save: Callable[[ExtractionJob], None]
-    count_rows: Callable[[ExtractionSpec], AsyncIterator[RowCount]] | None = None
+    count_rows: Callable[[ExtractionSpec], Awaitable[RowCount]]
 
 
 class ExtractionJob:
@@ -320,7 +312,7 @@ class ExtractionJob:
 
     def _end_badly(self, exc: ServiceError) -> None:
         state = ExtractionState.CANCELLED if isinstance(exc, ExtractionCancelled) else ExtractionState.FAILED
-        failure = Failure(reason=self._context.reason_of(exc), message=exc.message, metadata=exc.metadata)
+        failure = Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata)
         n_rows = SegmentIndex.load(self.folder).n_rows(self.columns)
         self.generation += 1
         self.update(state=state, failure=failure, n_rows=n_rows, rows_per_s=0.0, waiting_for=())
@@ -337,16 +329,15 @@ class ExtractionJob:
 
     async def _count(self) -> None:
         """Finds out how many rows there will be; only progress depends on it."""
-        if self._context.count_rows is None:
-            return
         try:
-            async for count in self._context.count_rows(self.value.spec):
-                wanted = self.value.spec.max_rows
-                expected = min(count.n_rows, wanted) if wanted else count.n_rows
-                if not self.value.state.ended:
-                    self.update(n_rows_expected=expected, n_rows_exact=count.exact)
+            count = await self._context.count_rows(self.value.spec)
         except ServiceError as exc:
             logger.info("rows of extraction %s can't be counted: %s", self.value.id, exc.message)
+            return
+        wanted = self.value.spec.max_rows
+        expected = min(count.n_rows, wanted) if wanted else count.n_rows
+        if not self.value.state.ended:
+            self.update(n_rows_expected=expected, n_rows_exact=count.exact)
 
     # -- readers ------------------------------------------------------------------------------------------------------
 
@@ -435,6 +426,5 @@ def rows_expired(row: int, *, first_row: int, n_rows: int) -> RowsExpired:
 
 def failed_as(failure: Failure, value: Extraction) -> ServiceError:
     """The error that repeats an extraction's failure to a reader."""
-    return ExtractionFailed(
-        failure.message, reason=failure.reason, metadata=failure.metadata, resource=("Extraction", value.id)
-    )
+    resource = ("Extraction", value.id)
+    return error_for(failure.reason, failure.message, metadata=failure.metadata, resource=resource)

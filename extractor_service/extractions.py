@@ -19,6 +19,7 @@ from typing import Any
 from activation_log.files import write_atomically
 from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
+from chassis.errors import ServiceError
 from extractor_service import hookpoints
 from extractor_service.errors import (
     ExtractionNotFound,
@@ -27,8 +28,10 @@ from extractor_service.errors import (
     NotImplementedYet,
     QueueFull,
 )
+from extractor_service.estimate import RowCount
 from extractor_service.extraction import ExtractionJob, JobContext
 from extractor_service.identity import identity_of, new_manifest
+from extractor_service.node import Node
 from extractor_service.ports import Corpora, Models
 from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, ModelInfo, Retention
 
@@ -50,7 +53,8 @@ class Extractions:
         *,
         models: Models,
         corpora: Corpora,
-        context: Callable[[Callable[[ExtractionJob], None]], JobContext],
+        node: Node,
+        count_rows: Callable[[ExtractionSpec], Awaitable[RowCount]],
         device_id: str,
     ) -> None:
         self._records = data_dir / "extractions"
@@ -62,7 +66,8 @@ class Extractions:
         self._set_locks: dict[Path, asyncio.Lock] = {}
         self._starting = asyncio.Lock()
         self._dirty: set[str] = set()
-        self._context = context(self._save)
+        self._rates: dict[str, float] = {}
+        self._context = JobContext(models=models, node=node, save=self._save, count_rows=count_rows)
 
     def get(self, extraction_id: str) -> ExtractionJob:
         """Raises ExtractionNotFound."""
@@ -105,7 +110,7 @@ class Extractions:
                 f"Model {model.id} has no files yet; run PrepareModel (`headrace models add` does) and wait for READY.",
                 resource=("Model", model.id),
             )
-        self._corpora.digest(spec.corpus_id)
+        self._corpora.get(spec.corpus_id)
         offered = hookpoints.available(model.model_type, model.n_layers, model.d_model)
         names = hookpoints.check(spec.hookpoints, offered)
         if model.context_window and spec.recipe.context_size > model.context_window:
@@ -115,6 +120,14 @@ class Extractions:
                 field="spec.recipe.context_size",
             )
         return replace(spec, hookpoints=names), model
+
+    def uses_corpus(self, corpus_id: str) -> bool:
+        """True while an extraction that has not ended reads the corpus."""
+        return any(not job.value.state.ended and job.value.spec.corpus_id == corpus_id for job in self._jobs.values())
+
+    def rate_of(self, model_id: str) -> float:
+        """Rows per second last seen for a model; 0 while unknown."""
+        return self._rates.get(model_id, 0.0)
 
     def rows_cached(self, spec: ExtractionSpec, model: ModelInfo) -> int:
         """Rows of a checked request that exist already."""
@@ -130,7 +143,7 @@ class Extractions:
         for path in sorted(self._records.glob("*.json")):
             try:
                 job = self._read(json.loads(path.read_bytes()))
-            except (ValueError, KeyError, FileNotFoundError) as exc:
+            except (ServiceError, ValueError, KeyError, TypeError, FileNotFoundError) as exc:
                 logger.warning("%s is no extraction that can be carried on: %s", path.name, exc)
                 path.unlink()
                 continue
@@ -148,7 +161,9 @@ class Extractions:
             await asyncio.sleep(interval_s)
             for extraction_id in [i for i, job in self._jobs.items() if i in self._dirty or not job.value.state.ended]:
                 self._dirty.discard(extraction_id)
-                await report(self._jobs[extraction_id])
+                job = self._jobs[extraction_id]
+                self._rates[job.value.spec.model_id] = job.value.rows_per_s or self.rate_of(job.value.spec.model_id)
+                await report(job)
 
     def report_all(self) -> None:
         """Marks every set for a report: the registry has a new epoch of this node."""
@@ -222,7 +237,7 @@ class Extractions:
             value = replace(value, spec=replace(value.spec, retention=Retention()))
         folder = Path(value.path)
         lock = self._set_locks.setdefault(folder, asyncio.Lock())
-        job = ExtractionJob(value, self._context, lock, corpus_path=self._corpora.folder(value.spec.corpus_id))
+        job = ExtractionJob(value, self._context, lock, corpus_path=self._corpora.path(value.spec.corpus_id))
         job.request_id = request_id
         return job
 
@@ -234,7 +249,7 @@ class Extractions:
         return identity_of(
             spec,
             model,
-            corpus_digest=self._corpora.digest(spec.corpus_id),
+            corpus_digest=self._corpora.get(spec.corpus_id).digest,
             compute_dtype=model.compute_dtype(self._device_id),
         )
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from chassis.errors import ServiceError
 from extractor_service.errors import (
     EpochStale,
-    ExtractionFailed,
     LeaseLost,
     LoadFailed,
+    ModelUnsupported,
     RegistryUnavailable,
     RunnerLost,
     WaitTimeout,
+    reason_of,
 )
 from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
 from extractor_service.runner_protocol import Convert, Converted, Converting, Load, Loaded, Loading
@@ -66,13 +67,11 @@ class Node:
         devices: Callable[[], Sequence[Device]],
         *,
         environment: Mapping[str, str],
-        reason_of: Callable[[ServiceError], str],
     ) -> None:
         self._registry = registry
         self._start_runner = start_runner
         self._devices = devices
         self._environment = environment
-        self._reason_of = reason_of
         self._holdings: dict[str, Holding] = {}
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._desired: DesiredState = DesiredState()
@@ -181,7 +180,7 @@ class Node:
                     residency_id=holding.assignment.residency_id,
                     fence=holding.assignment.fence,
                     state="FAILED",
-                    failure=Failure(reason=self._reason_of(exc), message=exc.message, metadata=exc.metadata),
+                    failure=Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata),
                 )
             )
 
@@ -259,7 +258,7 @@ class Node:
             runner = await self._start_runner(environment=self._environment)
             await self._convert(runner, build)
         except ServiceError as exc:
-            failure = Failure(reason=self._reason_of(exc), message=exc.message)
+            failure = Failure(reason=reason_of(exc), message=exc.message)
         finally:
             if runner:
                 await runner.kill()
@@ -274,7 +273,7 @@ class Node:
 
     async def _convert(self, runner: Runner, build: Build) -> None:
         if not build.model.gguf_path:
-            raise ExtractionFailed(f"Model {build.model.id} needs no conversion.", reason="MODEL_UNSUPPORTED")
+            raise ModelUnsupported(f"Model {build.model.id} is no GGUF file and needs no conversion.")
         command = Convert(source_path=build.model.gguf_path, target_path=build.target_path)
         meter, reported = TransferMeter(time.monotonic()), 0.0
         async for event in runner.run(command, ends=(Converted,)):

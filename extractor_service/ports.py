@@ -59,13 +59,21 @@ class Models(Protocol):
         """Ends it."""
 
 
+class HasDigest(Protocol):
+    """A corpus, as far as identity goes."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over its documents."""
+
+
 class Corpora(Protocol):
     """Corpora on this node."""
 
-    def digest(self, corpus_id: str) -> str:
+    def get(self, corpus_id: str) -> HasDigest:
         """Raises CorpusNotFound."""
 
-    def folder(self, corpus_id: str) -> Path:
+    def path(self, corpus_id: str) -> Path:
         """Where its documents are."""
 
 

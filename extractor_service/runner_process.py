@@ -12,34 +12,13 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from chassis.errors import ServiceError
-from extractor_service.errors import (
-    CorpusMalformed,
-    DeviceOom,
-    DiskFull,
-    ExtractionFailed,
-    HookpointNotFound,
-    LoadFailed,
-    ModelUnsupported,
-    NonFinite,
-    RunnerLost,
-)
+from extractor_service.errors import RunnerLost, error_for
 from extractor_service.runner_protocol import MAX_LINE_BYTES, Failed, Message, decode, encode
 
 # Events of a command that nobody has taken yet. The runner waits in its pipe beyond that.
 _MAX_EVENTS = 256
 _EXIT_DEADLINE_S = 10.0
 RUNNER_COMMAND = (sys.executable, "-m", "extractor_service.runner")
-
-_BY_REASON: Mapping[str, type[ServiceError]] = {
-    "CORPUS_MALFORMED": CorpusMalformed,
-    "DEVICE_OOM": DeviceOom,
-    "DISK_FULL": DiskFull,
-    "HOOKPOINT_NOT_FOUND": HookpointNotFound,
-    "LOAD_FAILED": LoadFailed,
-    "MODEL_UNSUPPORTED": ModelUnsupported,
-    "NON_FINITE": NonFinite,
-}
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +63,7 @@ class RunnerProcess:
                     await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
                     raise self._lost()
                 if isinstance(event, Failed):
-                    raise error_of(event)
+                    raise error_for(event.reason, event.message, metadata=event.metadata)
                 yield event
                 if isinstance(event, tuple(ends)):
                     return
@@ -138,11 +117,3 @@ class RunnerProcess:
         if self._events.full():
             self._events.get_nowait()
         self._events.put_nowait(None)
-
-
-def error_of(event: Failed) -> ServiceError:
-    """The error a `failed` event stands for."""
-    kind = _BY_REASON.get(event.reason)
-    if kind is None:
-        return ExtractionFailed(event.message, reason=event.reason, metadata=event.metadata)
-    return kind(event.message, metadata=event.metadata)

@@ -1,0 +1,213 @@
+"""The extractor: `python -m extractor_service`. The only place where its rooms are wired together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import socket
+import sys
+import uuid
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
+
+from activation_log.manifest import Manifest
+from chassis import logs
+from chassis.errors import ServiceError, StartError
+from chassis.flags import add_common_flags, options_from
+from chassis.metrics import Metrics
+from chassis.server import Server
+from chassis.shutdown import Shutdown
+from extractor_service.corpora.counting import count
+from extractor_service.corpora.store import CorpusStore
+from extractor_service.corpora.tokenizer import Tokenizer
+from extractor_service.devices import device_lister
+from extractor_service.estimate import Estimate, RowCount, estimate
+from extractor_service.extraction import ExtractionJob
+from extractor_service.extractions import Extractions
+from extractor_service.identity import new_manifest
+from extractor_service.node import Node
+from extractor_service.rpc.corpus_servicer import CorpusServicer
+from extractor_service.rpc.extraction_servicer import ExtractionServicer
+from extractor_service.rpc.handlers import add_service
+from extractor_service.rpc.registry_client import RegistryClient
+from extractor_service.rpc.status import status_table
+from extractor_service.runner_process import RunnerProcess
+from extractor_service.values import ExtractionSpec, ModelInfo
+
+logger = logging.getLogger("extractor_service")
+
+EXTRACTION = extraction_service_pb2.DESCRIPTOR.services_by_name["ExtractionService"]
+CORPUS = corpus_service_pb2.DESCRIPTOR.services_by_name["CorpusService"]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(prog="extractor_service", description=__doc__)
+    parser.add_argument("--listen", default="127.0.0.1:7471", metavar="HOST:PORT")
+    parser.add_argument("--registry", default="127.0.0.1:7470", metavar="HOST:PORT")
+    parser.add_argument(
+        "--advertise", default="", metavar="HOST:PORT", help="address clients reach (default: --listen)"
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--node-id", default="", metavar="NAME", help="stable name of this node (default: host name)")
+    parser.add_argument("--corpus-root", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
+    parser.add_argument(
+        "--device", default="", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: what is there)"
+    )
+    parser.add_argument("--cpu-bytes", type=int, default=0, metavar="N", help="memory for models on the CPU")
+    parser.add_argument("--registry-token-file", type=Path, metavar="F", help="bearer token for the registry")
+    parser.add_argument("--registry-ca", type=Path, metavar="F", help="PEM root certificates; switches to TLS")
+    add_common_flags(parser)
+    return parser.parse_args(arguments)
+
+
+class Estimator:
+    """Counts rows of requests, each corpus and recipe once."""
+
+    def __init__(self, corpora: CorpusStore, models: RegistryClient) -> None:
+        self._corpora = corpora
+        self._models = models
+        self._count = lru_cache(maxsize=256)(count)
+        self.extractions: Extractions | None = None
+
+    async def count_rows(self, spec: ExtractionSpec) -> RowCount:
+        """Rows and tokens of the whole corpus."""
+        model = await self._models.get_model(spec.model_id)
+        path = self._corpora.path(spec.corpus_id)
+        return await asyncio.to_thread(self._count, path, Path(model.files_path), spec.recipe)
+
+    async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
+        """What a request would cost."""
+        widths = dict.fromkeys(spec.hookpoints, model.d_model)
+        manifest: Manifest = new_manifest(spec, {}, widths)
+        rate = self.extractions.rate_of(model.id) if self.extractions else 0.0
+        counted = await self.count_rows(spec)
+        return estimate(
+            counted,
+            max_rows=spec.max_rows,
+            n_rows_cached=n_rows_cached,
+            row_bytes=manifest.row_bytes,
+            rows_per_s=rate,
+        )
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(files_path: str) -> Tokenizer:
+    return Tokenizer.load(files_path)
+
+
+async def _decode_tokens(files_path: str, token_ids: Sequence[int]) -> list[str]:
+    return await asyncio.to_thread(lambda: _tokenizer(files_path).decode_each(token_ids))
+
+
+def _node_id(given: str) -> str:
+    name = given or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")
+    return name if re.match(r"^[a-z]", name) else f"node-{name}"[:63]
+
+
+async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
+    """Serves until a signal."""
+    data_dir: Path = args.data_dir
+    shutdown, metrics = Shutdown(), Metrics()
+    devices = device_lister(args.device, args.cpu_bytes)
+    registry = RegistryClient(
+        args.registry,
+        node_id=_node_id(args.node_id),
+        node_address=args.advertise,
+        version=version("headrace"),
+        boot_nonce=uuid.uuid4().hex,
+        token=args.registry_token_file.read_text().strip() if args.registry_token_file else "",
+        root_certificates=args.registry_ca.read_bytes() if args.registry_ca else None,
+    )
+    corpora = CorpusStore(data_dir / "corpora", allowed_roots=args.corpus_root)
+    node = Node(registry, RunnerProcess.start, devices, environment=environment)
+    estimator = Estimator(corpora, registry)
+    extractions = Extractions(
+        data_dir,
+        models=registry,
+        corpora=corpora,
+        node=node,
+        count_rows=estimator.count_rows,
+        device_id=devices()[0].id,
+    )
+    estimator.extractions = extractions
+    node.on_registered = extractions.report_all
+    extraction_servicer = ExtractionServicer(
+        extractions,
+        registry,
+        estimate=estimator.estimate,
+        decode_tokens=_decode_tokens,
+        metrics=metrics,
+        shutdown=shutdown,
+    )
+    corpus_servicer = CorpusServicer(corpora, in_use=extractions.uses_corpus, shutdown=shutdown)
+
+    def add_services(server: grpc.aio.Server) -> None:
+        add_service(server, EXTRACTION, extraction_servicer, framed=("StreamActivations",))
+        add_service(server, CORPUS, corpus_servicer)
+
+    server = Server(
+        options_from(args),
+        service_names=(EXTRACTION.full_name, CORPUS.full_name),
+        add_services=add_services,
+        statuses=status_table(),
+        metrics=metrics,
+        shutdown=shutdown,
+    )
+    extractions.recover()
+    await server.start()
+    registry.node_address = args.advertise or server.address
+    logger.info("listening", extra={"address": server.address, "data_dir": str(data_dir)})
+
+    async def report(job: ExtractionJob) -> None:
+        try:
+            await registry.report_set(node.epoch, job.value, job.columns, deleted=not job.folder.exists())
+        except ServiceError as exc:
+            logger.info("set %s could not be reported: %s", job.value.set_id, exc.message)
+
+    background = [
+        asyncio.create_task(node.run(), name="node"),
+        asyncio.create_task(extractions.report_changes(report), name="reports"),
+    ]
+    waiting = asyncio.create_task(server.wait(), name="wait")
+    try:
+        await asyncio.wait([waiting, *background], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        shutdown.begin()
+        waiting.cancel()
+        await server.stop()
+        await extractions.close()
+        for task in background:
+            task.cancel()
+        outcomes = await asyncio.gather(*background, return_exceptions=True)
+        await registry.close()
+        corpora.close()
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+def main(arguments: Sequence[str], environment: dict[str, str]) -> int:
+    """Runs the server; returns the exit status."""
+    args = parse(arguments)
+    args.data_dir = args.data_dir.resolve()
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    logs.configure(args.log_level, sys.stderr)
+    try:
+        asyncio.run(serve(args, environment))
+    except StartError as exc:
+        logger.error("%s", exc)  # noqa: TRY400 -- the message says it all
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))

@@ -1,0 +1,109 @@
+"""CorpusService: check, call the store in a thread, fill the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeAlias
+
+import grpc
+from headrace.extractor.v1 import corpus_service_pb2, corpus_service_pb2_grpc
+
+from chassis.shutdown import Shutdown
+from extractor_service.corpora.spec import Corpus, CorpusSpec
+from extractor_service.corpora.store import CorpusStore
+from extractor_service.errors import FieldInvalid, NotImplementedYet, QueueFull, StateConflict
+from extractor_service.rpc import convert
+
+MAX_CONTENT_BYTES = 1024 * 1024
+# Ingesting is parsing in threads; more at once would only be slower.
+MAX_INGESTS = 4
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
+    """Serves the corpora of this node."""
+
+    def __init__(self, store: CorpusStore, *, in_use: Callable[[str], bool], shutdown: Shutdown) -> None:
+        self._store = store
+        self._in_use = in_use
+        self._shutdown = shutdown
+        self._n_ingests = 0
+
+    async def UploadCorpus(
+        self, request_iterator: AsyncIterator[corpus_service_pb2.UploadCorpusRequest], context: Context
+    ) -> corpus_service_pb2.UploadCorpusResponse:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("part") != "spec":
+            raise FieldInvalid("The first message of an upload must hold `spec`.", field="spec")
+        with self._ingesting():
+            corpus = await self._receive(convert.corpus_spec_from_pb(first.spec), request_iterator)
+        return corpus_service_pb2.UploadCorpusResponse(corpus=convert.corpus_to_pb(corpus))
+
+    async def RegisterCorpus(
+        self, request: corpus_service_pb2.RegisterCorpusRequest, context: Context
+    ) -> corpus_service_pb2.RegisterCorpusResponse:
+        spec, source = convert.corpus_spec_from_pb(request.spec), request.WhichOneof("source")
+        with self._ingesting():
+            if source == "path":
+                corpus = await asyncio.to_thread(self._store.ingest_path, spec, request.path.path)
+            elif source == "token_ids":
+                documents = [document.token_ids for document in request.token_ids.documents]
+                corpus = await asyncio.to_thread(self._store.ingest_tokens, spec.id, documents)
+            elif source == "hub":
+                raise NotImplementedYet("Corpora from the hub are not there yet; upload a file or give a path.")
+            else:
+                raise FieldInvalid("Set one of `path`, `token_ids` and `hub`.", field="source")
+        return corpus_service_pb2.RegisterCorpusResponse(corpus=convert.corpus_to_pb(corpus))
+
+    async def GetCorpus(
+        self, request: corpus_service_pb2.GetCorpusRequest, context: Context
+    ) -> corpus_service_pb2.GetCorpusResponse:
+        return corpus_service_pb2.GetCorpusResponse(corpus=convert.corpus_to_pb(self._store.get(request.corpus_id)))
+
+    async def ListCorpora(
+        self, request: corpus_service_pb2.ListCorporaRequest, context: Context
+    ) -> corpus_service_pb2.ListCorporaResponse:
+        corpora, token = self._store.list(request.page_size, request.page_token)
+        return corpus_service_pb2.ListCorporaResponse(
+            corpora=[convert.corpus_to_pb(corpus) for corpus in corpora], next_page_token=token
+        )
+
+    async def DeleteCorpus(
+        self, request: corpus_service_pb2.DeleteCorpusRequest, context: Context
+    ) -> corpus_service_pb2.DeleteCorpusResponse:
+        if self._in_use(request.corpus_id):
+            raise StateConflict(
+                f"An extraction reads corpus {request.corpus_id}; wait for its end or cancel it.",
+                resource=("Corpus", request.corpus_id),
+            )
+        await asyncio.to_thread(self._store.delete, request.corpus_id)
+        return corpus_service_pb2.DeleteCorpusResponse()
+
+    async def _receive(
+        self, spec: CorpusSpec, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]
+    ) -> Corpus:
+        upload = await asyncio.to_thread(self._store.upload, spec)
+        try:
+            async for request in self._shutdown.watching(requests):
+                if request.WhichOneof("part") != "content":
+                    raise FieldInvalid("Only the first message of an upload may hold `spec`.", field="content")
+                if len(request.content) > MAX_CONTENT_BYTES:
+                    raise FieldInvalid("A piece of an upload has at most 1 MiB.", field="content")
+                await asyncio.to_thread(upload.write, request.content)
+            return await asyncio.to_thread(upload.finish)
+        finally:
+            await asyncio.to_thread(upload.__exit__, None, None, None)
+
+    @contextlib.contextmanager
+    def _ingesting(self) -> Iterator[None]:
+        self._shutdown.check()
+        if self._n_ingests >= MAX_INGESTS:
+            raise QueueFull(f"{MAX_INGESTS} corpora are being ingested; try again later.", retry_after_s=2.0)
+        self._n_ingests += 1
+        try:
+            yield
+        finally:
+            self._n_ingests -= 1
