@@ -1,4 +1,4 @@
-"""Messages to values and back: total functions, `x_from_pb` and `x_to_pb`. Knows stubs, as only `_transport` does too."""
+"""Messages to values and back: total functions, `x_from_pb` and `x_to_pb`. Only `_transport` knows stubs too."""
 
 from __future__ import annotations
 
