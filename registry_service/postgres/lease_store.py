@@ -1,0 +1,99 @@
+"""Leases in Postgres: granted in the admission's transaction, renewed and ended by the database's clock."""
+
+from __future__ import annotations
+
+import uuid
+
+from registry_service.errors import FieldInvalid, LeaseLost, LeaseNotFound
+from registry_service.leases import Lease
+from registry_service.postgres import queries
+from registry_service.postgres.pool import Connection, Database
+from registry_service.postgres.rows import lease_of
+from registry_service.wakeups import Wakeups
+
+
+class LeaseStore:
+    """What RenewLease, ReleaseLease and the reaper need of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+        self._database = database
+        self._wakeups = wakeups
+
+    async def renew(self, lease_id: str, fence: int) -> Lease:
+        """Extends a living lease by its time to live. Raises LeaseLost, LeaseNotFound."""
+
+        async def work(conn: Connection) -> Lease:
+            renewed = await (await conn.execute(queries.LEASE_RENEW, {"id": lease_id, "fence": fence})).fetchone()
+            row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
+            if row is None:
+                raise LeaseNotFound(lease_id)
+            if renewed is None:
+                raise LeaseLost(
+                    f"lease {lease_id!r} has ended or fence {fence} is stale; acquire a new one",
+                    metadata={"state": row["state"], "residency_state": row["residency_state"]},
+                    resource=("lease", lease_id),
+                )
+            return lease_of(row)
+
+        return await self._database.run(work)
+
+    async def release(self, lease_id: str, fence: int) -> None:
+        """Ends a lease; one that has ended is no error. Raises LeaseLost if a living one has another fence."""
+
+        async def work(conn: Connection) -> None:
+            row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
+            if row is None or row["state"] != "HELD":
+                return
+            if row["fence"] != fence:
+                raise LeaseLost(
+                    f"fence {fence} is not that of lease {lease_id!r}; release with the fence it was granted with",
+                    resource=("lease", lease_id),
+                )
+            await conn.execute(queries.LEASE_RELEASE, {"id": lease_id, "fence": fence})
+
+        await self._database.run(work)
+        self._wakeups.wake()
+
+    async def expire(self) -> int:
+        """Ends the leases whose time is over; returns how many."""
+
+        async def work(conn: Connection) -> int:
+            row = await (await conn.execute(queries.LEASES_EXPIRE)).fetchone()
+            assert row is not None
+            return int(row["n"])
+
+        n_expired = await self._database.run(work)
+        if n_expired:
+            self._wakeups.wake()
+        return n_expired
+
+
+async def grant_lease(conn: Connection, residency_id: str, *, holder: str, ttl_s: float, request_id: str) -> Lease:
+    """Grants within the caller's transaction, which holds the device's lock and has seen RESIDENT."""
+    if request_id:
+        await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": request_id})
+    lease_id = uuid.uuid4().hex
+    values = {
+        "id": lease_id,
+        "residency_id": residency_id,
+        "holder": holder,
+        "ttl_s": ttl_s,
+        "request_id": request_id,
+    }
+    await conn.execute(queries.LEASE_GRANT, values)
+    row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
+    assert row is not None
+    return lease_of(row)
+
+
+async def lease_of_request(conn: Connection, request_id: str, model_id: str) -> Lease | None:
+    """Returns the living lease that a call with this id was granted before."""
+    if not request_id:
+        return None
+    await conn.execute(queries.REQUEST_LOCK, {"request_id": request_id})
+    row = await (await conn.execute(queries.LEASE_OF_REQUEST, {"request_id": request_id})).fetchone()
+    if row is None:
+        return None
+    if row["model_id"] != model_id:
+        raise FieldInvalid("request_id", "was used for a call with other arguments; send a fresh UUID4")
+    return lease_of(row)

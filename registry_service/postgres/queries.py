@@ -1,0 +1,379 @@
+"""Every statement by name. Times come from clock_timestamp() of the database; parameters are bound."""
+
+from __future__ import annotations
+
+# Requests ------------------------------------------------------------------------------------------------------------
+
+REQUEST_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(request_id)s, 0))"
+REQUEST_READ = "SELECT arguments, response FROM requests WHERE request_id = %(request_id)s AND method = %(method)s"
+REQUEST_WRITE = """
+INSERT INTO requests (request_id, method, arguments, response)
+VALUES (%(request_id)s, %(method)s, %(arguments)s, %(response)s)
+"""
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+MODEL_READ = "SELECT * FROM models WHERE id = %(id)s"
+MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR UPDATE"
+MODEL_KEEP = "SELECT * FROM models WHERE id = %(id)s FOR SHARE"
+MODEL_OF_IDENTITY = "SELECT * FROM models WHERE identity = %(identity)s ORDER BY create_time, id LIMIT 1"
+MODEL_INSERT = """
+INSERT INTO models (id, identity, source_kind, location, source_revision, quantization, load_options, labels)
+VALUES (%(id)s, %(identity)s, %(source_kind)s, %(location)s, %(source_revision)s, %(quantization)s,
+        %(load_options)s, %(labels)s)
+ON CONFLICT (id) DO NOTHING
+RETURNING id
+"""
+MODEL_DELETE = "DELETE FROM models WHERE id = %(id)s"
+MODEL_TOUCH = """
+WITH touched AS (
+    UPDATE models
+    SET event_seq = event_seq + 1, revision = revision + 1, update_time = clock_timestamp()
+    WHERE id = %(id)s
+    RETURNING *
+), recorded AS (
+    INSERT INTO model_events (model_id, seq, time, message, model)
+    SELECT id, event_seq, update_time, %(message)s, to_jsonb(touched) FROM touched
+), trimmed AS (
+    DELETE FROM model_events e USING touched t WHERE e.model_id = t.id AND e.seq <= t.event_seq - %(keep)s
+)
+SELECT * FROM touched
+"""
+MODEL_SNAPSHOT = "SELECT *, clock_timestamp() AS now FROM models WHERE id = %(id)s"
+MODEL_EVENTS = """
+SELECT seq, time, message, model FROM model_events
+WHERE model_id = %(id)s AND seq > %(after_seq)s
+ORDER BY seq LIMIT %(limit)s
+"""
+
+# Preparations --------------------------------------------------------------------------------------------------------
+
+PREPARATION_INSERT = """
+INSERT INTO preparations (model_id, claimed_by, claim_expire_time)
+VALUES (%(model_id)s, %(worker)s, clock_timestamp() + make_interval(secs => %(claim_s)s))
+ON CONFLICT (model_id) DO NOTHING
+"""
+PREPARATION_DELETE = "DELETE FROM preparations WHERE model_id = %(model_id)s RETURNING model_id"
+PREPARATION_HOLD = """
+SELECT * FROM preparations WHERE model_id = %(model_id)s AND claimed_by = %(worker)s FOR UPDATE
+"""
+PREPARATIONS_CLAIM = """
+UPDATE preparations p
+SET claimed_by = %(worker)s, claim_expire_time = clock_timestamp() + make_interval(secs => %(claim_s)s)
+FROM (
+    SELECT model_id FROM preparations
+    WHERE (claimed_by IS NULL OR claimed_by = %(worker)s OR claim_expire_time < clock_timestamp())
+      AND NOT model_id = ANY(%(running)s)
+    ORDER BY create_time LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+) free
+WHERE p.model_id = free.model_id
+RETURNING p.model_id
+"""
+PREPARATIONS_RENEW = """
+UPDATE preparations
+SET claim_expire_time = clock_timestamp() + make_interval(secs => %(claim_s)s)
+WHERE claimed_by = %(worker)s AND model_id = ANY(%(running)s)
+RETURNING model_id
+"""
+PREPARATIONS_RELEASE = """
+UPDATE preparations SET claimed_by = NULL, claim_expire_time = NULL
+WHERE %(worker)s::text IS NULL OR claimed_by = %(worker)s
+"""
+BUILD_ASSIGN = """
+UPDATE preparations
+SET node_id = %(node_id)s, target_path = %(target_path)s, done = false, failure = NULL, report_time = clock_timestamp()
+WHERE model_id = %(model_id)s
+"""
+BUILD_CHOOSE_NODE = """
+SELECT n.id FROM nodes n
+LEFT JOIN preparations p ON p.node_id = n.id AND NOT p.done
+WHERE n.state = 'ALIVE'
+GROUP BY n.id ORDER BY count(p.model_id), n.id LIMIT 1
+"""
+BUILD_READ = """
+SELECT p.*, n.state AS node_state, extract(epoch FROM clock_timestamp() - p.report_time)::float8 AS silent_s
+FROM preparations p LEFT JOIN nodes n ON n.id = p.node_id
+WHERE p.model_id = %(model_id)s AND p.claimed_by = %(worker)s
+"""
+BUILDS_OF_NODE = """
+SELECT m.*, p.target_path FROM preparations p JOIN models m ON m.id = p.model_id
+WHERE p.node_id = %(node_id)s AND p.target_path <> '' AND NOT p.done AND p.failure IS NULL
+ORDER BY p.create_time, m.id
+"""
+BUILD_REPORT = """
+UPDATE preparations SET done = %(done)s, failure = %(failure)s, report_time = clock_timestamp()
+WHERE model_id = %(model_id)s AND node_id = %(node_id)s
+RETURNING model_id
+"""
+
+# Nodes ---------------------------------------------------------------------------------------------------------------
+
+NODE_READ = "SELECT * FROM nodes WHERE id = %(id)s"
+NODE_LOCK = "SELECT * FROM nodes WHERE id = %(id)s FOR UPDATE"
+NODE_INSERT = """
+INSERT INTO nodes (id, address, epoch, boot_nonce, state, version)
+VALUES (%(id)s, %(address)s, 0, '', 'ALIVE', %(version)s)
+ON CONFLICT (id) DO NOTHING
+"""
+NODE_ANNOUNCE = """
+UPDATE nodes
+SET address = %(address)s, epoch = %(epoch)s, boot_nonce = %(boot_nonce)s, version = %(version)s
+WHERE id = %(id)s
+"""
+NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = clock_timestamp() WHERE id = %(id)s"
+NODES_SILENT = """
+SELECT id FROM nodes
+WHERE state = 'ALIVE' AND heartbeat_time < clock_timestamp() - make_interval(secs => %(silent_s)s)
+ORDER BY id FOR UPDATE SKIP LOCKED
+"""
+NODE_LOST = "UPDATE nodes SET state = 'LOST' WHERE id = %(id)s"
+NODES_LIST = """
+SELECT * FROM nodes WHERE %(after)s::text IS NULL OR id > %(after)s ORDER BY id LIMIT %(limit)s
+"""
+DEVICES_ABSENT = "UPDATE devices SET present = false WHERE node_id = %(node_id)s"
+DEVICE_UPSERT = """
+INSERT INTO devices (node_id, id, kind, name, capacity_bytes, free_bytes, ordinal)
+VALUES (%(node_id)s, %(id)s, %(kind)s, %(name)s, %(capacity_bytes)s, %(free_bytes)s, %(ordinal)s)
+ON CONFLICT (node_id, id) DO UPDATE
+SET kind = excluded.kind, name = excluded.name, capacity_bytes = excluded.capacity_bytes,
+    free_bytes = excluded.free_bytes, ordinal = excluded.ordinal, present = true
+"""
+DEVICE_FREE = "UPDATE devices SET free_bytes = %(free_bytes)s WHERE node_id = %(node_id)s AND id = %(id)s"
+DEVICES_OF_NODES = """
+SELECT d.*, COALESCE((
+    SELECT sum(r.reserved_bytes) FROM residencies r
+    WHERE r.node_id = d.node_id AND r.device_id = d.id
+      AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')), 0)::bigint AS reserved_bytes
+FROM devices d WHERE d.node_id = ANY(%(node_ids)s) AND d.present ORDER BY d.node_id, d.ordinal, d.id
+"""
+DEVICES_LOCK = """
+SELECT d.*, n.epoch, n.address FROM devices d JOIN nodes n ON n.id = d.node_id
+WHERE n.state = 'ALIVE' AND d.present
+  AND (%(node_id)s = '' OR d.node_id = %(node_id)s) AND (%(device_id)s = '' OR d.id = %(device_id)s)
+ORDER BY d.node_id, d.id FOR UPDATE OF d
+"""
+DEVICE_KNOWN = """
+SELECT 1 AS known FROM devices
+WHERE (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s = '' OR id = %(device_id)s) AND present LIMIT 1
+"""
+DEVICES_OF_NODE_LOCK = "SELECT id FROM devices WHERE node_id = %(node_id)s ORDER BY id FOR UPDATE"
+DEVICE_LOCK = "SELECT * FROM devices WHERE node_id = %(node_id)s AND id = %(id)s FOR UPDATE"
+
+# Residencies ---------------------------------------------------------------------------------------------------------
+
+_RESIDENCY = """
+SELECT r.*, (
+    SELECT count(*) FROM leases l
+    WHERE l.residency_id = r.id AND l.state = 'HELD' AND l.expire_time > clock_timestamp())::int AS n_leases
+FROM residencies r
+"""
+RESIDENCY_READ = _RESIDENCY + "WHERE r.id = %(id)s"
+RESIDENCIES_LIST = (
+    _RESIDENCY
+    + """
+WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
+  AND (%(include_ended)s OR r.state NOT IN ('UNLOADED', 'FAILED', 'LOST'))
+  AND (%(after_time)s::timestamptz IS NULL OR (r.create_time, r.id) < (%(after_time)s::timestamptz, %(after_id)s))
+ORDER BY r.create_time DESC, r.id DESC LIMIT %(limit)s
+"""
+)
+RESIDENCIES_ASSIGNED = (
+    _RESIDENCY
+    + """
+WHERE r.node_id = %(node_id)s AND r.node_epoch = %(epoch)s
+  AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')
+ORDER BY r.create_time, r.id
+"""
+)
+MODELS_OF_IDS = "SELECT * FROM models WHERE id = ANY(%(ids)s)"
+OCCUPANTS = """
+SELECT r.id, r.model_id, r.node_id, r.device_id, r.state, r.reserved_bytes,
+       extract(epoch FROM r.last_used_time)::float8 AS last_used,
+       ARRAY(SELECT l.holder FROM leases l WHERE l.residency_id = r.id AND l.state = 'HELD'
+             AND l.expire_time > clock_timestamp() ORDER BY l.grant_time) AS holders,
+       (SELECT count(*) FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > clock_timestamp())::int
+           AS n_waiters,
+       EXISTS (SELECT 1 FROM pins p WHERE p.model_id = r.model_id AND p.node_id IN ('', r.node_id)
+               AND (p.expire_time IS NULL OR p.expire_time > clock_timestamp())) AS pinned
+FROM residencies r JOIN nodes n ON n.id = r.node_id
+WHERE r.state NOT IN ('UNLOADED', 'FAILED', 'LOST')
+  AND (%(node_id)s = '' OR r.node_id = %(node_id)s) AND (%(device_id)s = '' OR r.device_id = %(device_id)s)
+ORDER BY r.create_time, r.id
+"""
+RESIDENCY_INSERT = """
+INSERT INTO residencies (id, model_id, node_id, device_id, state, reserved_bytes, load_dtype, fence, node_epoch,
+                         reason, actor)
+VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, %(state)s, %(reserved_bytes)s, %(load_dtype)s,
+        nextval('residency_fences'), %(node_epoch)s, %(reason)s, %(actor)s)
+"""
+RESIDENCY_MOVE = """
+UPDATE residencies
+SET state = %(state)s, reason = %(reason)s, actor = %(actor)s, update_time = clock_timestamp(),
+    fence = CASE WHEN %(new_fence)s THEN nextval('residency_fences') ELSE fence END,
+    state_when_lost = NULL
+WHERE id = %(id)s
+"""
+RESIDENCY_LOCK = "SELECT * FROM residencies WHERE id = %(id)s FOR UPDATE"
+RESIDENCY_PROGRESS = """
+UPDATE residencies SET transfer = %(transfer)s, update_time = clock_timestamp() WHERE id = %(id)s
+"""
+RESIDENCY_MEASURED = """
+UPDATE residencies
+SET measured_bytes = %(measured_bytes)s, transfer = NULL,
+    reserved_bytes = CASE WHEN %(measured_bytes)s > 0 THEN %(measured_bytes)s ELSE reserved_bytes END
+WHERE id = %(id)s
+"""
+RESIDENCY_FAILURE = "UPDATE residencies SET failure = %(failure)s, transfer = NULL WHERE id = %(id)s"
+RESIDENCY_USED = "UPDATE residencies SET last_used_time = clock_timestamp() WHERE id = %(id)s"
+RESIDENCY_EVENT = """
+INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)
+SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM residencies r WHERE id = %(id)s
+"""
+RESIDENCY_LEARNED = """
+SELECT r.measured_bytes FROM residencies r JOIN devices d ON d.node_id = r.node_id AND d.id = r.device_id
+WHERE r.model_id = %(model_id)s AND d.kind = %(kind)s AND r.load_dtype = %(load_dtype)s AND r.measured_bytes > 0
+ORDER BY r.update_time DESC LIMIT 1
+"""
+RESIDENCIES_LOSE = """
+UPDATE residencies
+SET state = CASE WHEN %(silent)s AND state = 'QUEUED' THEN 'UNLOADED' ELSE 'LOST' END,
+    state_when_lost = CASE WHEN %(silent)s AND state <> 'QUEUED' THEN state END,
+    reason = %(reason)s, actor = 'registry', update_time = clock_timestamp()
+WHERE node_id = %(node_id)s
+  AND (state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR (NOT %(silent)s AND state_when_lost IS NOT NULL))
+RETURNING id
+"""
+RESIDENCIES_REVIVE = """
+UPDATE residencies
+SET state = state_when_lost, state_when_lost = NULL, reason = %(reason)s, actor = 'registry',
+    update_time = clock_timestamp()
+WHERE node_id = %(node_id)s AND node_epoch = %(epoch)s AND state = 'LOST' AND state_when_lost IS NOT NULL
+RETURNING id
+"""
+RESIDENCIES_ACTIVE_OF_MODEL = """
+SELECT id, node_id, device_id, state FROM residencies
+WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)
+  AND state NOT IN ('UNLOADED', 'FAILED', 'LOST')
+ORDER BY node_id, device_id, id FOR UPDATE
+"""
+HOLDERS_OF_MODEL = """
+SELECT l.holder FROM leases l JOIN residencies r ON r.id = l.residency_id
+WHERE r.model_id = %(model_id)s AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
+  AND l.state = 'HELD' AND l.expire_time > clock_timestamp()
+ORDER BY l.grant_time LIMIT 20
+"""
+QUEUE = """
+SELECT id, reserved_bytes FROM residencies
+WHERE node_id = %(node_id)s AND device_id = %(device_id)s AND state = 'QUEUED' ORDER BY create_time, id
+"""
+DEVICE_ROOM = """
+SELECT d.capacity_bytes - COALESCE(sum(r.reserved_bytes), 0)::bigint AS free_bytes
+FROM devices d LEFT JOIN residencies r ON r.node_id = d.node_id AND r.device_id = d.id
+     AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')
+WHERE d.node_id = %(node_id)s AND d.id = %(device_id)s
+GROUP BY d.capacity_bytes
+"""
+DEVICES_WITH_QUEUE = """
+SELECT DISTINCT r.node_id, r.device_id FROM residencies r JOIN nodes n ON n.id = r.node_id
+WHERE r.state = 'QUEUED' AND n.state = 'ALIVE' ORDER BY 1, 2
+"""
+QUEUE_ABANDONED = """
+SELECT r.id FROM residencies r
+WHERE r.state = 'QUEUED' AND r.node_id = %(node_id)s AND r.device_id = %(device_id)s
+  AND NOT EXISTS (SELECT 1 FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > clock_timestamp())
+FOR UPDATE
+"""
+WAITER_UPSERT = """
+INSERT INTO waiters (id, residency_id, expire_time)
+VALUES (%(id)s, %(residency_id)s, clock_timestamp() + make_interval(secs => %(ttl_s)s))
+ON CONFLICT (id) DO UPDATE SET residency_id = excluded.residency_id, expire_time = excluded.expire_time
+"""
+WAITER_DELETE = "DELETE FROM waiters WHERE id = %(id)s RETURNING residency_id"
+WAITERS_EXPIRE = "DELETE FROM waiters WHERE expire_time <= clock_timestamp()"
+
+# Leases --------------------------------------------------------------------------------------------------------------
+
+_LEASE = """
+SELECT l.*, r.node_id, n.address AS node_address, r.state AS residency_state,
+       l.expire_time > clock_timestamp() AS current
+FROM leases l JOIN residencies r ON r.id = l.residency_id JOIN nodes n ON n.id = r.node_id
+"""
+LEASE_READ = _LEASE + "WHERE l.id = %(id)s"
+LEASE_OF_REQUEST = (
+    _LEASE
+    + """
+WHERE l.request_id = %(request_id)s AND l.state = 'HELD' AND l.expire_time > clock_timestamp() AND r.state = 'RESIDENT'
+"""
+)
+LEASE_STALE_REQUEST = """
+UPDATE leases SET state = 'LOST', end_time = clock_timestamp() WHERE request_id = %(request_id)s AND state = 'HELD'
+"""
+LEASE_GRANT = """
+WITH granted AS (
+    UPDATE residencies SET lease_fence = lease_fence + 1, last_used_time = clock_timestamp()
+    WHERE id = %(residency_id)s RETURNING id, model_id, lease_fence
+)
+INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s, expire_time)
+SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
+       clock_timestamp() + make_interval(secs => %(ttl_s)s)
+FROM granted
+"""
+LEASE_RENEW = """
+UPDATE leases l SET expire_time = clock_timestamp() + make_interval(secs => l.ttl_s)
+FROM residencies r
+WHERE l.id = %(id)s AND l.fence = %(fence)s AND l.state = 'HELD' AND l.expire_time > clock_timestamp()
+  AND r.id = l.residency_id AND r.state IN ('RESIDENT', 'DRAINING')
+RETURNING l.id
+"""
+LEASE_RELEASE = """
+WITH released AS (
+    UPDATE leases SET state = 'RELEASED', end_time = clock_timestamp()
+    WHERE id = %(id)s AND fence = %(fence)s AND state = 'HELD' RETURNING residency_id
+)
+UPDATE residencies r SET last_used_time = clock_timestamp() FROM released WHERE r.id = released.residency_id
+"""
+LEASES_END = """
+UPDATE leases SET state = 'LOST', end_time = clock_timestamp()
+WHERE residency_id = ANY(%(residency_ids)s) AND state = 'HELD'
+"""
+LEASES_EXPIRE = """
+WITH expired AS (
+    UPDATE leases SET state = 'EXPIRED', end_time = clock_timestamp()
+    WHERE state = 'HELD' AND expire_time <= clock_timestamp() RETURNING residency_id
+)
+SELECT count(*)::int AS n FROM expired
+"""
+
+# Activation sets -----------------------------------------------------------------------------------------------------
+
+SET_UPSERT = """
+INSERT INTO activation_sets (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, retention, path)
+VALUES (%(id)s, %(node_id)s, %(model_id)s, %(corpus_id)s, %(columns)s, %(n_rows)s, %(size_bytes)s, %(complete)s,
+        %(retention)s, %(path)s)
+ON CONFLICT (id, node_id) DO UPDATE
+SET model_id = excluded.model_id, corpus_id = excluded.corpus_id, columns = excluded.columns,
+    n_rows = excluded.n_rows, size_bytes = excluded.size_bytes, complete = excluded.complete,
+    retention = excluded.retention, path = excluded.path, update_time = clock_timestamp()
+"""
+SET_DELETE = "DELETE FROM activation_sets WHERE id = %(id)s AND node_id = %(node_id)s"
+SET_READ = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id"
+SETS_LIST = """
+SELECT * FROM activation_sets
+WHERE (%(model_id)s = '' OR model_id = %(model_id)s)
+  AND (%(after_time)s::timestamptz IS NULL
+       OR (create_time, id, node_id) < (%(after_time)s::timestamptz, %(after_id)s, %(after_node)s))
+ORDER BY create_time DESC, id DESC, node_id DESC LIMIT %(limit)s
+"""
+
+# Upkeep --------------------------------------------------------------------------------------------------------------
+
+# A day is longer than any client retries one request; a week of ended residencies answers "what happened".
+PURGE = (
+    "DELETE FROM requests WHERE create_time < clock_timestamp() - interval '1 day'",
+    "DELETE FROM leases WHERE state <> 'HELD' AND end_time < clock_timestamp() - interval '1 day'",
+    """
+DELETE FROM residencies
+WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < clock_timestamp() - interval '7 days'
+""",
+)

@@ -1,0 +1,149 @@
+"""From rows to values, and back for JSON columns. A stored event's model is the row as JSON: times are text there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from registry_service.leases import Lease
+from registry_service.models import Architecture, Failure, Model, ModelState, Quantization, Source, SourceKind, Transfer
+from registry_service.nodes import Device, DeviceKind, Node, NodeState
+from registry_service.residency import Occupant, Residency, ResidencyState
+from registry_service.sets import ActivationSet, SetReport
+
+Row = Mapping[str, Any]
+
+
+def model_of(row: Row) -> Model:
+    """A row of `models`, or its JSON."""
+    return Model(
+        id=row["id"],
+        source=Source(kind=SourceKind(row["source_kind"]), location=row["location"], revision=row["source_revision"]),
+        commit_sha=row["commit_sha"],
+        quantization=Quantization(row["quantization"]),
+        load_options=row["load_options"],
+        labels=row["labels"],
+        state=ModelState(row["state"]),
+        failure=failure_of(row["failure"]),
+        transfer=transfer_of(row["transfer"]),
+        architecture=Architecture(**row["architecture"]) if row["architecture"] else None,
+        n_parameters=row["n_parameters"],
+        weight_bytes=row["weight_bytes"],
+        parameters_by_dtype=row["parameters_by_dtype"],
+        files_path=row["files_path"],
+        tokenizer_digest=row["tokenizer_digest"],
+        revision=row["revision"],
+        event_seq=row["event_seq"],
+        create_time=_time(row["create_time"]),
+        update_time=_time(row["update_time"]),
+    )
+
+
+def node_of(row: Row, devices: tuple[Device, ...]) -> Node:
+    """A row of `nodes`."""
+    return Node(
+        id=row["id"],
+        address=row["address"],
+        epoch=row["epoch"],
+        state=NodeState(row["state"]),
+        version=row["version"],
+        heartbeat_time=row["heartbeat_time"],
+        devices=devices,
+    )
+
+
+def device_of(row: Row) -> Device:
+    """A row of `devices` with `reserved_bytes`."""
+    return Device(
+        id=row["id"],
+        kind=DeviceKind(row["kind"]),
+        name=row["name"],
+        capacity_bytes=row["capacity_bytes"],
+        free_bytes=row["free_bytes"],
+        reserved_bytes=row["reserved_bytes"],
+    )
+
+
+def residency_of(row: Row) -> Residency:
+    """A row of `residencies` with `n_leases`."""
+    return Residency(
+        id=row["id"],
+        model_id=row["model_id"],
+        node_id=row["node_id"],
+        device_id=row["device_id"],
+        state=ResidencyState(row["state"]),
+        reserved_bytes=row["reserved_bytes"],
+        measured_bytes=row["measured_bytes"],
+        fence=row["fence"],
+        node_epoch=row["node_epoch"],
+        n_leases=row["n_leases"],
+        reason=row["reason"],
+        actor=row["actor"],
+        transfer=transfer_of(row["transfer"]),
+        failure=failure_of(row["failure"]),
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+        last_used_time=row["last_used_time"],
+    )
+
+
+def occupant_of(row: Row) -> Occupant:
+    """A row of OCCUPANTS."""
+    return Occupant(
+        residency_id=row["id"],
+        model_id=row["model_id"],
+        state=ResidencyState(row["state"]),
+        reserved_bytes=row["reserved_bytes"],
+        n_leases=len(row["holders"]),
+        pinned=row["pinned"],
+        n_waiters=row["n_waiters"],
+        last_used=row["last_used"],
+        holders=tuple(row["holders"]),
+    )
+
+
+def lease_of(row: Row) -> Lease:
+    """A row of `leases` with its node."""
+    return Lease(
+        id=row["id"],
+        residency_id=row["residency_id"],
+        model_id=row["model_id"],
+        holder=row["holder"],
+        fence=row["fence"],
+        ttl_s=row["ttl_s"],
+        expire_time=row["expire_time"],
+        node_id=row["node_id"],
+        node_address=row["node_address"],
+    )
+
+
+def set_of(row: Row) -> ActivationSet:
+    """A row of `activation_sets`."""
+    names = ("id", "node_id", "model_id", "corpus_id", "n_rows", "size_bytes", "complete", "retention", "path")
+    report = SetReport(columns=tuple(row["columns"]), **{name: row[name] for name in names})
+    return ActivationSet(report=report, create_time=row["create_time"], update_time=row["update_time"])
+
+
+def transfer_of(value: dict[str, Any] | None) -> Transfer | None:
+    """A JSON column."""
+    return Transfer(**value) if value else None
+
+
+def failure_of(value: dict[str, Any] | None) -> Failure | None:
+    """A JSON column."""
+    return Failure(**value) if value else None
+
+
+def json_of(value: Transfer | Failure | Architecture | Mapping[str, Any] | None) -> Jsonb | None:
+    """For a JSON column."""
+    if value is None:
+        return None
+    return Jsonb(dict(value) if isinstance(value, Mapping) else asdict(value))
+
+
+def _time(value: datetime | str) -> datetime:
+    return datetime.fromisoformat(value) if isinstance(value, str) else value
