@@ -1,5 +1,7 @@
 """Tiny random models, corpora of token ids, and runners in this process and in their own."""
 
+# ruff: noqa: PLC0415 -- torch is imported by the tests that need it, not by every run
+
 from __future__ import annotations
 
 import os
@@ -95,7 +97,7 @@ def make_corpus(tmp_path):
         with DocumentWriter(folder, tokenized=True, take=lambda _: None) as writer:
             for document in token_ids:
                 writer.add(np.asarray(document, dtype="<i4").tobytes())
-            writer.finish(corpus_id="test", origin="test", create_time=0.0)
+            writer.finish(corpus_id=folder.name, origin="test", create_time=0.0)
         return folder
 
     return make

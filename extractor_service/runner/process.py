@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from activation_log.errors import DiskFull, LogError
-from chassis.errors import ServiceError
 from extractor_service import errors
 from extractor_service.runner.gate import Gate
 from extractor_service.runner.throttle import Throttle
@@ -44,25 +43,6 @@ if TYPE_CHECKING:
 # A server waits for one extraction before it sends the next; more than a few are its mistake.
 _MAX_WAITING = 64
 _PROGRESS_PER_SECOND = 20
-
-_REASONS: tuple[tuple[type[Exception], str], ...] = (
-    (errors.HookpointNotFound, "HOOKPOINT_NOT_FOUND"),
-    (errors.FieldInvalid, "FIELD_INVALID"),
-    (errors.CorpusMalformed, "CORPUS_MALFORMED"),
-    (errors.CorpusEmpty, "CORPUS_EMPTY"),
-    (errors.CorpusNotFound, "CORPUS_NOT_FOUND"),
-    (errors.StateConflict, "STATE_CONFLICT"),
-    (errors.ModelUnsupported, "MODEL_UNSUPPORTED"),
-    (errors.NotImplementedYet, "NOT_IMPLEMENTED"),
-    (errors.QueueFull, "QUEUE_FULL"),
-    (errors.DiskFull, "DISK_FULL"),
-    (errors.DeviceOom, "DEVICE_OOM"),
-    (errors.NonFinite, "NON_FINITE"),
-    (errors.DigestMismatch, "DIGEST_MISMATCH"),
-    (errors.LoadFailed, "LOAD_FAILED"),
-    (DiskFull, "DISK_FULL"),
-    (LogError, "DIGEST_MISMATCH"),  # A set that contradicts itself.
-)
 
 
 class EventSink:
@@ -186,17 +166,13 @@ class Runner:
 
 def failure_of(exc: Exception) -> Failed:
     """Turns an exception into an event; one that nobody foresaw leaves its trace on standard error only."""
-    if isinstance(exc, errors.ExtractionFailed):
-        return Failed(reason=exc.reason, message=exc.message, metadata=exc.metadata)
-    for kind, reason in _REASONS:
-        if isinstance(exc, kind):
-            metadata = dict(exc.metadata) if isinstance(exc, ServiceError) else _log_metadata(exc)
-            return Failed(reason=reason, message=str(exc), metadata=metadata)
+    if isinstance(exc, errors.ExtractorError):
+        field = {"field": exc.field} if exc.field else {}
+        return Failed(reason=exc.reason, message=exc.message, metadata={**exc.metadata, **field})
+    if isinstance(exc, DiskFull):
+        sizes = {"required_bytes": str(exc.required_bytes), "free_bytes": str(exc.free_bytes)}
+        return Failed(reason=errors.DiskFull.reason, message=str(exc), metadata=sizes)
+    if isinstance(exc, LogError):  # The set contradicts itself.
+        return Failed(reason=errors.DigestMismatch.reason, message=str(exc))
     traceback.print_exception(exc, file=sys.stderr)
     return Failed(reason="INTERNAL", message="Unexpected error in the runner; its standard error has the details.")
-
-
-def _log_metadata(exc: Exception) -> dict[str, str]:
-    if isinstance(exc, DiskFull):
-        return {"required_bytes": str(exc.required_bytes), "free_bytes": str(exc.free_bytes)}
-    return {}

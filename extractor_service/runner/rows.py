@@ -68,7 +68,7 @@ class RowSource:
     def _count_non_finite(self, column: ColumnSpec, stored_RD: Tensor, first: int) -> int:
         """Looks at what was stored: a value may be finite before the conversion and not after it.
 
-        Behind the first attention a NaN is usually in every row of its sequence: masked positions are multiplied by zero.
+        Behind the first attention a NaN is in every row of its sequence: masked positions are multiplied by zero.
         """
         finite_RD = torch.isfinite(stored_RD)
         if bool(finite_RD.all()):

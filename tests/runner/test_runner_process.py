@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fix_runner import documents
+
+from activation_log.errors import DiskFull, SetCorrupt
+from extractor_service import errors
+from extractor_service.runner.process import Runner, failure_of
+from extractor_service.runner.throttle import Throttle
+from extractor_service.runner_protocol import (
+    Convert,
+    Extract,
+    Failed,
+    Finished,
+    Grant,
+    Load,
+    Loaded,
+    Loading,
+    Stop,
+)
+
+
+def test_end_of_input_ends_the_process(start_runner):
+    runner = start_runner()
+    runner.close_input()
+
+    assert runner.wait() == 0
+
+
+def test_sigterm_ends_the_process_at_once_and_sigint_does_not(start_runner):
+    runner = start_runner()
+    runner.send_raw(b"{}\n")
+    runner.next()  # It is up.
+    runner.signal(signal.SIGINT)
+    runner.send_raw(b"{}\n")
+    assert isinstance(runner.next(), Failed)
+    runner.signal(signal.SIGTERM)
+
+    assert runner.wait() == -signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_runner_dies_with_its_server_even_if_its_input_stays_open():
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            (
+                "import subprocess, sys, time; r = [sys.executable, '-m', 'extractor_service.runner'];"
+                "p = subprocess.Popen(r, stdin=0, stdout=subprocess.PIPE); p.stdout.readline();"
+                "print(p.pid, flush=True); time.sleep(60)"
+            ),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    parent.stdin.write(b"{}\n")
+    parent.stdin.flush()
+    runner_pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    while is_alive(runner_pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    parent.stdin.close()
+    parent.stdout.close()
+
+    assert not is_alive(runner_pid)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_libraries_print_does_not_reach_the_events():
+    script = (
+        "import os; from extractor_service.runner import __main__ as m; fd = m._keep_stdout_for_events();"
+        "print('noise', flush=True); os.system('echo noise'); os.write(fd, b'event')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=20)
+
+    assert done.stdout == b"event"
+    assert done.stderr == b"noise\nnoise\n"
+
+
+def test_torch_is_not_imported_before_a_command_needs_it():
+    script = "import sys; import extractor_service.runner.__main__; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=20).returncode == 0
+
+
+def test_commands_are_answered_in_order_and_bad_ones_do_no_harm(tiny_gpt2, make_set, make_corpus, start_runner):
+    runner = start_runner()
+    corpus, folder = make_corpus(documents(10)), make_set(["blocks.3.hook_resid_post"])
+    extract = Extract(extraction_id="a", set_path=str(folder), corpus_path=str(corpus))
+    runner.send(extract)
+    assert_failed(runner.next(), "STATE_CONFLICT", extraction_id="a")
+    runner.send_raw(b'{"kind": "abacus"}\n')
+    assert_failed(runner.next(), "INTERNAL")
+    runner.send(Load(files_path="/nowhere", device="cpu", dtype="float32"))
+    assert_failed(runner.next(), "MODEL_UNSUPPORTED")
+    runner.send(Load(files_path=str(tiny_gpt2), device="cpu", dtype="float32", quantization="int8"))
+    assert_failed(runner.next(), "NOT_IMPLEMENTED")
+    runner.send(Load(files_path=str(tiny_gpt2), device="cpu", dtype="float32"))
+    assert isinstance(runner.next(), Loading)
+    assert runner.until(Loaded).measured_bytes > 0
+    runner.send(Load(files_path=str(tiny_gpt2), device="cpu", dtype="float32"))
+    assert_failed(runner.next(), "STATE_CONFLICT")
+
+    unknown = make_set(["blocks.9.hook_resid_post"])
+    runner.send(Extract(extraction_id="b", set_path=str(unknown), corpus_path=str(corpus)))
+    failed = runner.next()
+    assert_failed(failed, "HOOKPOINT_NOT_FOUND", extraction_id="b")
+    assert failed.metadata["nearest"] == "blocks.3.hook_resid_post"
+    runner.send(Grant(extraction_id="gone", row=5))
+    runner.send(Stop(extraction_id="gone"))
+    runner.send(Convert(source_path="/nowhere.gguf", target_path=str(folder.parent / "converted")))
+    assert_failed(runner.next(), "MODEL_UNSUPPORTED")
+    runner.send(extract)
+    finished = runner.until(Finished)
+    assert finished.extraction_id == "a"
+    assert finished.complete
+
+
+def assert_failed(event, reason, extraction_id=""):
+    assert isinstance(event, Failed), event
+    assert (event.reason, event.extraction_id) == (reason, extraction_id)
+    assert event.message
+
+
+def test_unforeseen_error_goes_to_standard_error_only(capsys):
+    failed = failure_of(ZeroDivisionError("secret"))
+
+    assert failed.reason == "INTERNAL"
+    assert "secret" not in failed.message
+    assert "ZeroDivisionError: secret" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("exc", "reason", "metadata"),
+    [
+        (errors.NonFinite("x", metadata={"document": "1"}), "NON_FINITE", {"document": "1"}),
+        (DiskFull(Path("x"), required_bytes=2, free_bytes=1), "DISK_FULL", {"required_bytes": "2", "free_bytes": "1"}),
+        (SetCorrupt("x"), "DIGEST_MISMATCH", {}),
+        (errors.FieldInvalid("x", field="dtype"), "FIELD_INVALID", {"field": "dtype"}),
+    ],
+)
+def test_expected_errors_have_their_reason(exc, reason, metadata):
+    failed = failure_of(exc)
+
+    assert (failed.reason, failed.metadata) == (reason, metadata)
+
+
+def test_command_queue_is_bounded():
+    events = []
+    runner = Runner(events.append)
+    for number in range(65):
+        runner._take(Extract(extraction_id=str(number), set_path="", corpus_path=""))
+
+    assert [(event.reason, event.extraction_id) for event in events] == [("QUEUE_FULL", "64")]
+
+
+def test_throttle_says_yes_at_most_so_often():
+    now = [0.0]
+    throttle = Throttle(20, clock=lambda: now[0])
+    yes = 0
+    for step in range(1000):
+        now[0] = step / 1000
+        yes += throttle.ready()
+
+    assert yes == 20
+
+
+def test_broken_pipe_ends_the_process(start_runner):
+    read_fd, write_fd = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "extractor_service.runner"], stdin=subprocess.PIPE, stdout=write_fd
+    )
+    os.close(write_fd)
+    os.close(read_fd)
+    process.stdin.write(b"{}\n")
+    process.stdin.flush()
+
+    assert process.wait(10) == 1
+    process.stdin.close()
