@@ -28,7 +28,7 @@ Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], "Awaitable[Handler
 
 # grpc ends a request stream in the same way whether the client closed it, broke off or sent too much; in the latter
 # cases the cancellation follows some loop iterations later. Waiting for it keeps a torn upload from looking whole.
-_END_OF_REQUESTS_S = 0.01
+_END_OF_REQUESTS_S = 0.05
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MAX_METHOD_CHARACTERS = 200

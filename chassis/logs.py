@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+import grpc
+
 LEVELS = ("debug", "info", "warning", "error")
 
 # Set by the interceptor for the task of an RPC, and copied into the tasks it starts.
@@ -36,6 +38,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False when grpc reports that the answer to a client that has gone could not be sent."""
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+
+
 def configure(level: str, stream: TextIO) -> None:
     """Sends all of this process's logs to `stream`, from `level` (one of LEVELS) on."""
     if level not in LEVELS:
@@ -48,4 +55,5 @@ def configure(level: str, stream: TextIO) -> None:
     logging.captureWarnings(capture=True)
     # grpc reports every cancelled call and every event loop it meets at debug level.
     logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     logging.getLogger("asyncio").setLevel(max(root.level, logging.INFO))

@@ -25,7 +25,7 @@ class ServerOptions:
     max_streams: int = 256  # Streaming RPCs among them, health watches not counted.
     max_receive_bytes: int = 4 * MIB
     max_send_bytes: int = 17 * MIB  # A chunk of 16 MiB and its header.
-    keepalive_s: float = 30.0
+    keepalive_s: float = 30.0  # A silent client is asked this often, and given a third of it to answer.
 
     def __post_init__(self) -> None:
         """Raises ValueError on numbers that make no server."""

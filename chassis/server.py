@@ -235,8 +235,10 @@ def _arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", options.max_receive_bytes * _TYPED_REFUSAL_FACTOR),
         ("grpc.max_send_message_length", options.max_send_bytes),
         ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", keepalive_ms // 3),
+        ("grpc.http2.ping_timeout_ms", keepalive_ms // 3),  # Alone, the line above leaves it at a minute.
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # No limit: a watch may be silent, and its client gone, for long.
         # Clients ping every 30 s too; without this grpc takes a ping in less than 5 minutes for abuse and hangs up.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", keepalive_ms // 3),
         ("grpc.http2.max_ping_strikes", 2),

@@ -23,6 +23,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf.wrappers_pb2 import StringValue
+from headrace.registry.v1 import model_service_pb2_grpc
 
 from chassis import logs
 from chassis.errors import ServiceError
@@ -32,11 +33,10 @@ from chassis.server import Server, ServerOptions
 from chassis.shutdown import Shutdown
 from chassis.status import StatusTable
 from chassis.watch import watch
-from headrace.registry.v1 import model_service_pb2_grpc
 
 PROTOS = Path(__file__).parents[1] / "protos"
 SERVICE = "headrace.test.Probe"
-TOKEN = "correct-horse-battery-staple"  # noqa: S105
+TOKEN = "correct-horse-battery-staple"
 
 
 class ProbeError(ServiceError):
@@ -76,7 +76,7 @@ STATUSES = StatusTable(
     }
 )
 
-FAILURES: dict[str, Callable[[], BaseException]] = {
+ERRORS: dict[str, Callable[[], BaseException]] = {
     "missing": lambda: ThingMissing("No model `a`; register it first.", resource=("model", "a")),
     "field": lambda: FieldWrong("`limit` is -1; give 0 or more.", field="limit", metadata={"limit": "-1"}),
     "busy": lambda: ThingBusy("All is leased; try later.", retry_after_s=2.5, metadata={"holders": "x,y"}),
@@ -97,6 +97,11 @@ FAILURES: dict[str, Callable[[], BaseException]] = {
 }
 
 
+def failure(name: str) -> BaseException:
+    """Makes a new error, so that no two tests share a traceback."""
+    return ERRORS[name]()
+
+
 @dataclass
 class Probe:
     """The service's behaviour and what it saw."""
@@ -108,8 +113,8 @@ class Probe:
 
     async def unary(self, request: StringValue, context: Any) -> StringValue:
         command = request.value
-        if command in FAILURES:
-            raise FAILURES[command]()
+        if command in ERRORS:
+            raise failure(command)
         if command.startswith("sleep "):
             await asyncio.sleep(float(command.split()[1]))
         if command == "block":
@@ -133,8 +138,8 @@ class Probe:
         try:
             for index in range(int(count)):
                 yield b"%d" % index
-            if then in FAILURES:
-                raise FAILURES[then]()
+            if then in ERRORS:
+                raise failure(then)
             if then == "wait":
                 await asyncio.sleep(3600)
         finally:
@@ -145,8 +150,8 @@ class Probe:
         count, _, then = request.value.partition(" ")
         for index in range(int(count)):
             await context.write(b"%d" % index)
-        if then in FAILURES:
-            raise FAILURES[then]()
+        if then in ERRORS:
+            raise failure(then)
         if then == "wait":
             await asyncio.sleep(3600)
 
@@ -166,16 +171,16 @@ class Probe:
     async def upload(self, requests: AsyncIterator[StringValue], context: Any) -> StringValue:
         total = 0
         async for request in requests:
-            if request.value in FAILURES:
-                raise FAILURES[request.value]()
+            if request.value in ERRORS:
+                raise failure(request.value)
             total += len(request.value)
         self.seen.append(f"upload complete {total}")
         return StringValue(value=str(total))
 
     async def chat(self, requests: AsyncIterator[StringValue], context: Any) -> AsyncIterator[StringValue]:
         async for request in requests:
-            if request.value in FAILURES:
-                raise FAILURES[request.value]()
+            if request.value in ERRORS:
+                raise failure(request.value)
             yield StringValue(value=request.value.upper())
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -258,7 +263,7 @@ class Running:
 async def eventually(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
     """Waits until a condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for may be a file or another process
             await asyncio.sleep(0.005)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 
 import grpc
@@ -19,12 +18,13 @@ from chassis.status import reason_of
 async def refusal(call) -> tuple[grpc.StatusCode, str]:
     """Returns code and reason with which a call fails; consumes streams."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await (consume(call) if hasattr(call, "__aiter__") else call)
     return outcome(caught.value)
+
+
+async def consume(call) -> None:
+    async for _ in call:
+        pass
 
 
 def outcome(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
@@ -61,13 +61,11 @@ async def test_messages_before_an_error_arrive(probe_server):
     probe = await probe_server()
     call = probe.stream("Generate", "2 missing")
 
-    received = []
+    messages = aiter(call)
+    assert [await anext(messages), await anext(messages)] == [b"0", b"1"]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for part in call:
-            received.append(part)  # noqa: PERF401 - what came before the error counts
-
-    assert received == [b"0", b"1"]
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        await anext(messages)
+    assert outcome(caught.value) == NOT_FOUND
 
 
 async def test_every_detail_arrives_at_a_sync_client(probe_server):
@@ -202,13 +200,13 @@ async def test_torn_upload_never_looks_complete(probe_server):
         yield StringValue(value="x" * 50_000)
         yield StringValue(value="b")
 
-    for _ in range(20):
+    for _ in range(8):
         call = probe.upload(slow())
         await asyncio.sleep(0.01)
         call.cancel()
         assert (await refusal(probe.upload(too_much())))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
-    await probe.rpc_lines(40)
+    await probe.rpc_lines(16)
     assert probe.probe.seen == []
 
 
@@ -261,7 +259,6 @@ async def test_client_deadline_is_logged_as_such(probe_server):
 async def test_hundreds_of_abrupt_clients_leave_nothing_behind(probe_server):
     probe = await probe_server(max_streams=1000)
     chance = random.Random(7)
-    rpc_lines = 0
 
     async def abrupt() -> None:
         await asyncio.sleep(chance.random() * 0.2)
@@ -281,7 +278,6 @@ async def test_hundreds_of_abrupt_clients_leave_nothing_behind(probe_server):
         torn = another.unary_stream(f"/{SERVICE}/Generate")(StringValue(value="100000 wait").SerializeToString())
         await torn.read()
         await another.close()
-        rpc_lines += 1
 
     await eventually(lambda: "generate closed" in probe.probe.seen)
     await asyncio.sleep(0.3)
@@ -289,5 +285,4 @@ async def test_hundreds_of_abrupt_clients_leave_nothing_behind(probe_server):
         assert probe.sample("headrace_streams_open", method=f"/{SERVICE}/{method}") == 0
     assert probe.probe.seen.count("generate opened") == probe.probe.seen.count("generate closed")
     assert [line for line in probe.lines() if line["logger"].startswith("grpc") and line["level"] != "info"] == []
-    assert logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
     assert [line for line in probe.lines() if "never retrieved" in line["message"]] == []

@@ -155,14 +155,17 @@ class Process:
             yield getattr(channel, kind)(f"/{SERVICE}/{method}", StringValue.SerializeToString)
 
 
+def spawn(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
 def launch(tmp_path) -> Iterator[Any]:
     launched: list[subprocess.Popen[str]] = []
 
     async def start(*flags: str) -> Process:
         ready = tmp_path / "ready"
-        command = [sys.executable, str(PROGRAM), "--ready-file", str(ready), *flags]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = spawn(str(PROGRAM), "--ready-file", str(ready), *flags)
         launched.append(process)
         await eventually(lambda: ready.exists() or process.poll() is not None, timeout_s=30)
         return Process(process, ready.read_text() if ready.exists() else "", ready)
@@ -299,3 +302,48 @@ async def test_flags_become_options(launch, tmp_path):
             await unary(StringValue(value="x"))
     assert outcome(caught.value) == (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID")
     assert os.environ.get("HEADRACE_TOKEN") is None
+
+
+# Clients that hang
+
+HANGING_CLIENT = f"""
+import sys
+import grpc
+from google.protobuf.wrappers_pb2 import StringValue
+
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    for _ in channel.unary_stream("/{SERVICE}/Generate")(StringValue(value="1 wait").SerializeToString()):
+        print("reading", flush=True)
+"""
+
+
+async def test_client_whose_machine_hangs_is_noticed(probe_server):
+    probe = await probe_server(keepalive_s=1.5)
+    client = spawn("-c", HANGING_CLIENT, probe.server.address)
+    try:
+        await asyncio.to_thread(client.stdout.readline)
+        client.send_signal(signal.SIGSTOP)
+
+        await eventually(lambda: "generate closed" in probe.probe.seen, timeout_s=10)
+        (line,) = await probe.rpc_lines()
+        assert line["code"] in ("CANCELLED", "UNAVAILABLE")
+    finally:
+        client.kill()
+        client.communicate()
+
+
+async def test_client_that_pings_as_often_as_agreed_is_not_sent_away(probe_server):
+    probe = await probe_server(keepalive_s=0.6)
+    arguments = [
+        ("grpc.keepalive_time_ms", 300),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    async with grpc.aio.insecure_channel(probe.server.address, options=arguments) as channel:
+        call = channel.unary_stream(f"/{SERVICE}/Generate")(StringValue(value="1 wait").SerializeToString())
+        await call.read()
+        await asyncio.sleep(2.5)  # Eight pings without data; more than two strikes would end the connection.
+
+        assert not call.done()
+        call.cancel()

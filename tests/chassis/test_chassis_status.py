@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from fix_chassis import FAILURES, STATUSES, ProbeError, StateWrong, ThingMissing, Unlisted
+from fix_chassis import STATUSES, ProbeError, StateWrong, ThingMissing, Unlisted, failure
 from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 from grpc_status import rpc_status
@@ -24,7 +24,7 @@ def kinds(status: status_pb2.Status) -> list[str]:
 
 
 def test_error_info_names_reason_domain_and_metadata():
-    status = STATUSES.rich_status(FAILURES["busy"]())
+    status = STATUSES.rich_status(failure("busy"))
 
     info = detail(status, details.ErrorInfo)
     assert (info.reason, info.domain, dict(info.metadata)) == ("CAPACITY_BUSY", DOMAIN, {"holders": "x,y"})
@@ -32,28 +32,28 @@ def test_error_info_names_reason_domain_and_metadata():
 
 
 def test_retry_info_carries_the_delay():
-    status = STATUSES.rich_status(FAILURES["busy"]())
+    status = STATUSES.rich_status(failure("busy"))
 
     delay = detail(status, details.RetryInfo).retry_delay
     assert delay.ToNanoseconds() == 2_500_000_000
 
 
 def test_bad_request_names_the_field():
-    status = STATUSES.rich_status(FAILURES["field"]())
+    status = STATUSES.rich_status(failure("field"))
 
     (violation,) = detail(status, details.BadRequest).field_violations
     assert (violation.field, violation.description) == ("limit", "`limit` is -1; give 0 or more.")
 
 
 def test_resource_info_names_the_resource():
-    status = STATUSES.rich_status(FAILURES["missing"]())
+    status = STATUSES.rich_status(failure("missing"))
 
     info = detail(status, details.ResourceInfo)
     assert (info.resource_type, info.resource_name) == ("model", "a")
 
 
 def test_failed_precondition_says_what_is_not_met():
-    status = STATUSES.rich_status(FAILURES["state"]())
+    status = STATUSES.rich_status(failure("state"))
 
     (violation,) = detail(status, details.PreconditionFailure).violations
     assert (violation.type, violation.subject) == ("STATE_CONFLICT", "a")
@@ -61,7 +61,7 @@ def test_failed_precondition_says_what_is_not_met():
 
 
 def test_every_detail_type_appears_at_most_once_and_error_info_always():
-    assert kinds(STATUSES.rich_status(FAILURES["all"]())) == [
+    assert kinds(STATUSES.rich_status(failure("all"))) == [
         "ErrorInfo",
         "RetryInfo",
         "BadRequest",
@@ -72,12 +72,12 @@ def test_every_detail_type_appears_at_most_once_and_error_info_always():
 
 
 def test_class_without_a_row_inherits_its_parents():
-    assert STATUSES.row(FAILURES["state"]()) == (grpc.StatusCode.FAILED_PRECONDITION, "STATE_CONFLICT")
+    assert STATUSES.row(failure("state")) == (grpc.StatusCode.FAILED_PRECONDITION, "STATE_CONFLICT")
 
 
-@pytest.mark.parametrize("failure", ["bug", "unlisted", "mixed-group", "not-implemented-bug"])
-def test_what_is_not_in_the_table_is_internal_and_says_only_the_request_id(failure):
-    status = STATUSES.rich_status(FAILURES[failure](), request_id="r-1")
+@pytest.mark.parametrize("bug", ["bug", "unlisted", "mixed-group", "not-implemented-bug"])
+def test_what_is_not_in_the_table_is_internal_and_says_only_the_request_id(bug):
+    status = STATUSES.rich_status(failure(bug), request_id="r-1")
 
     assert status.code == grpc.StatusCode.INTERNAL.value[0]
     assert "password" not in str(status)
@@ -87,11 +87,11 @@ def test_what_is_not_in_the_table_is_internal_and_says_only_the_request_id(failu
 
 
 def test_expected_error_in_a_task_group_is_found():
-    assert reason_of(STATUSES.rich_status(FAILURES["group"]())) == "MODEL_NOT_FOUND"
+    assert reason_of(STATUSES.rich_status(failure("group"))) == "MODEL_NOT_FOUND"
 
 
 def test_the_worst_status_stays_well_below_8_kib_of_metadata():
-    status = STATUSES.rich_status(FAILURES["long"]())
+    status = STATUSES.rich_status(failure("long"))
 
     trailing = rpc_status.to_status(status).trailing_metadata
     in_base64 = sum(len(value) * 4 / 3 for _, value in trailing)

@@ -57,28 +57,24 @@ async def test_shutdown_ends_a_waiting_watch_at_once():
     source, shutdown = Source("a", then_wait=True), Shutdown()
     asyncio.get_running_loop().call_later(0.05, shutdown.begin)
 
-    received = []
-    with pytest.raises(ShuttingDown) as caught:
-        async with asyncio.timeout(2):
-            async for event in watching(source, shutdown):
-                received.append(event)  # noqa: PERF401
+    events = watching(source, shutdown)
 
-    assert received == ["a"]
+    assert await anext(events) == "a"
+    with pytest.raises(ShuttingDown) as caught:
+        await asyncio.wait_for(anext(events), timeout=2)
     assert source.closed
     assert caught.value.retry_after_s == 1.0
 
 
 async def test_shutdown_ends_a_watch_that_never_falls_silent():
     shutdown = Shutdown()
-    received = 0
+    events = watching(Source(*"abcdefgh"), shutdown)
+    assert [await anext(events), await anext(events)] == ["a", "b"]
+
+    shutdown.begin()
 
     with pytest.raises(ShuttingDown):
-        async for _ in watching(Source(*"abcdefgh"), shutdown):
-            received += 1
-            if received == 3:
-                shutdown.begin()
-
-    assert received == 3
+        await anext(events)
 
 
 async def test_error_of_the_source_comes_through():
