@@ -1,0 +1,36 @@
+"""`python -m bench`: measures, prints a table, writes `.bench/latest.json`. A target missed is shown, not an error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import wire
+from bench.figures import save, show
+from bench.processes import ROOT
+
+
+def main() -> int:
+    """Runs the benchmarks asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", choices=("wire", "end-to-end"), help="default: both")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of the wire benchmark (default 7)")
+    parser.add_argument("--output", type=Path, default=ROOT / ".bench" / "latest.json")
+    parser.add_argument("--work-dir", type=Path, help="where the data go meanwhile, about 3 GB (default: a temporary one)")
+    args = parser.parse_args()
+    console, figures = Console(), []
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-", dir=args.work_dir) as folder:
+        if args.only in (None, "wire"):
+            figures += wire.measure(Path(folder), console, rounds=args.rounds)
+    show(figures, console)
+    save(figures, args.output)
+    console.print(f"written to {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What a benchmark comes to: figures, their table on the terminal, their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """`ratio` is `a / b`, the medians of both sides; `sense` tells on which side of `target` it should lie."""
+
+    name: str
+    ratio: float
+    target: float
+    sense: str  # `min` or `max`
+    unit: str  # of `a` and `b`
+    a: float
+    b: float
+
+    @property
+    def met(self) -> bool:
+        """True when the target is reached."""
+        return self.ratio >= self.target if self.sense == "min" else self.ratio <= self.target
+
+
+def compare(
+    name: str, a: Sequence[float], b: Sequence[float], *, target: float, unit: str, sense: str = "min"
+) -> Figure:
+    """Compares the medians of two series that were measured in turns."""
+    return Figure(
+        name=name, ratio=median(a) / median(b), target=target, sense=sense, unit=unit, a=median(a), b=median(b)
+    )
+
+
+def save(figures: Sequence[Figure], path: Path) -> None:
+    """Writes the figures as a JSON list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+
+
+def show(figures: Sequence[Figure], console: Console) -> None:
+    """Prints one row a figure; what missed its target is red."""
+    table = Table(title="Headrace, measured in turns within this run", title_justify="left")
+    table.add_column("benchmark")
+    for heading in ("headrace", "other", "ratio", "target"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for figure in figures:
+        verdict = "[green]met[/green]" if figure.met else "[bold red]missed[/bold red]"
+        table.add_row(
+            figure.name,
+            f"{_number(figure.a)} {figure.unit}",
+            f"{_number(figure.b)} {figure.unit}",
+            f"{figure.ratio:.2f}" if figure.met else f"[bold red]{figure.ratio:.2f}[/bold red]",
+            f"{'≥' if figure.sense == 'min' else '≤'} {figure.target:g}",
+            verdict,
+        )
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

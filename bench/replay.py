@@ -1,0 +1,114 @@
+"""A sealed set of random values with a finished extraction, as an extractor finds them in its data folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from activation_log.reader import RowRun, SetReader
+from activation_log.writer import SetWriter
+from extractor_service.corpora.store import CorpusStore
+from extractor_service.identity import new_manifest
+from extractor_service.recipe import Recipe
+from extractor_service.values import ExtractionSpec
+
+HOOKPOINT = "blocks.14.hook_resid_post"
+WIDTH = 2304  # Gemma-2 2B.
+EXTRACTION_ID = "xreplay"
+CHUNK_BYTES = 1024 * 1024
+_CORPUS_ID = "replay"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySet:
+    """A set under `data_dir`; its hookpoint column is bfloat16."""
+
+    data_dir: Path
+    folder: Path
+    n_rows: int
+    row_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the hookpoint column."""
+        return self.n_rows * self.row_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of every chunk: as many whole rows as 1 MiB holds."""
+        return CHUNK_BYTES // self.row_bytes * self.row_bytes
+
+
+def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
+    """Writes a set whose hookpoint column takes about `size_bytes`; afterwards it is in the page cache."""
+    spec = ExtractionSpec(
+        model_id="replay",
+        corpus_id=_CORPUS_ID,
+        hookpoints=(HOOKPOINT,),
+        recipe=Recipe(storage_dtype="bfloat16"),
+    )
+    manifest = new_manifest(spec, {"made_for": "bench", "recipe": spec.recipe.to_json()}, {HOOKPOINT: WIDTH})
+    row_bytes = manifest.column(HOOKPOINT).row_bytes
+    chunk_rows = CHUNK_BYTES // row_bytes
+    # Segments of whole chunks: then every chunk has the same size, for a client that can't be told another one.
+    manifest = replace(manifest, segment_rows=manifest.segment_rows // chunk_rows * chunk_rows)
+    folder = data_dir / "activations" / manifest.set_id
+    manifest.save(folder)
+    n_rows = size_bytes // row_bytes // chunk_rows * chunk_rows
+    _fill(folder, n_rows)
+    CorpusStore(data_dir / "corpora").ingest_tokens(_CORPUS_ID, [[0, 1, 2]])
+    _record(data_dir, folder, spec, manifest.set_id, n_rows)
+    return ReplaySet(data_dir=data_dir, folder=folder, n_rows=n_rows, row_bytes=row_bytes)
+
+
+def runs(folder: Path, n_rows: int) -> Iterator[RowRun]:
+    """Reads the hookpoint column in the runs of rows that the extractor sends as chunks."""
+    reader = SetReader(folder, [HOOKPOINT])
+    chunk_rows, row = max(1, CHUNK_BYTES // reader.row_bytes), 0
+    try:
+        while row < n_rows:
+            run = reader.read(row, chunk_rows, end_row=n_rows)
+            yield run
+            row = run.end_row
+    finally:
+        reader.close()
+
+
+def touch(view: memoryview) -> int:
+    """What every client does with a chunk: reads one byte of each page, and adds them up."""
+    return int(np.frombuffer(view, dtype=np.uint8)[::4096].sum(dtype=np.int64))
+
+
+def _fill(folder: Path, n_rows: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, 1 << 26, dtype=np.uint8)
+    with SetWriter.open(folder) as writer:
+        while writer.next_row < n_rows:
+            reservation = writer.reserve(n_rows - writer.next_row)
+            for view in reservation.columns.values():
+                np.frombuffer(view, dtype=np.uint8)[:] = np.resize(noise, len(view))
+            writer.commit(reservation.n_rows, {})
+        writer.finish()
+
+
+def _record(data_dir: Path, folder: Path, spec: ExtractionSpec, set_id: str, n_rows: int) -> None:
+    record = {
+        "id": EXTRACTION_ID,
+        "request_id": "",
+        "spec": spec.to_json(),
+        "set_id": set_id,
+        "path": str(folder),
+        "state": "DONE",
+        "failure": None,
+        "n_rows": n_rows,
+        "n_rows_computed": n_rows,
+        "cached": False,
+        "create_time": time.time(),
+    }
+    path = data_dir / "extractions" / f"{EXTRACTION_ID}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
