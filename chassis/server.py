@@ -164,13 +164,13 @@ class Server:
             self._shutdown.begin()
 
     async def _drain(self, server: grpc.aio.Server, *, drain_s: float, cut_s: float) -> None:
-        stopping = asyncio.create_task(server.stop(drain_s + cut_s))
+        stopping = asyncio.create_task(server.stop(drain_s + cut_s / 2))
         await asyncio.wait({stopping}, timeout=min(_FAREWELL_S, drain_s))
         self._runner.cut(infrastructure_only=True)
         await asyncio.wait({stopping}, timeout=drain_s)
         if not stopping.done():
             self._runner.cut(infrastructure_only=False)
-            await asyncio.wait({stopping}, timeout=cut_s * 1.5)
+            await asyncio.wait({stopping}, timeout=cut_s)
         stopping.cancel()  # Only a handler that ignores its cancellation can still be there.
 
 
@@ -240,7 +240,7 @@ def _arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # No limit: a watch may be silent, and its client gone, for long.
         # Clients ping every 30 s too; without this grpc takes a ping in less than 5 minutes for abuse and hangs up.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", keepalive_ms // 3),
+        ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms // 3),
         ("grpc.http2.max_ping_strikes", 2),
         ("grpc.so_reuseport", 0),  # Two servers on one port are an error, not a lottery.
     )

@@ -78,7 +78,7 @@ async def test_stop_takes_no_longer_than_the_calls(probe_server):
 
 
 async def test_streams_beyond_the_drain_are_cut_with_a_reason(probe_server):
-    probe = await probe_server(grace_s=1.0)
+    probe = await probe_server(grace_s=2.0)
     generate, write = probe.stream("Generate", "1 wait"), probe.stream("Write", "1 wait")
     await generate.read()
     await write.read()
@@ -86,7 +86,7 @@ async def test_streams_beyond_the_drain_are_cut_with_a_reason(probe_server):
     started = time.monotonic()
     await probe.server.stop()
 
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2
     for call in (generate, write):
         _, error = await rest_of(call)
         assert outcome(error) == SHUTTING_DOWN
@@ -94,26 +94,26 @@ async def test_streams_beyond_the_drain_are_cut_with_a_reason(probe_server):
 
 
 async def test_stream_nobody_reads_does_not_hold_up_the_end(probe_server):
-    probe = await probe_server(grace_s=1.0)
+    probe = await probe_server(grace_s=2.0)
     call = probe.stream("Generate", "1000000")
     await call.read()
 
     started = time.monotonic()
     await probe.server.stop()
 
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2
     call.cancel()
 
 
 async def test_handler_that_ignores_cancellation_does_not_hold_up_the_end(probe_server):
-    probe = await probe_server(grace_s=1.0)
+    probe = await probe_server(grace_s=2.0)
     call = asyncio.ensure_future(probe.unary("ignore cancellation"))
     await asyncio.sleep(0.1)
 
     started = time.monotonic()
     await probe.server.stop()
 
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2
     probe.probe.stop_ignoring.set()
     with pytest.raises(grpc.aio.AioRpcError):
         await call
@@ -203,7 +203,7 @@ async def test_signal_ends_an_open_watch_and_the_process(launch, number):
 
 
 async def test_process_with_a_stream_that_goes_on_exits_within_its_grace(launch):
-    server = await launch("--grace-s", "1")
+    server = await launch("--grace-s", "2")
     async with server.stub("unary_stream", "Generate") as generate:
         call = generate(StringValue(value="1 wait"))
         await call.read()
@@ -211,7 +211,7 @@ async def test_process_with_a_stream_that_goes_on_exits_within_its_grace(launch)
         server.process.terminate()
         code, _, took = await server.end(timeout_s=20)
 
-        assert (code, took < 1.5) == (0, True)
+        assert (code, took < 2.5) == (0, True)
         _, error = await rest_of(call)
         assert outcome(error) == SHUTTING_DOWN
 
@@ -343,7 +343,7 @@ async def test_client_that_pings_as_often_as_agreed_is_not_sent_away(probe_serve
     async with grpc.aio.insecure_channel(probe.server.address, options=arguments) as channel:
         call = channel.unary_stream(f"/{SERVICE}/Generate")(StringValue(value="1 wait").SerializeToString())
         await call.read()
-        await asyncio.sleep(2.5)  # Eight pings without data; more than two strikes would end the connection.
+        await asyncio.sleep(3.5)  # grpc pings once a second at most; the third too early ends the connection.
 
         assert not call.done()
         call.cancel()
