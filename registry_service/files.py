@@ -28,7 +28,7 @@ _READ_BYTES = 4 * 1024 * 1024
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
-class Stopped(Exception):  # noqa: N818 - not an error, an answer to `Reading.stop`.
+class Stopped(Exception):
     """The reader was told to stop."""
 
 

@@ -23,7 +23,7 @@ def checked_id(value: str, *, field: str) -> str:
     if not _ID.fullmatch(value):
         raise FieldInvalid(
             field,
-            f"{value[:80]!r} is no id; use lower-case letters, digits and '-', start with a letter, at most 63 characters",
+            f"{value[:80]!r} is no id; use lower-case letters, digits and '-', begin with a letter, at most 63 in all",
         )
     return value
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from registry_service.errors import FieldInvalid
 
@@ -22,6 +23,15 @@ class Page:
     size: int
     after: tuple[str, ...] | None
     binding: str
+
+    def time_after(self) -> datetime | None:
+        """Returns the key's first part as a time. Raises FieldInvalid if it is none."""
+        if self.after is None:
+            return None
+        try:
+            return datetime.fromisoformat(self.after[0])
+        except ValueError as exc:
+            raise _foreign_token() from exc
 
     def token_after(self, key: Sequence[str]) -> str:
         """Returns the token that continues behind `key`."""
@@ -40,14 +50,18 @@ def page_from(*, size: int, token: str, bound_to: Sequence[str], default: int, k
 
 def _key_of(token: str, binding: str, key_length: int) -> tuple[str, ...]:
     try:
-        if len(token) > _MAX_TOKEN:
-            raise ValueError(token)
-        raw = base64.b64decode(token.encode("ascii") + b"=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        raw = base64.b64decode(
+            token[:_MAX_TOKEN].encode("ascii") + b"=" * (-len(token[:_MAX_TOKEN]) % 4), altchars=b"-_", validate=True
+        )
         bound, *key = json.loads(raw)
     except (ValueError, TypeError, binascii.Error):
         bound, key = "", []
     if len(key) != key_length or not all(isinstance(part, str) and "\x00" not in part for part in key):
-        raise FieldInvalid("page_token", "not a token of this service; start again with an empty one")
+        raise _foreign_token()
     if bound != binding:
         raise FieldInvalid("page_token", "belongs to other arguments; repeat the call with the filter it came from")
     return tuple(key)
+
+
+def _foreign_token() -> FieldInvalid:
+    return FieldInvalid("page_token", "not a token of this service; start again with an empty one")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from registry_service.errors import CapacityBusy, DeviceOom, LoadFailed, ModelTooLarge, RunnerLost, ServiceError
+from chassis.errors import ServiceError
+from registry_service.errors import CapacityBusy, DeviceOom, LoadFailed, ModelTooLarge, RunnerLost
 from registry_service.models import Failure
 from registry_service.residency import Action, Decision, Occupant, ResidencyState, Space
 
@@ -25,8 +26,8 @@ def refusal(model_id: str, decision: Decision, spaces: Sequence[Space]) -> Servi
         )
     holders = [who for occupant in decision.space.occupants for who in _holders(occupant)][:_MAX_HOLDERS]
     return CapacityBusy(
-        f"model {model_id!r} needs {required} bytes, but {decision.space.node_id}/{decision.space.device_id} is held by "
-        f"{', '.join(holders)}; try again when they are done, or unload something",
+        f"model {model_id!r} needs {required} bytes, but {decision.space.node_id}/{decision.space.device_id} is held "
+        f"by {', '.join(holders)}; try again when they are done, or unload something",
         metadata={"required_bytes": str(required), "holders": ", ".join(holders)},
         retry_after_s=_RETRY_AFTER_S,
     )

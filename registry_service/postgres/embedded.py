@@ -202,7 +202,7 @@ class EmbeddedPostgres:
     def _await_ready(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         ready = ("-q", "-h", str(self.socket_dir), "-U", "postgres", "-t", "5")
-        while subprocess.run([self._bin / "pg_isready", *ready], check=False, cwd="/").returncode != 0:
+        while subprocess.run([self._bin / "pg_isready", *ready], check=False, cwd="/").returncode:  # noqa: S603 - ours.
             if time.monotonic() > deadline or self._postmaster() is None:
                 raise EmbeddedFailed(f"The embedded Postgres does not answer; see {self.pgdata / 'log'}. {_REMEDY}")
             time.sleep(0.1)
@@ -212,7 +212,7 @@ class EmbeddedPostgres:
         command = [str(self._bin / program), *arguments]
         # Files, not pipes: the postmaster inherits them and would keep a pipe open for ever.
         with tempfile.TemporaryFile() as output:
-            done = subprocess.run(
+            done = subprocess.run(  # noqa: S603 - a fixed program with arguments made here.
                 command,
                 check=False,
                 stdin=subprocess.DEVNULL,
@@ -253,7 +253,8 @@ def _account_for(pgdata: Path) -> _Account:
     try:
         entry = pwd.getpwnam(_USER)
     except KeyError:
-        made = subprocess.run(["useradd", "--system", "--no-create-home", _USER], check=False, capture_output=True)
+        command = ["/usr/sbin/useradd", "--system", "--no-create-home", _USER]
+        made = subprocess.run(command, check=False, capture_output=True)  # noqa: S603 - fixed.
         entry = pwd.getpwnam(_USER if made.returncode == 0 else "nobody")
     return _Account(uid=entry.pw_uid, gid=entry.pw_gid)
 
@@ -272,9 +273,9 @@ def _processes_in(pgdata: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE:
-                if process.cwd() == str(pgdata):
-                    found.append(process)
+            living = process.name() == "postgres" and process.status() != psutil.STATUS_ZOMBIE
+            if living and process.cwd() == str(pgdata):
+                found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found

@@ -40,5 +40,5 @@ class Keeper:
             try:
                 await asyncio.to_thread(self._server.start)
             except StartError as exc:
-                log.error("%s", exc)
+                log.error("%s", exc)  # noqa: TRY400 - its message says it all.
                 await asyncio.sleep(_LOOK_EVERY_S)

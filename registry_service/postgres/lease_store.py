@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-
 from registry_service.errors import FieldInvalid, LeaseLost, LeaseNotFound
 from registry_service.leases import Lease
 from registry_service.postgres import queries
@@ -68,11 +66,12 @@ class LeaseStore:
         return n_expired
 
 
-async def grant_lease(conn: Connection, residency_id: str, *, holder: str, ttl_s: float, request_id: str) -> Lease:
+async def grant_lease(
+    conn: Connection, residency_id: str, *, lease_id: str, holder: str, ttl_s: float, request_id: str
+) -> Lease:
     """Grants within the caller's transaction, which holds the device's lock and has seen RESIDENT."""
     if request_id:
         await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": request_id})
-    lease_id = uuid.uuid4().hex
     values = {
         "id": lease_id,
         "residency_id": residency_id,

@@ -62,7 +62,7 @@ def packaged_migrations() -> tuple[Migration, ...]:
 
 
 async def migrate(url: str, migrations: Sequence[Migration]) -> tuple[int, ...]:
-    """Applies what is missing and returns the versions applied. Raises SchemaMismatch, psycopg errors if unreachable."""
+    """Applies what is missing and returns the versions applied. Raises SchemaMismatch, or psycopg errors."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5) as conn:
         await conn.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT_S}s'")
         await conn.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))

@@ -65,7 +65,7 @@ class ModelStore:
         """Raises ModelNotFound."""
         return await self._database.run(lambda conn: read_model(conn, model_id))
 
-    async def list(self, terms: Sequence[Term], page: Page) -> tuple[list[Model], str]:
+    async def page(self, terms: Sequence[Term], page: Page) -> tuple[list[Model], str]:
         """Returns one page ordered by id, and the token of the next."""
 
         async def work(conn: Connection) -> list[Model]:

@@ -109,7 +109,7 @@ class NodeStore:
 
         return await self._database.run(work)
 
-    async def list(self, page: Page) -> tuple[list[Node], str]:
+    async def page(self, page: Page) -> tuple[list[Node], str]:
         """Returns one page of nodes ordered by id, and the token of the next."""
 
         async def work(conn: Connection) -> list[Node]:
@@ -148,7 +148,7 @@ async def hear(conn: Connection, node_id: str, epoch: int) -> bool:
     row = await (await conn.execute(queries.NODE_LOCK, {"id": node_id})).fetchone()
     _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
     assert row is not None
-    lost = row["state"] == NodeState.LOST
+    lost = NodeState(row["state"]) is NodeState.LOST
     if lost:
         await _revive(conn, node_id, epoch)
     await conn.execute(queries.NODE_HEARD, {"id": node_id})

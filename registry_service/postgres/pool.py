@@ -1,4 +1,4 @@
-"""One door to Postgres: bounded waiting, transactions retried over lost connections, one typed error when it is away."""
+"""One door to Postgres: bounded waits, transactions retried over lost connections, one typed error when it is away."""
 
 from __future__ import annotations
 

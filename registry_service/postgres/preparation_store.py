@@ -26,7 +26,7 @@ T = TypeVar("T")
 CLAIM_S = 6.0
 
 
-class ClaimLost(Exception):  # noqa: N818 - no error of a call; it ends a worker's task.
+class ClaimLost(Exception):
     """The preparation was cancelled, finished or taken over."""
 
 
@@ -118,8 +118,13 @@ class PreparationStore:
 
         await self._database.run(work, deadline_s=3.0)
 
-    async def progress(self, model_id: str, worker: str, *, message: str, **columns: Any) -> None:
-        """Changes the model while it is prepared and appends the event. Raises ClaimLost."""
+    async def progress(
+        self, model_id: str, worker: str, *, message: str, transfer: Transfer, commit_sha: str = ""
+    ) -> None:
+        """Tells how far the preparation is, and the commit once it is known. Raises ClaimLost."""
+        columns: dict[str, Any] = {"transfer": json_of(transfer)}
+        if commit_sha:
+            columns["commit_sha"] = commit_sha
 
         async def work(conn: Connection) -> None:
             await _hold(conn, model_id, worker)
@@ -174,16 +179,21 @@ class PreparationStore:
         """Gives the build to the living node with the fewest; returns its id, or nothing if none lives."""
 
         async def work(conn: Connection) -> str:
-            await _hold(conn, model_id, worker)
+            held = await _hold(conn, model_id, worker)
             row = await (await conn.execute(queries.BUILD_CHOOSE_NODE)).fetchone()
             node_id = row["id"] if row is not None else None
+            if node_id is None and held["node_id"] is None and held["target_path"] == target_path:
+                return ""  # It waits already; saying so again would be an event each second.
             parameters = {"model_id": model_id, "node_id": node_id, "target_path": target_path}
             await conn.execute(queries.BUILD_ASSIGN, parameters)
             message = f"node {node_id} converts" if node_id else "waits for a node; start an extractor"
             await change_model(conn, model_id, message, {"transfer": json_of(Transfer())})
             return node_id or ""
 
-        return await self._change(work)
+        assigned = await self._database.run(work)
+        if assigned:
+            self._wakeups.wake()
+        return assigned
 
     async def report_build(
         self,
@@ -222,10 +232,11 @@ class PreparationStore:
         return result
 
 
-async def _hold(conn: Connection, model_id: str, worker: str) -> None:
+async def _hold(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:
     """Keeps the claim until the transaction ends. Raises ClaimLost. Locks the model first, as all others do."""
     row = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
     parameters = {"model_id": model_id, "worker": worker}
     held = await (await conn.execute(queries.PREPARATION_HOLD, parameters)).fetchone()
     if row is None or held is None:
         raise ClaimLost
+    return held

@@ -333,6 +333,9 @@ WITH released AS (
 )
 UPDATE residencies r SET last_used_time = clock_timestamp() FROM released WHERE r.id = released.residency_id
 """
+LEASE_TAKE_BACK = """
+UPDATE leases SET state = 'RELEASED', end_time = clock_timestamp() WHERE id = %(id)s AND state = 'HELD'
+"""
 LEASES_END = """
 UPDATE leases SET state = 'LOST', end_time = clock_timestamp()
 WHERE residency_id = ANY(%(residency_ids)s) AND state = 'HELD'

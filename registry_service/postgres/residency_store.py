@@ -125,6 +125,7 @@ class ResidencyStore:
                 lease = await grant_lease(
                     conn,
                     residency.id,
+                    lease_id=waiter_id,
                     holder=terms.holder,
                     ttl_s=terms.ttl_s,
                     request_id=terms.request_id,
@@ -146,9 +147,10 @@ class ResidencyStore:
         return await self._database.run(work)
 
     async def abandon(self, waiter_id: str) -> None:
-        """Forgets a waiter; a queued residency nobody else waits for ends with it."""
+        """Forgets a waiter and its lease; a queued residency nobody else waits for ends with it."""
 
         async def work(conn: Connection) -> None:
+            await conn.execute(queries.LEASE_TAKE_BACK, {"id": waiter_id})
             row = await (await conn.execute(queries.WAITER_DELETE, {"id": waiter_id})).fetchone()
             if row is None:
                 return
@@ -176,7 +178,7 @@ class ResidencyStore:
         return await self._change(work)
 
     async def report(self, report: ResidencyReport) -> None:
-        """Follows a node's report. Raises EpochStale, and LeaseLost where the report answers an assignment long over."""
+        """Follows a node's report. Raises EpochStale; LeaseLost where it answers an assignment long over."""
 
         async def work(conn: Connection) -> bool:
             await hear(conn, report.node_id, report.epoch)
@@ -192,18 +194,18 @@ class ResidencyStore:
         if await self._database.run(work):
             self._wakeups.wake()
 
-    async def list(
+    async def page(
         self, *, model_id: str, node_id: str, include_ended: bool, page: Page
     ) -> tuple[list[Residency], str]:
         """Returns one page, the newest first, and the token of the next."""
 
         async def work(conn: Connection) -> list[Residency]:
-            after = page.after or (None, None)
+            after = page.after or ("", "")
             parameters = {
                 "model_id": model_id,
                 "node_id": node_id,
                 "include_ended": include_ended,
-                "after_time": after[0],
+                "after_time": page.time_after(),
                 "after_id": after[1],
                 "limit": page.size + 1,
             }

@@ -52,12 +52,12 @@ class SetStore:
             raise SetNotFound(set_id)
         return found
 
-    async def list(self, *, model_id: str, page: Page) -> tuple[list[ActivationSet], str]:
+    async def page(self, *, model_id: str, page: Page) -> tuple[list[ActivationSet], str]:
         """Returns one page, the newest first, and the token of the next."""
 
         async def work(conn: Connection) -> list[ActivationSet]:
-            after = page.after or (None, None, None)
-            keys = {"after_time": after[0], "after_id": after[1], "after_node": after[2]}
+            after = page.after or ("", "", "")
+            keys = {"after_time": page.time_after(), "after_id": after[1], "after_node": after[2]}
             parameters = {"model_id": model_id, "limit": page.size + 1, **keys}
             return [set_of(row) for row in await (await conn.execute(queries.SETS_LIST, parameters)).fetchall()]
 

@@ -1,0 +1,1 @@
+"""gRPC: servicers that check, call the core and fill the answer; conversions; the table of errors."""

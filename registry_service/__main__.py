@@ -1,0 +1,265 @@
+"""Wires the registry together and runs it: database, migrations, loops, server.
+
+`python -m registry_service --data-dir DIR`. The only place that reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from headrace.registry.v1 import (
+    activation_set_service_pb2_grpc,
+    model_service_pb2_grpc,
+    node_service_pb2_grpc,
+    residency_service_pb2_grpc,
+)
+
+from chassis import logs
+from chassis.errors import StartError
+from chassis.flags import add_common_flags, options_from
+from chassis.metrics import Metrics
+from chassis.server import Server, ServerOptions
+from chassis.shutdown import Shutdown
+from registry_service.admission import Admissions
+from registry_service.hub.client import HubClient
+from registry_service.paths import ModelRoots
+from registry_service.postgres.connect import migrate_when_reachable
+from registry_service.postgres.embedded import EmbeddedPostgres
+from registry_service.postgres.keeper import Keeper
+from registry_service.postgres.lease_store import LeaseStore
+from registry_service.postgres.model_store import ModelStore
+from registry_service.postgres.node_store import NodeStore
+from registry_service.postgres.pool import Database
+from registry_service.postgres.preparation_store import PreparationStore
+from registry_service.postgres.residency_store import ResidencyStore
+from registry_service.postgres.set_store import SetStore
+from registry_service.postgres.upkeep_store import UpkeepStore
+from registry_service.preparation import Preparer
+from registry_service.rpc.model_servicer import ModelServicer
+from registry_service.rpc.node_servicer import NodeServicer
+from registry_service.rpc.residency_servicer import ResidencyServicer
+from registry_service.rpc.set_servicer import SetServicer
+from registry_service.rpc.status import STATUSES, reason_of
+from registry_service.upkeep import Upkeep
+from registry_service.wakeups import Wakeups
+
+log = logging.getLogger("registry_service")
+
+SERVICES = tuple(
+    f"headrace.registry.v1.{name}"
+    for name in ("ModelService", "ResidencyService", "NodeService", "ActivationSetService")
+)
+
+
+class RootInvalid(StartError):
+    """A models root is no folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line and the environment say."""
+
+    server: ServerOptions
+    data_dir: Path
+    database_url: str  # Empty: embedded.
+    model_roots: tuple[Path, ...]
+    heartbeat_interval_s: float
+    environment: Mapping[str, str]
+
+
+def main() -> int:
+    """Runs until a signal; returns the exit status."""
+    args = _parser().parse_args()
+    logs.configure(args.log_level, sys.stderr)
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # The calls that fail tell it better.
+    try:
+        settings = _settings(args, os.environ)
+        asyncio.run(_run_alone(settings))
+    except StartError as exc:
+        print(f"registry: {exc}", file=sys.stderr)  # noqa: T201 - for the person who started it.
+        return 2
+    return 0
+
+
+async def run(settings: Settings, *, shutdown: Shutdown, handle_signals: bool = True) -> None:
+    """Serves until a signal or the shutdown. Raises StartError."""
+    keeper: Keeper | None = None
+    async with contextlib.AsyncExitStack() as stack:
+        url, embedded = settings.database_url, None
+        if not url:
+            embedded = await stack.enter_async_context(_embedded(settings.data_dir))
+            keeper, url = Keeper(embedded), embedded.url
+        await migrate_when_reachable(url)
+        database = Database(url, on_lost=keeper.look_now if keeper is not None else lambda: None)
+        await stack.enter_async_context(_opened(database))
+        registry = Registry(settings, database, shutdown)
+        if embedded is not None:
+            await registry.preparations.release(None)  # No other replica can be on this data directory.
+        await registry.serve(keeper, handle_signals=handle_signals)
+
+
+async def _run_alone(settings: Settings) -> None:
+    await run(settings, shutdown=Shutdown())
+
+
+class Registry:
+    """Stores, loops and servicers of one process."""
+
+    def __init__(self, settings: Settings, database: Database, shutdown: Shutdown) -> None:
+        wakeups = Wakeups()
+        self._options = settings.server
+        self._shutdown = shutdown
+        self.preparations = PreparationStore(database, wakeups)
+        models = ModelStore(database, wakeups)
+        nodes = NodeStore(database, wakeups)
+        leases = LeaseStore(database, wakeups)
+        residencies = ResidencyStore(database, wakeups)
+        roots = ModelRoots(settings.model_roots or (settings.data_dir,))
+        self._preparer = Preparer(
+            store=self.preparations,
+            wakeups=wakeups,
+            roots=roots,
+            models_dir=settings.data_dir / "models",
+            downloader=HubClient(settings.environment),
+            worker=uuid.uuid4().hex,
+            reason_of=reason_of,
+        )
+        self._upkeep = Upkeep(
+            leases=leases,
+            nodes=nodes,
+            residencies=residencies,
+            rows=UpkeepStore(database),
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+        )
+        self._models = ModelServicer(
+            models=models,
+            preparations=self.preparations,
+            preparer=self._preparer,
+            roots=roots,
+            wakeups=wakeups,
+            shutdown=shutdown,
+        )
+        self._residencies = ResidencyServicer(
+            residencies=residencies,
+            leases=leases,
+            nodes=nodes,
+            admissions=Admissions(residencies=residencies, wakeups=wakeups),
+            shutdown=shutdown,
+        )
+        self._nodes = NodeServicer(
+            nodes=nodes,
+            residencies=residencies,
+            preparations=self.preparations,
+            wakeups=wakeups,
+            shutdown=shutdown,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+        )
+        self._sets = SetServicer(sets=SetStore(database))
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Registers the four services."""
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._models, server)
+        residency_service_pb2_grpc.add_ResidencyServiceServicer_to_server(self._residencies, server)
+        node_service_pb2_grpc.add_NodeServiceServicer_to_server(self._nodes, server)
+        activation_set_service_pb2_grpc.add_ActivationSetServiceServicer_to_server(self._sets, server)
+
+    async def serve(self, keeper: Keeper | None, *, handle_signals: bool) -> None:
+        """Serves until the shutdown begins; the loops outlive the last call."""
+        server = Server(
+            self._options,
+            service_names=SERVICES,
+            add_services=self.add_services,
+            statuses=STATUSES,
+            metrics=Metrics(),
+            shutdown=self._shutdown,
+            handle_signals=handle_signals,
+        )
+        async with asyncio.TaskGroup() as group:
+            loops = [group.create_task(self._preparer.run()), group.create_task(self._upkeep.run())]
+            if keeper is not None:
+                loops.append(group.create_task(keeper.run()))
+            try:
+                await server.start()
+                log.info("registry ready", extra={"fields": {"address": server.address}})
+                await server.wait()
+            finally:
+                await server.stop()
+                for loop in loops:
+                    loop.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _embedded(data_dir: Path) -> AsyncIterator[EmbeddedPostgres]:
+    server = EmbeddedPostgres(data_dir)
+    await asyncio.to_thread(server.own)
+    try:
+        await asyncio.to_thread(server.start)
+        yield server
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+@contextlib.asynccontextmanager
+async def _opened(database: Database) -> AsyncIterator[None]:
+    await database.open()
+    try:
+        yield
+    finally:
+        await database.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="registry", description="Headrace's registry of models and residency.")
+    parser.add_argument("--listen", default="127.0.0.1:7470", metavar="HOST:PORT", help="default 127.0.0.1:7470")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="models, and the embedded Postgres")
+    parser.add_argument(
+        "--database-url", default="", metavar="URL", help="Postgres 14+ (default: DATABASE_URL, or embedded)"
+    )
+    parser.add_argument(
+        "--models-root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="folders and GGUF files may be registered from below it (repeatable; default: the data dir)",
+    )
+    parser.add_argument(
+        "--heartbeat-interval-s", type=_interval, default=5.0, metavar="S", help="asked of nodes (default 5)"
+    )
+    add_common_flags(parser)
+    return parser
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 300:
+        raise argparse.ArgumentTypeError("takes 0.1 to 300 seconds")
+    return seconds
+
+
+def _settings(args: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    for root in args.models_root:
+        if not root.is_dir():
+            raise RootInvalid(f"--models-root {root} is no folder; make it, or give another one.")
+    return Settings(
+        server=options_from(args),
+        data_dir=Path(os.path.realpath(args.data_dir)),
+        database_url=args.database_url or environment.get("DATABASE_URL", ""),
+        model_roots=tuple(args.models_root),
+        heartbeat_interval_s=args.heartbeat_interval_s,
+        environment=dict(environment),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""ResidencyService: which model is in which device's memory, and who may rely on it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from headrace.registry.v1 import residency_service_pb2 as pb
+from headrace.registry.v1 import residency_service_pb2_grpc
+
+from chassis.shutdown import Shutdown
+from registry_service.admission import Admissions
+from registry_service.errors import FieldInvalid, NotImplementedYet
+from registry_service.identifiers import checked_id, checked_request_id, checked_text
+from registry_service.leases import checked_ttl_s, checked_wait_s
+from registry_service.models import Transfer
+from registry_service.paging import page_from
+from registry_service.postgres.lease_store import LeaseStore
+from registry_service.postgres.node_store import NodeStore
+from registry_service.postgres.requests import Request
+from registry_service.postgres.residency_store import Admission, LeaseTerms, ResidencyStore, Wish
+from registry_service.residency import ResidencyState
+from registry_service.rpc.convert import lease_to_pb, node_to_pb, residency_to_pb, transfer_to_pb
+
+_DEFAULT_PAGE = 100
+
+
+class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
+    """Check, call the store, fill the answer."""
+
+    def __init__(
+        self,
+        *,
+        residencies: ResidencyStore,
+        leases: LeaseStore,
+        nodes: NodeStore,
+        admissions: Admissions,
+        shutdown: Shutdown,
+    ) -> None:
+        self._residencies = residencies
+        self._leases = leases
+        self._nodes = nodes
+        self._admissions = admissions
+        self._shutdown = shutdown
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        """Makes a model resident; answers at once."""
+        wish = _wish(request, actor=f"LoadModel from {_peer(context)}")
+        remembered = _request(request.request_id, "LoadModel", wish.model_id, wish.node_id, wish.device_id)
+        return pb.LoadModelResponse(residency=residency_to_pb(await self._residencies.load(wish, remembered)))
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        """Sends a model off its devices."""
+        model_id = checked_id(request.model_id, field="model_id")
+        node_id = _optional_id(request.node_id, field="node_id")
+        residencies = await self._residencies.unload(
+            model_id,
+            node_id=node_id,
+            force=request.force,
+            actor=f"UnloadModel from {_peer(context)}",
+            request=_request(request.request_id, "UnloadModel", model_id, node_id, request.force),
+        )
+        return pb.UnloadModelResponse(residencies=[residency_to_pb(each) for each in residencies])
+
+    async def AcquireLease(
+        self, request: pb.AcquireLeaseRequest, context: Any
+    ) -> AsyncGenerator[pb.AcquireLeaseResponse, None]:
+        """Streams the way to a lease."""
+        holder = checked_text(request.holder, field="holder")
+        wish = _wish(request, actor=holder or _peer(context), if_resident_only=request.if_resident_only)
+        terms = LeaseTerms(
+            holder=holder,
+            ttl_s=checked_ttl_s(request.ttl_s),
+            request_id=checked_request_id(request.request_id),
+        )
+        wait_s = checked_wait_s(request.wait_s)
+        steps = self._admissions.acquire(wish, terms, waiter_id=uuid.uuid4().hex, wait_s=wait_s)
+        async with aclosing(self._shutdown.watching(steps)) as admissions:
+            async for admission in admissions:
+                yield _admission_to_pb(admission)
+
+    async def RenewLease(self, request: pb.RenewLeaseRequest, context: Any) -> pb.RenewLeaseResponse:
+        """Extends a living lease."""
+        lease = await self._leases.renew(_lease_id(request.lease_id), request.fence)
+        return pb.RenewLeaseResponse(lease=lease_to_pb(lease))
+
+    async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Any) -> pb.ReleaseLeaseResponse:
+        """Ends a lease."""
+        await self._leases.release(_lease_id(request.lease_id), request.fence)
+        return pb.ReleaseLeaseResponse()
+
+    async def PinModel(self, request: pb.PinModelRequest, context: Any) -> pb.PinModelResponse:
+        """Not in this version."""
+        raise NotImplementedYet("PinModel is not available in this version; hold a lease instead")
+
+    async def UnpinModel(self, request: pb.UnpinModelRequest, context: Any) -> pb.UnpinModelResponse:
+        """Not in this version."""
+        raise NotImplementedYet("UnpinModel is not available in this version; there are no pins")
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
+        """Lists a page of nodes."""
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("nodes",),
+            default=_DEFAULT_PAGE,
+            key_length=1,
+        )
+        nodes, token = await self._nodes.page(page)
+        return pb.ListNodesResponse(nodes=[node_to_pb(node) for node in nodes], next_page_token=token)
+
+    async def ListResidencies(self, request: pb.ListResidenciesRequest, context: Any) -> pb.ListResidenciesResponse:
+        """Lists a page of residencies, the newest first."""
+        model_id = _optional_id(request.model_id, field="model_id")
+        node_id = _optional_id(request.node_id, field="node_id")
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("residencies", model_id, node_id, str(request.include_ended)),
+            default=_DEFAULT_PAGE,
+            key_length=2,
+        )
+        found, token = await self._residencies.page(
+            model_id=model_id, node_id=node_id, include_ended=request.include_ended, page=page
+        )
+        return pb.ListResidenciesResponse(residencies=[residency_to_pb(each) for each in found], next_page_token=token)
+
+    async def WatchResidencies(
+        self, request: pb.WatchResidenciesRequest, context: Any
+    ) -> AsyncGenerator[pb.WatchResidenciesResponse, None]:
+        """Not in this version."""
+        raise NotImplementedYet("WatchResidencies is not available in this version; poll ListResidencies")
+        yield
+
+
+def _admission_to_pb(admission: Admission) -> pb.AcquireLeaseResponse:
+    if admission.lease is not None:
+        return pb.AcquireLeaseResponse(granted=pb.LeaseGranted(lease=lease_to_pb(admission.lease)))
+    residency = admission.residency
+    if residency.state is ResidencyState.QUEUED:
+        return pb.AcquireLeaseResponse(queued=pb.LeaseQueued(position=admission.position))
+    transfer = transfer_to_pb(residency.transfer or Transfer())
+    return pb.AcquireLeaseResponse(loading=pb.LeaseLoading(residency_id=residency.id, transfer=transfer))
+
+
+def _wish(request: pb.LoadModelRequest | pb.AcquireLeaseRequest, *, actor: str, if_resident_only: bool = False) -> Wish:
+    if request.device_id and not request.node_id:
+        raise FieldInvalid("device_id", "names a device of a node; give node_id too")
+    return Wish(
+        model_id=checked_id(request.model_id, field="model_id"),
+        node_id=_optional_id(request.node_id, field="node_id"),
+        device_id=checked_text(request.device_id, field="device_id", max_length=63),
+        actor=actor,
+        if_resident_only=if_resident_only,
+    )
+
+
+def _optional_id(value: str, *, field: str) -> str:
+    return checked_id(value, field=field) if value else ""
+
+
+def _lease_id(value: str) -> str:
+    if not value:
+        raise FieldInvalid("lease_id", "is empty; send the id of a granted lease")
+    return checked_text(value, field="lease_id", max_length=63)
+
+
+def _peer(context: Any) -> str:
+    return str(context.peer())[:100]
+
+
+def _request(request_id: str, method: str, *arguments: Any) -> Request:
+    return Request(request_id=checked_request_id(request_id), method=method, arguments=arguments)
