@@ -1,3 +1,4 @@
+# ruff: noqa: N802 - the methods have the contract's names.
 """Scripted servers for the client's tests: the generated servicers on real sockets, with faults on request."""
 
 import time
@@ -11,8 +12,6 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-
-from activation_log import frames
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
 from headrace.extractor.v1 import corpus_service_pb2_grpc as corpora_grpc
@@ -28,6 +27,8 @@ from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace.registry.v1 import residency_service_pb2 as residencies_pb
 from headrace.registry.v1 import residency_service_pb2_grpc as residencies_grpc
 from headrace_client import HeadraceClient
+
+from activation_log import frames
 
 HOOKPOINT = "blocks.1.hook_resid_post"
 SECOND = "blocks.0.hook_resid_pre"
@@ -87,8 +88,8 @@ def unavailable(reason="RUNNER_LOST"):
 class Fault:
     """What happens to one connection after `after` chunks.
 
-    `cut` aborts with `status`; `hang` says nothing more; `gap` leaves a chunk out; `overlap` sends one twice; `no_end` ends
-    without the end message; `other_set` announces another set.
+    `cut` aborts with `status`; `hang` says nothing more; `gap` leaves a chunk out; `overlap` sends one twice; `no_end`
+    ends without the end message; `other_set` announces another set.
     """
 
     kind: str
@@ -116,9 +117,7 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
 
     def _extraction(self):
         recipe = ex_pb.Recipe(context_size=16, batch_size=2, storage_dtype=dtype_pb2.DTYPE_FLOAT32)
-        spec = ex_pb.ExtractionSpec(
-            model_id="tiny", corpus_id="docs", hookpoints=[HOOKPOINT], recipe=recipe
-        )
+        spec = ex_pb.ExtractionSpec(model_id="tiny", corpus_id="docs", hookpoints=[HOOKPOINT], recipe=recipe)
         return ex_pb.Extraction(
             id=EXTRACTION_ID,
             spec=spec,
@@ -202,7 +201,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
 
     def EstimateExtraction(self, request, context):
         self.note("EstimateExtraction", request, context)
-        return service_pb.EstimateExtractionResponse(n_rows=10, size_bytes=320, seconds=-1, n_tokens=12, n_rows_cached=4)
+        return service_pb.EstimateExtractionResponse(
+            n_rows=10, size_bytes=320, seconds=-1, n_tokens=12, n_rows_cached=4
+        )
 
     def StartExtraction(self, request, context):
         self.note("StartExtraction", request, context)
@@ -385,7 +386,13 @@ class ScriptedRegistry(
 
     def _set(self):
         return sets_pb.ActivationSet(
-            id="set-1", node_id="n1", model_id="tiny", corpus_id="docs", columns=[HOOKPOINT], n_rows=7, retention="RETAIN"
+            id="set-1",
+            node_id="n1",
+            model_id="tiny",
+            corpus_id="docs",
+            columns=[HOOKPOINT],
+            n_rows=7,
+            retention="RETAIN",
         )
 
 

@@ -7,7 +7,6 @@ import time
 import grpc
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, ScriptedExtractor, ScriptedRegistry, unavailable
-
 from headrace.common.v1 import error_reason_pb2
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
@@ -17,7 +16,7 @@ from headrace_client import HeadraceClient, ModelState, Packing, Recipe, Window,
 
 
 def test_every_reason_of_the_contract_has_its_class():
-    reasons = {name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()} - {"UNSPECIFIED"}
+    reasons = {name.removeprefix("ERROR_REASON_") for name, _ in error_reason_pb2.ErrorReason.items()} - {"UNSPECIFIED"}
 
     assert reasons <= errors.BY_REASON.keys()
 
@@ -91,9 +90,9 @@ def test_a_mutation_is_repeated_under_one_request_id(client, scripted_registry):
 def test_a_call_has_a_deadline(registry_host, scripted_registry):
     scripted_registry.hang.add("GetModel")
 
-    with HeadraceClient.connect(registry_host.address, deadline_s=0.2) as client:
-        with pytest.raises(errors.DeadlineExceeded):
-            client.models.get("x")
+    hasty = HeadraceClient.connect(registry_host.address, deadline_s=0.2)
+    with hasty as client, pytest.raises(errors.DeadlineExceeded):
+        client.models.get("x")
 
 
 def test_a_server_that_is_not_there_is_unavailable():
@@ -286,9 +285,7 @@ def test_watching_an_extraction_survives_a_cut_and_a_new_server(client, extracto
     assert events[-1].extraction.state == "DONE"
 
 
-@pytest.mark.parametrize(
-    ("state", "kind"), [("FAILED", errors.DiskFull), ("CANCELLED", errors.ExtractionCancelled)]
-)
+@pytest.mark.parametrize(("state", "kind"), [("FAILED", errors.DiskFull), ("CANCELLED", errors.ExtractionCancelled)])
 def test_wait_raises_how_an_extraction_ended(client, scripted_extractor, state, kind):
     scripted_extractor.end_state = ex_pb.ExtractionState.Value(f"EXTRACTION_STATE_{state}")
     scripted_extractor.extraction.failure.reason = "DISK_FULL"

@@ -9,7 +9,6 @@ import grpc
 import numpy as np
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault, unavailable
-
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_client import _prefetch, errors
 from headrace_client._watch import Backoff
@@ -136,9 +135,9 @@ def test_no_row_within_the_reconnect_deadline_is_a_typed_error(client, scripted_
 def test_a_server_that_never_speaks_is_a_typed_error(client, scripted_extractor):
     scripted_extractor.hang.add("StreamActivations")
 
-    with client.chunks(EXTRACTION_ID, silence_s=0.1, reconnect_deadline_s=0.3, backoff=FAST) as stream:
-        with pytest.raises(errors.StreamLost) as caught:
-            next(stream)
+    stream = client.chunks(EXTRACTION_ID, silence_s=0.1, reconnect_deadline_s=0.3, backoff=FAST)
+    with stream, pytest.raises(errors.StreamLost) as caught:
+        next(stream)
 
     assert caught.value.metadata["last_reason"] == "STREAM_SILENT"
 
@@ -194,9 +193,9 @@ def test_an_end_without_its_message_is_no_end(client, scripted_extractor):
 
 
 def test_a_refusal_arrives_at_once(client):
-    with client.chunks(EXTRACTION_ID, "blocks.1.hook_resid_pots") as stream:
-        with pytest.raises(errors.HookpointNotFound) as caught:
-            next(stream)
+    stream = client.chunks(EXTRACTION_ID, "blocks.1.hook_resid_pots")
+    with stream, pytest.raises(errors.HookpointNotFound) as caught:
+        next(stream)
 
     assert caught.value.nearest == (HOOKPOINT,)
 
@@ -334,5 +333,10 @@ def test_errors_survive_pickling_and_json(client):
     error = errors.StreamLost("x", metadata={"next_row": "1"}, retry_after_s=2.0)
     again = pickle.loads(pickle.dumps(error))
 
-    assert (type(again), str(again), again.metadata, again.remedy) == (type(error), str(error), error.metadata, error.remedy)
+    assert (type(again), str(again), again.metadata, again.remedy) == (
+        type(error),
+        str(error),
+        error.metadata,
+        error.remedy,
+    )
     json.dumps(again.metadata)

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
-
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_client import errors
 from headrace_client.integrations.sae_lens import data_provider
@@ -23,7 +22,9 @@ def test_batches_hold_all_rows_in_order_across_chunks(client, scripted_extractor
     assert torch.equal(torch.cat(batches), expected(scripted_extractor))
 
 
-@pytest.mark.parametrize(("batch_size", "drop_last", "sizes"), [(300, False, [300, 300, 300, 100]), (300, True, [300] * 3)])
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last", "sizes"), [(300, False, [300, 300, 300, 100]), (300, True, [300] * 3)]
+)
 def test_the_last_batch_is_short_or_left_out(client, batch_size, drop_last, sizes):
     with client.activations(EXTRACTION_ID, batch_size=batch_size, drop_last=drop_last) as stream:
         assert [len(batch) for batch in stream] == sizes
@@ -113,9 +114,9 @@ def test_endless_epochs_go_on(client):
 
 
 def test_endless_epochs_without_a_batch_are_an_error(client):
-    with client.activations(EXTRACTION_ID, batch_size=2000, epochs=None, drop_last=True) as stream:
-        with pytest.raises(errors.InvalidArgument):
-            next(stream)
+    stream = client.activations(EXTRACTION_ID, batch_size=2000, epochs=None, drop_last=True)
+    with stream, pytest.raises(errors.InvalidArgument):
+        next(stream)
 
 
 def test_a_window_is_read_once_only(client, scripted_extractor):

@@ -1,0 +1,65 @@
+"""Numbers as people read and write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
+
+
+def size(n_bytes: float) -> str:
+    """Bytes: `512 B`, `25.2 MiB`."""
+    value = float(n_bytes)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("the last unit returns")
+
+
+def parse_size(text: str) -> int:
+    """Reads `1048576`, `256MiB`, `1.5g` (powers of 1024) or `200MB` (of 1000). ValueError otherwise."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write 1048576, 256MiB or 200MB")
+    number, prefix, binary = match.groups()
+    base = 1000 if prefix and not binary and text.strip().lower().endswith("b") else 1024
+    return int(float(number) * base ** " kmgtp".index(prefix.lower() or " "))
+
+
+def duration(seconds: float) -> str:
+    """Seconds: `0:42`, `1:02:03`."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def count(number: float) -> str:
+    """A count: `12,345`."""
+    return f"{number:,.0f}"
+
+
+def time_of_day(when: datetime | None) -> str:
+    """A time in the local time zone."""
+    return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON takes it: dataclasses as objects, times as ISO 8601, enums as their values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = {"kind": type(value).__name__.lower()} if type(value).__name__ in ("Retain", "Window") else {}
+        return kind | {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

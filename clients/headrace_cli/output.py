@@ -1,0 +1,56 @@
+"""Results: tables for people, JSON for machines, both on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import typer
+
+from headrace_cli.formats import plain
+from headrace_cli.settings import Settings
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document on one line."""
+    typer.echo(json.dumps(plain(value)))
+
+
+def print_rows(
+    settings: Settings, values: Iterable[Any], headings: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
+) -> None:
+    """Prints a list: as a JSON array of `values`, or as a table of `rows`, or as `empty` on standard error."""
+    if settings.json:
+        print_json(list(values))
+        return
+    kept = list(rows)
+    if not kept:
+        typer.echo(empty, err=True)
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in kept:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(soft_wrap=False).print(table)
+
+
+def print_value(settings: Settings, value: Any, facts: Mapping[str, str]) -> None:
+    """Prints one thing: as a JSON object of `value`, or as lines of `facts`; empty ones are left out."""
+    if settings.json:
+        print_json(value)
+        return
+    width = max((len(name) for name in facts), default=0)
+    for name, text in facts.items():
+        if text:
+            typer.echo(f"{name:<{width}}  {text}")
+
+
+def note(text: str) -> None:
+    """Prints a line for people, on standard error."""
+    typer.echo(text, err=True)

@@ -1,0 +1,239 @@
+"""`headrace pull`: rows of an extraction as safetensors files, resumable."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headrace_cli import formats, tensor_files
+from headrace_cli.exits import reported
+from headrace_cli.output import note, print_json
+from headrace_cli.progress import Bar
+from headrace_cli.settings import settings_of
+from headrace_cli.tensor_files import ColumnFile, ColumnSpec
+
+if TYPE_CHECKING:
+    from headrace_client import ChunkStream, HeadraceClient
+    from headrace_client.values import Column, Extraction
+
+_SYNC_EVERY_S = 5.0  # What a crash may cost.
+
+
+@reported
+def pull(
+    context: typer.Context,
+    *,
+    extraction_id: Annotated[str, typer.Argument(metavar="EXTRACTION")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="FILE.safetensors for one file, or a folder of one per column.")
+    ],
+    columns: Annotated[
+        str, typer.Option(help="Comma-separated: hookpoints, token_id, document, position.  (default: all)")
+    ] = "",
+    rows: Annotated[str, typer.Option(help="START:END, either may be left out.")] = "",
+) -> None:
+    """Write an extraction's rows to disk as they come. Interrupted, the same command goes on where it stopped."""
+    settings = settings_of(context)
+    start_row, end_row = parse_rows(rows)
+    with settings.connect() as client:
+        extraction = client.extractions.get(extraction_id)
+        result = _Pull(client, extraction, out, _columns(extraction, columns), start_row, end_row).run()
+    if settings.json:
+        print_json(result)
+    else:
+        note(f"{formats.count(result['n_rows'])} rows, {formats.size(result['size_bytes'])}: {result['path']}")
+
+
+def parse_rows(text: str) -> tuple[int, int]:
+    """Reads `START:END`; 0 stands for an end that is left out."""
+    if not text:
+        return 0, 0
+    start, colon, end = text.partition(":")
+    try:
+        found = int(start or 0), int(end or 0)
+    except ValueError:
+        found = -1, 0
+    if not colon or found[0] < 0 or (end and found[1] <= found[0]):
+        raise typer.BadParameter(f"{text!r} is not START:END", param_hint="--rows")
+    return found
+
+
+class _Pull:
+    """One run of the command."""
+
+    def __init__(
+        self,
+        client: HeadraceClient,
+        extraction: Extraction,
+        out: Path,
+        columns: tuple[str, ...],
+        *rows: int,
+    ) -> None:
+        self._client = client
+        self._extraction = extraction
+        self._out = out
+        self._one_file = out.suffix == ".safetensors"
+        self._folder = out.with_name(out.name + ".part") if self._one_file else out
+        start_row, end_row = rows
+        self._identity = {
+            "set_id": extraction.set_id,
+            "columns": list(columns),
+            "start_row": start_row,
+            "end_row": end_row,
+        }
+        self._columns = columns
+        self._start_row, self._end_row = start_row, end_row
+
+    def run(self) -> dict[str, Any]:
+        """Pulls what is missing."""
+        done = self._done_before()
+        if done is not None:
+            note("already there, nothing pulled")
+            return done
+        self._folder.mkdir(parents=True, exist_ok=True)
+        next_row = self._resume_row()
+        if next_row > self._start_row:
+            note(f"goes on at row {formats.count(next_row)}")
+        with self._client.chunks(self._extraction, self._columns, start_row=next_row, end_row=self._end_row) as stream:
+            specs = [_spec(column) for column in stream.header.columns]
+            end_row = self._copy(stream, specs, next_row)
+        return self._finish(specs, end_row)
+
+    def _done_before(self) -> dict[str, Any] | None:
+        """The result of an earlier run that was finished; raises if something else is in the way."""
+        if self._one_file and self._out.exists():
+            metadata = tensor_files.read_metadata(self._out)
+            if metadata.get("pull") == self._fingerprint():
+                return self._result(int(metadata["n_rows"]), self._out.stat().st_size)
+            raise _in_the_way(self._out)
+        state = tensor_files.read_state(self._folder)
+        if state is None:
+            if self._folder.exists() and any(self._folder.iterdir()):
+                raise _in_the_way(self._folder)
+            return None
+        if state["identity"] != self._identity:
+            raise _in_the_way(self._folder)
+        return self._result(state["n_rows"], state["size_bytes"]) if state.get("complete") else None
+
+    def _resume_row(self) -> int:
+        state = tensor_files.read_state(self._folder)
+        if state is None:
+            self._save(self._start_row)
+            return self._start_row
+        return int(state["next_row"])
+
+    def _save(self, next_row: int, **more: Any) -> None:
+        tensor_files.write_state(self._folder, {"identity": self._identity, "next_row": next_row, **more})
+
+    def _copy(self, stream: ChunkStream, specs: list[ColumnSpec], next_row: int) -> int:
+        """Writes all rows; returns the one past the last. What is written when it breaks off is kept."""
+        with ExitStack() as stack, Bar("pull") as bar:
+            files = [ColumnFile(self._folder, spec, next_row - self._start_row) for spec in specs]
+            for file in files:
+                stack.callback(file.close)
+            synced_at = time.monotonic()
+            try:
+                while (chunk := stream.take(0.5)) is not None or not stream.ended:
+                    if chunk is not None:
+                        for file, rows in zip(files, chunk.buffers, strict=True):
+                            file.write(rows)
+                        next_row = chunk.end_row
+                    _show(bar, stream, self._start_row)
+                    if time.monotonic() - synced_at > _SYNC_EVERY_S:
+                        self._sync(files, next_row)
+                        synced_at = time.monotonic()
+            finally:
+                self._sync(files, next_row)
+            _show(bar, stream, self._start_row)
+            for file in files:
+                file.finish(next_row - self._start_row, self._metadata(next_row))
+        return next_row
+
+    def _sync(self, files: list[ColumnFile], next_row: int) -> None:
+        for file in files:
+            file.sync()
+        self._save(next_row)
+
+    def _finish(self, specs: list[ColumnSpec], end_row: int) -> dict[str, Any]:
+        n_rows = end_row - self._start_row
+        if self._one_file:
+            tensor_files.join(specs, self._folder, n_rows, self._metadata(end_row), self._out)
+            shutil.rmtree(self._folder)
+            return self._result(n_rows, self._out.stat().st_size)
+        size_bytes = sum(spec.row_bytes for spec in specs) * n_rows
+        self._save(end_row, complete=True, n_rows=n_rows, size_bytes=size_bytes)
+        return self._result(n_rows, size_bytes)
+
+    def _result(self, n_rows: int, size_bytes: int) -> dict[str, Any]:
+        return {
+            "extraction_id": self._extraction.id,
+            "set_id": self._extraction.set_id,
+            "columns": list(self._columns),
+            "start_row": self._start_row,
+            "n_rows": n_rows,
+            "size_bytes": size_bytes,
+            "path": str(self._out.absolute()),
+        }
+
+    def _metadata(self, end_row: int) -> Mapping[str, str]:
+        return {
+            "source": "headrace",
+            "set_id": self._extraction.set_id,
+            "model_id": self._extraction.model_id,
+            "corpus_id": self._extraction.corpus_id,
+            "first_row": str(self._start_row),
+            "n_rows": str(end_row - self._start_row),
+            "pull": self._fingerprint(),
+        }
+
+    def _fingerprint(self) -> str:
+        return f"{self._extraction.set_id} {self._start_row}:{self._end_row} {','.join(self._columns)}"
+
+
+def _columns(extraction: Extraction, text: str) -> tuple[str, ...]:
+    from headrace_client.extractions import all_columns  # noqa: PLC0415
+
+    return tuple(name.strip() for name in text.split(",") if name.strip()) or all_columns(extraction)
+
+
+def _spec(column: Column) -> ColumnSpec:
+    from headrace_client.values import PROVENANCE_COLUMNS  # noqa: PLC0415
+
+    return ColumnSpec(
+        name=column.name,
+        dtype=column.dtype.value,
+        width=None if column.name in PROVENANCE_COLUMNS else column.width,
+        row_bytes=column.row_bytes,
+    )
+
+
+def _show(bar: Bar, stream: ChunkStream, start_row: int) -> None:
+    progress = stream.progress()
+    rows = progress.next_row - start_row
+    whole = progress.end_row - start_row if progress.end_row else None
+    facts = [
+        f"{formats.count(rows)} rows",
+        f"{formats.count(progress.rows_per_s)} rows/s",
+        formats.size(progress.size_bytes),
+    ]
+    if whole and progress.rows_per_s > 0:
+        facts.append(f"{formats.duration((whole - rows) / progress.rows_per_s)} left")
+    if progress.state == "WAITING" and progress.extraction_state is not None:
+        facts.append(f"the extraction is {progress.extraction_state.lower()}")
+    bar.show(progress.state.lower(), rows / whole if whole else None, " · ".join(facts))
+
+
+def _in_the_way(path: Path) -> Exception:
+    from headrace_client.errors import AlreadyExists  # noqa: PLC0415
+
+    return AlreadyExists(
+        f"{path} holds something else than these rows of these columns",
+        reason="FILE_EXISTS",
+        remedy="choose another --out, or remove it",
+    )

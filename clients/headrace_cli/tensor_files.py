@@ -1,0 +1,139 @@
+"""Safetensors files written front to back while their number of rows is not known yet, and resumable after any crash.
+
+    out/                       out.safetensors.part/        while rows come
+      pull.json                  pull.json                  what is pulled, and how many rows are safely on disk
+      token_id.safetensors       token_id.safetensors       one tensor a column: space for the header, then the rows
+
+A file's header is written last. For a single file the columns are then joined into one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+HEADER_BYTES = 4096  # The rows of a column begin on a page.
+STATE_FILE = "pull.json"
+_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "int8": "I8",
+    "float8_e4m3": "F8_E4M3",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnSpec:
+    """One column: `width` elements a row, or a plain vector where it is None."""
+
+    name: str
+    dtype: str
+    width: int | None
+    row_bytes: int
+
+    def entry(self, n_rows: int, start: int) -> dict[str, Any]:
+        """The column's entry in a safetensors header."""
+        shape = [n_rows] if self.width is None else [n_rows, self.width]
+        return {"dtype": _DTYPES[self.dtype], "shape": shape, "data_offsets": [start, start + n_rows * self.row_bytes]}
+
+
+class ColumnFile:
+    """One column on disk: `write()` rows, `sync()`, and `finish()` with the header."""
+
+    def __init__(self, folder: Path, spec: ColumnSpec, n_rows: int) -> None:
+        self.spec = spec
+        self.path = folder / f"{spec.name}.safetensors"
+        self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b")
+        # What was written behind the last sync may be torn: those rows come again.
+        self._file.truncate(HEADER_BYTES + n_rows * spec.row_bytes)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, rows: memoryview) -> None:
+        """Appends rows."""
+        self._file.write(rows)
+
+    def sync(self) -> None:
+        """Brings what was written to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self, n_rows: int, metadata: Mapping[str, str]) -> None:
+        """Writes the header."""
+        header = _header([(self.spec, 0)], n_rows, metadata, HEADER_BYTES)
+        self._file.seek(0)
+        self._file.write(header)
+        self.sync()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def join(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Mapping[str, str], out: Path) -> None:
+    """Joins finished columns into one file, deleting each as soon as it is copied."""
+    if len(columns) == 1:
+        (folder / f"{columns[0].name}.safetensors").replace(out)
+        return
+    starts, end = [], 0
+    for column in columns:
+        starts.append(end)
+        end += n_rows * column.row_bytes
+    joined = folder / "joined"
+    with joined.open("wb") as file:
+        file.write(_header(list(zip(columns, starts, strict=True)), n_rows, metadata, 0))
+        for column in columns:
+            with (folder / f"{column.name}.safetensors").open("rb") as part:
+                part.seek(HEADER_BYTES)
+                shutil.copyfileobj(part, file, 16 * 1024 * 1024)
+        file.flush()
+        os.fsync(file.fileno())
+    joined.replace(out)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a finished file; empty for one that is none of ours."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= 100_000_000:
+            return {}
+        try:
+            return dict(json.loads(file.read(length)).get("__metadata__", {}))
+        except (ValueError, AttributeError):
+            return {}
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The state of a pull in this folder; None if there is none."""
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return state
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Replaces the state at once or not at all."""
+    new = folder / f"{STATE_FILE}.new"
+    with new.open("w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(folder / STATE_FILE)
+
+
+def _header(
+    columns: Iterable[tuple[ColumnSpec, int]], n_rows: int, metadata: Mapping[str, str], size_bytes: int
+) -> bytes:
+    """A safetensors header: its length, then JSON, filled up with spaces to `size_bytes` (0: to a multiple of 64)."""
+    entries = {column.name: column.entry(n_rows, start) for column, start in columns}
+    text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
+    length = size_bytes - 8 if size_bytes else len(text) + -(len(text) + 8) % 64
+    assert len(text) <= length, "names and metadata fit in the space kept for them"
+    return length.to_bytes(8, "little") + text.ljust(length)
