@@ -54,7 +54,7 @@ def doctor(
         for finding in findings:
             typer.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.subject:<11} {finding.text}")
             if finding.remedy:
-                pass
+                typer.echo(f"     {'':<11} what to do: {finding.remedy}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(FAILED)
 

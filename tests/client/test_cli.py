@@ -7,9 +7,6 @@ import sys
 import numpy as np
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault, unavailable
-from safetensors.numpy import load_file
-from typer.testing import CliRunner
-
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli import formats
@@ -17,6 +14,8 @@ from headrace_cli.app import app, hoisted
 from headrace_cli.models import source_of
 from headrace_cli.serve import server_command
 from headrace_cli.settings import Defaults
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 
 @pytest.fixture
