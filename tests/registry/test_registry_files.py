@@ -1,0 +1,130 @@
+"""Inspection of model folders, and architectures from config.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from safetensors import safe_open
+
+from fix_registry import LLAMA, write_model, write_safetensors
+from registry_service.architecture import architecture_from
+from registry_service.errors import DigestMismatch, ModelUnsupported
+from registry_service.files import Reading, Stopped, inspect_folder, read_header
+
+
+def test_counts_and_bytes_are_exact(tmp_path):
+    tensors = {"a": ("F32", (3, 5)), "b": ("BF16", (7,)), "c": ("BF16", ()), "d": ("I64", (2,))}
+    inspection = inspect_folder(write_model(tmp_path / "m", tensors=tensors), reading=Reading())
+
+    assert inspection.weights.n_parameters == 15 + 7 + 1 + 2
+    assert inspection.weights.weight_bytes == 60 + 14 + 2 + 16
+    assert inspection.weights.parameters_by_dtype == {"F32": 15, "BF16": 8, "I64": 2}
+    assert inspection.architecture.n_layers == 2
+    assert inspection.tokenizer_digest == hashlib.sha256(b'{"version": "1.0"}').hexdigest()
+
+
+def test_our_reading_of_a_header_is_that_of_safetensors(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"a": ("F32", (3, 5)), "b": ("F16", (2, 2))})
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as theirs:
+        shapes = {name: theirs.get_slice(name).get_shape() for name in theirs.keys()}  # noqa: SIM118 - no dict.
+
+    assert shapes == {"a": [3, 5], "b": [2, 2]}
+    assert read_header(tmp_path / "x.safetensors") == {"a": ("F32", 15, 60), "b": ("F16", 4, 8)}
+
+
+def test_the_digest_changes_with_any_byte_and_not_with_other_files(tmp_path):
+    first = inspect_folder(write_model(tmp_path / "a"), reading=Reading())
+    (tmp_path / "a" / "README.md").write_text("notes")
+    again = inspect_folder(tmp_path / "a", reading=Reading())
+    other = inspect_folder(write_model(tmp_path / "b", seed=1), reading=Reading())
+
+    assert first.digest == again.digest
+    assert first.digest.startswith("sha256:")
+    assert first.digest != other.digest
+
+
+def test_shards_are_summed_and_a_missing_one_is_named(tmp_path):
+    folder = write_model(tmp_path / "m", tensors={"a": ("F32", (2,))})
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    write_safetensors(folder / "model-00002-of-00002.safetensors", {"b": ("F32", (3,))})
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert inspect_folder(folder, reading=Reading()).weights.n_parameters == 5
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelUnsupported, match="00002-of-00002"):
+        inspect_folder(folder, reading=Reading())
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0not json"])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(damage)
+
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors"):
+        inspect_folder(folder, reading=Reading())
+
+
+def test_a_cut_file_is_found_by_its_length(tmp_path):
+    folder = write_model(tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1])
+
+    with pytest.raises(DigestMismatch, match="fetch it again"):
+        inspect_folder(folder, reading=Reading())
+
+
+@pytest.mark.parametrize(("name", "match"), [("config.json", "transformers"), ("model.safetensors", "save_pretrained")])
+def test_a_folder_without_config_or_weights_is_unsupported(tmp_path, name, match):
+    folder = write_model(tmp_path / "m")
+    (folder / name).unlink()
+
+    with pytest.raises(ModelUnsupported, match=match):
+        inspect_folder(folder, reading=Reading())
+
+
+def test_reading_stops_when_told(tmp_path):
+    reading = Reading()
+    reading.stop.set()
+
+    with pytest.raises(Stopped):
+        inspect_folder(write_model(tmp_path / "m"), reading=reading)
+
+
+def test_llama_names():
+    found = architecture_from(LLAMA)
+
+    assert (found.model_type, found.class_name) == ("llama", "LlamaForCausalLM")
+    assert (found.n_layers, found.d_model, found.n_heads, found.n_kv_heads, found.d_head) == (2, 8, 4, 2, 2)
+    assert (found.d_mlp, found.vocab_size, found.context_window, found.tied_embeddings) == (16, 32, 64, True)
+
+
+def test_gpt2_names():
+    config = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+    found = architecture_from(config)
+
+    assert (found.n_layers, found.d_model, found.n_heads, found.n_kv_heads, found.d_head) == (12, 768, 12, 12, 64)
+    assert (found.d_mlp, found.context_window, found.tied_embeddings) == (3072, 1024, True)
+
+
+def test_opt_and_neox_names():
+    opt = {"model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    neox = {"model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+
+    assert architecture_from(opt).d_mlp == 3072
+    assert architecture_from(neox).d_head == 64
+    assert architecture_from(neox).tied_embeddings is False
+
+
+def test_a_multimodal_config_is_read_through_its_text_part():
+    config = {"model_type": "gemma3", "text_config": {"hidden_size": 640, "head_dim": 256, "num_attention_heads": 4}}
+
+    assert architecture_from(config).d_head == 256
+
+
+def test_nonsense_in_a_config_counts_as_nothing():
+    config = {"model_type": None, "hidden_size": "big", "num_hidden_layers": -3, "architectures": [], "vocab_size": 1e9}
+
+    assert architecture_from(config).d_model == 0

@@ -1,0 +1,184 @@
+"""Migrations, the pool and the embedded server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import time
+from dataclasses import replace
+
+import psycopg
+import pytest
+
+from fix_postgres import FAST_SETTINGS
+from registry_service.errors import DatabaseUnavailable, ModelNotFound
+from registry_service.postgres.connect import DatabaseUnreachable, migrate_when_reachable
+from registry_service.postgres.embedded import EmbeddedFailed, EmbeddedPostgres
+from registry_service.postgres.migrations import Migration, SchemaMismatch, migrate, packaged_migrations
+from registry_service.postgres.pool import Database
+
+MORE = Migration(version=2, name="more", sql="ALTER TABLE models ADD COLUMN extra integer NOT NULL DEFAULT 7")
+
+
+async def test_migrations_apply_to_an_empty_database_once(empty_database_url):
+    applied = await migrate(empty_database_url, packaged_migrations())
+
+    assert applied == tuple(m.version for m in packaged_migrations())
+    assert await migrate(empty_database_url, packaged_migrations()) == ()
+
+
+async def test_a_later_migration_applies_to_a_populated_database(database_url):
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as conn:
+        await conn.execute("INSERT INTO models (id, identity, source_kind, location) VALUES ('m', 'i', 'hub', 'a/b')")
+        later = replace(MORE, version=len(packaged_migrations()) + 1)
+
+        assert await migrate(database_url, [*packaged_migrations(), later]) == (later.version,)
+        assert await (await conn.execute("SELECT extra FROM models")).fetchone() == (7,)
+
+
+async def test_replicas_that_start_together_migrate_once(empty_database_url):
+    applied = await asyncio.gather(*(migrate(empty_database_url, packaged_migrations()) for _ in range(4)))
+
+    assert sorted(len(versions) for versions in applied) == [0, 0, 0, len(packaged_migrations())]
+
+
+async def test_a_failing_migration_leaves_nothing(empty_database_url):
+    broken = Migration(version=1, name="broken", sql="CREATE TABLE half (id int); SELECT nonsense")
+    with pytest.raises(psycopg.Error):
+        await migrate(empty_database_url, [broken])
+
+    async with await psycopg.AsyncConnection.connect(empty_database_url) as conn:
+        assert await (await conn.execute("SELECT to_regclass('half')")).fetchone() == (None,)
+
+
+async def test_a_changed_or_unknown_migration_is_refused(database_url):
+    first, *rest = packaged_migrations()
+    with pytest.raises(SchemaMismatch, match="differs"):
+        await migrate(database_url, [replace(first, sql=first.sql + "\n"), *rest])
+    with pytest.raises(SchemaMismatch, match="newer version"):
+        await migrate(database_url, [])
+
+
+async def test_an_unreachable_database_is_named_at_start(tmp_path):
+    url = f"postgresql://postgres@/postgres?host={tmp_path}"
+
+    with pytest.raises(DatabaseUnreachable, match="DATABASE_URL"):
+        await migrate_when_reachable(url, patience_s=0.2)
+
+
+async def test_a_call_without_a_database_ends_typed_and_in_time(tmp_path):
+    lost = []
+    database = Database(
+        f"postgresql://postgres@/postgres?host={tmp_path}", deadline_s=1.0, on_lost=lambda: lost.append(1)
+    )
+    await database.open()
+    started = time.monotonic()
+    with pytest.raises(DatabaseUnavailable) as caught:
+        await database.run(lambda conn: conn.execute("SELECT 1"))
+
+    assert time.monotonic() - started < 3.5
+    assert caught.value.retry_after_s == 1.0
+    await database.close()
+
+
+async def test_a_statement_that_hangs_ends_in_time_and_the_pool_lives_on(database_url):
+    database = Database(database_url, deadline_s=1.0)
+    await database.open()
+    started = time.monotonic()
+    with pytest.raises(DatabaseUnavailable):
+        await database.run(lambda conn: conn.execute("SELECT pg_sleep(30)"))
+    assert time.monotonic() - started < 4.0
+
+    assert await (await database.run(lambda conn: conn.execute("SELECT 1"))).fetchone() is not None
+    await database.close()
+
+
+async def test_a_cut_connection_is_replaced_within_the_call(database_url):
+    database = Database(database_url)
+    await database.open()
+    await database.run(lambda conn: conn.execute("SELECT 1"))
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as conn:
+        await conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+
+    await database.run(lambda conn: conn.execute("SELECT 1"))
+    await database.close()
+
+
+async def test_an_expected_error_rolls_back_and_is_not_retried(database_url):
+    database = Database(database_url)
+    await database.open()
+    tries = []
+
+    async def work(conn):
+        tries.append(1)
+        await conn.execute("INSERT INTO models (id, identity, source_kind, location) VALUES ('m', 'i', 'hub', 'a')")
+        raise ModelNotFound("m")
+
+    with pytest.raises(ModelNotFound):
+        await database.run(work)
+    cursor = await database.run(lambda conn: conn.execute("SELECT count(*) AS n FROM models"))
+    assert (await cursor.fetchone())["n"] == 0
+    assert tries == [1]
+    await database.close()
+
+
+def test_a_postmaster_killed_with_9_is_replaced_and_committed_rows_are_there(tmp_path):
+    server = EmbeddedPostgres(tmp_path)
+    server.own()
+    server.start()
+    with psycopg.connect(server.url, autocommit=True) as conn:
+        conn.execute("CREATE TABLE kept AS SELECT 7 AS n")
+    os.kill(int((server.pgdata / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+    while server.running():
+        time.sleep(0.01)
+    server.start()
+
+    with psycopg.connect(server.url) as conn:
+        assert conn.execute("SELECT n FROM kept").fetchone() == (7,)
+    server.stop()
+    assert not server.running()
+    assert (server.pgdata / "PG_VERSION").exists()
+
+
+def test_a_running_server_is_attached_to_and_a_data_directory_has_one_owner(tmp_path):
+    first = EmbeddedPostgres(tmp_path, settings=FAST_SETTINGS)
+    first.own()
+    first.start()
+    pid_file = first.pgdata / "postmaster.pid"
+    before = pid_file.read_text()
+    with pytest.raises(EmbeddedFailed, match="--data-dir"):
+        EmbeddedPostgres(tmp_path).own()
+    EmbeddedPostgres(tmp_path).start()
+
+    assert pid_file.read_text().split()[0] == before.split()[0]
+    first.stop()
+
+
+def test_a_data_directory_with_a_long_path_and_spaces_works_and_is_private(tmp_path):
+    folder = tmp_path / ("long name " * 9).strip() / "data"
+    server = EmbeddedPostgres(folder, settings=FAST_SETTINGS)
+    server.start()
+
+    assert server.socket_dir != server.pgdata
+    assert stat.S_IMODE(server.socket_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE(server.pgdata.stat().st_mode) == 0o700
+    with psycopg.connect(server.url) as conn:
+        assert conn.execute("SELECT 1").fetchone() == (1,)
+    server.stop()
+
+
+def test_a_stale_pid_of_a_stranger_is_no_running_server(tmp_path):
+    server = EmbeddedPostgres(tmp_path, settings=FAST_SETTINGS)
+    server.start()
+    server.stop()
+    (server.pgdata / "postmaster.pid").write_text(f"{os.getpid()}\n{server.pgdata}\n1\n5432\n\n\n\nready\n")
+
+    assert not server.running()
+    server.start()
+    assert server.running()
+    server.stop()
