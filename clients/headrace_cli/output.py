@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import typer
 
 from headrace_cli.formats import plain
 from headrace_cli.settings import Settings
+
+_PIPE_WIDTH = 1000
 
 
 def print_json(value: Any) -> None:
@@ -37,7 +40,8 @@ def print_rows(
         table.add_column(heading, overflow="fold")
     for row in kept:
         table.add_row(*(Text(cell) for cell in row))
-    Console(soft_wrap=False).print(table)
+    # A pipe or a file has no width to fold cells into.
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 def print_value(settings: Settings, value: Any, facts: Mapping[str, str]) -> None:

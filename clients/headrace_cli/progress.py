@@ -92,7 +92,7 @@ def _extracted(extraction: Extraction) -> float | None:
 
 def _extraction_facts(extraction: Extraction) -> list[str]:
     if extraction.state == "LOADING":
-        return [f"model {extraction.model_id}", _moved(extraction.transfer)]
+        return [fact for fact in (f"model {extraction.model_id}", _moved(extraction.transfer)) if fact]
     if extraction.state == "QUEUED" and extraction.queue_position:
         return [f"number {extraction.queue_position} in the queue"]
     facts = [f"{formats.count(extraction.n_rows)} rows", formats.size(extraction.size_bytes)]
