@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -41,13 +42,31 @@ from registry_service.postgres.migrations import migrate, packaged_migrations
 FAST_SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
+@contextlib.contextmanager
+def temporary_data_dir() -> Iterator[Path]:
+    """A folder for an embedded Postgres.
+
+    Not below `tmp_path`: every pytest that starts closes the folder above that to other users, Postgres among them.
+    """
+    with tempfile.TemporaryDirectory(prefix="headrace-test-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """A data directory of the test's own."""
+    with temporary_data_dir() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
-    server = EmbeddedPostgres(tmp_path_factory.mktemp("pg"), settings=FAST_SETTINGS)
-    server.own()
-    server.start()
-    yield server
-    server.stop()
+def postgres() -> Iterator[EmbeddedPostgres]:
+    with temporary_data_dir() as folder:
+        server = EmbeddedPostgres(folder, settings=FAST_SETTINGS)
+        server.own()
+        server.start()
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -186,15 +205,14 @@ class RegistryProcess:
 
 
 @pytest.fixture
-def start_registry(tmp_path: Path) -> Iterator[Callable[..., RegistryProcess]]:
+def start_registry(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., RegistryProcess]]:
     """Starts registries as processes; what a test leaves running is ended."""
     started: list[RegistryProcess] = []
 
-    def start(*flags: str, data_dir: Path | None = None, listen: str = "127.0.0.1:0") -> RegistryProcess:
-        folder = data_dir or tmp_path / "registry"
+    def start(*flags: str, listen: str = "127.0.0.1:0") -> RegistryProcess:
         ready_file = tmp_path / f"ready-{len(started)}"
         log_path = tmp_path / f"registry-{len(started)}.log"
-        command = [sys.executable, "-m", "registry_service", "--listen", listen, "--data-dir", str(folder)]
+        command = [sys.executable, "-m", "registry_service", "--listen", listen, "--data-dir", str(data_dir)]
         with log_path.open("wb") as output:
             process = subprocess.Popen(
                 [*command, "--ready-file", str(ready_file), "--grace-s", "4", *flags],
@@ -216,11 +234,7 @@ def start_registry(tmp_path: Path) -> Iterator[Callable[..., RegistryProcess]]:
     for each in started:
         if each.process.poll() is None:
             each.terminate()
-        folder = Path(each.process.args[each.process.args.index("--data-dir") + 1])  # type: ignore[union-attr,index]
-        server = EmbeddedPostgres(folder)
-        if server.running():
-            server.start()
-            server.stop()
+    EmbeddedPostgres(data_dir).stop()  # What a killed registry left behind.
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -114,6 +115,7 @@ class EmbeddedPostgres:
         with self._lock:
             try:
                 if self._postmaster() is not None:
+                    self._choose_account()
                     stop = ("stop", "-w", "-m", "fast", "-t", str(_STOP_TIMEOUT_S), "-D", str(self.pgdata))
                     self._execute("pg_ctl", stop, timeout_s=_STOP_TIMEOUT_S + 5)
             except (OSError, subprocess.SubprocessError) as exc:
@@ -125,8 +127,7 @@ class EmbeddedPostgres:
 
     def _start(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True)
-        if self._account is None and os.geteuid() == 0:
-            self._account = _account_for(self.pgdata)
+        self._choose_account()
         if not (self.pgdata / "PG_VERSION").exists():
             self._initialize()
         if self._account is not None:
@@ -139,6 +140,10 @@ class EmbeddedPostgres:
             start = ("start", "-w", "-t", str(_START_TIMEOUT_S), *arguments)
             self._execute("pg_ctl", start, timeout_s=_START_TIMEOUT_S + 5)
         self._await_ready()
+
+    def _choose_account(self) -> None:
+        if self._account is None and os.geteuid() == 0:
+            self._account = _account_for(self.pgdata)
 
     def _initialize(self) -> None:
         """Runs initdb beside the final place and renames: a killed initdb leaves no half a data directory."""
@@ -208,8 +213,9 @@ class EmbeddedPostgres:
             time.sleep(0.1)
 
     def _execute(self, program: str, arguments: Sequence[str], *, timeout_s: float) -> None:
-        account = self._account
         command = [str(self._bin / program), *arguments]
+        if self._account is not None:
+            command = [sys.executable, "-I", "-c", _AS_USER, str(self._account.uid), str(self._account.gid), *command]
         # Files, not pipes: the postmaster inherits them and would keep a pipe open for ever.
         with tempfile.TemporaryFile() as output:
             done = subprocess.run(  # noqa: S603 - a fixed program with arguments made here.
@@ -221,9 +227,6 @@ class EmbeddedPostgres:
                 cwd="/",
                 timeout=timeout_s,
                 start_new_session=True,
-                user=account.uid if account else None,
-                group=account.gid if account else None,
-                extra_groups=[] if account else None,
                 env={**os.environ, "LC_ALL": "C.UTF-8"},
             )
             output.seek(0)
@@ -231,6 +234,16 @@ class EmbeddedPostgres:
         if done.returncode != 0:
             raise EmbeddedFailed(f"{program} failed: {text[-500:]}; see {self.pgdata / 'log'}. {_REMEDY}")
 
+
+# Not subprocess' own `user=`: that takes fork() instead of vfork(), and runs gRPC's fork handlers in a live server.
+_AS_USER = """
+import os, sys
+uid, gid, *command = sys.argv[1:]
+os.setgroups([])
+os.setgid(int(gid))
+os.setuid(int(uid))
+os.execv(command[0], command)
+"""
 
 _REMEDY = "Or give a Postgres of your own in DATABASE_URL."
 

@@ -53,6 +53,7 @@ class ModelStore:
             answered = await recall(conn, request)
             if answered is not None:
                 return await read_model(conn, answered)
+            await conn.execute(queries.IDENTITY_LOCK, {"identity": new.identity()})
             model = await _existing(conn, new) or await _insert(conn, new)
             await remember(conn, request, model.id)
             return model
@@ -236,7 +237,7 @@ async def _insert(conn: Connection, new: NewModel) -> Model:
         row = await (await conn.execute(queries.MODEL_INSERT, {**values, "id": candidate})).fetchone()
         if row is not None:
             return await change_model(conn, candidate, "registered", {})
-    existing = await _existing(conn, new)  # Somebody registered the same at the same moment.
+    existing = await _existing(conn, new)  # Somebody took the id at the same moment.
     if existing is None:
         raise AlreadyExists("every id derived from the source is taken; give an id")
     return existing

@@ -16,6 +16,7 @@ VALUES (%(request_id)s, %(method)s, %(arguments)s, %(response)s)
 MODEL_READ = "SELECT * FROM models WHERE id = %(id)s"
 MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR UPDATE"
 MODEL_KEEP = "SELECT * FROM models WHERE id = %(id)s FOR SHARE"
+IDENTITY_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(identity)s, 1))"
 MODEL_OF_IDENTITY = "SELECT * FROM models WHERE identity = %(identity)s ORDER BY create_time, id LIMIT 1"
 MODEL_INSERT = """
 INSERT INTO models (id, identity, source_kind, location, source_revision, quantization, load_options, labels)

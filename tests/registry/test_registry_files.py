@@ -102,7 +102,14 @@ def test_llama_names():
 
 
 def test_gpt2_names():
-    config = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }
     found = architecture_from(config)
 
     assert (found.n_layers, found.d_model, found.n_heads, found.n_kv_heads, found.d_head) == (12, 768, 12, 12, 64)

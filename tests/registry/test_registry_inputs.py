@@ -103,7 +103,17 @@ def test_a_filter_is_parsed_term_by_term():
 
 @pytest.mark.parametrize(
     "text",
-    ["state", "state =", "= x", "color = red", "state = READY OR id = x", "state = NOPE", "id = a AND", 'id = "x', "a" * 2000],
+    [
+        "state",
+        "state =",
+        "= x",
+        "color = red",
+        "state = READY OR id = x",
+        "state = NOPE",
+        "id = a AND",
+        'id = "x',
+        "a" * 2000,
+    ],
 )
 def test_a_bad_filter_is_refused(text):
     with pytest.raises(FieldInvalid, match="^filter"):

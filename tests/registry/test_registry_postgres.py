@@ -127,8 +127,8 @@ async def test_an_expected_error_rolls_back_and_is_not_retried(database_url):
     await database.close()
 
 
-def test_a_postmaster_killed_with_9_is_replaced_and_committed_rows_are_there(tmp_path):
-    server = EmbeddedPostgres(tmp_path)
+def test_a_postmaster_killed_with_9_is_replaced_and_committed_rows_are_there(data_dir):
+    server = EmbeddedPostgres(data_dir)
     server.own()
     server.start()
     with psycopg.connect(server.url, autocommit=True) as conn:
@@ -145,22 +145,22 @@ def test_a_postmaster_killed_with_9_is_replaced_and_committed_rows_are_there(tmp
     assert (server.pgdata / "PG_VERSION").exists()
 
 
-def test_a_running_server_is_attached_to_and_a_data_directory_has_one_owner(tmp_path):
-    first = EmbeddedPostgres(tmp_path, settings=FAST_SETTINGS)
+def test_a_running_server_is_attached_to_and_a_data_directory_has_one_owner(data_dir):
+    first = EmbeddedPostgres(data_dir, settings=FAST_SETTINGS)
     first.own()
     first.start()
     pid_file = first.pgdata / "postmaster.pid"
     before = pid_file.read_text()
     with pytest.raises(EmbeddedFailed, match="--data-dir"):
-        EmbeddedPostgres(tmp_path).own()
-    EmbeddedPostgres(tmp_path).start()
+        EmbeddedPostgres(data_dir).own()
+    EmbeddedPostgres(data_dir).start()
 
     assert pid_file.read_text().split()[0] == before.split()[0]
     first.stop()
 
 
-def test_a_data_directory_with_a_long_path_and_spaces_works_and_is_private(tmp_path):
-    folder = tmp_path / ("long name " * 9).strip() / "data"
+def test_a_data_directory_with_a_long_path_and_spaces_works_and_is_private(data_dir):
+    folder = data_dir / ("long name " * 9).strip() / "data"
     server = EmbeddedPostgres(folder, settings=FAST_SETTINGS)
     server.start()
 
@@ -172,8 +172,8 @@ def test_a_data_directory_with_a_long_path_and_spaces_works_and_is_private(tmp_p
     server.stop()
 
 
-def test_a_stale_pid_of_a_stranger_is_no_running_server(tmp_path):
-    server = EmbeddedPostgres(tmp_path, settings=FAST_SETTINGS)
+def test_a_stale_pid_of_a_stranger_is_no_running_server(data_dir):
+    server = EmbeddedPostgres(data_dir, settings=FAST_SETTINGS)
     server.start()
     server.stop()
     (server.pgdata / "postmaster.pid").write_text(f"{os.getpid()}\n{server.pgdata}\n1\n5432\n\n\n\nready\n")
