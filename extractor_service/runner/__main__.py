@@ -21,7 +21,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
-    # Read when transformers is imported, later.
+    # Both are read when torch and transformers are imported, later. A trainer often shares the cores with this process:
+    # threads that spin while they wait for one another then take two to five times as long as those that sleep.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     events_fd = _keep_stdout_for_events()
     runner = Runner(EventSink(events_fd).emit)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from activation_log.layout import ColumnSpec
 from activation_log.manifest import Manifest
@@ -15,7 +16,7 @@ from activation_log.writer import SetWriter
 from extractor_service.corpora.documents import TokenizedDocuments
 from extractor_service.corpora.reader import DocumentReader
 from extractor_service.corpora.tokenizer import Tokenizer
-from extractor_service.errors import CorpusEmpty
+from extractor_service.errors import CorpusEmpty, FieldInvalid
 from extractor_service.packing import Cursor, Packer, TokenBatch
 from extractor_service.recipe import Recipe
 from extractor_service.runner.capture import Site
@@ -42,6 +43,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     recipe = Recipe.from_json(manifest.identity["recipe"])
     columns = [column for column in manifest.columns if not column.is_provenance]
     sites = resolve(loaded.model, [column.name for column in columns])
+    _check_context(recipe, loaded.model)
     with DocumentReader(Path(command.corpus_path)) as reader:
         tokenizer = Tokenizer.load(loaded.files_path, ids_only=reader.tokenized)
         packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
@@ -152,6 +154,17 @@ class _Job:
     def _tell_blocked(self) -> None:
         self._tell_committed()
         self.emit(Blocked(extraction_id=self.command.extraction_id, n_rows=self.writer.next_row))
+
+
+def _check_context(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Beyond its positions a model has no embedding, or rotates by angles that depend on what it saw before."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and recipe.context_size > limit:
+        raise FieldInvalid(
+            f"context_size is {recipe.context_size}, and the model has {limit} positions; use at most that.",
+            field="spec.recipe.context_size",
+            metadata={"max_position_embeddings": str(limit)},
+        )
 
 
 def _resume_point(resume: Mapping[str, Any] | None) -> tuple[Cursor, int]:

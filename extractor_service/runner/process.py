@@ -68,8 +68,8 @@ class Runner:
 
     def __init__(self, emit: Callable[[Message], None]) -> None:
         self._emit = emit
-        self._waiting: queue.Queue[Message] = queue.Queue(_MAX_WAITING)
-        self._gates: dict[str, Gate] = {}
+        self._waiting: queue.Queue[tuple[Message, Gate]] = queue.Queue(_MAX_WAITING)
+        self._gates = _Gates()
         self._loaded: LoadedModel | None = None
 
     def read_commands(self, stream: BinaryIO) -> None:
@@ -84,39 +84,39 @@ class Runner:
     def run(self) -> None:
         """Carries out commands as they come; never returns."""
         while True:
-            self.carry_out(self._waiting.get())  # Ends with the process.
+            self.carry_out(*self._waiting.get())  # Ends with the process.
 
-    def carry_out(self, command: Message) -> None:
+    def carry_out(self, command: Message, gate: Gate) -> None:
         """Carries out one command; whatever goes wrong becomes a `failed` event."""
         extraction_id = command.extraction_id if isinstance(command, Extract) else ""
         try:
             if isinstance(command, Load):
                 self._load(command)
             elif isinstance(command, Extract):
-                self._extract(command)
+                self._extract(command, gate)
             elif isinstance(command, Convert):
                 self._convert(command)
         except Exception as exc:  # noqa: BLE001
             self._emit(replace(failure_of(exc), extraction_id=extraction_id))
         finally:
-            self._gates.pop(extraction_id, None)
+            self._gates.close(gate)
 
     def _take(self, command: Message) -> None:
         if isinstance(command, Grant | Stop):
             self._steer(command)
             return
-        if isinstance(command, Extract):
-            self._gates[command.extraction_id] = Gate(command.grant_row)
+        extraction_id = command.extraction_id if isinstance(command, Extract) else ""
+        gate = Gate(command.grant_row if isinstance(command, Extract) else None)
+        self._gates.open(extraction_id, gate)
         try:
-            self._waiting.put_nowait(command)
+            self._waiting.put_nowait((command, gate))
         except queue.Full:
-            extraction_id = command.extraction_id if isinstance(command, Extract) else ""
-            self._gates.pop(extraction_id, None)
+            self._gates.close(gate)
             full = errors.QueueFull(f"The runner has {_MAX_WAITING} commands waiting; wait for one to finish.")
             self._emit(replace(failure_of(full), extraction_id=extraction_id))
 
     def _steer(self, command: Grant | Stop) -> None:
-        gate = self._gates.get(command.extraction_id)
+        gate = self._gates.find(command.extraction_id)
         if gate is None:
             return  # It has ended meanwhile, and said so.
         if isinstance(command, Grant):
@@ -140,12 +140,12 @@ class Runner:
         )
         self._emit(Loaded(measured_bytes=self._loaded.measured_bytes))
 
-    def _extract(self, command: Extract) -> None:
+    def _extract(self, command: Extract, gate: Gate) -> None:
         if self._loaded is None:
             raise errors.StateConflict("No model is loaded in this runner; send load first.")
         from extractor_service.runner.extract import run_extraction  # noqa: PLC0415 -- torch
 
-        run_extraction(command, self._gates[command.extraction_id], self._loaded, self._emit)
+        run_extraction(command, gate, self._loaded, self._emit)
 
     def _convert(self, command: Convert) -> None:
         from extractor_service.runner.convert import convert_gguf  # noqa: PLC0415 -- torch
@@ -162,6 +162,29 @@ class Runner:
                 self._emit(event(done_bytes, total_bytes))
 
         return tell
+
+
+class _Gates:
+    """Gates of the extractions that run or wait. An id may be used again while its last run is being put away."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Gate] = {}
+
+    def open(self, extraction_id: str, gate: Gate) -> None:
+        """Makes the gate the one that commands for this id reach."""
+        with self._lock:
+            self._by_id[extraction_id] = gate
+
+    def find(self, extraction_id: str) -> Gate | None:
+        """Returns the newest gate of an id."""
+        with self._lock:
+            return self._by_id.get(extraction_id)
+
+    def close(self, gate: Gate) -> None:
+        """Forgets this gate, and no newer one."""
+        with self._lock:
+            self._by_id = {key: kept for key, kept in self._by_id.items() if kept is not gate}
 
 
 def failure_of(exc: Exception) -> Failed:

@@ -70,9 +70,10 @@ class RowSource:
 
         Behind the first attention a NaN is in every row of its sequence: masked positions are multiplied by zero.
         """
-        finite_RD = torch.isfinite(stored_RD)
-        if bool(finite_RD.all()):
+        # NaN and infinity show in the extremes; comparing every value takes ten times as long.
+        if all(bool(extreme.isfinite()) for extreme in torch.aminmax(stored_RD)):
             return 0
+        finite_RD = torch.isfinite(stored_RD)
         if not self._allow_non_finite:
             raise self._non_finite(column, first + int((~finite_RD.all(1)).nonzero()[0]))
         return int((~finite_RD).sum())

@@ -10,7 +10,7 @@ import torch
 from fix_runner import N_LAYERS, WIDTH, documents, load, read_rows, run_command
 from transformers import AutoModelForCausalLM
 
-from extractor_service.errors import CorpusEmpty, NonFinite
+from extractor_service.errors import CorpusEmpty, FieldInvalid, NonFinite
 from extractor_service.hookpoints import SITES
 from extractor_service.runner_protocol import Committed, Extract, Finished
 
@@ -191,6 +191,12 @@ def test_complete_set_is_not_computed_again(tiny_llama, make_set, make_corpus):
 def test_corpus_without_a_row_is_an_error(tiny_llama, extract):
     with pytest.raises(CorpusEmpty, match="No row survives"):
         extract(load(tiny_llama), [[1, 2, 1]], RESID_POST[:1], drop_special_tokens=True)
+
+
+def test_context_beyond_the_positions_of_the_model_is_refused(tiny_model, extract):
+    with pytest.raises(FieldInvalid, match="512 positions"):
+        extract(load(tiny_model), documents(2), RESID_POST[:1], context_size=513)
+    extract(load(tiny_model), documents(2), RESID_POST[:1], context_size=512)
 
 
 def with_broken_token(path, token_id, value):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-import statistics
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,5 +150,6 @@ def test_loop_keeps_up_with_the_bare_forward_pass(smollm2, paragraphs, text_corp
         return time.perf_counter() - start
 
     bare()
-    ratio = statistics.median(bare() / whole() for _ in range(5))
-    assert ratio > 0.9, ratio
+    bare_s, whole_s = zip(*[(bare(), whole()) for _ in range(5)], strict=True)
+    # The best of each: other work on the machine slows single runs down several times over.
+    assert min(bare_s) / min(whole_s) > 0.9, (bare_s, whole_s)
