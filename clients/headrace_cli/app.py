@@ -22,16 +22,13 @@ class _Root(TyperGroup):
 
 
 def hoisted(args: list[str]) -> list[str]:
-    """Moves global options to the front; not for `serve`, whose servers have options of the same names."""
-    words = [arg for arg in args if not arg.startswith("-")]
-    if "serve" in words[:2] and ("serve" in args[:1] or words[0] == "serve"):
-        return args
+    """Moves global options to the front; not what follows `serve`, whose servers have options of the same names."""
     front: list[str] = []
     rest: list[str] = []
     left = iter(args)
     for arg in left:
         name, equals, _ = arg.partition("=")
-        if arg == "--":
+        if arg == "--" or (arg == "serve" and not rest):
             rest += [arg, *left]
         elif name in _FLAGS:
             front.append(arg)

@@ -67,10 +67,10 @@ class Supervisor:
         """Starts all, each when the one before is ready. Raises StartFailed."""
         for child in self._children:
             self._launch(child)
-            while not child.ready and not stopping():
+            while not child.address and not stopping():
+                time.sleep(_POLL_S)
                 self._look(child)
                 self._check_first_start(child)
-                time.sleep(_POLL_S)
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Restarts what crashes, with growing pauses, until told to stop."""
@@ -125,11 +125,12 @@ class Supervisor:
             self._on_event(child.name, f"ready at {child.address}")
 
     def _check_first_start(self, child: Child) -> None:
-        assert child.process is not None
-        code = child.process.poll()
+        if child.address:
+            return  # What it dies of from now on is a crash like any other.
+        code = child.process.poll() if child.process is not None else None
         if code is not None:
             raise StartFailed(f"{child.name} ended with {_ending(code)} before it was ready; {_tail(child.log_file)}")
-        if not child.address and time.monotonic() - child.started_at > child.ready_s:
+        if time.monotonic() - child.started_at > child.ready_s:
             raise StartFailed(f"{child.name} was not ready within {child.ready_s:g} s; {_tail(child.log_file)}")
 
     def _keep(self, child: Child) -> None:

@@ -24,6 +24,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
+from grpc.experimental import ChannelOptions
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 from headrace.registry.v1 import activation_set_service_pb2, model_service_pb2, residency_service_pb2
 
@@ -115,6 +116,8 @@ def _options(address: str, *, own_connection: bool) -> list[tuple[str, Any]]:
     ]
     if own_connection:
         options.append(("grpc.use_local_subchannel_pool", 1))
+        # The thread that reads is the one that waits for the network: no other wakes it for every message.
+        options.append((ChannelOptions.SingleThreadedUnaryStream, 1))
     if address.rsplit(":", 1)[0] in ("127.0.0.1", "localhost", "[::1]"):
         options.append(("grpc.enable_http_proxy", 0))
     return options

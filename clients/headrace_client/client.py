@@ -191,7 +191,7 @@ class HeadraceClient:
         )
 
     def close(self) -> None:
-        """Closes all connections. Streams end with an error."""
+        """Closes all connections but those of open streams, which have their own: close them first."""
         self._nodes.close()
         self._registry.close()
 

@@ -335,6 +335,7 @@ def test_global_options_are_taken_behind_the_command():
     ]
     servers = ["serve", "extractor", "--registry", "h:1", "--token-file", "f"]
     assert hoisted(servers) == servers
+    assert hoisted(["--registry", "a:1", *servers]) == ["--registry", "a:1", *servers]
 
 
 def test_serve_passes_its_options_on():

@@ -340,3 +340,16 @@ def test_errors_survive_pickling_and_json(client):
         error.remedy,
     )
     json.dumps(again.metadata)
+
+
+def test_a_stream_opened_while_the_server_is_away_waits_for_it(client, extractor_host, scripted_extractor):
+    extraction = client.extractions.get(EXTRACTION_ID)
+    extractor_host.stop()
+    stream = client.chunks(extraction, backoff=FAST)
+    time.sleep(0.2)
+    extractor_host.start()
+
+    with stream:
+        got = rows_of(stream)
+
+    np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))

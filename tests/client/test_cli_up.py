@@ -1,0 +1,77 @@
+"""`headrace up` with the real servers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+CLI = [sys.executable, "-m", "headrace_cli", "--json"]
+
+
+@pytest.fixture
+def running(tmp_path):
+    """`headrace up` on free ports, ready; its events so far and the process."""
+    command = [*CLI, "up", "--data-dir", str(tmp_path), "--registry-listen", "127.0.0.1:0", "--grace-s", "5"]
+    command += ["--extractor-listen", "127.0.0.1:0", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield process
+    if process.poll() is None:
+        process.terminate()
+        process.wait(20)
+    process.stdout.close()
+    process.stderr.close()
+
+
+def next_event(process, service, pattern):
+    """Reads events until one matches; returns the match."""
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["service"] == service and (found := re.search(pattern, event["event"])):
+            return found
+    raise AssertionError(process.stderr.read())
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_up_starts_both_restarts_a_killed_one_and_stops_both(running):
+    registry_pid = int(next_event(running, "registry", r"process (\d+)")[1])
+    registry = next_event(running, "registry", r"ready at (.+)")[1]
+    extractor_pid = int(next_event(running, "extractor", r"process (\d+)")[1])
+    first = next_event(running, "extractor", r"ready at (.+)")[1]
+
+    os.kill(extractor_pid, signal.SIGKILL)
+    extractor_pid = int(next_event(running, "extractor", r"starting, process (\d+)")[1])
+    again = next_event(running, "extractor", r"ready at (.+)")[1]
+    listed = devices(registry, again)
+    running.send_signal(signal.SIGTERM)
+    code = running.wait(30)
+
+    assert code == 0
+    assert again == first
+    assert [(node["state"], node["address"]) for node in listed] == [("ALIVE", again)]
+    assert not alive(registry_pid)
+    assert not alive(extractor_pid)
+
+
+def devices(registry, address):
+    """Nodes, as soon as the one at `address` is alive."""
+    for _ in range(20):
+        done = subprocess.run(
+            [*CLI, "--registry", registry, "devices"], capture_output=True, text=True, timeout=30, check=True
+        )
+        nodes = json.loads(done.stdout)["nodes"]
+        if any(node["state"] == "ALIVE" and node["address"] == address for node in nodes):
+            return nodes
+        time.sleep(0.3)
+    raise AssertionError(nodes)
