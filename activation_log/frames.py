@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 ALIGNMENT = 64
 
@@ -145,15 +146,19 @@ def _lay_out(columns: Sequence[memoryview]) -> tuple[list[int], list[bytes | mem
     return offsets, parts, end
 
 
-def _outer_and_padding(n_head: int, n_tail: int, payload_bytes: int) -> tuple[bytearray, bytes]:
-    """The outer tag and length, and the padding field that puts the payload on a multiple of `ALIGNMENT`."""
+@lru_cache(maxsize=256)
+def _outer_and_padding(n_head: int, n_tail: int, payload_bytes: int) -> tuple[bytes, bytes]:
+    """The outer tag and length, and the padding field that puts the payload on a multiple of `ALIGNMENT`.
+
+    Remembered: nearly all chunks of a stream have the same three lengths.
+    """
     for n_padding in range(ALIGNMENT + 1):
         n_field = 2 + n_padding if n_padding else 0
         outer = bytearray((_OUTER_CHUNK,))
         _put_varint(outer, n_head + n_field + n_tail + payload_bytes)
         if not payload_bytes or (len(outer) + n_head + n_field + n_tail) % ALIGNMENT == 0:
             padding = bytes((_PADDING, n_padding)) + _ZEROS[:n_padding] if n_padding else b""
-            return outer, padding
+            return bytes(outer), padding
     raise AssertionError("64 consecutive lengths hold a multiple of 64")
 
 

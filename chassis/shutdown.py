@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from chassis.errors import ShuttingDown
 
@@ -37,6 +37,19 @@ class Shutdown:
         """Raises ShuttingDown once the shutdown has begun; cheap enough for a loop's body."""
         if self.begun:
             raise ShuttingDown
+
+    async def race(self, work: Coroutine[Any, Any, T]) -> T:
+        """Returns what `work` returns; cancels it and raises ShuttingDown as soon as the shutdown begins."""
+        stop, pending = asyncio.create_task(self.wait()), asyncio.create_task(work)
+        try:
+            await asyncio.wait({pending, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not pending.done():
+                raise ShuttingDown
+            return pending.result()
+        finally:
+            stop.cancel()
+            if not pending.done():
+                await _cancel(pending)
 
     async def watching(
         self, items: AsyncIterator[T], *, idle_s: float | None = None, on_idle: Callable[[], T] | None = None
@@ -72,12 +85,16 @@ async def _next(items: AsyncIterator[T]) -> T:
 
 async def _close(items: AsyncIterator[T], pending: asyncio.Task[T] | None) -> None:
     if pending is not None:
-        pending.add_done_callback(_retrieve)
-        pending.cancel()
-        await asyncio.wait({pending}, timeout=_CLOSE_TIMEOUT_S)
+        await _cancel(pending)
     if isinstance(items, AsyncGenerator) and (pending is None or pending.done()):
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
             await items.aclose()
+
+
+async def _cancel(pending: asyncio.Task[T]) -> None:
+    pending.add_done_callback(_retrieve)
+    pending.cancel()
+    await asyncio.wait({pending}, timeout=_CLOSE_TIMEOUT_S)
 
 
 def _retrieve(task: asyncio.Task[T]) -> None:

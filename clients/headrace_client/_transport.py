@@ -281,6 +281,7 @@ class ServerStream:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+        self._watchdog.join(1.0)  # It has been woken.
 
     def close(self) -> None:
         """Cancels the call. From any thread, any number of times."""

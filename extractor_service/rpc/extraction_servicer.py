@@ -120,10 +120,10 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         job = self._extractions.get(request.extraction_id)
         if request.transport == extraction_service_pb2.TRANSPORT_MAPPED:
             raise NotImplementedYet("The mapped transport is not there yet; ask for TRANSPORT_INLINE.")
-        stream = RowStream(job, convert.stream_request_from_pb(request))
+        stream = RowStream(job, convert.stream_request_from_pb(request), self._shutdown)
         try:
             yield _header(job, stream)
-            async with aclosing(self._shutdown.watching(stream.events())) as events:
+            async with aclosing(stream.events()) as events:
                 async for event in events:
                     yield self._frame(event)
         finally:
