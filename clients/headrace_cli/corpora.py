@@ -15,7 +15,7 @@ from headrace_cli.settings import settings_of
 if TYPE_CHECKING:
     from headrace_client.values import Corpus
 
-app = typer.Typer(help="Sources of documents.", no_args_is_help=True)
+app = typer.Typer(help="Sources of documents.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

@@ -44,7 +44,7 @@ def doctor(
     *,
     data_dir: Annotated[Path, typer.Option(help="Where to look at the disk space.")] = DEFAULT_DATA_DIR,
 ) -> None:
-    """Check registry, database, extractors, clock, disk space and versions."""
+    """Check servers, database, clock, disk space and versions."""
     settings = settings_of(context)
     with settings.connect(deadline_s=_CALL_DEADLINE_S) as client:
         findings = [*_server_findings(client, settings.registry), _disk(data_dir), _versions()]

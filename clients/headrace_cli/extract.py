@@ -53,7 +53,7 @@ def extract(
     estimate: Annotated[bool, typer.Option("--estimate", help="Only count rows, bytes and seconds.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it ends.")] = True,
 ) -> None:
-    """Extract activations: run the corpus through the model and keep what passes the hookpoints."""
+    """Run a corpus through a model and keep what passes its hookpoints."""
     settings = settings_of(context)
     recipe = _recipe(
         context_size=context_size,

@@ -18,7 +18,7 @@ from headrace_cli.settings import Settings, settings_of
 if TYPE_CHECKING:
     from headrace_client.values import Model
 
-app = typer.Typer(help="Registered models and their files.", no_args_is_help=True)
+app = typer.Typer(help="Registered models and their files.", no_args_is_help=True, rich_markup_mode=None)
 _REPO = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 

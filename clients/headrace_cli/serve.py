@@ -7,7 +7,11 @@ import sys
 
 import typer
 
-app = typer.Typer(help="Run one server in the foreground; its own --help tells its options.", no_args_is_help=True)
+app = typer.Typer(
+    help="Run one server in the foreground.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 MODULES = {"registry": "registry_service", "extractor": "extractor_service"}
 

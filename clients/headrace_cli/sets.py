@@ -11,7 +11,7 @@ from headrace_cli.exits import reported
 from headrace_cli.output import print_json, print_rows, print_value
 from headrace_cli.settings import settings_of
 
-app = typer.Typer(help="Activation sets on all nodes.", no_args_is_help=True)
+app = typer.Typer(help="Activation sets on all nodes.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list")

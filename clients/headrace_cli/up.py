@@ -40,7 +40,7 @@ def up(
     cpu_bytes: Annotated[int | None, typer.Option(help="Main memory models may use.  (default: its choice)")] = None,
     grace_s: Annotated[float, typer.Option(help="Longest time each server may take to stop.")] = 10.0,
 ) -> None:
-    """Start registry and extractor, show where they are, restart what crashes; Ctrl-C stops both."""
+    """Start registry and extractor here; restart what crashes. Ctrl-C stops both."""
     settings = settings_of(context)
     folder = data_dir.expanduser().absolute()
     common = ["--grace-s", f"{grace_s:g}"]

@@ -1,6 +1,7 @@
 """The command line against scripted servers: what machines and people get, and exit codes."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -366,3 +367,18 @@ def test_the_environment_is_read_by_main_only(registry_host):
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True, env=environment)
 
     assert json.loads(done.stdout) == []
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(registry_host, scripted_extractor):
+    scripted_extractor.faults.append(Fault("hang", after=2))
+    command = [sys.executable, "-m", "headrace_cli", "--registry", registry_host.address, "watch", EXTRACTION_ID]
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=30)[1]
+
+    assert "running" in first
+    assert process.returncode == 130
+    assert f"headrace watch {EXTRACTION_ID}" in rest
+    assert "Traceback" not in rest
