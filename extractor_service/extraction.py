@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ RUNNER_WAIT_S = 60.0
 MAX_FRUITLESS_TRIES = 4
 # While the registry is away nothing is lost; it is given this long to come back.
 RECOVERY_DEADLINE_S = 300.0
+# Sealing takes milliseconds; readers must not wait for it longer than they notice.
+SEAL_POLL_S = 0.02
 
 _PASSING = (RunnerLost, LeaseLost, RegistryUnavailable, WaitTimeout)
 
@@ -80,7 +82,7 @@ class ExtractionJob:
         self.generation = 0
         self.folder = Path(value.path)
         self.corpus_path = corpus_path
-        self.request_id = ""
+        self.request_ids: set[str] = set()
         self._context = context
         self._set_lock = set_lock
         self._changed = asyncio.Event()
@@ -88,7 +90,7 @@ class ExtractionJob:
         self._runner: Runner | None = None
         self._stop: ServiceError | None = None
         self._grace: asyncio.Task[None] | None = None
-        self._grants: set[asyncio.Task[None]] = set()
+        self._helpers: set[asyncio.Task[None]] = set()
         self._rate = RateMeter()
         self._manifest = Manifest.load(self.folder)
         self._first_kept_row = dropped_rows(self.folder)
@@ -107,12 +109,12 @@ class ExtractionJob:
         """One past the last row this extraction will have; 0 while unknown."""
         return self.value.n_rows if self.value.state == ExtractionState.DONE else self.value.spec.max_rows
 
-    async def changed(self, timeout_s: float) -> bool:
-        """Waits for the next change; False if there was none in time."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
-            return True
-        return False
+    def changed(self, timeout_s: float) -> Coroutine[Any, Any, bool]:
+        """Waits for the next change after this call; False if there was none in time.
+
+        No `async def`: a change between the call and the first step of the coroutine must count.
+        """
+        return _is_set(self._changed, timeout_s)
 
     def update(self, **changes: Any) -> None:
         """Changes the value and wakes everyone who waits for that."""
@@ -227,6 +229,7 @@ class ExtractionJob:
                 await self._context.models.release_lease(lease)
 
     async def _acquire(self) -> Lease:
+        await self._context.node.until_registered(RUNNER_WAIT_S)
         holder = f"extraction {self.value.id}"
         model_id = self.value.spec.model_id
         async for event in self._context.models.acquire_lease(model_id, holder=holder, wait_s=LEASE_WAIT_S):
@@ -294,7 +297,7 @@ class ExtractionJob:
         )
         if not self._readers:
             self._start_grace()
-        await runner.send(Grant(extraction_id=self.value.id, row=self._grant_row()))
+        self._spawn(self._unblock(runner))
 
     def _on_finished(self, event: Finished) -> None:
         if self._stop and not event.complete:
@@ -361,8 +364,8 @@ class ExtractionJob:
     def release_reader(self, reader: Reader, row: int) -> None:
         """Lets rows before `row` go; in a WINDOW set this makes room for the forward pass."""
         reader.released_row = max(reader.released_row, min(row, self.value.n_rows))
-        if self._is_window and self._readers.released_row(0) - self._first_kept_row >= self._manifest.segment_rows:
-            self._make_room()
+        if self._is_window and self._make_room() and self._runner:
+            self._spawn(self._send_grant(self._runner))
 
     def detach(self, reader: Reader) -> None:
         """Detaches a reader. The last one of a WINDOW set leaves it to itself after its grace."""
@@ -371,18 +374,31 @@ class ExtractionJob:
         if self._is_window and not self._readers:
             self._start_grace(read_out=self.value.state.ended and reader.released_row >= self.value.n_rows)
 
-    def _make_room(self) -> None:
+    def _make_room(self) -> bool:
+        """Drops what every reader has released; False if there was nothing to drop."""
         before = self._first_kept_row
-        self._first_kept_row = retention.drop_before(self.folder, self._readers.released_row(before))
-        if self._first_kept_row > before and self._runner:
-            grant = Grant(extraction_id=self.value.id, row=self._grant_row())
-            sending = asyncio.create_task(self._send_grant(self._runner, grant))
-            self._grants.add(sending)
-            sending.add_done_callback(self._grants.discard)
+        released = self._readers.released_row(before)
+        if released - before < self._manifest.segment_rows:
+            return False
+        self._first_kept_row = retention.drop_before(self.folder, released)
+        return self._first_kept_row > before
 
-    async def _send_grant(self, runner: Runner, grant: Grant) -> None:
+    async def _unblock(self, runner: Runner) -> None:
+        """Grants rows as soon as there is room: a released segment can only be dropped once it is sealed."""
+        while self.value.state == ExtractionState.WAITING:
+            if self._make_room() or self._grant_row() > self.value.n_rows:
+                await self._send_grant(runner)
+                return
+            await asyncio.sleep(SEAL_POLL_S)
+
+    async def _send_grant(self, runner: Runner) -> None:
         with contextlib.suppress(RunnerLost):
-            await runner.send(grant)
+            await runner.send(Grant(extraction_id=self.value.id, row=self._grant_row()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._helpers.add(task)
+        task.add_done_callback(self._helpers.discard)
 
     def _grant_row(self) -> int:
         return window.grant_row(
@@ -412,10 +428,17 @@ class ExtractionJob:
 
     async def close(self) -> None:
         """Ends the job's tasks without ending the extraction: the server goes away."""
-        tasks = [task for task in (self.task, self._grace, *self._grants) if task]
+        tasks = [task for task in (self.task, self._grace, *self._helpers) if task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _is_set(event: asyncio.Event, timeout_s: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
+        return True
+    return False
 
 
 def rows_expired(row: int, *, first_row: int, n_rows: int) -> RowsExpired:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ class Extractions:
             spec, model = await self.check(spec)
             identity = self._identity(spec, model)
             if running := self._covering(spec, identity):
+                self._remember(running, request_id)
                 return running.value
             self._check_room()
             job = self._new_job(spec, model, identity, request_id)
@@ -173,7 +174,7 @@ class Extractions:
         job.task = asyncio.create_task(job.run(), name=f"extraction-{job.value.id}")
 
     def _by_request(self, request_id: str) -> ExtractionJob | None:
-        return next((job for job in self._jobs.values() if request_id and job.request_id == request_id), None)
+        return next((job for job in self._jobs.values() if request_id in job.request_ids), None)
 
     def _covering(self, spec: ExtractionSpec, identity: dict[str, Any]) -> ExtractionJob | None:
         """An active extraction of the same set that will have all rows and columns asked for."""
@@ -190,6 +191,12 @@ class Extractions:
             ):
                 return job
         return None
+
+    def _remember(self, job: ExtractionJob, request_id: str) -> None:
+        """Notes that a request was answered with this extraction."""
+        if request_id:
+            job.request_ids.add(request_id)
+        self._save(job)
 
     def _check_room(self) -> None:
         active = sum(not job.value.state.ended for job in self._jobs.values())
@@ -220,9 +227,9 @@ class Extractions:
         else:
             manifest.save(folder)
         value = Extraction(id=extraction_id, spec=spec, set_id=manifest.set_id, path=str(folder))
-        job = self._job(value, request_id)
+        job = self._job(value, ())
         self._jobs[extraction_id] = job
-        self._save(job)
+        self._remember(job, request_id)
         return job
 
     def _complete(self, folder: Path, spec: ExtractionSpec) -> bool:
@@ -232,13 +239,13 @@ class Extractions:
         manifest, index = Manifest.load(folder), SegmentIndex.load(folder)
         return manifest.complete and index.n_rows(spec.hookpoints) == manifest.total_rows
 
-    def _job(self, value: Extraction, request_id: str) -> ExtractionJob:
+    def _job(self, value: Extraction, request_ids: Iterable[str]) -> ExtractionJob:
         if value.spec.retention.is_window and ".window-" not in value.path:
             value = replace(value, spec=replace(value.spec, retention=Retention()))
         folder = Path(value.path)
         lock = self._set_locks.setdefault(folder, asyncio.Lock())
         job = ExtractionJob(value, self._context, lock, corpus_path=self._corpora.path(value.spec.corpus_id))
-        job.request_id = request_id
+        job.request_ids.update(request_ids)
         return job
 
     def _folder(self, identity: dict[str, Any]) -> Path:
@@ -257,7 +264,7 @@ class Extractions:
         value = job.value
         record = {
             "id": value.id,
-            "request_id": job.request_id,
+            "request_ids": sorted(job.request_ids),
             "spec": value.spec.to_json(),
             "set_id": value.set_id,
             "path": value.path,
@@ -288,7 +295,7 @@ class Extractions:
             cached=record["cached"],
             create_time=record["create_time"],
         )
-        return self._job(value, record["request_id"])
+        return self._job(value, record["request_ids"])
 
 
 def _check_numbers(spec: ExtractionSpec) -> None:

@@ -86,10 +86,20 @@ class Node:
                 try:
                     await self._live_one_epoch()
                 except (RegistryUnavailable, EpochStale) as exc:
+                    self.registered.clear()
                     logger.info("registering again: %s", exc)
                     await asyncio.sleep(RETRY_S)
         finally:
             await self._end_everything()
+
+    async def until_registered(self, deadline_s: float) -> None:
+        """Waits until the registry knows this node's present epoch; RegistryUnavailable past the deadline."""
+        try:
+            await asyncio.wait_for(self.registered.wait(), deadline_s)
+        except TimeoutError:
+            raise RegistryUnavailable(
+                f"The registry could not be reached for {deadline_s:.0f} s.", retry_after_s=RETRY_S
+            ) from None
 
     async def runner_for(self, residency_id: str, deadline_s: float) -> tuple[Runner, Assignment]:
         """Waits until a residency is loaded here; WaitTimeout past the deadline, RunnerLost if it is given up."""

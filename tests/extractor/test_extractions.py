@@ -1,0 +1,328 @@
+import asyncio
+import os
+import signal
+
+import pytest
+from fix_runner import documents
+
+from activation_log import retention
+from activation_log.manifest import Manifest
+from extractor_service import errors
+from extractor_service.packing import SpecialTokens, count_rows
+from extractor_service.recipe import Recipe
+from extractor_service.row_stream import RowStream, StreamRequest
+from extractor_service.values import ExtractionState, Retention
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+RECIPE = Recipe(context_size=64, batch_size=2)
+SPECIAL = SpecialTokens(bos_id=1, eos_id=2)
+WINDOW = Retention(kind="window", window_bytes=2 * 1024 * 1024, reader_grace_s=30.0)
+
+
+def a_window(**changes):
+    return Retention(**(WINDOW.to_json() | changes))
+
+
+def n_rows_of(seed):
+    n_rows, _ = count_rows(documents(400, seed=seed), RECIPE, SPECIAL)
+    return n_rows
+
+
+def rows_of(content):
+    return len(content["document"]) // 4
+
+
+async def test_every_row_arrives_once_and_in_order(extractor):
+    extractor.add_corpus(documents(400, seed=1))
+    job = await extractor.extract()
+
+    content, firsts, end = await extractor.read(job, chunk_bytes=10_000)
+
+    assert firsts == sorted(set(firsts))
+    assert rows_of(content) == end.next_row == end.n_rows == job.value.n_rows
+    assert job.value.state == ExtractionState.DONE
+    assert not job.value.cached
+    assert len(content["blocks.1.hook_resid_post"]) == end.n_rows * 32 * 4
+
+
+async def test_a_second_request_is_a_read(extractor):
+    extractor.add_corpus(documents(400, seed=2))
+    first, _, _ = await extractor.read(await extractor.extract())
+    n_runners = len(extractor.runners)
+
+    job = await extractor.extract()
+    second, _, _ = await extractor.read(job)
+
+    assert second == first
+    assert job.value.cached
+    assert len(extractor.runners) == n_runners
+
+
+async def test_rows_requested_by_number_are_those_rows(extractor):
+    extractor.add_corpus(documents(400, seed=3))
+    job = await extractor.extract()
+    everything, _, _ = await extractor.read(job)
+
+    some, firsts, end = await extractor.read(job, start_row=1000, end_row=1500, columns=("position",))
+
+    assert list(some) == ["position"]
+    assert some["position"] == everything["position"][4000:6000]
+    assert (firsts[0], end.next_row) == (1000, 1500)
+
+
+async def test_killed_runner_costs_no_row_and_no_bit(extractor, start_extractor):
+    extractor.add_corpus(documents(400, seed=4))
+    quiet, _, _ = await extractor.read(await extractor.extract())
+    other = await start_extractor()
+    other.add_corpus(documents(400, seed=4))
+    job = await other.extract(retention=a_window(window_bytes=64 * 1024 * 1024))
+    killed = []
+
+    def kill_once(run):
+        if not killed and run.end_row > 2000:
+            killed.append(other.runners[-1].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    disturbed, firsts, _ = await other.read(job, chunk_bytes=20_000, on_run=kill_once)
+
+    assert killed
+    assert len(other.runners) == 2
+    assert firsts == sorted(set(firsts))
+    assert disturbed == quiet
+
+
+async def test_a_runner_that_always_dies_ends_in_runner_lost(start_extractor, monkeypatch):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(400, seed=5))
+    start = extractor._start_runner
+
+    async def start_and_kill(*, environment):
+        runner = await start(environment=environment)
+        os.kill(runner.pid, signal.SIGKILL)
+        return runner
+
+    monkeypatch.setattr(extractor.node, "_start_runner", start_and_kill)
+    job = await extractor.extract()
+
+    with pytest.raises(errors.RunnerLost):
+        await extractor.read(job)
+
+    assert job.value.state == ExtractionState.FAILED
+    assert job.value.failure.reason == "RUNNER_LOST"
+
+
+async def test_restarted_node_goes_on_where_it_was(extractor):
+    extractor.add_corpus(documents(400, seed=6))
+    job = await extractor.extract(hookpoints=("blocks.0.hook_resid_pre",))
+    await extractor.until(lambda: job.value.n_rows > 1000)
+    stream = RowStream(job, StreamRequest(end_row=800))
+    head = {column.name: b"" for column in stream.set_reader.columns}
+    async for event in stream.events():
+        if hasattr(event, "columns"):
+            for column, view in zip(stream.set_reader.columns, event.columns, strict=True):
+                head[column.name] += bytes(view)
+    stream.close()
+    await extractor.stop()
+
+    await extractor.start()
+    again = extractor.extractions.get(job.value.id)
+    tail, firsts, end = await extractor.read(again, start_row=800)
+
+    assert firsts[0] == 800
+    assert end.n_rows == n_rows_of(6)
+    whole, _, _ = await extractor.read(again)
+    assert {name: head[name] + tail[name] for name in head} == whole
+
+
+async def test_equal_requests_share_one_extraction(extractor):
+    extractor.add_corpus(documents(400, seed=7))
+
+    one, two = await asyncio.gather(extractor.extract(), extractor.extract())
+
+    assert one is two
+
+
+async def test_repeated_request_id_answers_with_the_first_extraction(extractor):
+    extractor.add_corpus(documents(400, seed=8))
+    job = await extractor.extract()
+    request_id = "6f1b6a1e-9c0e-4b7e-8a63-0c5f7d1e2a3b"
+    first = await extractor.extractions.start(request_id, job.value.spec)
+    await extractor.read(job)
+
+    second = await extractor.extractions.start(request_id, job.value.spec)
+
+    assert second.id == first.id
+
+
+async def test_max_rows_is_exact_and_can_be_extended(extractor):
+    extractor.add_corpus(documents(400, seed=9))
+    content, _, end = await extractor.read(await extractor.extract(max_rows=777))
+    assert (rows_of(content), end.n_rows) == (777, 777)
+
+    job = await extractor.extract()
+    whole, _, _ = await extractor.read(job)
+
+    assert whole["position"][: 777 * 4] == content["position"]
+    assert rows_of(whole) == n_rows_of(9)
+    assert job.value.n_rows_computed == n_rows_of(9) - 777
+
+
+async def test_cancelled_extraction_keeps_its_rows_and_says_so(extractor):
+    extractor.add_corpus(documents(4000, seed=12))
+    job = await extractor.extract()
+    await extractor.until(lambda: job.value.n_rows > 0)
+
+    await job.cancel()
+    await extractor.until(lambda: job.value.state.ended)
+
+    assert job.value.state == ExtractionState.CANCELLED
+    with pytest.raises(errors.ExtractionCancelled):
+        await extractor.read(job)
+    assert extractor.registry.leases == set()
+
+
+async def test_window_stops_the_forward_pass_behind_a_reader_that_stops(extractor):
+    extractor.add_corpus(documents(4000, seed=13))
+    job = await extractor.extract(retention=WINDOW)
+    manifest = Manifest.load(job.folder)
+    stream = RowStream(job, StreamRequest(reader="the slow one", explicit_release=True))
+    try:
+        await extractor.until(lambda: job.value.state == ExtractionState.WAITING)
+
+        assert [reader.reader for reader in job.value.waiting_for] == ["the slow one"]
+        assert job.value.n_rows * manifest.row_bytes <= WINDOW.window_bytes
+        stopped_at = job.value.n_rows
+        await asyncio.sleep(0.5)
+        assert job.value.n_rows == stopped_at
+
+        job.release("the slow one", stopped_at)
+        await extractor.until(lambda: job.value.n_rows > stopped_at)
+    finally:
+        stream.close()
+
+
+async def test_window_gives_every_row_although_it_never_holds_them_all(extractor):
+    extractor.add_corpus(documents(2000, seed=14))
+    largest = 0
+
+    def watch(run):
+        nonlocal largest
+        largest = max(largest, retention.size_bytes(job.folder))
+
+    job = await extractor.extract(retention=WINDOW)
+    content, firsts, end = await extractor.read(job, chunk_bytes=50_000, on_run=watch)
+
+    assert rows_of(content) == end.n_rows > 4 * WINDOW.window_bytes // Manifest.load(job.folder).row_bytes
+    assert firsts == sorted(set(firsts))
+    # Headers are beside the rows.
+    assert largest <= WINDOW.window_bytes + 64 * 4096
+
+
+async def test_window_without_a_reader_frees_everything_after_its_grace(extractor):
+    extractor.add_corpus(documents(4000, seed=15))
+    job = await extractor.extract(retention=a_window(reader_grace_s=0.3))
+
+    await extractor.until(lambda: job.value.state == ExtractionState.FAILED)
+    await extractor.until(lambda: not job.folder.exists())
+
+    assert job.value.failure.reason == "READER_STALLED"
+    assert extractor.registry.leases == set()
+
+
+async def test_disconnected_reader_frees_everything_after_the_grace(extractor):
+    extractor.add_corpus(documents(4000, seed=16))
+    job = await extractor.extract(retention=a_window(reader_grace_s=0.3))
+    stream = RowStream(job, StreamRequest())
+    events = stream.events()
+    await anext(events)
+
+    await events.aclose()
+    stream.close()
+
+    await extractor.until(lambda: not job.folder.exists())
+    assert job.value.readers == ()
+    assert extractor.registry.leases == set()
+
+
+async def test_reader_can_come_back_within_the_grace(extractor):
+    extractor.add_corpus(documents(2000, seed=17))
+    job = await extractor.extract(retention=a_window(reader_grace_s=20.0))
+    head = RowStream(job, StreamRequest(end_row=500, explicit_release=True))
+    async for _ in head.events():
+        pass
+    head.close()
+
+    content, firsts, end = await extractor.read(job, start_row=500)
+
+    assert firsts[0] == 500
+    assert rows_of(content) == end.n_rows - 500
+
+
+async def test_rows_that_went_by_are_out_of_range(extractor):
+    extractor.add_corpus(documents(2000, seed=18))
+    job = await extractor.extract(retention=WINDOW)
+    stream = RowStream(job, StreamRequest())
+    async for event in stream.events():
+        if getattr(event, "first_row", 0) > 20_000:
+            break
+
+    with pytest.raises(errors.RowsExpired) as caught:
+        RowStream(job, StreamRequest(start_row=0))
+
+    assert int(caught.value.metadata["first_available_row"]) > 0
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"model_id": "other"}, errors.ModelNotFound, "other"),
+        ({"model_id": ""}, errors.FieldInvalid, "model_id"),
+        ({"corpus_id": "other"}, errors.CorpusNotFound, "other"),
+        ({"hookpoints": ("blocks.1.hook_resid_pots",)}, errors.HookpointNotFound, "hook_resid_pots"),
+        ({"hookpoints": ("blocks.9.hook_resid_post",)}, errors.HookpointNotFound, "9"),
+        ({"hookpoints": ()}, errors.FieldInvalid, "hookpoint"),
+        ({"recipe": Recipe(context_size=1024)}, errors.FieldInvalid, "context_size"),
+        ({"max_rows": -1}, errors.FieldInvalid, "max_rows"),
+        ({"retention": Retention(kind="window", window_bytes=5)}, errors.FieldInvalid, "window_bytes"),
+    ],
+)
+async def test_bad_requests_are_refused_with_a_reason(extractor, changes, error, words):
+    extractor.add_corpus(documents(400, seed=10))
+    before = extractor.extractions.list()
+
+    with pytest.raises(error, match=words):
+        await extractor.extract(**changes)
+
+    assert extractor.extractions.list() == before
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "words"),
+    [
+        ({"chunk_bytes": 4_000_000}, "chunk_bytes"),
+        ({"chunk_bytes": 17 * 2**20, "allow_large_chunks": True}, "chunk_bytes"),
+        ({"start_row": -1}, "start_row"),
+        ({"start_row": 9, "end_row": 3}, "end_row"),
+        ({"columns": ("position", "position")}, "twice"),
+        ({"reader": "x" * 256}, "255"),
+    ],
+)
+async def test_bad_stream_requests_are_refused(request_fields, words):
+    with pytest.raises(errors.FieldInvalid, match=words):
+        StreamRequest(**request_fields)
+
+
+async def test_model_that_does_not_load_fails_the_extraction_with_the_reason(extractor, tmp_path):
+    extractor.add_corpus(documents(400, seed=11))
+    (tmp_path / "empty").mkdir()
+    model = extractor.registry.models["tiny"]
+    extractor.registry.models["broken"] = type(model)(
+        **{f: getattr(model, f) for f in model.__slots__} | {"id": "broken", "files_path": str(tmp_path / "empty")}
+    )
+
+    job = await extractor.extract(model_id="broken")
+    await extractor.until(lambda: job.value.state.ended)
+
+    assert job.value.failure.reason in ("LOAD_FAILED", "MODEL_UNSUPPORTED")
