@@ -9,7 +9,8 @@ from contextlib import aclosing
 
 from registry_service.errors import AdmissionTimeout, DatabaseUnavailable
 from registry_service.placement import load_error
-from registry_service.postgres.residency_store import Admission, LeaseTerms, ResidencyStore, Wish
+from registry_service.postgres.admit import Wish
+from registry_service.postgres.residency_store import Admission, LeaseTerms, ResidencyStore
 from registry_service.residency import ResidencyState
 from registry_service.wakeups import POLL_S, Wakeups
 
@@ -67,7 +68,7 @@ class Admissions:
         """Raises the load's error if the residency waited for has FAILED; otherwise the next step decides anew."""
         residency = await self._residencies.get(last.residency.id)
         if residency is not None and residency.state is ResidencyState.FAILED:
-            raise load_error(residency.model_id, residency.failure)
+            raise load_error(residency)
 
     async def _take_back(self, waiter_id: str) -> None:
         try:

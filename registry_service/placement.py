@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from chassis.errors import ServiceError
 from registry_service.errors import CapacityBusy, DeviceOom, LoadFailed, ModelTooLarge, RunnerLost
-from registry_service.models import Failure
-from registry_service.residency import Action, Decision, Occupant, ResidencyState, Space
+from registry_service.residency import Action, Decision, Occupant, Residency, ResidencyState, Space
 
 _RETRY_AFTER_S = 5.0
 _MAX_HOLDERS = 20
@@ -33,16 +32,21 @@ def refusal(model_id: str, decision: Decision, spaces: Sequence[Space]) -> Servi
     )
 
 
-def load_error(model_id: str, failure: Failure | None) -> LoadFailed:
-    """Turns what a node reported into the error of the call that waited for the load."""
+def load_error(residency: Residency) -> LoadFailed:
+    """Turns what a node reported of a FAILED residency into the error of the call that waited for it."""
+    failure = residency.failure
     reason = failure.reason if failure is not None else "LOAD_FAILED"
     message = failure.message if failure is not None else "the node gave no reason; see its log"
     kind = {"DEVICE_OOM": DeviceOom, "RUNNER_LOST": RunnerLost}.get(reason, LoadFailed)
     return kind(
-        f"model {model_id!r} could not be loaded: {message}",
-        metadata={"node_reason": reason},
+        f"model {residency.model_id!r} could not be loaded: {message}",
+        metadata={
+            "node_reason": reason,
+            "estimated_bytes": str(residency.reserved_bytes),
+            "measured_bytes": str(residency.measured_bytes),
+        },
         retry_after_s=1.0 if kind is RunnerLost else None,
-        resource=("model", model_id),
+        resource=("model", residency.model_id),
     )
 
 

@@ -151,7 +151,7 @@ async def running_registry(
     heartbeat_interval_s: float = 5.0,
     environment: dict[str, str] | None = None,
 ) -> AsyncIterator[RunningRegistry]:
-    data_dir.mkdir(exist_ok=True, parents=True)
+    await asyncio.to_thread(data_dir.mkdir, exist_ok=True, parents=True)
     ready_file = data_dir / f"ready-{uuid.uuid4().hex[:8]}"
     shutdown = Shutdown()
     settings = Settings(
@@ -266,10 +266,12 @@ def refusal_of(exc: grpc.aio.AioRpcError) -> Refusal:
 
 async def refused(call: object) -> Refusal:
     """Awaits a call, or reads a stream, that must fail."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    try:
         if hasattr(call, "__aiter__"):
             async for _ in call:
                 pass
         else:
             await call  # type: ignore[misc]
-    return refusal_of(caught.value)
+    except grpc.aio.AioRpcError as exc:
+        return refusal_of(exc)
+    raise AssertionError("the call succeeded")

@@ -7,19 +7,17 @@ import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
-import pytest
 import pytest_asyncio
+from fix_postgres import RegistryStubs, RunningRegistry
 from headrace.common.v1 import transfer_pb2
 from headrace.registry.v1 import model_pb2, node_service_pb2, residency_pb2
 from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_service_pb2 as residency_service
-
-from fix_postgres import RegistryStubs, RunningRegistry
 
 GIB = 1024**3
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}
@@ -219,6 +217,16 @@ class FakeNode:
             node_id=self.id, epoch=self.epoch, model_id=build.model.id, done=True
         )
         await self.stubs.nodes.ReportBuild(done, timeout=20)
+
+
+async def until(fact: Callable[[], object | Awaitable[object]], *, timeout_s: float = 20.0) -> None:
+    """Returns once `fact` holds."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            found = fact()
+            if await found if isinstance(found, Awaitable) else found:
+                return
+            await asyncio.sleep(0.03)
 
 
 @pytest_asyncio.fixture

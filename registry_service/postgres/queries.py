@@ -148,16 +148,13 @@ SELECT d.*, COALESCE((
       AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')), 0)::bigint AS reserved_bytes
 FROM devices d WHERE d.node_id = ANY(%(node_ids)s) AND d.present ORDER BY d.node_id, d.ordinal, d.id
 """
+# No join with nodes here: after a wait for the lock, Postgres reads the locked row anew, but not the joined one.
 DEVICES_LOCK = """
-SELECT d.*, n.epoch, n.address FROM devices d JOIN nodes n ON n.id = d.node_id
-WHERE n.state = 'ALIVE' AND d.present
-  AND (%(node_id)s = '' OR d.node_id = %(node_id)s) AND (%(device_id)s = '' OR d.id = %(device_id)s)
-ORDER BY d.node_id, d.id FOR UPDATE OF d
+SELECT * FROM devices
+WHERE present AND (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s = '' OR id = %(device_id)s)
+ORDER BY node_id, id FOR UPDATE
 """
-DEVICE_KNOWN = """
-SELECT 1 AS known FROM devices
-WHERE (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s = '' OR id = %(device_id)s) AND present LIMIT 1
-"""
+NODES_ALIVE = "SELECT id, epoch FROM nodes WHERE id = ANY(%(ids)s) AND state = 'ALIVE'"
 DEVICES_OF_NODE_LOCK = "SELECT id FROM devices WHERE node_id = %(node_id)s ORDER BY id FOR UPDATE"
 DEVICE_LOCK = "SELECT * FROM devices WHERE node_id = %(node_id)s AND id = %(id)s FOR UPDATE"
 

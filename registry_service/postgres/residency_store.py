@@ -6,35 +6,24 @@ are one step. Locks are taken in the order model, node, device, residency.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from registry_service.errors import LeaseLost, ModelInUse, ModelNotReady, NodeLost, NodeNotFound
+from registry_service.errors import LeaseLost, ModelInUse
 from registry_service.leases import Lease
-from registry_service.memory import estimated_bytes, load_dtype
-from registry_service.models import Failure, Model, ModelState, Quantization, Transfer
-from registry_service.nodes import DeviceKind
+from registry_service.models import Failure, Transfer
 from registry_service.paging import Page
-from registry_service.placement import refusal
 from registry_service.postgres import queries
+from registry_service.postgres.admit import Wish, admit
 from registry_service.postgres.lease_store import grant_lease, lease_of_request
 from registry_service.postgres.model_store import read_model
 from registry_service.postgres.node_store import hear
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
-from registry_service.postgres.rows import json_of, model_of, occupant_of, residency_of
-from registry_service.residency import (
-    Action,
-    Decision,
-    Residency,
-    ResidencyState,
-    Space,
-    decide_placement,
-    follow_report,
-    next_to_load,
-)
+from registry_service.postgres.residency_moves import end_abandoned, lock_device, move, promote, read_residency
+from registry_service.postgres.rows import json_of, residency_of
+from registry_service.residency import Residency, ResidencyState, follow_report
 from registry_service.wakeups import Wakeups
 
 T = TypeVar("T")
@@ -43,17 +32,6 @@ T = TypeVar("T")
 _WAITER_TTL_S = 10.0
 # LoadModel answers at once; nobody renews its place in the queue, so it is kept for as long as AcquireLease waits.
 _LOAD_WAITER_TTL_S = 600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """A model wanted on a device. Empty `node_id` or `device_id`: the registry chooses."""
-
-    model_id: str
-    node_id: str = ""
-    device_id: str = ""
-    actor: str
-    if_resident_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +82,7 @@ class ResidencyStore:
                 known = await (await conn.execute(queries.RESIDENCY_READ, {"id": answered})).fetchone()
                 if known is not None:
                     return residency_of(known)
-            residency = await _admit(conn, wish)
+            residency = await admit(conn, wish)
             if residency.state is ResidencyState.QUEUED:
                 await _wait(conn, f"load-{residency.id}", residency.id, _LOAD_WAITER_TTL_S)
             if answered is None:
@@ -119,8 +97,8 @@ class ResidencyStore:
         async def work(conn: Connection) -> Admission:
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
             if known is not None:
-                return Admission(residency=await _read(conn, known.residency_id), lease=known)
-            residency = await _admit(conn, wish)
+                return Admission(residency=await read_residency(conn, known.residency_id), lease=known)
+            residency = await admit(conn, wish)
             if residency.state is ResidencyState.RESIDENT:
                 lease = await grant_lease(
                     conn,
@@ -156,8 +134,8 @@ class ResidencyStore:
                 return
             residency = await (await conn.execute(queries.RESIDENCY_READ, {"id": row["residency_id"]})).fetchone()
             if residency is not None and residency["state"] == ResidencyState.QUEUED:
-                await _lock_device(conn, residency["node_id"], residency["device_id"])
-                await _end_abandoned(conn, residency["node_id"], residency["device_id"])
+                await lock_device(conn, residency["node_id"], residency["device_id"])
+                await end_abandoned(conn, residency["node_id"], residency["device_id"])
 
         await self._change(work)
 
@@ -170,10 +148,10 @@ class ResidencyStore:
             await read_model(conn, model_id)
             answered = await recall(conn, request)
             if answered is not None:
-                return [await _read(conn, each) for each in answered.split(",") if each]
+                return [await read_residency(conn, each) for each in answered.split(",") if each]
             ids = await _unload(conn, model_id, node_id=node_id, force=force, actor=actor)
             await remember(conn, request, ",".join(ids))
-            return [await _read(conn, each) for each in ids]
+            return [await read_residency(conn, each) for each in ids]
 
         return await self._change(work)
 
@@ -188,7 +166,7 @@ class ResidencyStore:
                     f"residency {report.residency_id!r} is not of this node and epoch; drop it",
                     resource=("residency", report.residency_id),
                 )
-            await _lock_device(conn, row["node_id"], row["device_id"])
+            await lock_device(conn, row["node_id"], row["device_id"])
             return await _follow(conn, report)
 
         if await self._database.run(work):
@@ -226,9 +204,9 @@ class ResidencyStore:
             rows = await (await conn.execute(queries.DEVICES_WITH_QUEUE)).fetchall()
             changed = False
             for row in rows:
-                await _lock_device(conn, row["node_id"], row["device_id"])
-                changed |= await _end_abandoned(conn, row["node_id"], row["device_id"])
-                changed |= await _promote(conn, row["node_id"], row["device_id"])
+                await lock_device(conn, row["node_id"], row["device_id"])
+                changed |= await end_abandoned(conn, row["node_id"], row["device_id"])
+                changed |= await promote(conn, row["node_id"], row["device_id"])
             return changed
 
         if await self._database.run(work):
@@ -238,126 +216,6 @@ class ResidencyStore:
         result = await self._database.run(work)
         self._wakeups.wake()
         return result
-
-
-async def move(
-    conn: Connection,
-    residency_id: str,
-    state: ResidencyState,
-    *,
-    reason: str,
-    actor: str,
-    new_fence: bool = False,
-) -> None:
-    """One transition: state, reason, actor and its event."""
-    values = {"id": residency_id, "state": state, "reason": reason, "actor": actor, "new_fence": new_fence}
-    await conn.execute(queries.RESIDENCY_MOVE, values)
-    await conn.execute(queries.RESIDENCY_EVENT, {"id": residency_id})
-
-
-async def _admit(conn: Connection, wish: Wish) -> Residency:
-    model = await _ready_model(conn, wish.model_id)
-    devices = await _lock_devices(conn, wish)
-    spaces = await _spaces(conn, model, wish, devices)
-    decision = decide_placement(model.id, spaces)
-    if decision.action is Action.JOIN:
-        await _promote(conn, decision.space.node_id, decision.space.device_id)
-        joined = await _read(conn, decision.joined)
-        _check_only_resident(wish, resident=joined.state is ResidencyState.RESIDENT)
-        return joined
-    _check_only_resident(wish, resident=False)
-    if decision.action in (Action.BUSY, Action.TOO_LARGE):
-        raise refusal(model.id, decision, spaces)
-    epochs = {row["node_id"]: row["epoch"] for row in devices}
-    return await _place(conn, model, wish, decision, epochs[decision.space.node_id])
-
-
-async def _place(conn: Connection, model: Model, wish: Wish, decision: Decision, epoch: int) -> Residency:
-    space = decision.space
-    for victim in decision.victims:
-        reason = f"evicted for {model.id}"
-        await move(conn, victim, ResidencyState.UNLOADING, reason=reason, actor=wish.actor, new_fence=True)
-    loads = decision.action is Action.LOAD
-    residency_id = uuid.uuid4().hex
-    values = {
-        "id": residency_id,
-        "model_id": model.id,
-        "node_id": space.node_id,
-        "device_id": space.device_id,
-        "state": ResidencyState.LOADING if loads else ResidencyState.QUEUED,
-        "reserved_bytes": space.required_bytes,
-        "load_dtype": load_dtype(model.load_options, space.kind),
-        "node_epoch": epoch,
-        "reason": "asked for" if loads else "waits for memory",
-        "actor": wish.actor,
-    }
-    await conn.execute(queries.RESIDENCY_INSERT, values)
-    await conn.execute(queries.RESIDENCY_EVENT, {"id": residency_id})
-    return await _read(conn, residency_id)
-
-
-async def _ready_model(conn: Connection, model_id: str) -> Model:
-    row = await (await conn.execute(queries.MODEL_KEEP, {"id": model_id})).fetchone()
-    model = model_of(row) if row is not None else await read_model(conn, model_id)
-    assert model.quantization is Quantization.NONE
-    if model.state is not ModelState.READY:
-        raise ModelNotReady(
-            f"model {model_id!r} is {model.state}; PrepareModel and wait until it is READY",
-            metadata={"state": model.state},
-            resource=("model", model_id),
-        )
-    return model
-
-
-def _check_only_resident(wish: Wish, *, resident: bool) -> None:
-    if wish.if_resident_only and not resident:
-        raise ModelNotReady(
-            f"model {wish.model_id!r} is not resident; LoadModel first, or leave if_resident_only out",
-            resource=("model", wish.model_id),
-        )
-
-
-async def _lock_devices(conn: Connection, wish: Wish) -> list[dict[str, Any]]:
-    place = {"node_id": wish.node_id, "device_id": wish.device_id}
-    rows = await (await conn.execute(queries.DEVICES_LOCK, place)).fetchall()
-    if rows:
-        return rows
-    name = "/".join(part for part in (wish.node_id, wish.device_id) if part)
-    if name and await (await conn.execute(queries.DEVICE_KNOWN, place)).fetchone() is None:
-        raise NodeNotFound(name)
-    raise NodeLost(
-        f"node {wish.node_id!r} is silent" if wish.node_id else "no node is alive; start an extractor",
-        retry_after_s=2.0,
-    )
-
-
-async def _spaces(conn: Connection, model: Model, wish: Wish, devices: Sequence[dict[str, Any]]) -> list[Space]:
-    place = {"node_id": wish.node_id, "device_id": wish.device_id}
-    rows = await (await conn.execute(queries.OCCUPANTS, place)).fetchall()
-    required = {kind: await _required_bytes(conn, model, kind) for kind in {DeviceKind(d["kind"]) for d in devices}}
-    return [
-        Space(
-            node_id=device["node_id"],
-            device_id=device["id"],
-            kind=DeviceKind(device["kind"]),
-            capacity_bytes=device["capacity_bytes"],
-            required_bytes=required[DeviceKind(device["kind"])],
-            occupants=tuple(
-                occupant_of(row)
-                for row in rows
-                if row["node_id"] == device["node_id"] and row["device_id"] == device["id"]
-            ),
-        )
-        for device in devices
-    ]
-
-
-async def _required_bytes(conn: Connection, model: Model, kind: DeviceKind) -> int:
-    """What the model took the last time on such a device; before the first load, the estimate."""
-    dtype = load_dtype(model.load_options, kind)
-    parameters = {"model_id": model.id, "kind": kind, "load_dtype": dtype}
-    row = await (await conn.execute(queries.RESIDENCY_LEARNED, parameters)).fetchone()
-    return row["measured_bytes"] if row is not None else estimated_bytes(model.parameters_by_dtype, dtype)
 
 
 async def _unload(conn: Connection, model_id: str, *, node_id: str, force: bool, actor: str) -> list[str]:
@@ -404,7 +262,7 @@ async def _follow(conn: Connection, report: ResidencyReport) -> bool:
     if followed is current:
         return False
     await _enter(conn, report, followed)
-    await _promote(conn, row["node_id"], row["device_id"])
+    await promote(conn, row["node_id"], row["device_id"])
     return True
 
 
@@ -420,39 +278,6 @@ async def _enter(conn: Connection, report: ResidencyReport, state: ResidencyStat
     await move(conn, report.residency_id, state, reason=reason, actor=actor)
 
 
-async def _promote(conn: Connection, node_id: str, device_id: str) -> bool:
-    """Starts loading what waits and fits now. The device's row is locked."""
-    place = {"node_id": node_id, "device_id": device_id}
-    queued = await (await conn.execute(queries.QUEUE, place)).fetchall()
-    if not queued:
-        return False
-    room = await (await conn.execute(queries.DEVICE_ROOM, place)).fetchone()
-    assert room is not None
-    chosen = next_to_load([(row["id"], row["reserved_bytes"]) for row in queued], room["free_bytes"])
-    for residency_id in chosen:
-        await move(
-            conn,
-            residency_id,
-            ResidencyState.LOADING,
-            reason="memory is there",
-            actor="registry",
-            new_fence=True,
-        )
-    return bool(chosen)
-
-
-async def _end_abandoned(conn: Connection, node_id: str, device_id: str) -> bool:
-    place = {"node_id": node_id, "device_id": device_id}
-    rows = await (await conn.execute(queries.QUEUE_ABANDONED, place)).fetchall()
-    for row in rows:
-        await move(conn, row["id"], ResidencyState.UNLOADED, reason="nobody waits any more", actor="registry")
-    return bool(rows)
-
-
-async def _lock_device(conn: Connection, node_id: str, device_id: str) -> None:
-    await conn.execute(queries.DEVICE_LOCK, {"node_id": node_id, "id": device_id})
-
-
 async def _wait(conn: Connection, waiter_id: str, residency_id: str, ttl_s: float) -> None:
     await conn.execute(queries.WAITER_UPSERT, {"id": waiter_id, "residency_id": residency_id, "ttl_s": ttl_s})
 
@@ -463,10 +288,3 @@ async def _position(conn: Connection, residency: Residency) -> int:
     place = {"node_id": residency.node_id, "device_id": residency.device_id}
     queued = await (await conn.execute(queries.QUEUE, place)).fetchall()
     return [row["id"] for row in queued].index(residency.id) + 1
-
-
-async def _read(conn: Connection, residency_id: str) -> Residency:
-    row = await (await conn.execute(queries.RESIDENCY_READ, {"id": residency_id})).fetchone()
-    if row is None:
-        raise LeaseLost(f"residency {residency_id!r} is not kept any more", resource=("residency", residency_id))
-    return residency_of(row)

@@ -6,9 +6,9 @@ import hashlib
 import json
 
 import pytest
+from fix_registry import LLAMA, write_model, write_safetensors
 from safetensors import safe_open
 
-from fix_registry import LLAMA, write_model, write_safetensors
 from registry_service.architecture import architecture_from
 from registry_service.errors import DigestMismatch, ModelUnsupported
 from registry_service.files import Reading, Stopped, inspect_folder, read_header

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,16 +118,14 @@ def test_a_filter_is_parsed_term_by_term():
     ],
 )
 def test_a_bad_filter_is_refused(text):
-    with pytest.raises(FieldInvalid, match="^filter"):
+    with pytest.raises(FieldInvalid, match=r"^filter"):
         parse_filter(text)
 
 
 @given(st.text(max_size=60))
 def test_any_filter_parses_or_is_refused(text):
-    try:
+    with contextlib.suppress(FieldInvalid):
         parse_filter(text)
-    except FieldInvalid:
-        pass
 
 
 @given(st.text(max_size=80))

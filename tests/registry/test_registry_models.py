@@ -7,13 +7,11 @@ import json
 
 import grpc
 import pytest
-from google.protobuf import field_mask_pb2
-from headrace.registry.v1 import model_pb2
-from headrace.registry.v1 import model_service_pb2 as pb
-from headrace.registry.v1 import residency_service_pb2
-
 from fix_postgres import refused, running_registry
 from fix_registry import new_request_id, ready_model, register_folder, until_state, write_model, write_safetensors
+from google.protobuf import field_mask_pb2
+from headrace.registry.v1 import model_pb2, residency_service_pb2
+from headrace.registry.v1 import model_service_pb2 as pb
 
 FAILED = model_pb2.MODEL_STATE_FAILED
 READY = model_pb2.MODEL_STATE_READY
@@ -278,7 +276,7 @@ async def test_a_gguf_waits_for_a_node_and_is_converted_by_it(registry, tmp_path
     messages = []
     async for event in call:
         messages.append(event.message)
-        if "waits for a node" in event.message or event.snapshot and "waits" in event.message:
+        if "waits for a node" in event.message or (event.snapshot and "waits" in event.message):
             await start_node(convert=lambda build: write_model(tmp_path.__class__(build.target_path)))
         if event.model.state == READY:
             break

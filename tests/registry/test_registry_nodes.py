@@ -6,13 +6,12 @@ import asyncio
 
 import grpc
 import pytest
+from fix_postgres import refused, running_registry
+from fix_registry import FakeNode, acquire, cpu, lease_request, ready_model, residency_of, until, until_residency
 from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2
-
-from fix_postgres import refused, running_registry
-from fix_registry import FakeNode, acquire, cpu, lease_request, ready_model, residency_of, until_residency
 
 
 async def node_of(stubs, node_id: str = "node-a") -> r.Node:
@@ -21,9 +20,10 @@ async def node_of(stubs, node_id: str = "node-a") -> r.Node:
 
 
 async def until_node(stubs, state: r.NodeState.ValueType) -> None:
-    async with asyncio.timeout(20):
-        while (await node_of(stubs)).state != state:
-            await asyncio.sleep(0.05)
+    async def arrived() -> bool:
+        return (await node_of(stubs)).state == state
+
+    await until(arrived)
 
 
 async def test_a_new_boot_is_a_new_epoch_and_the_same_boot_keeps_it(registry):
@@ -112,9 +112,7 @@ async def test_a_waiter_is_served_after_its_node_restarted(registry, tmp_path, s
     await ready_model(registry.stubs, tmp_path, "tiny")
     node = await start_node(slow_load=True)
     waiting = asyncio.create_task(acquire(registry.stubs, "tiny"))
-    async with asyncio.timeout(10):
-        while not node.loads:
-            await asyncio.sleep(0.02)
+    await until(lambda: node.loads)
     await node.stop()
     again = await start_node()
 
@@ -139,9 +137,7 @@ async def test_the_desired_state_is_sent_at_once_and_after_each_change(registry,
     lease = await acquire(registry.stubs, "tiny")
     await registry.stubs.residencies.UnloadModel(residency_service_pb2.UnloadModelRequest(model_id="tiny", force=True))
     await until_residency(registry.stubs, lease.residency_id, r.RESIDENCY_STATE_UNLOADED)
-    async with asyncio.timeout(10):
-        while node.messages[-1].assignments:
-            await asyncio.sleep(0.02)
+    await until(lambda: not node.messages[-1].assignments)
     states = [[a.residency.state for a in message.assignments] for message in node.messages]
     fences = [a.residency.fence for message in node.messages for a in message.assignments]
 

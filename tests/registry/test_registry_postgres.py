@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import psycopg
 import pytest
-
 from fix_postgres import FAST_SETTINGS
+
 from registry_service.errors import DatabaseUnavailable, ModelNotFound
 from registry_service.postgres.connect import DatabaseUnreachable, migrate_when_reachable
 from registry_service.postgres.embedded import EmbeddedFailed, EmbeddedPostgres

@@ -6,11 +6,6 @@ import asyncio
 
 import grpc
 import pytest
-from headrace.registry.v1 import model_pb2
-from headrace.registry.v1 import model_service_pb2 as model_service
-from headrace.registry.v1 import residency_pb2 as r
-from headrace.registry.v1 import residency_service_pb2 as pb
-
 from fix_postgres import refused
 from fix_registry import (
     GIB,
@@ -24,6 +19,10 @@ from fix_registry import (
     until_residency,
     write_model,
 )
+from headrace.registry.v1 import model_pb2
+from headrace.registry.v1 import model_service_pb2 as model_service
+from headrace.registry.v1 import residency_pb2 as r
+from headrace.registry.v1 import residency_service_pb2 as pb
 
 MB = 1_000_000
 # 200 MB of process overhead plus the tiny weights.
@@ -227,6 +226,7 @@ async def test_a_failed_load_is_told_with_its_reason(registry, tmp_path, start_n
 
     assert (refusal.code, refusal.reason) == (code, expected)
     assert "no luck" in refusal.message
+    assert refusal.metadata["estimated_bytes"] == str(TINY_BYTES)
     nodes = await registry.stubs.residencies.ListNodes(pb.ListNodesRequest())
     assert nodes.nodes[0].devices[0].reserved_bytes == 0
 
