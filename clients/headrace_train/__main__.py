@@ -1,0 +1,63 @@
+"""Entry point of `headrace-train`: the only place that reads the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace_train import exits
+from headrace_train.arguments import Arguments, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one training; returns the exit code. HEADRACE_TOKEN stands in for --token-file."""
+    arguments = parse(argv)
+    try:
+        return _run(arguments, os.environ.get("HEADRACE_TOKEN") or None)
+    except KeyboardInterrupt:
+        exits.say(sys.stderr, "interrupted")
+        return exits.INTERRUPTED
+    except Exception as exc:  # noqa: BLE001 - every error ends as a message and an exit code.
+        return exits.report(exc, sys.stderr, as_json=arguments.json, debug=arguments.debug)
+
+
+def _run(arguments: Arguments, token: str | None) -> int:
+    from headrace_client import HeadraceClient  # noqa: PLC0415 - not for --help.
+
+    from headrace_train.reporters import new_reporter  # noqa: PLC0415
+
+    token = _read_token(arguments.token_file) or token
+    with (
+        HeadraceClient.connect(arguments.registry, token=token, ca_file=arguments.ca_file) as client,
+        new_reporter(sys.stdout, as_json=arguments.json) as reporter,
+    ):
+        client.nodes()  # Before SAELens is loaded, which takes seconds: is anybody there?
+        reporter.note("loading SAELens")
+        _quieten_libraries()
+        from headrace_train.job import run  # noqa: PLC0415 - SAELens and torch.
+
+        return exits.DONE if run(client, arguments, reporter) else exits.INTERRUPTED
+
+
+def _read_token(path: Path | None) -> str | None:
+    from headrace_client.errors import InvalidArgument  # noqa: PLC0415
+
+    if path is None:
+        return None
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidArgument(f"the token file can't be read: {exc}", remedy="check --token-file") from exc
+
+
+def _quieten_libraries() -> None:
+    """SAELens' own bar would be drawn over ours; tqdm reads the variable when it is imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

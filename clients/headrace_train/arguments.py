@@ -1,0 +1,159 @@
+"""The command line of `headrace-train`: checked values, no work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu", "gated")
+NORMALIZATIONS = ("expected_average_only_in", "none")
+USES_K = ("topk", "batchtopk")
+
+_DESCRIPTION = """\
+Trains a sparse autoencoder (SAE) with SAELens from the rows of an extraction, while they are computed or afterwards.
+Writes OUT/sae (SAELens format), OUT/features.parquet, OUT/top_rows.parquet and, last, OUT/metadata.json.
+Ctrl-C during training saves the SAE as it is, without the tables, and exits with 130."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """What to train from, how, and where the files go. `d_sae` None: `expansion` times the width of the rows."""
+
+    registry: str
+    extraction: str
+    model: str
+    corpus: str
+    max_rows: int
+    hookpoint: str
+    token_file: Path | None
+    ca_file: Path | None
+    architecture: str
+    d_sae: int | None
+    expansion: int
+    k: int
+    sparsity: float | None
+    lr: float
+    batch_size: int
+    rows: int
+    normalize: str
+    drop_bos: bool
+    max_norm_multiple: float
+    buffer_rows: int
+    seed: int
+    device: str
+    top_rows: int
+    context_tokens: int
+    out: Path
+    json: bool
+    debug: bool
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """Reads the command line; ends the process with 2 and a message on bad use."""
+    parser = _parser()
+    arguments = Arguments(**vars(parser.parse_args(argv)))
+    if bool(arguments.extraction) == bool(arguments.model or arguments.corpus):
+        parser.error("give either --extraction, or --model and --corpus to start an extraction")
+    if not arguments.extraction and not (arguments.model and arguments.corpus and arguments.hookpoint):
+        parser.error("starting an extraction takes --model, --corpus and --hookpoint")
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headrace-train", description=_DESCRIPTION, formatter_class=_Formatter, allow_abbrev=False
+    )
+    _add_source(parser.add_argument_group("rows"))
+    _add_training(parser.add_argument_group("training"))
+    _add_results(parser.add_argument_group("results"))
+    return parser
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, the description as it stands."""
+
+
+def _add_source(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--registry", default="127.0.0.1:7470", metavar="HOST:PORT", help="the registry service")
+    group.add_argument("--extraction", default="", metavar="ID", help="extraction to read; its rows must be retained")
+    group.add_argument("--model", default="", metavar="ID", help="instead of --extraction: start one of this model")
+    group.add_argument("--corpus", default="", metavar="ID", help="with --model: the corpus")
+    group.add_argument("--max-rows", type=_count, default=0, help="with --model: rows to extract, 0 for all")
+    group.add_argument("--hookpoint", default="", metavar="NAME", help="may be left out when the extraction has one")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; or HEADRACE_TOKEN")
+    group.add_argument("--ca-file", type=Path, metavar="FILE", help="certificate authority (PEM): turns TLS on")
+    group.add_argument(
+        "--drop-bos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave out first positions (BOS): attention sinks, often a hundred times longer than other rows",
+    )
+    group.add_argument(
+        "--max-norm-multiple",
+        type=_not_negative,
+        default=10.0,
+        metavar="X",
+        help="leave out rows longer than X times the median row; 0 for none",
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--architecture", choices=ARCHITECTURES, default="topk", help="as SAELens names them")
+    group.add_argument("--d-sae", type=_positive, metavar="N", help="features; overrides --expansion")
+    group.add_argument("--expansion", type=_positive, default=8, metavar="N", help="features per width of a row")
+    group.add_argument("--k", type=_positive, default=32, help="active features a row (topk, batchtopk)")
+    group.add_argument(
+        "--sparsity",
+        type=_not_negative,
+        metavar="X",
+        help="coefficient of the sparsity loss (standard, gated: L1; jumprelu: L0); SAELens' default if left out",
+    )
+    group.add_argument("--lr", type=_above_zero, default=3e-3, help="learning rate (Adam); less for long runs")
+    group.add_argument("--batch-size", type=_positive, default=1024, metavar="ROWS", help="rows a step")
+    group.add_argument(
+        "--rows", type=_count, default=100_000, metavar="N", help="rows to train on, over epochs when there are fewer"
+    )
+    group.add_argument(
+        "--normalize", choices=NORMALIZATIONS, default=NORMALIZATIONS[0], help="scaling of rows, folded into the SAE"
+    )
+    group.add_argument("--buffer-rows", type=_positive, default=32_768, metavar="N", help="rows mixed in memory")
+    group.add_argument("--seed", type=_count, default=0, help="of the initial weights and of the mixing")
+    group.add_argument("--device", default="auto", help="torch device; auto: CUDA, then MPS, then CPU")
+
+
+def _add_results(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing")
+    group.add_argument("--top-rows", type=_positive, default=10, metavar="N", help="top rows kept for each feature")
+    group.add_argument("--context-tokens", type=_count, default=12, metavar="N", help="text on each side of a top row")
+    group.add_argument("--json", action="store_true", help="JSON lines on the standard output")
+    group.add_argument("--debug", action="store_true", help="show the stack of an error")
+
+
+def _count(text: str) -> int:
+    value = int(text.replace("_", ""))
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number from 0 up")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = _not_negative(text)
+    if not value:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value

@@ -1,0 +1,71 @@
+"""Exit codes, the same as the `headrace` command's, and errors as people and machines read them.
+
+0 done · 1 failed · 2 usage · 3 not found · 4 unavailable or out of time · 5 refused: permission, state or capacity ·
+130 interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from typing import IO
+
+from headrace_client import errors
+from headrace_client.errors import HeadraceError
+
+DONE, FAILED, USAGE, NOT_FOUND, UNAVAILABLE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+_REFUSALS = (
+    errors.PermissionDenied,
+    errors.Unauthenticated,
+    errors.FailedPrecondition,
+    errors.ResourceExhausted,
+)
+
+
+def say(stream: IO[str], line: str) -> None:
+    """Writes a line, at once."""
+    stream.write(line + "\n")
+    stream.flush()
+
+
+def report(exc: Exception, err: IO[str], *, as_json: bool, debug: bool) -> int:
+    """Prints an error; returns the exit code."""
+    error = as_headrace_error(exc)
+    code = exit_code(error)
+    if debug:
+        traceback.print_exception(exc, file=err)
+    if as_json:
+        facts = {"reason": error.reason, "message": error.message, "metadata": error.metadata, "fields": error.fields}
+        say(err, json.dumps({"error": {**facts, "remedy": error.remedy, "exit_code": code}}))
+        return code
+    say(err, str(error))
+    if error.remedy:
+        say(err, f"  what to do: {error.remedy}")
+    return code
+
+
+def exit_code(error: HeadraceError) -> int:
+    """The exit code of an error."""
+    if isinstance(error, errors.NotFound):
+        return NOT_FOUND
+    if isinstance(error, errors.Unavailable | errors.DeadlineExceeded):
+        return UNAVAILABLE
+    if isinstance(error, _REFUSALS):
+        return REFUSED
+    return USAGE if type(error) is errors.InvalidArgument else FAILED
+
+
+def as_headrace_error(exc: Exception) -> HeadraceError:
+    """What is no typed error becomes one: a file that can't be used, memory that ran out, or a bug."""
+    if isinstance(exc, HeadraceError):
+        return exc
+    if isinstance(exc, OSError):
+        return HeadraceError(str(exc), reason="FILE_ERROR", remedy="check the path, its permissions and the free space")
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded.
+        return errors.DeviceOutOfMemory(
+            str(exc) or "out of memory", remedy="take a smaller --d-sae, --batch-size or --buffer-rows"
+        )
+    return HeadraceError(
+        f"{type(exc).__name__}: {exc}", reason="BUG", remedy="run it again with --debug, and report what it prints"
+    )

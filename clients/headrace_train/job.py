@@ -1,0 +1,176 @@
+"""The work from an extraction to the files: train, save, evaluate what was saved, analyse, write."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from headrace_client import HeadraceClient
+from headrace_client.values import Extraction
+from sae_lens import SAE
+
+from headrace_train import metadata
+from headrace_train.arguments import Arguments
+from headrace_train.evaluation import HeldOut, evaluate, held_out_rows
+from headrace_train.findings import FILES, Findings, analyse
+from headrace_train.progress import Meter, Reporter
+from headrace_train.provider import MixingProvider
+from headrace_train.rows import RowBlock, RowFilter, read_blocks
+from headrace_train.source import Source, locate
+from headrace_train.training import Trained, choose_device, d_sae_of, fit, new_trainer
+from headrace_train.watching import TrainingWatch
+
+SAE_FOLDER = "sae"
+_READ_ROWS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is fixed before training begins. Rows before `n_train` are trained on, those behind it held out."""
+
+    arguments: Arguments
+    source: Source
+    device: str
+    d_in: int
+    d_sae: int
+    n_train: int
+    row_filter: RowFilter
+    held_out: HeldOut
+
+
+def run(client: HeadraceClient, arguments: Arguments, reporter: Reporter) -> bool:
+    """Does all of it; False when Ctrl-C cut the training short. Typed errors pass through."""
+    started = time.monotonic()
+    device = choose_device(arguments.device)
+    _prepare(arguments.out)
+    plan = _plan(arguments, locate(client, arguments, _Waiting(reporter).on_extraction), device)
+    _announce(plan, reporter)
+    trained = _train(plan, reporter)
+    trained.sae.save_inference_model(arguments.out / SAE_FOLDER)
+    sae = SAE.load_from_disk(arguments.out / SAE_FOLDER, device=device)  # From here on what others will load.
+    findings = None if trained.interrupted else _analyse(plan, sae, reporter)
+    facts = _facts(plan, trained, findings, sae, seconds=time.monotonic() - started)
+    metadata.write(arguments.out, facts)
+    reporter.finished(metadata.lines(facts, arguments.out), facts)
+    return not trained.interrupted
+
+
+class _Waiting:
+    """Shows the extraction while it is not known how many rows it will have."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._meter = Meter()
+
+    def on_extraction(self, extraction: Extraction) -> None:
+        doing = f"extraction {extraction.state.lower()}"
+        tick = self._meter.tick("waiting", extraction.n_rows, extraction.n_rows_expected or 0, doing=doing)
+        self._reporter.tick(tick)
+
+
+def _prepare(out: Path) -> None:
+    """Makes the folder and takes away what an earlier run left in it: its metadata first, which say "complete"."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (metadata.FILE, *FILES):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / SAE_FOLDER, ignore_errors=True)
+
+
+def _plan(arguments: Arguments, source: Source, device: str) -> Plan:
+    d_in = source.width()
+    n_held_out = held_out_rows(source.n_rows, d_in)
+    n_train = source.n_rows - n_held_out
+    row_filter = RowFilter(
+        source.extraction.recipe, drop_bos=arguments.drop_bos, max_norm_multiple=arguments.max_norm_multiple
+    )
+
+    def held_out_blocks() -> Iterator[RowBlock]:
+        with source.stream(batch_size=min(_READ_ROWS, n_held_out), start_row=n_train) as stream:
+            yield from read_blocks(stream, source.hookpoint)
+
+    return Plan(
+        arguments=arguments,
+        source=source,
+        device=device,
+        d_in=d_in,
+        d_sae=d_sae_of(arguments, d_in),
+        n_train=n_train,
+        row_filter=row_filter,
+        held_out=HeldOut(held_out_blocks, row_filter, n_rows=source.n_rows, n_held_out=n_held_out),
+    )
+
+
+def _announce(plan: Plan, reporter: Reporter) -> None:
+    arguments, extraction = plan.arguments, plan.source.extraction
+    n_held_out = plan.source.n_rows - plan.n_train
+    reporter.note(
+        f"{extraction.model_id} {plan.source.hookpoint}: {plan.n_train:,} rows of {plan.d_in} values, {n_held_out:,} "
+        f"more held out; {arguments.architecture} SAE with {plan.d_sae:,} features on {plan.device}",
+        set_id=extraction.set_id,
+        extraction_id=extraction.id,
+        n_train_rows=plan.n_train,
+        n_held_out_rows=n_held_out,
+    )
+    left_out = ["first positions (BOS)"] if plan.row_filter.drop_bos else []
+    if arguments.max_norm_multiple:
+        left_out.append(f"rows longer than {arguments.max_norm_multiple:g} times the median")
+    if left_out:
+        reporter.note(f"left out: {', '.join(left_out)}")
+
+
+def _train(plan: Plan, reporter: Reporter) -> Trained:
+    arguments, source = plan.arguments, plan.source
+    watch = TrainingWatch(reporter, plan.held_out, n_rows=arguments.rows, batch_size=arguments.batch_size)
+    with source.stream(
+        batch_size=_READ_ROWS, end_row=plan.n_train, epochs=None, on_progress=watch.on_progress
+    ) as stream:
+        provider = watch.provider = MixingProvider(
+            read_blocks(stream, source.hookpoint),
+            plan.row_filter,
+            n_rows=plan.n_train,
+            batch_size=arguments.batch_size,
+            buffer_rows=arguments.buffer_rows,
+            seed=arguments.seed,
+            device=plan.device,
+        )
+        about = metadata.about_sae(source, source.model())
+        trainer = new_trainer(arguments, provider, metadata=about, device=plan.device, on_step=watch.on_step)
+        return fit(trainer, provider)
+
+
+def _analyse(plan: Plan, sae: Any, reporter: Reporter) -> Findings:
+    return analyse(
+        sae,
+        plan.source,
+        plan.row_filter,
+        reporter,
+        out=plan.arguments.out,
+        n_top=plan.arguments.top_rows,
+        n_context_tokens=plan.arguments.context_tokens,
+    )
+
+
+def _facts(plan: Plan, trained: Trained, findings: Findings | None, sae: Any, *, seconds: float) -> Mapping[str, Any]:
+    source, arguments = plan.source, plan.arguments
+    rows = plan.held_out.rows() if findings else plan.held_out.rows(0)
+    return {
+        **metadata.about_source(source, source.model()),
+        "rows": {
+            "total": source.n_rows,
+            "training": plan.n_train,
+            "held_out": source.n_rows - plan.n_train,
+            **(metadata.about_counts(findings.counts) if findings else {}),
+        },
+        "training": metadata.about_training(arguments, trained, device=plan.device),
+        "sae": sae.cfg.to_dict(),
+        "metrics": metadata.about_metrics(evaluate(sae, rows) if rows is not None else None, findings),
+        "bytes_streamed": source.size_bytes,
+        "files": [SAE_FOLDER, *(FILES if findings else ()), metadata.FILE],
+        "versions": metadata.versions(),
+        **metadata.about_time(seconds, datetime.now(UTC)),
+    }

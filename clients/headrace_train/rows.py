@@ -1,0 +1,105 @@
+"""Rows as the trainer takes them: blocks of a stream, and which of their rows are fit for an SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from headrace_client.values import Packing, Recipe, TokenPolicy
+
+POSITION = "position"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBlock:
+    """Consecutive rows. `acts` is `[rows, d]` float32 and belongs to the taker, `positions` `[rows]` int32."""
+
+    first_row: int
+    acts: torch.Tensor
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class Batches(Protocol):
+    """An ActivationStream of more than one column."""
+
+    @property
+    def next_row(self) -> int:
+        """One past the last row handed out."""
+
+    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Yields column name to tensor, rows in order."""
+
+
+def read_blocks(batches: Batches, hookpoint: str) -> Iterator[RowBlock]:
+    """Yields the batches of a stream with the number of their first row."""
+    for batch in batches:
+        positions = batch[POSITION]
+        yield RowBlock(first_row=batches.next_row - len(positions), acts=batch[hookpoint], positions=positions)
+
+
+class RowFilter:
+    """Tells attention sinks and outliers from the rows an SAE should learn.
+
+    Models park attention on the first position of what they are given. The norms there are a hundred times those of
+    other rows: in a squared error such rows outweigh all others, and every feature "fires" on them.
+    """
+
+    def __init__(self, recipe: Recipe, *, drop_bos: bool, max_norm_multiple: float) -> None:
+        self.drop_bos = drop_bos and not _without_first_positions(recipe)
+        self.norm_limit: float | None = None  # Known after `calibrate`.
+        self._max_norm_multiple = max_norm_multiple
+        self._sequence_rows = _sequence_rows(recipe)
+
+    def calibrate(self, acts: torch.Tensor) -> None:
+        """Sets the limit for norms from a sample of rows, `[rows, d]`."""
+        if self._max_norm_multiple:
+            self.norm_limit = self._max_norm_multiple * float(norms(acts).median())
+
+    def sinks(self, block: RowBlock) -> torch.Tensor:
+        """Returns `[rows]` bool: true for the first position of a document and of a sequence."""
+        if not self.drop_bos:
+            return torch.zeros(len(block), dtype=torch.bool)
+        mask = block.positions == 0
+        if self._sequence_rows:
+            mask[-block.first_row % self._sequence_rows :: self._sequence_rows] = True
+        return mask
+
+    def outliers(self, block: RowBlock) -> torch.Tensor:
+        """Returns `[rows]` bool: true where the norm is beyond the limit."""
+        if self.norm_limit is None:
+            return torch.zeros(len(block), dtype=torch.bool)
+        return norms(block.acts) > self.norm_limit
+
+    def kept(self, block: RowBlock) -> torch.Tensor:
+        """Returns the acts of the rows that are neither: the block's own tensor when that is all of them."""
+        return select(block.acts, ~(self.sinks(block) | self.outliers(block)))
+
+
+def norms(rows: torch.Tensor) -> torch.Tensor:
+    """Returns the length of each row, `[rows]`."""
+    lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return lengths
+
+
+def select(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the rows where `mask` is true, without a copy when it is true everywhere."""
+    return rows if bool(mask.all()) else rows[mask]
+
+
+def _without_first_positions(recipe: Recipe) -> bool:
+    """True when the recipe left them out already."""
+    bos_is_special = recipe.bos is TokenPolicy.DOCUMENT and recipe.drop_special_tokens
+    return recipe.drop_first_positions > 0 or bos_is_special
+
+
+def _sequence_rows(recipe: Recipe) -> int:
+    """Rows of one sequence where all have the same number, so that the row number tells where one begins; else 0.
+
+    A document that does not fit goes on in the next sequence, at a position other than 0.
+    """
+    return recipe.context_size if recipe.packing is Packing.PACKED and not recipe.drop_special_tokens else 0

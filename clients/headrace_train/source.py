@@ -1,0 +1,136 @@
+"""The extraction that is trained from: found or started, checked, and opened as often as there are passes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from headrace_client import ActivationStream, HeadraceClient
+from headrace_client.errors import FailedPrecondition, HookpointNotFound, InvalidArgument, ModelNotFound
+from headrace_client.values import Extraction, ExtractionState, Model, Progress, Window
+
+from headrace_train.arguments import Arguments
+from headrace_train.rows import POSITION
+
+OnProgress = Callable[[Progress], None]
+_COUNTED = (ExtractionState.RUNNING, ExtractionState.WAITING, ExtractionState.RECOVERING)
+
+
+class Source:
+    """One hookpoint of one extraction, whose number of rows is known. Adds up the bytes that its streams moved."""
+
+    def __init__(self, client: HeadraceClient, extraction: Extraction, hookpoint: str) -> None:
+        self.client = client
+        self.extraction = extraction
+        self.hookpoint = hookpoint
+        self.n_rows = _n_rows(extraction)
+        self.size_bytes = 0
+
+    @contextmanager
+    def stream(
+        self,
+        columns: tuple[str, ...] = (),
+        *,
+        batch_size: int,
+        start_row: int = 0,
+        end_row: int = 0,
+        epochs: int | None = 1,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[ActivationStream]:
+        """Opens a pass over rows; acts and positions, unless other columns are named."""
+        with self.client.activations(
+            self.extraction,
+            columns=columns or (self.hookpoint, POSITION),
+            batch_size=batch_size,
+            dtype=torch.float32,
+            start_row=start_row,
+            end_row=end_row or self.n_rows,
+            epochs=epochs,
+            on_progress=on_progress,
+        ) as stream:
+            try:
+                yield stream
+            finally:
+                self.size_bytes += stream.progress().size_bytes
+
+    def model(self) -> Model | None:
+        """Reads the model from the registry; None if it was deleted since."""
+        try:
+            return self.client.models.get(self.extraction.model_id)
+        except ModelNotFound:
+            return None
+
+    def width(self) -> int:
+        """Reads how wide a row is from the header of a stream; waits for it."""
+        with self.stream((self.hookpoint,), batch_size=1, end_row=1) as stream:
+            return stream.header.columns[0].width
+
+
+def locate(client: HeadraceClient, arguments: Arguments, on_extraction: Callable[[Extraction], None]) -> Source:
+    """Finds or starts the extraction, and waits until it is known how many rows it will have."""
+    if arguments.extraction:
+        extraction = client.extractions.get(arguments.extraction)
+    else:
+        extraction = client.extractions.start(
+            arguments.model, arguments.corpus, arguments.hookpoint, max_rows=arguments.max_rows
+        )
+    if isinstance(extraction.retention, Window):
+        raise FailedPrecondition(
+            f"extraction {extraction.id} keeps a window of its rows; training, evaluation and analysis read them again",
+            remedy="start it with retained rows",
+        )
+    hookpoint = _hookpoint(extraction, arguments.hookpoint)
+    return Source(client, _counted(client, extraction, on_extraction), hookpoint)
+
+
+def _hookpoint(extraction: Extraction, wanted: str) -> str:
+    there = extraction.hookpoints
+    if wanted in there:
+        return wanted
+    if not wanted and len(there) == 1:
+        return there[0]
+    if not wanted:
+        raise InvalidArgument(
+            f"extraction {extraction.id} has {len(there)} hookpoints ({', '.join(there)}): name one with --hookpoint",
+            fields={"hookpoint": "one of " + ", ".join(there)},
+        )
+    nearest = ", ".join(difflib.get_close_matches(wanted, there, n=3, cutoff=0.0))
+    raise HookpointNotFound(
+        f"extraction {extraction.id} has no hookpoint {wanted!r}; it has {nearest}",
+        metadata={"nearest": nearest},
+        remedy="name one it has, or start an extraction of that one",
+    )
+
+
+def _counted(client: HeadraceClient, extraction: Extraction, on_extraction: Callable[[Extraction], None]) -> Extraction:
+    """Waits until the number of rows is certain: before the end, or at it. Raises the extraction's failure."""
+    if _is_counted(extraction):
+        return extraction
+    if not extraction.ended:
+        for event in client.extractions.watch(extraction.id):
+            extraction = event.extraction
+            on_extraction(extraction)
+            if _is_counted(extraction):
+                return extraction
+            if extraction.ended:
+                break
+    return client.extractions.wait(extraction.id)
+
+
+def _is_counted(extraction: Extraction) -> bool:
+    if extraction.state is ExtractionState.DONE:
+        return True
+    return extraction.state in _COUNTED and extraction.n_rows_exact and bool(extraction.n_rows_expected)
+
+
+def _n_rows(extraction: Extraction) -> int:
+    done = extraction.state is ExtractionState.DONE
+    n_rows = extraction.n_rows if done else extraction.n_rows_expected or 0
+    n_rows = min(n_rows, extraction.max_rows) if extraction.max_rows else n_rows
+    if n_rows < 2:
+        raise InvalidArgument(
+            f"extraction {extraction.id} has {n_rows} rows: too few to train on", remedy="extract a larger corpus"
+        )
+    return n_rows
