@@ -98,7 +98,7 @@ def _fill(folder: Path, n_rows: int) -> None:
 def _record(data_dir: Path, folder: Path, spec: ExtractionSpec, set_id: str, n_rows: int) -> None:
     record = {
         "id": EXTRACTION_ID,
-        "request_id": "",
+        "request_ids": [],
         "spec": spec.to_json(),
         "set_id": set_id,
         "path": str(folder),
