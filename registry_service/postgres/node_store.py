@@ -88,12 +88,14 @@ class NodeStore:
         if await self._database.run(lambda conn: hear(conn, node_id, epoch)):
             self._wakeups.wake()
 
-    async def desired(self, node_id: str, epoch: int) -> DesiredState:
-        """Reads what the node shall hold. Raises EpochStale."""
+    async def desired(self, node_id: str, epoch: int) -> DesiredState | None:
+        """Reads what the node shall hold; None while it is silent: it keeps what it has. Raises EpochStale."""
 
-        async def work(conn: Connection) -> DesiredState:
-            row = await (await conn.execute(queries.NODE_READ, {"id": node_id})).fetchone()
+        async def work(conn: Connection) -> DesiredState | None:
+            row = await (await conn.execute(queries.NODE_KEEP, {"id": node_id})).fetchone()
             _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
+            if row is None or NodeState(row["state"]) is NodeState.LOST:
+                return None
             rows = await (
                 await conn.execute(queries.RESIDENCIES_ASSIGNED, {"node_id": node_id, "epoch": epoch})
             ).fetchall()

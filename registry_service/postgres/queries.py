@@ -110,7 +110,8 @@ RETURNING model_id
 
 # Nodes ---------------------------------------------------------------------------------------------------------------
 
-NODE_READ = "SELECT * FROM nodes WHERE id = %(id)s"
+# Node and residencies must be of one moment: half a LOST node would be told to drop what it holds.
+NODE_KEEP = "SELECT * FROM nodes WHERE id = %(id)s FOR SHARE"
 NODE_LOCK = "SELECT * FROM nodes WHERE id = %(id)s FOR UPDATE"
 NODE_INSERT = """
 INSERT INTO nodes (id, address, epoch, boot_nonce, state, version)

@@ -88,7 +88,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         while True:
             seen = self._wakeups.generation
             state = await self._nodes.desired(node_id, epoch)
-            if state.key() != sent or loop.time() - sent_at >= self._repeat_s:
+            if state is not None and (state.key() != sent or loop.time() - sent_at >= self._repeat_s):
                 yield state
                 sent, sent_at = state.key(), loop.time()
             await self._wakeups.wait(seen)
