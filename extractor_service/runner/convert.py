@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
-from extractor_service.errors import LoadFailed, ModelUnsupported
+from extractor_service.errors import DiskFull, LoadFailed, ModelUnsupported
 
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -20,13 +23,14 @@ OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 # than bfloat16 holds (of a 4-bit file it keeps 18 % of the weights exactly, float16 52 %). The folder is twice as large
 # for that, once; whoever computes in bfloat16 rounds while loading.
 _DTYPE = torch.float32
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def convert_gguf(source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
     """Writes weights, config and tokenizer to `target_path`, complete or not at all; done already is done.
 
     Progress counts the bytes of the tensors unpacked so far; the rest of the time is spent writing. Raises
-    ModelUnsupported and LoadFailed.
+    ModelUnsupported, LoadFailed and DiskFull.
     """
     if target_path.exists():
         return
@@ -37,7 +41,10 @@ def convert_gguf(source_path: Path, target_path: Path, on_progress: OnProgress) 
     shutil.rmtree(partial, ignore_errors=True)
     on_progress(0, total_bytes)
     try:
-        with _conversion_errors(source_path), _watched_tensors(lambda done: on_progress(done, total_bytes)):
+        with (
+            _conversion_errors(source_path, target_path),
+            _watched_tensors(lambda done: on_progress(done, total_bytes)),
+        ):
             _convert(source_path, partial)
         partial.rename(target_path)
     finally:
@@ -90,10 +97,19 @@ def _watched_tensors(on_bytes: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _conversion_errors(source_path: Path) -> Iterator[None]:
+def _conversion_errors(source_path: Path, target_path: Path) -> Iterator[None]:
     try:
         yield
+    except (OSError, SafetensorError) as exc:
+        # The weights are written by safetensors, which puts the system's error into words.
+        if getattr(exc, "errno", None) not in _NO_SPACE and "No space left" not in str(exc):
+            raise LoadFailed(f"Converting {source_path} failed: {str(exc)[:500]}") from exc
+        free_bytes = shutil.disk_usage(target_path.parent).free
+        raise DiskFull(
+            f"The disk of {target_path} is full ({free_bytes} bytes free); free some space, then prepare the model.",
+            metadata={"free_bytes": str(free_bytes)},
+        ) from exc
     except (ValueError, KeyError, NotImplementedError, ImportError) as exc:
         raise ModelUnsupported(f"transformers can't read {source_path}: {str(exc)[:500]}") from exc
-    except (OSError, RuntimeError, IndexError) as exc:
+    except (RuntimeError, IndexError, struct.error) as exc:
         raise LoadFailed(f"Converting {source_path} failed: {str(exc)[:500]}") from exc

@@ -1,0 +1,61 @@
+"""What goes wrong with a conversion; test_runner_smollm2.py converts a real file."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from safetensors import SafetensorError
+
+from extractor_service.errors import DiskFull, LoadFailed, ModelUnsupported
+from extractor_service.runner import convert
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def test_missing_file_is_unsupported(tmp_path):
+    with pytest.raises(ModelUnsupported, match="no file"):
+        convert.convert_gguf(tmp_path / "none.gguf", tmp_path / "out", lambda *_: None)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all, but longer" * 100])
+def test_file_that_is_no_gguf_leaves_nothing_behind(tmp_path, content):
+    source = tmp_path / "model.gguf"
+    source.write_bytes(content)
+    with pytest.raises((ModelUnsupported, LoadFailed)):
+        convert.convert_gguf(source, tmp_path / "out", lambda *_: None)
+
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), DiskFull),
+        (OSError(errno.EIO, "Input/output error"), LoadFailed),
+        (SafetensorError("other"), LoadFailed),
+        (ValueError("GGUF model with architecture abacus is not supported yet."), ModelUnsupported),
+    ],
+)
+def test_error_while_writing_is_typed_and_leaves_nothing_behind(source, monkeypatch, error, kind):
+    def fail(_source, folder):
+        folder.mkdir()
+        raise error
+
+    monkeypatch.setattr(convert, "_convert", fail)
+    with pytest.raises(kind):
+        convert.convert_gguf(source, source.with_name("out"), lambda *_: None)
+
+    assert list(source.parent.iterdir()) == [source]
+
+
+def test_finished_conversion_is_not_repeated(tmp_path):
+    (tmp_path / "out").mkdir()
+
+    convert.convert_gguf(tmp_path / "gone.gguf", tmp_path / "out", lambda *_: None)
