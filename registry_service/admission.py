@@ -8,10 +8,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from registry_service.errors import AdmissionTimeout, DatabaseUnavailable
-from registry_service.placement import load_error
 from registry_service.postgres.admit import Wish
 from registry_service.postgres.residency_store import Admission, LeaseTerms, ResidencyStore
-from registry_service.residency import ResidencyState
 from registry_service.wakeups import POLL_S, Wakeups
 
 log = logging.getLogger(__name__)
@@ -50,9 +48,8 @@ class Admissions:
         last: Admission | None = None
         while True:
             seen = self._wakeups.generation
-            if last is not None:
-                await self._check_load(last)
-            admission = await self._residencies.step(wish, terms, waiter_id)
+            awaited = last.residency.id if last is not None else ""
+            admission = await self._residencies.step(wish, terms, waiter_id, awaited=awaited)
             if admission.lease is not None:
                 yield admission
                 return
@@ -63,12 +60,6 @@ class Admissions:
             if left_s <= 0:
                 raise _timeout(wish, admission)
             await self._wakeups.wait(seen, timeout_s=min(POLL_S, left_s))
-
-    async def _check_load(self, last: Admission) -> None:
-        """Raises the load's error if the residency waited for has FAILED; otherwise the next step decides anew."""
-        residency = await self._residencies.get(last.residency.id)
-        if residency is not None and residency.state is ResidencyState.FAILED:
-            raise load_error(residency)
 
     async def _take_back(self, waiter_id: str) -> None:
         try:

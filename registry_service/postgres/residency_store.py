@@ -14,6 +14,7 @@ from registry_service.errors import LeaseLost, ModelInUse
 from registry_service.leases import Lease
 from registry_service.models import Failure, Transfer
 from registry_service.paging import Page
+from registry_service.placement import load_error
 from registry_service.postgres import queries
 from registry_service.postgres.admit import Wish, admit
 from registry_service.postgres.lease_store import grant_lease, lease_of_request
@@ -91,14 +92,20 @@ class ResidencyStore:
 
         return await self._change(work)
 
-    async def step(self, wish: Wish, terms: LeaseTerms, waiter_id: str) -> Admission:
-        """One step of AcquireLease: admits, grants, or renews the waiter's place. Repeat it until there is a lease."""
+    async def step(self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, awaited: str = "") -> Admission:
+        """One step of AcquireLease: admits, grants, or renews the waiter's place. Repeat it until there is a lease.
+
+        `awaited` is the residency of the step before; if it has FAILED meanwhile, its error is raised and nothing else
+        happens.
+        """
 
         async def work(conn: Connection) -> Admission:
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
             if known is not None:
                 return Admission(residency=await read_residency(conn, known.residency_id), lease=known)
             residency = await admit(conn, wish)
+            if awaited and awaited != residency.id:
+                await _check_load(conn, awaited)
             if residency.state is ResidencyState.RESIDENT:
                 lease = await grant_lease(
                     conn,
@@ -114,15 +121,6 @@ class ResidencyStore:
             return Admission(residency=residency, position=await _position(conn, residency))
 
         return await self._change(work)
-
-    async def get(self, residency_id: str) -> Residency | None:
-        """Returns the residency, or None if it is not kept any more."""
-
-        async def work(conn: Connection) -> Residency | None:
-            row = await (await conn.execute(queries.RESIDENCY_READ, {"id": residency_id})).fetchone()
-            return residency_of(row) if row is not None else None
-
-        return await self._database.run(work)
 
     async def abandon(self, waiter_id: str) -> None:
         """Forgets a waiter and its lease; a queued residency nobody else waits for ends with it."""
@@ -216,6 +214,13 @@ class ResidencyStore:
         result = await self._database.run(work)
         self._wakeups.wake()
         return result
+
+
+async def _check_load(conn: Connection, residency_id: str) -> None:
+    """Raises the load's error if it has FAILED. The device is locked: what has ended stays ended."""
+    row = await (await conn.execute(queries.RESIDENCY_READ, {"id": residency_id})).fetchone()
+    if row is not None and row["state"] == ResidencyState.FAILED:
+        raise load_error(residency_of(row))
 
 
 async def _unload(conn: Connection, model_id: str, *, node_id: str, force: bool, actor: str) -> list[str]:

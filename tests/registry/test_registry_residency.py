@@ -221,11 +221,12 @@ async def test_waiting_ends_by_wait_s(registry, tmp_path, start_node):
 )
 async def test_a_failed_load_is_told_with_its_reason(registry, tmp_path, start_node, reason, code, expected):
     await ready_model(registry.stubs, tmp_path, "tiny")
-    await start_node(failure=model_pb2.Failure(reason=reason, message="no luck"))
+    node = await start_node(failure=model_pb2.Failure(reason=reason, message="no luck"))
     refusal = await refused(registry.stubs.residencies.AcquireLease(lease_request("tiny"), timeout=20))
 
     assert (refusal.code, refusal.reason) == (code, expected)
     assert "no luck" in refusal.message
+    assert node.loads == ["tiny"]
     assert refusal.metadata["estimated_bytes"] == str(TINY_BYTES)
     nodes = await registry.stubs.residencies.ListNodes(pb.ListNodesRequest())
     assert nodes.nodes[0].devices[0].reserved_bytes == 0
