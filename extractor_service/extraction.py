@@ -88,6 +88,8 @@ class ExtractionJob:
         self._changed = asyncio.Event()
         self._readers = Readers()
         self._runner: Runner | None = None
+        self._runs = False
+        self._lease: Lease | None = None
         self._stop: ServiceError | None = None
         self._grace: asyncio.Task[None] | None = None
         self._helpers: set[asyncio.Task[None]] = set()
@@ -150,6 +152,10 @@ class ExtractionJob:
             logger.exception("extraction %s hit a bug", self.value.id)
             message = f"Extraction {self.value.id} hit a bug; the node's log has the details."
             self.update(state=ExtractionState.FAILED, failure=Failure(reason="INTERNAL", message=message))
+        self.end_unread()
+
+    def end_unread(self) -> None:
+        """Frees a WINDOW set after its grace unless somebody reads it."""
         if self._is_window:
             self._start_grace()
 
@@ -217,16 +223,17 @@ class ExtractionJob:
         lease = await self._acquire()
         renewing: asyncio.Task[None] | None = None
         try:
-            renewing = asyncio.create_task(self._renew(lease), name=f"renew-{self.value.id}")
+            self._lease = lease
+            renewing = asyncio.create_task(self._renew(), name=f"renew-{self.value.id}")
             self._runner, _ = await self._context.node.runner_for(lease.residency_id, RUNNER_WAIT_S)
             yield self._runner
         finally:
-            self._runner = None
+            self._runner, self._runs = None, False
             if renewing:
                 renewing.cancel()
                 await asyncio.gather(renewing, return_exceptions=True)
             with contextlib.suppress(ServiceError):
-                await self._context.models.release_lease(lease)
+                await self._context.models.release_lease(self._lease or lease)
 
     async def _acquire(self) -> Lease:
         await self._context.node.until_registered(RUNNER_WAIT_S)
@@ -242,9 +249,9 @@ class ExtractionJob:
                 self.update(state=ExtractionState.QUEUED, queue_position=event)
         raise RegistryUnavailable("The registry ended the stream of a lease before granting it.", retry_after_s=1.0)
 
-    async def _renew(self, lease: Lease) -> None:
+    async def _renew(self) -> None:
         """Keeps the lease; while the registry is away, and after the lease was lost, the model simply stays loaded."""
-        while True:
+        while lease := self._lease:
             await asyncio.sleep(lease.ttl_s / 3)
             try:
                 await self._context.models.renew_lease(lease)
@@ -253,7 +260,9 @@ class ExtractionJob:
             except LeaseLost:
                 logger.warning("lease %s was lost; a new one is asked for", lease.id)
                 with contextlib.suppress(ServiceError):
-                    lease = await self._acquire()
+                    self._lease = await self._acquire()
+            except ServiceError as exc:
+                logger.warning("lease %s can't be renewed: %s", lease.id, exc.message)
 
     async def _extract(self, runner: Runner) -> None:
         spec = self.value.spec
@@ -268,6 +277,7 @@ class ExtractionJob:
         self.update(state=ExtractionState.RUNNING, waiting_for=())
         self._rate.clear()
         async for event in runner.run(command, ends=(Finished,)):
+            self._runs = True
             if isinstance(event, Committed):
                 self._on_committed(event)
             elif isinstance(event, Blocked):
@@ -324,7 +334,7 @@ class ExtractionJob:
         if self.value.state.ended or self._stop:
             return
         self._stop = why
-        if self._runner and self.value.state in (ExtractionState.RUNNING, ExtractionState.WAITING):
+        if self._runner and self._runs:
             with contextlib.suppress(RunnerLost):
                 await self._runner.send(Stop(extraction_id=self.value.id))
         elif self.task:

@@ -65,7 +65,7 @@ class Extractions:
         self._jobs: dict[str, ExtractionJob] = {}
         self._set_locks: dict[Path, asyncio.Lock] = {}
         self._starting = asyncio.Lock()
-        self._dirty: set[str] = set()
+        self._reported: dict[str, int] = {}  # `seq` of the last report.
         self._rates: dict[str, float] = {}
         self._context = JobContext(models=models, node=node, save=self._save, count_rows=count_rows)
 
@@ -149,7 +149,9 @@ class Extractions:
                 path.unlink()
                 continue
             self._jobs[job.value.id] = job
-            if not job.value.state.ended or job.value.spec.retention.is_window:
+            if job.value.state.ended:
+                job.end_unread()
+            else:
                 self._begin(job)
 
     async def close(self) -> None:
@@ -160,15 +162,14 @@ class Extractions:
         """Reports sets whose extraction changed, at most one report per set and interval, until cancelled."""
         while True:
             await asyncio.sleep(interval_s)
-            for extraction_id in [i for i, job in self._jobs.items() if i in self._dirty or not job.value.state.ended]:
-                self._dirty.discard(extraction_id)
-                job = self._jobs[extraction_id]
+            for job in [job for job in self._jobs.values() if self._reported.get(job.value.id) != job.seq]:
+                self._reported[job.value.id] = job.seq
                 self._rates[job.value.spec.model_id] = job.value.rows_per_s or self.rate_of(job.value.spec.model_id)
                 await report(job)
 
     def report_all(self) -> None:
         """Marks every set for a report: the registry has a new epoch of this node."""
-        self._dirty.update(self._jobs)
+        self._reported.clear()
 
     def _begin(self, job: ExtractionJob) -> None:
         job.task = asyncio.create_task(job.run(), name=f"extraction-{job.value.id}")
@@ -277,7 +278,6 @@ class Extractions:
         }
         self._records.mkdir(parents=True, exist_ok=True)
         write_atomically(self._records / f"{value.id}.json", json.dumps(record).encode())
-        self._dirty.add(value.id)
 
     def _read(self, record: dict[str, Any]) -> ExtractionJob:
         state = ExtractionState(record["state"])

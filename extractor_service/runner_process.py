@@ -13,7 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from extractor_service.errors import RunnerLost, error_for
-from extractor_service.runner_protocol import MAX_LINE_BYTES, Failed, Message, decode, encode
+from extractor_service.runner_protocol import MAX_LINE_BYTES, Extract, Failed, Message, Stop, decode, encode
 
 # Events of a command that nobody has taken yet. The runner waits in its pipe beyond that.
 _MAX_EVENTS = 256
@@ -30,6 +30,7 @@ class RunnerProcess:
         self._process = process
         self._events: asyncio.Queue[Message | None] = asyncio.Queue(_MAX_EVENTS)
         self._busy = asyncio.Lock()
+        self._draining: asyncio.Task[None] | None = None
         self._reading = asyncio.create_task(self._read(), name=f"runner-{process.pid}")
 
     @classmethod
@@ -54,19 +55,24 @@ class RunnerProcess:
 
         Raises the error a `failed` event stands for, and RunnerLost if the process ends first.
         """
-        async with self._busy:
+        await self._busy.acquire()
+        over = False
+        try:
             await self.send(command)
-            while True:
-                event = await self._events.get()
+            while not over:
+                event = await self._next_event()
+                over = isinstance(event, (Failed, *ends)) or event is None
                 if event is None:
-                    self._close_events()  # For whoever asks next.
                     await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
                     raise self._lost()
                 if isinstance(event, Failed):
                     raise error_for(event.reason, event.message, metadata=event.metadata)
                 yield event
-                if isinstance(event, tuple(ends)):
-                    return
+        finally:
+            if over:
+                self._busy.release()
+            else:  # Nobody listens any more; the next command must not hear this one's events.
+                self._draining = asyncio.create_task(self._drain(command, ends), name=f"drain-{self.pid}")
 
     async def send(self, command: Message) -> None:
         """Sends a command; RunnerLost if the process is gone."""
@@ -87,8 +93,28 @@ class RunnerProcess:
             self._process.kill()
         await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
         self._reading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reading
+        await asyncio.gather(self._reading, return_exceptions=True)
+        if self._draining:
+            await asyncio.wait_for(self._draining, _EXIT_DEADLINE_S)
+
+    async def _drain(self, command: Message, ends: Sequence[type[Message]]) -> None:
+        """Stops an abandoned command and swallows its events."""
+        try:
+            if isinstance(command, Extract):
+                await self.send(Stop(extraction_id=command.extraction_id))
+            while not isinstance(await self._next_event(), (type(None), Failed, *ends)):
+                pass
+        except RunnerLost:
+            pass
+        finally:
+            self._busy.release()
+
+    async def _next_event(self) -> Message | None:
+        """The next event; None, again and again, once the process has said its last."""
+        event = await self._events.get()
+        if event is None:
+            self._close_events()
+        return event
 
     def _lost(self) -> RunnerLost:
         code = self._process.returncode

@@ -326,3 +326,34 @@ async def test_model_that_does_not_load_fails_the_extraction_with_the_reason(ext
     await extractor.until(lambda: job.value.state.ended)
 
     assert job.value.failure.reason in ("LOAD_FAILED", "MODEL_UNSUPPORTED")
+
+
+async def test_the_next_extraction_hears_nothing_of_a_cancelled_one(extractor):
+    extractor.add_corpus(documents(3000, seed=21))
+    first = await extractor.extract()
+    await extractor.until(lambda: first.value.n_rows > 0)
+    extractor.add_corpus(documents(400, seed=22))
+    second = await extractor.extract()
+
+    first.task.cancel()
+    first._stop = errors.ExtractionCancelled("test")
+    content, firsts, end = await extractor.read(second)
+
+    assert end.n_rows == rows_of(content) == n_rows_of(22)
+    assert firsts == sorted(set(firsts))
+    assert first.value.state == ExtractionState.CANCELLED
+
+
+async def test_ended_window_is_not_computed_again_after_a_restart(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(3000, seed=23))
+    job = await extractor.extract(retention=a_window(reader_grace_s=0.2))
+    await extractor.until(lambda: job.value.n_rows > 0)
+    await job.cancel()
+    await extractor.until(lambda: job.value.state.ended)
+    await extractor.stop()
+
+    await extractor.start()
+
+    assert all(job.value.state.ended for job in extractor.extractions.list())
+    await extractor.until(lambda: not job.folder.exists())
