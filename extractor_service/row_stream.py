@@ -6,6 +6,7 @@ nothing but its place.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,7 @@ class RowStream:
         Raises what the extraction ended with if it ends before the rows wanted exist, and ShuttingDown. Rows that are
         there cost no task and no turn of the event loop: at a thousand chunks a second these are what a chunk costs.
         """
+        quiet_until = time.monotonic() + HEARTBEAT_S
         while not self._at_end():
             self._shutdown.check()
             if self.next_row < self._job.value.n_rows:
@@ -117,10 +119,16 @@ class RowStream:
                 self.next_row = run.end_row
                 if not self._request.explicit_release:
                     self._job.release_reader(self._attached, self.next_row)
+                quiet_until = time.monotonic() + HEARTBEAT_S
             elif self._job.value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
                 raise self._job.failure_error()
-            elif not await self._shutdown.race(self._job.changed(HEARTBEAT_S)):
+            elif (
+                time.monotonic() >= quiet_until
+            ):  # Changes that bring no row, such as loading, are silence to a reader.
                 yield Pause(self._job.value.n_rows, self._job.value.state)
+                quiet_until = time.monotonic() + HEARTBEAT_S
+            else:
+                await self._shutdown.race(self._job.changed(quiet_until - time.monotonic()))
         yield End(self.next_row, self._job.value.n_rows)
 
     def close(self) -> None:

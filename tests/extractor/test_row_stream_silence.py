@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import aclosing
 
 import pytest
 from fix_runner import documents
@@ -27,8 +28,8 @@ async def test_a_reader_hears_of_a_server_whose_changes_bring_no_row(start_extra
 
     changing = asyncio.create_task(change_often())
     try:
-        async with asyncio.timeout(20):
-            pauses = [await anext(stream.events()) for _ in range(3)]
+        async with asyncio.timeout(20), aclosing(stream.events()) as events:
+            pauses = [await anext(events) for _ in range(3)]
     finally:
         changing.cancel()
         stream.close()
