@@ -124,7 +124,7 @@ class RowStream:
                 raise self._job.failure_error()
             elif (
                 time.monotonic() >= quiet_until
-            ):  # Changes that bring no row, such as loading, are silence to a reader.
+            ):  # A change that brings no row, such as loading, is silence.
                 yield Pause(self._job.value.n_rows, self._job.value.state)
                 quiet_until = time.monotonic() + HEARTBEAT_S
             else:
