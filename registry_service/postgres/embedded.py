@@ -10,6 +10,7 @@ Everything blocks; call it from a thread.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -118,6 +119,9 @@ class EmbeddedPostgres:
                     self._choose_account()
                     stop = ("stop", "-w", "-m", "fast", "-t", str(_STOP_TIMEOUT_S), "-D", str(self.pgdata))
                     self._execute("pg_ctl", stop, timeout_s=_STOP_TIMEOUT_S + 5)
+                if self.socket_dir != self.pgdata:
+                    with contextlib.suppress(OSError):  # Not there, or a server still has its socket in it.
+                        self.socket_dir.rmdir()
             except (OSError, subprocess.SubprocessError) as exc:
                 log.warning("embedded postgres did not stop: %s", exc)
             finally:

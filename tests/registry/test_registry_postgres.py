@@ -170,6 +170,7 @@ def test_a_data_directory_with_a_long_path_and_spaces_works_and_is_private(data_
     with psycopg.connect(server.url) as conn:
         assert conn.execute("SELECT 1").fetchone() == (1,)
     server.stop()
+    assert not server.socket_dir.exists()
 
 
 def test_a_stale_pid_of_a_stranger_is_no_running_server(data_dir):
