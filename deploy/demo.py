@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hookpoint", default="blocks.14.hook_resid_post")
     parser.add_argument("--data-dir", type=Path, default=Path(".demo"))
     parser.add_argument("--max-rows", type=int, default=0, help="stop after so many rows (default: the whole corpus)")
-    parser.add_argument("--train-rows", type=int, default=200_000, help="rows to train on, over several epochs")
+    parser.add_argument("--train-rows", type=int, default=100_000, help="rows to train on, over several epochs")
     return parser.parse_args()
 
 

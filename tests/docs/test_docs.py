@@ -1,0 +1,53 @@
+import re
+from pathlib import Path
+
+import pytest
+from fix_system import MODEL, TOKEN, texts
+
+ROOT = Path(__file__).parents[2]
+
+
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def extraction(system):
+    system.client.corpora.upload("pydoc-topics", documents=texts(300, seed=77))
+    started = system.client.extractions.start(MODEL, "pydoc-topics", ["blocks.1.hook_resid_post"])
+    return system.client.extractions.wait(started.id, deadline_s=50)
+
+
+def test_the_readme_session_runs(system, extraction, capsys):
+    [block] = python_blocks("README.md")
+    for ours, theirs in {
+        '"127.0.0.1:7470"': f'"{system.registry.address}", token="{TOKEN}"',
+        "smollm2-135m": MODEL,
+        "blocks.14.": "blocks.1.",
+    }.items():
+        assert ours in block
+        block = block.replace(ours, theirs)
+
+    exec(block, {})
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(str(extraction.n_rows))
+
+
+def test_the_set_is_read_as_the_format_says(extraction):
+    [block] = python_blocks("docs/format.md")
+    assert "blocks.14.hook_resid_post" in block
+    names = {"path_of_a_set": extraction.path}
+
+    exec(block.replace("blocks.14.", "blocks.1."), names)
+
+    assert len(names["rows"]["blocks.1.hook_resid_post"]) == names["segment"]["rows"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "docs/format.md"])
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
+
+    missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
+
+    assert missing == []
