@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -47,21 +48,16 @@ def save(figures: Sequence[Figure], path: Path) -> None:
 
 def show(figures: Sequence[Figure], console: Console) -> None:
     """Prints one row a figure; what missed its target is red."""
-    table = Table(title="Headrace, measured in turns within this run", title_justify="left")
-    table.add_column("benchmark")
-    for heading in ("headrace", "other", "ratio", "target"):
-        table.add_column(heading, justify="right")
+    table = Table(title="medians of this run", box=SIMPLE_HEAD)
+    table.add_column("benchmark", no_wrap=True)
+    for heading in ("headrace", "other", "unit", "ratio", "target"):
+        table.add_column(heading, justify="left" if heading == "unit" else "right", no_wrap=True)
     table.add_column("")
     for figure in figures:
         verdict = "[green]met[/green]" if figure.met else "[bold red]missed[/bold red]"
-        table.add_row(
-            figure.name,
-            f"{_number(figure.a)} {figure.unit}",
-            f"{_number(figure.b)} {figure.unit}",
-            f"{figure.ratio:.2f}" if figure.met else f"[bold red]{figure.ratio:.2f}[/bold red]",
-            f"{'≥' if figure.sense == 'min' else '≤'} {figure.target:g}",
-            verdict,
-        )
+        ratio = f"{figure.ratio:.2f}" if figure.met else f"[bold red]{figure.ratio:.2f}[/bold red]"
+        target = f"{'≥' if figure.sense == 'min' else '≤'} {figure.target:g}"
+        table.add_row(figure.name, _number(figure.a), _number(figure.b), figure.unit, ratio, target, verdict)
     console.print(table)
 
 

@@ -29,7 +29,11 @@ def server(module: str, arguments: Sequence[str], *, work_dir: Path) -> Iterator
     log = ready.with_suffix(".log")
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments, "--ready-file", str(ready)], cwd=ROOT, stderr=stderr
+            [sys.executable, "-m", module, *arguments, "--ready-file", str(ready)],
+            cwd=ROOT,
+            stderr=stderr,
+            # A registry uses the embedded Postgres, whatever database the caller works with.
+            env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
         )
     try:
         yield _address(process, ready, log), process.pid

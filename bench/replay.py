@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def _fill(folder: Path, n_rows: int) -> None:
 
 
 def _record(data_dir: Path, folder: Path, spec: ExtractionSpec, set_id: str, n_rows: int) -> None:
-    record = {
+    record: dict[str, Any] = {
         "id": EXTRACTION_ID,
         "request_ids": [],
         "spec": spec.to_json(),

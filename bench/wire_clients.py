@@ -37,9 +37,7 @@ def generated(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryvi
 
     with grpc.insecure_channel(address) as channel:
         stub = pb_grpc.ExtractionServiceStub(channel)
-        request = pb.StreamActivationsRequest(
-            extraction_id=EXTRACTION_ID, columns=[HOOKPOINT], chunk_bytes=CHUNK_BYTES
-        )
+        request = pb.StreamActivationsRequest(extraction_id=EXTRACTION_ID, columns=[HOOKPOINT], chunk_bytes=CHUNK_BYTES)
         for message in stub.StreamActivations(request):
             if message.HasField("chunk"):
                 yield memoryview(message.chunk.payload)
