@@ -43,6 +43,7 @@ class Arguments:
     buffer_rows: int
     seed: int
     device: str
+    threads: int
     top_rows: int
     context_tokens: int
     out: Path
@@ -72,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help, the description as it stands."""
+    """Defaults in the help where there are any, the description as it stands."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:
@@ -80,7 +84,7 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--extraction", default="", metavar="ID", help="extraction to read; its rows must be retained")
     group.add_argument("--model", default="", metavar="ID", help="instead of --extraction: start one of this model")
     group.add_argument("--corpus", default="", metavar="ID", help="with --model: the corpus")
-    group.add_argument("--max-rows", type=_count, default=0, help="with --model: rows to extract, 0 for all")
+    group.add_argument("--max-rows", type=whole_number, default=0, help="with --model: rows to extract, 0 for all")
     group.add_argument("--hookpoint", default="", metavar="NAME", help="may be left out when the extraction has one")
     group.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; or HEADRACE_TOKEN")
     group.add_argument("--ca-file", type=Path, metavar="FILE", help="certificate authority (PEM): turns TLS on")
@@ -92,7 +96,7 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-norm-multiple",
-        type=_not_negative,
+        type=number,
         default=10.0,
         metavar="X",
         help="leave out rows longer than X times the median row; 0 for none",
@@ -101,59 +105,72 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--architecture", choices=ARCHITECTURES, default="topk", help="as SAELens names them")
-    group.add_argument("--d-sae", type=_positive, metavar="N", help="features; overrides --expansion")
-    group.add_argument("--expansion", type=_positive, default=8, metavar="N", help="features per width of a row")
-    group.add_argument("--k", type=_positive, default=32, help="active features a row (topk, batchtopk)")
+    group.add_argument("--d-sae", type=positive, metavar="N", help="features; overrides --expansion")
+    group.add_argument("--expansion", type=positive, default=8, metavar="N", help="features per width of a row")
+    group.add_argument("--k", type=positive, default=32, help="active features a row (topk, batchtopk)")
     group.add_argument(
         "--sparsity",
-        type=_not_negative,
+        type=number,
         metavar="X",
         help="coefficient of the sparsity loss (standard, gated: L1; jumprelu: L0); SAELens' default if left out",
     )
-    group.add_argument("--lr", type=_above_zero, default=3e-3, help="learning rate (Adam); less for long runs")
-    group.add_argument("--batch-size", type=_positive, default=1024, metavar="ROWS", help="rows a step")
+    group.add_argument("--lr", type=positive_number, default=3e-3, help="learning rate (Adam); less for long runs")
+    group.add_argument("--batch-size", type=positive, default=1024, metavar="ROWS", help="rows a step")
     group.add_argument(
-        "--rows", type=_count, default=100_000, metavar="N", help="rows to train on, over epochs when there are fewer"
+        "--rows", type=positive, default=100_000, metavar="N", help="rows to train on, over epochs when there are fewer"
     )
     group.add_argument(
         "--normalize", choices=NORMALIZATIONS, default=NORMALIZATIONS[0], help="scaling of rows, folded into the SAE"
     )
-    group.add_argument("--buffer-rows", type=_positive, default=32_768, metavar="N", help="rows mixed in memory")
-    group.add_argument("--seed", type=_count, default=0, help="of the initial weights and of the mixing")
+    group.add_argument("--buffer-rows", type=positive, default=32_768, metavar="N", help="rows mixed in memory")
+    group.add_argument("--seed", type=whole_number, default=0, help="of the initial weights and of the mixing")
     group.add_argument("--device", default="auto", help="torch device; auto: CUDA, then MPS, then CPU")
+    group.add_argument(
+        "--threads",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="CPU threads; 0: torch's choice, too many where an extractor computes on the same cores",
+    )
 
 
 def _add_results(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing")
-    group.add_argument("--top-rows", type=_positive, default=10, metavar="N", help="top rows kept for each feature")
-    group.add_argument("--context-tokens", type=_count, default=12, metavar="N", help="text on each side of a top row")
+    group.add_argument("--top-rows", type=positive, default=10, metavar="N", help="top rows kept for each feature")
+    group.add_argument(
+        "--context-tokens", type=whole_number, default=12, metavar="N", help="text on each side of a top row"
+    )
     group.add_argument("--json", action="store_true", help="JSON lines on the standard output")
     group.add_argument("--debug", action="store_true", help="show the stack of an error")
 
 
-def _count(text: str) -> int:
-    value = int(text.replace("_", ""))
+def whole_number(text: str) -> int:
+    """Reads 0, 1, 2, …; `100_000` too."""
+    value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
-def _positive(text: str) -> int:
-    value = _count(text)
-    if value < 1:
+def positive(text: str) -> int:
+    """Reads 1, 2, 3, …."""
+    value = whole_number(text)
+    if not value:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
 
 
-def _not_negative(text: str) -> float:
+def number(text: str) -> float:
+    """Reads a finite number from 0 up."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no finite number from 0 up")
     return value
 
 
-def _above_zero(text: str) -> float:
-    value = _not_negative(text)
+def positive_number(text: str) -> float:
+    """Reads a finite number above 0."""
+    value = number(text)
     if not value:
         raise argparse.ArgumentTypeError("must be above 0")
     return value

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from headrace_client import HeadraceClient
 from headrace_client.values import Extraction
 from sae_lens import SAE
@@ -47,6 +48,8 @@ def run(client: HeadraceClient, arguments: Arguments, reporter: Reporter) -> boo
     """Does all of it; False when Ctrl-C cut the training short. Typed errors pass through."""
     started = time.monotonic()
     device = choose_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     _prepare(arguments.out)
     plan = _plan(arguments, locate(client, arguments, _Waiting(reporter).on_extraction), device)
     _announce(plan, reporter)

@@ -73,7 +73,7 @@ class Meter:
             done=done,
             total=total,
             rows_per_s=rate,
-            eta_s=(total - done) / rate if total and rate > 0 else None,
+            eta_s=max(0, total - done) / rate if total and rate > 0 else None,
             wait=None if wait_s is None else min(1.0, (wait_s - wait_then) / span_s),
             doing=doing,
             figures=figures,

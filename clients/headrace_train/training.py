@@ -156,6 +156,9 @@ def _new_sae(arguments: Arguments, *, d_in: int, n_steps: int, metadata: dict[st
     options: dict[str, Any] = {}
     if arguments.architecture in USES_K:
         options["k"] = arguments.k
+        if arguments.architecture == "batchtopk":
+            # The threshold for inference is a moving average from 0 on; by the end it must have arrived.
+            options["topk_threshold_lr"] = min(0.2, max(0.01, 10 / n_steps))
     else:
         options[_WARM_UPS[arguments.architecture]] = n_steps // 10
         if arguments.sparsity is not None:

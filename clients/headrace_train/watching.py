@@ -23,8 +23,8 @@ class TrainingWatch:
         self.provider: MixingProvider | None = None
         self._reporter = reporter
         self._held_out = held_out
-        self._n_rows = n_rows
         n_steps = -(-n_rows // batch_size)
+        self._n_rows = n_steps * batch_size  # The last step is a whole one.
         self._evaluate_every = max(1, n_steps // _N_EVALUATIONS)
         self._meter = Meter()
         self._measure_due = Throttle(_MEASURE_EVERY_S)
