@@ -18,7 +18,7 @@ from headrace_train.arguments import Arguments
 from headrace_train.evaluation import Metrics
 from headrace_train.findings import Findings
 from headrace_train.reporters import duration
-from headrace_train.source import Source
+from headrace_train.source import Source, Traffic
 from headrace_train.training import Trained
 
 FILE = "metadata.json"
@@ -58,6 +58,16 @@ def about_source(source: Source, model: Model | None) -> dict[str, Any]:
         "corpus_id": extraction.corpus_id,
         "hookpoint": source.hookpoint,
         "recipe": asdict(extraction.recipe),
+    }
+
+
+def about_traffic(traffic: Traffic) -> dict[str, Any]:
+    """What came over the wire in all passes together, at the pace of training and analysis."""
+    return {
+        "rows": traffic.rows,
+        "bytes": traffic.size_bytes,
+        "seconds": round(traffic.seconds, 2),
+        "rows_per_s": round(traffic.rows / max(traffic.seconds, 1e-9), 1),
     }
 
 
@@ -105,7 +115,7 @@ def lines(facts: Mapping[str, Any], out: Path) -> dict[str, str]:
         "hookpoint": facts["hookpoint"],
         "trained on": f"{training['rows']:,} rows in {duration(training['seconds'])}, {training['rows_per_s']:,.0f} "
         f"rows/s, {100 * training['wait_fraction']:.0f}% of it waiting for rows",
-        "streamed": f"{facts['bytes_streamed'] / 1e6:,.1f} MB",
+        "streamed": f"{facts['stream']['rows']:,} rows, {facts['stream']['bytes'] / 1e6:,.1f} MB in all passes",
     }
     if "explained_variance" in metrics:
         found["explained variance"] = f"{metrics['explained_variance']:.4f} on {metrics['n_rows']:,} held-out rows"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from headrace_client import ActivationStream, HeadraceClient
@@ -18,15 +20,24 @@ OnProgress = Callable[[Progress], None]
 _COUNTED = (ExtractionState.RUNNING, ExtractionState.WAITING, ExtractionState.RECOVERING)
 
 
+@dataclass(kw_only=True)
+class Traffic:
+    """Rows and bytes over all passes, and the seconds those passes took, whoever waited for whom."""
+
+    rows: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+
+
 class Source:
-    """One hookpoint of one extraction, whose number of rows is known. Adds up the bytes that its streams moved."""
+    """One hookpoint of one extraction, whose number of rows is known. Adds up what its streams brought."""
 
     def __init__(self, client: HeadraceClient, extraction: Extraction, hookpoint: str) -> None:
         self.client = client
         self.extraction = extraction
         self.hookpoint = hookpoint
         self.n_rows = _n_rows(extraction)
-        self.size_bytes = 0
+        self.traffic = Traffic()
 
     @contextmanager
     def stream(
@@ -50,10 +61,14 @@ class Source:
             epochs=epochs,
             on_progress=on_progress,
         ) as stream:
+            opened = time.monotonic()
             try:
                 yield stream
             finally:
-                self.size_bytes += stream.progress().size_bytes
+                progress = stream.progress()
+                self.traffic.rows += progress.rows
+                self.traffic.size_bytes += progress.size_bytes
+                self.traffic.seconds += time.monotonic() - opened
 
     def model(self) -> Model | None:
         """Reads the model from the registry; None if it was deleted since."""

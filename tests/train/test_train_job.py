@@ -88,7 +88,8 @@ def test_metadata_say_what_was_trained_from_what_and_how_it_went(train, planted,
     assert rows["first_positions_left_out"] == planted.sinks.sum()
     assert facts["training"]["rows"] == 24 * 256
     assert facts["sae"]["d_sae"] == 48
-    assert facts["bytes_streamed"] > 2 * planted.n_rows * D_IN * 4
+    assert facts["stream"]["rows"] > 3 * planted.n_rows
+    assert facts["stream"]["bytes"] > 2 * planted.n_rows * D_IN * 4
     assert facts["versions"]["sae-lens"]
     assert facts["files"] == ["sae", "features.parquet", "top_rows.parquet", "metadata.json"]
     printed = capsys.readouterr().out
