@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_any_interleaving_of_writing_sealing_and_reading_gives_the_same_rows(
     tmp_path_factory, segment_rows, steps, read_step
 ):
     folder = make_set(tmp_path_factory.mktemp("set"), segment_rows=segment_rows)
-    reader, seen = SetReader(folder, names()), {name: b"" for name in names()}
+    reader, seen = SetReader(folder, names()), dict.fromkeys(names(), b"")
     with SetWriter.open(folder) as writer:
         for n_rows, seal in steps:
             before = writer.next_row
@@ -231,7 +232,7 @@ WRITER_PROGRAM = """
 @pytest.mark.parametrize("kill_at", [1, 9, 10, 11, 30, 95, 250])
 def test_kill_at_any_point_leaves_a_set_that_opens_and_can_be_finished(tmp_path, kill_at):
     folder = make_set(tmp_path / "set")
-    program = textwrap.dedent(WRITER_PROGRAM.format(path=[os.path.dirname(__file__), *sys.path]))
+    program = textwrap.dedent(WRITER_PROGRAM.format(path=[str(Path(__file__).parent), *sys.path]))
     process = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
     for line in process.stdout:
         if int(line) == kill_at:
