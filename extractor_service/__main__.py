@@ -183,13 +183,13 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     finally:
         shutdown.begin()
         waiting.cancel()
+        corpora.close()  # Ends running ingests, whose threads would hold up the exit.
         await server.stop()
         await extractions.close()
         for task in background:
             task.cancel()
         outcomes = await asyncio.gather(*background, return_exceptions=True)
         await registry.close()
-        corpora.close()
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome

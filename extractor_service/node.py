@@ -85,9 +85,10 @@ class Node:
             while True:
                 try:
                     await self._live_one_epoch()
-                except (RegistryUnavailable, EpochStale) as exc:
+                except ServiceError as exc:  # Whatever it is, models stay loaded and readers stay served.
                     self.registered.clear()
-                    logger.info("registering again: %s", exc)
+                    level = logging.INFO if isinstance(exc, RegistryUnavailable | EpochStale) else logging.ERROR
+                    logger.log(level, "registering again: %s", exc.message)
                     await asyncio.sleep(RETRY_S)
         finally:
             await self._end_everything()
