@@ -172,18 +172,22 @@ class RegistryClient:
             model_id=model_id, node_id=self.node_id, holder=holder, ttl_s=LEASE_TTL_S, wait_s=wait_s
         )
         call = self._residencies.AcquireLease(request, timeout=wait_s + CALL_DEADLINE_S, metadata=self._metadata)
+        lease: Lease | None = None
         try:
             with self._errors():
                 async for event in call:
                     kind = event.WhichOneof("event")
                     if kind == "granted":
-                        yield convert.lease_from_pb(event.granted.lease)
+                        # Kept to the end of the stream: a call cancelled before that is a lease given back.
+                        lease = convert.lease_from_pb(event.granted.lease)
                     elif kind == "loading":
                         yield convert.transfer_from_pb(event.loading.transfer)
                     elif kind == "queued":
                         yield event.queued.position
         finally:
             call.cancel()
+        if lease:
+            yield lease
 
     async def renew_lease(self, lease: Lease) -> None:
         """Extends a lease."""
