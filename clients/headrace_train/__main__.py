@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace_train import exits
-from headrace_train.arguments import Arguments, parse
+from headrace_train.arguments import DEFAULT_REGISTRY, Arguments, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one training; returns the exit code. HEADRACE_TOKEN stands in for --token-file."""
-    arguments = parse(argv)
+    """Runs one training; returns the exit code. HEADRACE_REGISTRY and HEADRACE_TOKEN stand in for their options."""
+    arguments = parse(argv, registry=os.environ.get("HEADRACE_REGISTRY") or DEFAULT_REGISTRY)
     try:
         return _run(arguments, os.environ.get("HEADRACE_TOKEN") or None)
     except KeyboardInterrupt:

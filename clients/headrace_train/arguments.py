@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+DEFAULT_REGISTRY = "127.0.0.1:7470"
 ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu", "gated")
 NORMALIZATIONS = ("expected_average_only_in", "none")
 USES_K = ("topk", "batchtopk")
@@ -51,9 +52,9 @@ class Arguments:
     debug: bool
 
 
-def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """Reads the command line; ends the process with 2 and a message on bad use."""
-    parser = _parser()
+def parse(argv: Sequence[str] | None = None, *, registry: str = DEFAULT_REGISTRY) -> Arguments:
+    """Reads the command line; ends the process with 2 and a message on bad use. `registry` stands in for --registry."""
+    parser = _parser(registry)
     arguments = Arguments(**vars(parser.parse_args(argv)))
     if bool(arguments.extraction) == bool(arguments.model or arguments.corpus):
         parser.error("give either --extraction, or --model and --corpus to start an extraction")
@@ -62,11 +63,11 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(registry: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headrace-train", description=_DESCRIPTION, formatter_class=_Formatter, allow_abbrev=False
     )
-    _add_source(parser.add_argument_group("rows"))
+    _add_source(parser.add_argument_group("rows"), registry)
     _add_training(parser.add_argument_group("training"))
     _add_results(parser.add_argument_group("results"))
     return parser
@@ -79,8 +80,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
 
 
-def _add_source(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--registry", default="127.0.0.1:7470", metavar="HOST:PORT", help="the registry service")
+def _add_source(group: argparse._ArgumentGroup, registry: str) -> None:
+    group.add_argument("--registry", default=registry, metavar="HOST:PORT", help="the registry; or HEADRACE_REGISTRY")
     group.add_argument("--extraction", default="", metavar="ID", help="extraction to read; its rows must be retained")
     group.add_argument("--model", default="", metavar="ID", help="instead of --extraction: start one of this model")
     group.add_argument("--corpus", default="", metavar="ID", help="with --model: the corpus")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headrace_client.values import PROVENANCE_COLUMNS
+from headrace_client.values import PROVENANCE_COLUMNS, Progress, StreamState
 
 from headrace_train.analysis import Contexts, FeatureCounter, RowCounts, TopRows, count_features, find_contexts
 from headrace_train.evaluation import batch_rows
@@ -53,7 +53,12 @@ def analyse(
 
 def _count(sae: Any, source: Source, row_filter: RowFilter, reporter: Reporter, counter: FeatureCounter) -> RowCounts:
     meter, counts = Meter(), RowCounts()
-    with source.stream(batch_size=min(batch_rows(sae), source.n_rows)) as stream:
+
+    def waiting(progress: Progress) -> None:
+        doing = "waiting for rows" if progress.state is StreamState.WAITING else ""
+        reporter.tick(meter.tick("analysis", counts.n_rows, source.n_rows, doing=doing))
+
+    with source.stream(batch_size=min(batch_rows(sae), source.n_rows), on_progress=waiting) as stream:
         for counts in count_features(sae, read_blocks(stream, source.hookpoint), row_filter, counter):
             tick = meter.tick("analysis", counts.n_rows, source.n_rows)
             reporter.tick(tick, last=counts.n_rows == source.n_rows)

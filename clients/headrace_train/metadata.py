@@ -111,7 +111,7 @@ def lines(facts: Mapping[str, Any], out: Path) -> dict[str, str]:
     """The results for people."""
     training, metrics = facts["training"], facts["metrics"]
     found = {
-        "model": f"{facts['model']['name']} {facts['model']['commit_sha'][:12]}".rstrip(),
+        "model": f"{facts['model']['name']} {facts['model']['commit_sha'].removeprefix('sha256:')[:12]}".rstrip(),
         "hookpoint": facts["hookpoint"],
         "trained on": f"{training['rows']:,} rows in {duration(training['seconds'])}, {training['rows_per_s']:,.0f} "
         f"rows/s, {100 * training['wait_fraction']:.0f}% of it waiting for rows",

@@ -55,7 +55,7 @@ class TrainingWatch:
     def _evaluate(self, trainer: WatchedTrainer) -> None:
         if self._n_steps - self._evaluated_at < self._evaluate_every:
             return
-        rows = self._held_out.rows(self._n_committed)
+        rows = self._held_out.sample(self._n_committed)
         if rows is not None:
             self._metrics = evaluate(trainer.sae, rows, scale=trainer.scale)
             self._evaluated_at = self._n_steps
