@@ -107,14 +107,14 @@ class LineReporter:
 
 
 class BarReporter:
-    """A live bar for each phase; drawn only when something is told, by no thread of its own."""
+    """A live bar for each phase, within 80 columns; drawn only when something is told, by no thread of its own."""
 
     def __init__(self, out: IO[str], *, every_s: float = 0.2) -> None:
         self._out = out
         self._throttle = Throttle(every_s)
         self._bars = Progress(
             TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}"),
             console=Console(file=out),
@@ -135,7 +135,7 @@ class BarReporter:
             self._tasks[tick.phase] = self._bars.add_task(tick.phase, text="")
         task = self._tasks[tick.phase]
         self._bars.update(
-            task, total=tick.total or None, completed=tick.done, text=escape(describe(tick)), refresh=True
+            task, total=tick.total or None, completed=tick.done, text=escape(describe(tick, between="\n")), refresh=True
         )
 
     def finished(self, lines: Mapping[str, str], facts: Mapping[str, Any]) -> None:
@@ -152,15 +152,15 @@ class BarReporter:
         self._bars.stop()
 
 
-def describe(tick: Tick) -> str:
-    """Rows, rates and figures in one line."""
-    parts = [f"{tick.done:,}/{tick.total:,} rows" if tick.total else f"{tick.done:,} rows"]
-    parts += [f"{tick.rows_per_s:,.0f} rows/s"] if tick.rows_per_s else []
-    parts += [f"waits {100 * tick.wait:.0f}%"] if tick.wait is not None else []
-    parts += [f"{_LABELS.get(name, name)} {_figure(value)}" for name, value in tick.figures.items()]
-    parts += [f"ETA {duration(tick.eta_s)}"] if tick.eta_s else []
-    parts += [tick.doing] if tick.doing else []
-    return "  ".join(parts)
+def describe(tick: Tick, *, between: str = "  ") -> str:
+    """Rows and rates, then figures, with `between` in between."""
+    pace = [f"{tick.done:,}/{tick.total:,} rows" if tick.total else f"{tick.done:,} rows"]
+    pace += [f"{tick.rows_per_s:,.0f} rows/s"] if tick.rows_per_s else []
+    pace += [f"ETA {duration(tick.eta_s)}"] if tick.eta_s else []
+    figures = [f"{_LABELS.get(name, name)} {_figure(value)}" for name, value in tick.figures.items()]
+    figures += [f"waits {100 * tick.wait:.0f}%"] if tick.wait is not None else []
+    figures += [tick.doing] if tick.doing else []
+    return between.join("  ".join(parts) for parts in (pace, figures) if parts)
 
 
 def duration(seconds: float) -> str:

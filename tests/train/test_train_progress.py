@@ -63,7 +63,7 @@ def test_the_throttle_lets_one_through_a_period():
 
 
 def test_a_line_tells_rows_rates_and_figures():
-    assert describe(TICK) == "250/1,000 rows  125 rows/s  waits 25%  loss 12.3  L0 32.0  ETA 1:06"
+    assert describe(TICK) == "250/1,000 rows  125 rows/s  ETA 1:06  loss 12.3  L0 32.0  waits 25%"
 
 
 def test_the_reporter_is_chosen_by_the_output():
@@ -83,7 +83,7 @@ def test_lines_come_at_intervals_and_at_the_end():
 
 
 def test_a_terminal_gets_a_bar_and_the_results_below_it(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     out = Terminal()
     with BarReporter(out, every_s=0) as reporter:
         reporter.note("layer [14] of a model")
@@ -94,7 +94,8 @@ def test_a_terminal_gets_a_bar_and_the_results_below_it(monkeypatch):
     assert "layer [14] of a model" in text
     assert "training" in text
     assert "━" in text
-    assert "25%" in text
+    assert "25% 250/1,000 rows  125 rows/s  ETA 1:06" in text
+    assert "loss 12.3  L0 32.0  waits 25%" in text
     assert text.rstrip().endswith("explained variance  0.8")
 
 

@@ -157,7 +157,19 @@ def test_held_out_rows_are_read_once_and_not_before_they_exist():
     assert held_out.rows(999) is None
     assert len(held_out.rows(1000)) == 100
     assert held_out.rows() is held_out.rows(0)
+    assert len(held_out.sample(1000)) == 100
     assert next(opened) == 1
+
+
+def test_a_sample_of_held_out_rows_is_spread_over_all_of_them():
+    row_filter = RowFilter(Recipe(), drop_bos=False, max_norm_multiple=0)
+    acts = torch.arange(5000.0)[:, None]
+    held_out = HeldOut(lambda: blocks_of(acts), row_filter, n_rows=5000, n_held_out=5000)
+
+    sample = held_out.sample(5000)
+
+    assert 1024 <= len(sample) <= 2048
+    assert sample[-1] > 4990
 
 
 @pytest.mark.parametrize(("n_rows", "d_in", "expected"), [(2, 8, 1), (100_000, 576, 5000), (10**7, 16_384, 1024)])
