@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,7 @@ class HeadraceClient:
     def __init__(self, registry: Endpoint, nodes: Nodes) -> None:
         self._registry = registry
         self._nodes = nodes
+        self._streams: weakref.WeakSet[ChunkStream] = weakref.WeakSet()
         self.models = Models(registry)
         self.corpora = Corpora(nodes)
         self.extractions = Extractions(nodes)
@@ -141,7 +143,9 @@ class HeadraceClient:
             reconnect_deadline_s=reconnect_deadline_s,
             backoff=backoff or Backoff(),
         )
-        return ChunkStream(self.extractions.source(known.id, request), options)
+        stream = ChunkStream(self.extractions.source(known.id, request), options)
+        self._streams.add(stream)
+        return stream
 
     def activations(
         self,
@@ -191,7 +195,9 @@ class HeadraceClient:
         )
 
     def close(self) -> None:
-        """Closes all connections but those of open streams, which have their own: close them first."""
+        """Closes all connections. Streams end; who reads on gets Cancelled."""
+        for stream in tuple(self._streams):  # Each has a connection of its own.
+            stream.close()
         self._nodes.close()
         self._registry.close()
 

@@ -213,6 +213,18 @@ def test_too_many_streams_is_waited_out_only_after_a_cut(client, scripted_extrac
     np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
 
 
+def test_a_closed_client_has_no_open_streams(client, scripted_extractor):
+    scripted_extractor.faults.append(Fault("hang", after=1))
+    stream = client.chunks(EXTRACTION_ID)
+    next(stream)
+
+    client.close()
+
+    assert not stream_threads()
+    with pytest.raises(errors.Cancelled):
+        next(stream)
+
+
 def test_close_ends_a_hanging_stream_at_once(client, scripted_extractor):
     scripted_extractor.faults.append(Fault("hang"))
     stream = client.chunks(EXTRACTION_ID)
