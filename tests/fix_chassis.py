@@ -308,7 +308,8 @@ async def probe_server(log_stream: io.StringIO) -> AsyncIterator[StartServer]:
     for each in running:
         await each.channel.close()
         await each.server.stop()
-    assert noise == []
+    # grpc.aio's poller outlives the loops of earlier tests and complains about them now and then.
+    assert [context for context in noise if "PollerCompletionQueue" not in context["message"]] == []
 
 
 @pytest.fixture(scope="session")
