@@ -135,7 +135,7 @@ def the_job(headrace: Headrace, args: argparse.Namespace) -> dict[str, str]:
         if cached
         else f"{rows / seconds:,.0f} rows/s over {seconds:.0f} s, loading included",
         **training_lines(trained),
-        "activation set": str(extraction["path"]),
+        "activation set": os.path.relpath(extraction["path"]),
         "SAE and tables": str(out),
     }
 
@@ -240,6 +240,8 @@ def show(summary: dict[str, str]) -> None:
     """Prints the summary."""
     console.rule("done")
     table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in summary.items():
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table)
