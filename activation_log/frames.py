@@ -152,14 +152,15 @@ def _outer_and_padding(n_head: int, n_tail: int, payload_bytes: int) -> tuple[by
 
     Remembered: nearly all chunks of a stream have the same three lengths.
     """
-    for n_padding in range(ALIGNMENT + 1):
+    # Where the padding makes the outer length a byte longer, one residue is passed over until the next round of 64.
+    for n_padding in range(2 * ALIGNMENT):
         n_field = 2 + n_padding if n_padding else 0
         outer = bytearray((_OUTER_CHUNK,))
         _put_varint(outer, n_head + n_field + n_tail + payload_bytes)
         if not payload_bytes or (len(outer) + n_head + n_field + n_tail) % ALIGNMENT == 0:
-            padding = bytes((_PADDING, n_padding)) + _ZEROS[:n_padding] if n_padding else b""
+            padding = bytes((_PADDING, n_padding)) + bytes(n_padding) if n_padding else b""
             return bytes(outer), padding
-    raise AssertionError("64 consecutive lengths hold a multiple of 64")
+    raise AssertionError("125 consecutive lengths, with one gap, hold a multiple of 64")
 
 
 def _put_varint(out: bytearray, value: int) -> None:

@@ -69,6 +69,18 @@ def test_columns_are_aligned_views_of_the_message(first_row, n_rows, shapes, see
         assert bytes(view) == bytes(column)
 
 
+@pytest.mark.parametrize("boundary", [1 << 7, 1 << 14, 1 << 21])
+def test_the_payload_is_aligned_where_the_length_of_the_message_takes_a_byte_more(boundary):
+    content = memoryview(bytes(boundary))
+    for n_bytes in range(max(1, boundary - 200), boundary):
+        message = encode_chunk(2**40, 1, [content[:n_bytes]])
+
+        chunk = decode_chunk(message)
+
+        assert len(chunk.payload) == n_bytes
+        assert (len(message) - n_bytes) % ALIGNMENT == 0
+
+
 @pytest.mark.parametrize(
     "message",
     [

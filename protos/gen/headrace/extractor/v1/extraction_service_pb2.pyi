@@ -577,7 +577,7 @@ class ActivationChunk(_message.Message):
     n_rows: _builtins.int
     """Rows in it, at least 1."""
     padding: _builtins.bytes
-    """Zeros, 0 to 64 of them, that put `payload` on a multiple of 64 from the start of the message."""
+    """Zeros, 0 to 127 of them, that put `payload` on a multiple of 64 from the start of the message."""
     payload: _builtins.bytes
     """The rows. Empty with the mapped transport."""
     @_builtins.property
