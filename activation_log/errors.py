@@ -3,7 +3,7 @@
 LogError
 ├── SetCorrupt        a file contradicts the manifest or the index
 ├── DigestMismatch    a sealed segment's bytes are not the ones that were written
-├── DiskFull          no room for the next segment
+├── DiskFull          no room for what comes next
 └── RowsExpired       a WINDOW set has let these rows go
 """
 
@@ -31,11 +31,11 @@ class DigestMismatch(LogError):
 
 
 class DiskFull(LogError):
-    """No room for the next segment."""
+    """No room for the next segment, or for the record of one."""
 
     def __init__(self, path: Path, *, required_bytes: int, free_bytes: int) -> None:
         super().__init__(
-            f"the disk of {path} has {free_bytes} bytes free, the next segment needs {required_bytes}; free some space"
+            f"the disk of {path} has {free_bytes} bytes free, what comes next needs {required_bytes}; free some space"
         )
         self.path = path
         self.required_bytes = required_bytes

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from activation_log.errors import DiskFull
+
+# EFBIG: the size limit of a process, which is no different to its user.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def disk_full_as_typed(path: Path, required_bytes: int) -> Iterator[None]:
+    """Turns the errors of a disk or a quota that is full into DiskFull."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _NO_SPACE:
+            raise
+        stats = os.statvfs(path.parent)
+        raise DiskFull(path, required_bytes=required_bytes, free_bytes=stats.f_bavail * stats.f_frsize) from exc
 
 
 def fsync_folder(folder: Path) -> None:
@@ -16,14 +36,15 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: a reader sees the old file or the new one, also after a crash."""
+    """Replaces `path` by `content`: a reader sees the old file or the new one, also after a crash. Raises DiskFull."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        with disk_full_as_typed(path, len(content)):
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -31,12 +52,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def append_durably(path: Path, line: bytes) -> None:
-    """Appends `line` in one write and waits until it is on disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        written = os.write(fd, line)
-        if written != len(line):
-            raise OSError(f"{path}: wrote {written} of {len(line)} bytes")
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Appends `line` in one write and waits until it is on disk. Raises DiskFull."""
+    with disk_full_as_typed(path, len(line)):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(fd, line)
+            if written != len(line):  # Only a full disk cuts a write to a file short.
+                raise OSError(errno.ENOSPC, f"wrote {written} of {len(line)} bytes", str(path))
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -6,18 +6,21 @@ and renames it. Mappings made while it was open stay valid: the file is never co
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import mmap
 import os
 from pathlib import Path
 
-from activation_log.errors import DiskFull, SetCorrupt
+from activation_log.errors import SetCorrupt
+from activation_log.files import disk_full_as_typed
 from activation_log.layout import ColumnSpec, open_segment_path, segment_path
 
 # Pages are 4 KiB nearly everywhere; readers map whole files, so larger pages do no harm.
 DATA_OFFSET = 4096
+# An open file has a page more than its rows need. Sealing gives it back just before the sealing is recorded, so that
+# there is room for the record on a disk that is full by then.
+SPARE_BYTES = 4096
 
 
 def header_bytes(column: ColumnSpec, *, first_row: int, n_rows: int) -> bytes:
@@ -47,10 +50,11 @@ class OpenSegment:
         self._path = open_segment_path(folder, column, segment)
         self._sealed_path = segment_path(folder, column, segment)
         size = DATA_OFFSET + capacity_rows * column.row_bytes
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        with disk_full_as_typed(folder / column.name, size):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            _allocate(self._fd, self._path, size)
+            _allocate(self._fd, self._path, size + SPARE_BYTES)
             self._map = mmap.mmap(self._fd, size)
         except BaseException:
             os.close(self._fd)
@@ -66,7 +70,7 @@ class OpenSegment:
         digest = hashlib.sha256(self.data[:n_bytes]).hexdigest()
         if n_rows != self._capacity_rows:
             self._map[:DATA_OFFSET] = header_bytes(self.column, first_row=self._first_row, n_rows=n_rows)
-            os.ftruncate(self._fd, DATA_OFFSET + n_bytes)
+        os.ftruncate(self._fd, DATA_OFFSET + n_bytes)
         os.fsync(self._fd)
         self._path.rename(self._sealed_path)
         self.close()
@@ -109,13 +113,8 @@ def file_digest(path: Path) -> str:
 
 def _allocate(fd: int, path: Path, size: int) -> None:
     """Reserves the blocks now: a full disk is an error here instead of a SIGBUS while rows are written."""
-    try:
+    with disk_full_as_typed(path, size):
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        stats = os.statvfs(path.parent)
-        raise DiskFull(path, required_bytes=size, free_bytes=stats.f_bavail * stats.f_frsize) from exc

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_log import retention
+from activation_log.errors import DiskFull
 from activation_log.index import SegmentIndex, dropped_rows
 from activation_log.manifest import Manifest
 from chassis.errors import ServiceError
@@ -390,7 +391,10 @@ class ExtractionJob:
         released = self._readers.released_row(before)
         if released - before < self._manifest.segment_rows:
             return False
-        self._first_kept_row = retention.drop_before(self.folder, released)
+        try:
+            self._first_kept_row = retention.drop_before(self.folder, released)
+        except DiskFull as exc:  # What goes must be on record first; the next release tries again.
+            logger.warning("extraction %s can't let rows go: %s", self.value.id, exc)
         return self._first_kept_row > before
 
     async def _unblock(self, runner: Runner) -> None:

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from activation_log import retention
+from activation_log.errors import DiskFull
 from activation_log.files import write_atomically
 from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
@@ -31,6 +33,7 @@ from extractor_service.errors import (
 from extractor_service.estimate import RowCount
 from extractor_service.extraction import ExtractionJob, JobContext
 from extractor_service.identity import identity_of, new_manifest
+from extractor_service.log_errors import log_errors_as_typed
 from extractor_service.node import Node
 from extractor_service.ports import Corpora, Models
 from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, ModelInfo, Retention
@@ -67,7 +70,7 @@ class Extractions:
         self._starting = asyncio.Lock()
         self._reported: dict[str, int] = {}  # `seq` of the last report.
         self._rates: dict[str, float] = {}
-        self._context = JobContext(models=models, node=node, save=self._save, count_rows=count_rows)
+        self._context = JobContext(models=models, node=node, save=self._save_change, count_rows=count_rows)
 
     def get(self, extraction_id: str) -> ExtractionJob:
         """Raises ExtractionNotFound."""
@@ -87,16 +90,19 @@ class Extractions:
         """Starts an extraction, or returns one that already does or did what is asked for."""
         if request_id and not _UUID4.match(request_id):
             raise FieldInvalid("request_id is no UUID4; send one per intended call.", field="request_id")
-        async with self._starting:  # Two equal requests at once become one extraction.
+        # Two equal requests at once become one extraction.
+        async with self._starting:
             if known := self._by_request(request_id):
                 return known.value
             spec, model = await self.check(spec)
             identity = self._identity(spec, model)
             if running := self._covering(spec, identity):
                 self._remember(running, request_id)
+                self._save_change(running)
                 return running.value
             self._check_room()
-            job = self._new_job(spec, model, identity, request_id)
+            with log_errors_as_typed():
+                job = self._new_job(spec, model, identity, request_id)
             self._begin(job)
             return job.value
 
@@ -197,7 +203,6 @@ class Extractions:
         """Notes that a request was answered with this extraction."""
         if request_id:
             job.request_ids.add(request_id)
-        self._save(job)
 
     def _check_room(self) -> None:
         active = sum(not job.value.state.ended for job in self._jobs.values())
@@ -217,7 +222,8 @@ class Extractions:
         folder = self._folder(identity)
         if spec.retention.is_window and not self._complete(folder, spec):
             folder = folder.with_name(f"{folder.name}.window-{extraction_id}")
-        if (folder / "manifest.json").exists():
+        is_new = not (folder / "manifest.json").exists()
+        if not is_new:
             known = Manifest.load(folder)
             missing = [name for name in spec.hookpoints if all(name != column.name for column in known.columns)]
             if missing:
@@ -225,12 +231,18 @@ class Extractions:
                     f"Set {known.set_id} exists without {', '.join(missing)}; columns can't be added to a set yet. "
                     "Ask for all hookpoints at once, or change the recipe.",
                 )
-        else:
-            manifest.save(folder)
-        value = Extraction(id=extraction_id, spec=spec, set_id=manifest.set_id, path=str(folder))
-        job = self._job(value, ())
+        try:
+            if is_new:
+                manifest.save(folder)
+            value = Extraction(id=extraction_id, spec=spec, set_id=manifest.set_id, path=str(folder))
+            job = self._job(value, ())
+            self._remember(job, request_id)
+            self._save(job)
+        except BaseException:
+            if is_new:
+                retention.delete_set(folder)
+            raise
         self._jobs[extraction_id] = job
-        self._remember(job, request_id)
         return job
 
     def _complete(self, folder: Path, spec: ExtractionSpec) -> bool:
@@ -260,6 +272,13 @@ class Extractions:
             corpus_digest=self._corpora.get(spec.corpus_id).digest,
             compute_dtype=model.compute_dtype(self._device_id),
         )
+
+    def _save_change(self, job: ExtractionJob) -> None:
+        """Saves a record again. On a full disk the old one stays: a restart carries on from there just as well."""
+        try:
+            self._save(job)
+        except DiskFull as exc:
+            logger.warning("the record of extraction %s stays as it was: %s", job.value.id, exc)
 
     def _save(self, job: ExtractionJob) -> None:
         value = job.value
