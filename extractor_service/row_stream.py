@@ -122,9 +122,7 @@ class RowStream:
                 quiet_until = time.monotonic() + HEARTBEAT_S
             elif self._job.value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
                 raise self._job.failure_error()
-            elif (
-                time.monotonic() >= quiet_until
-            ):  # A change that brings no row, such as loading, is silence.
+            elif time.monotonic() >= quiet_until:  # A change that brings no row, such as loading, is silence.
                 yield Pause(self._job.value.n_rows, self._job.value.state)
                 quiet_until = time.monotonic() + HEARTBEAT_S
             else:
