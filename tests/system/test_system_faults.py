@@ -1,0 +1,320 @@
+"""kill -9 in the middle of a stream: every row exactly once when things come back, a typed error when they don't."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+
+import pytest
+from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, eventually, read, texts
+from headrace_client import errors
+from headrace_client.values import ExtractionState, Retain, Window
+
+from registry_service.postgres.embedded import EmbeddedPostgres
+
+pytestmark = pytest.mark.timeout(300)
+
+DOCUMENTS = texts(1200, seed=1, longest=10)
+# A window of a part of the rows: the forward pass can't run away from its reader, and segments are sealed and dropped.
+WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
+# So little is read ahead that a WINDOW stream is held up by its consumer.
+NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
+BOTH = pytest.mark.parametrize("retention", [Retain(), WINDOW], ids=["retain", "window"])
+N_ROUNDS = int(os.environ.get("HEADRACE_FAULT_ROUNDS", "8"))
+FIRST_SEED = int(os.environ.get("HEADRACE_FAULT_SEED", "1"))
+
+
+@pytest.fixture(scope="module")
+def quiet(fragile):
+    """What an undisturbed run delivers."""
+    return read(fragile.client, start(fragile))
+
+
+def start(system, retention=None, model=MODEL):
+    return system.client.extractions.start(
+        model, system.variant(DOCUMENTS), HOOKPOINT, recipe=SLOW, retention=retention or Retain()
+    )
+
+
+def in_the_middle(system, quiet, extraction, act, part=0.25):
+    """Acts once when that part of the rows has come, and sees that there is something left to disturb."""
+
+    def check_and_act():
+        now = system.client.extractions.get(extraction.id)
+        assert now.state in (ExtractionState.RUNNING, ExtractionState.WAITING)
+        act()
+
+    return At(int(int(quiet["n_rows"]) * part), check_and_act)
+
+
+def all_is_well(system):
+    """Nothing is held any more, and the next extraction works from lease to last row."""
+    assert_no_leases(system)
+    extraction = system.client.extractions.start(MODEL, system.variant(texts(20)), HOOKPOINT, recipe=SLOW)
+    assert system.client.extractions.wait(extraction.id, deadline_s=PATIENCE_S).n_rows > 0
+    assert_no_leases(system)
+
+
+def assert_no_leases(system):
+    # A registry that was away when a lease was released finds that it expires, a minute later at most.
+    eventually(lambda: all(r.n_leases == 0 for r in system.client.residencies.list()), "no lease is held")
+
+
+# -- and back again ----------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_rows_come_once_although_the_runner_is_killed(fragile, quiet, retention):
+    extraction = start(fragile, retention)
+    killed = []
+
+    def act():
+        killed.extend(runner.pid for runner in fragile.runners())
+        fragile.kill_runner()
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
+    assert killed
+    assert not set(killed) & {runner.pid for runner in fragile.runners()}
+
+
+@BOTH
+def test_rows_come_once_although_the_extractor_is_killed(fragile, quiet, supervisor, retention):
+    extraction = start(fragile, retention)
+
+    def act():
+        fragile.kill_extractor()
+        supervisor.later(1.0, fragile.extractor.start)
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
+    assert kill.done
+
+
+@pytest.mark.fault
+@BOTH
+def test_rows_come_once_although_the_registry_is_killed(fragile, quiet, supervisor, retention):
+    extraction = start(fragile, retention)
+
+    def act():
+        fragile.registry.kill()
+        supervisor.later(1.5, fragile.registry.start)
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
+    supervisor.join()
+    all_is_well(fragile)
+
+
+@pytest.mark.fault
+@BOTH
+def test_rows_come_once_although_the_postmaster_is_killed(fragile, quiet, retention):
+    extraction = start(fragile, retention)
+    killed = []
+
+    def act():
+        killed.append(fragile.postmaster().pid)
+        fragile.kill_postmaster()
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
+    eventually(fragile.postmaster, "Postgres is back")
+    assert fragile.postmaster().pid not in killed
+    all_is_well(fragile)
+
+
+@pytest.mark.fault
+@BOTH
+def test_rows_come_once_although_the_registry_is_away_when_the_runner_dies(fragile, quiet, supervisor, retention):
+    extraction = start(fragile, retention)
+
+    def act():
+        fragile.registry.kill()
+        fragile.kill_runner()
+        supervisor.later(3.0, fragile.registry.start)
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
+    supervisor.join()
+    all_is_well(fragile)
+
+
+@pytest.mark.fault
+@BOTH
+def test_rows_come_once_although_everything_is_killed_at_once(fragile, quiet, supervisor, retention):
+    extraction = start(fragile, retention)
+
+    def act():
+        fragile.kill_extractor()
+        fragile.registry.kill()
+        fragile.kill_postmaster()
+        supervisor.later(0.5, fragile.extractor.start)  # Before the registry, to whom it belongs.
+        supervisor.later(2.0, fragile.registry.start)
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
+    supervisor.join()
+    all_is_well(fragile)
+
+
+@pytest.mark.fault
+def test_an_extraction_that_waits_for_its_model_survives_the_registry(fragile, quiet, supervisor):
+    fragile.client.residencies.unload(MODEL, force=True)
+    eventually(lambda: not fragile.runners(), "the model is unloaded")
+    extraction = start(fragile)
+    eventually(
+        lambda: fragile.client.extractions.get(extraction.id).state is ExtractionState.LOADING, "the model is loading"
+    )
+
+    fragile.registry.kill()
+    supervisor.later(1.5, fragile.registry.start)
+
+    assert read(fragile.client, extraction) == quiet
+    supervisor.join()
+    all_is_well(fragile)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + N_ROUNDS))
+def test_rows_come_once_whatever_is_killed(fragile, quiet, supervisor, seed):
+    """Two to four kills of random victims at random rows, one after another or on top of one another."""
+    dice = random.Random(seed)
+    extraction = start(fragile, dice.choice([Retain(), WINDOW]))
+    plan = sorted((dice.uniform(0.0, 0.9), dice.choice(list(VICTIMS)), dice.uniform(0.2, 2.0)) for _ in range(3))
+    kills = [
+        At(int(int(quiet["n_rows"]) * part), lambda v=victim, p=pause: VICTIMS[v](fragile, supervisor, p))
+        for part, victim, pause in plan
+    ]
+
+    def on_rows(n_rows):
+        for kill in kills:
+            kill(n_rows)
+
+    assert read(fragile.client, extraction, on_rows=on_rows, **NARROW) == quiet, plan
+    assert all(kill.done for kill in kills)
+    supervisor.join()
+    all_is_well(fragile)
+
+
+def _runner(system, supervisor, pause_s):
+    system.kill_runner()
+
+
+def _extractor(system, supervisor, pause_s):
+    if system.extractor.running:
+        system.kill_extractor()
+        supervisor.later(pause_s, system.extractor.start)
+
+
+def _registry(system, supervisor, pause_s):
+    if system.registry.running:
+        system.registry.kill()
+        supervisor.later(pause_s, system.registry.start)
+
+
+def _postmaster(system, supervisor, pause_s):
+    if system.postmaster():
+        system.kill_postmaster()
+
+
+VICTIMS = {"runner": _runner, "extractor": _extractor, "registry": _registry, "postmaster": _postmaster}
+
+
+# -- and never again ---------------------------------------------------------------------------------------------------
+
+
+def test_a_runner_that_cannot_come_back_is_a_typed_error(fragile, quiet, text_llama):
+    folder = text_llama.with_name("brittle")
+    shutil.copytree(text_llama, folder)
+    (folder / "README.md").write_text("Another model, as far as its digest goes.")
+    fragile.add_model("brittle", folder)
+    extraction = start(fragile, model="brittle")
+
+    def act():
+        (folder / "model.safetensors").unlink()
+        for runner in fragile.runners():
+            runner.kill()
+
+    kill = in_the_middle(fragile, quiet, extraction, act)
+
+    with pytest.raises((errors.LoadFailed, errors.ModelUnsupported)) as caught:
+        read(fragile.client, extraction, on_rows=kill)
+
+    assert kill.done
+    ended = fragile.client.extractions.get(extraction.id)
+    assert ended.state is ExtractionState.FAILED
+    assert ended.failure.reason == caught.value.reason
+    all_is_well(fragile)
+
+
+def test_an_extractor_that_stays_away_is_a_typed_error(fragile, quiet, supervisor):
+    extraction = start(fragile)
+    kill = in_the_middle(fragile, quiet, extraction, fragile.kill_extractor)
+    received = []
+
+    def on_rows(n_rows):
+        received.append(n_rows)
+        kill(n_rows)
+
+    try:
+        with pytest.raises(errors.StreamLost) as caught:
+            read(fragile.client, extraction, on_rows=on_rows, reconnect_deadline_s=2.0)
+        with pytest.raises(errors.Unavailable):
+            fragile.connect(extractor=fragile.extractor.address, deadline_s=2.0).extractions.get(extraction.id)
+    finally:
+        fragile.extractor.start()
+
+    assert caught.value.metadata["next_row"] == str(received[-1])
+    assert read(fragile.client, extraction) == quiet  # Nothing is lost for who asks again.
+
+
+@pytest.mark.fault
+def test_a_registry_that_stays_away_stops_no_stream_and_is_a_typed_error_for_the_rest(fragile, quiet):
+    extraction = start(fragile)
+    corpus = fragile.variant(texts(5))
+    kill = in_the_middle(fragile, quiet, extraction, fragile.registry.kill)
+
+    try:
+        assert read(fragile.client, extraction, on_rows=kill) == quiet
+        assert kill.done
+        with pytest.raises(errors.Unavailable):
+            fragile.connect(deadline_s=2.0).models.get(MODEL)
+        beside = fragile.connect(extractor=fragile.extractor.address)
+        with pytest.raises(errors.RegistryUnavailable):
+            beside.extractions.start(MODEL, corpus, HOOKPOINT)
+    finally:
+        fragile.registry.start()
+
+    all_is_well(fragile)
+
+
+@pytest.mark.fault
+def test_a_database_that_stays_away_stops_no_stream_and_is_a_typed_error_for_the_rest(
+    start_system, text_llama, quiet, tmp_path
+):
+    postgres = EmbeddedPostgres(tmp_path)
+    postgres.start()
+    try:
+        system = start_system(models_root=text_llama.parent, registry=("--database-url", postgres.url))
+        system.add_model(MODEL, text_llama)
+        extraction = start(system)
+        kill = in_the_middle(system, quiet, extraction, lambda: postgres._postmaster().kill())
+
+        assert read(system.client, extraction, on_rows=kill) == quiet
+        assert kill.done
+        with pytest.raises(errors.DatabaseUnavailable):
+            system.client.models.get(MODEL)
+
+        postgres.start()  # Somebody else's to bring back.
+        assert system.client.models.get(MODEL).id == MODEL
+        all_is_well(system)
+        system.stop()
+    finally:
+        postgres.stop()
