@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from activation_log.layout import PROVENANCE, ColumnSpec
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+LOCK_NAME = "manifest.lock"
 
 # Large enough that sealing (a digest, an fsync and a rename per column) is rare, small enough that a crash, which costs
 # the open segment, is cheap and that a WINDOW set holds several.
@@ -74,8 +76,9 @@ class Manifest:
         raise KeyError(name)
 
     def with_columns(self, extra: Sequence[ColumnSpec]) -> Manifest:
-        """Same set with further columns."""
-        return replace(self, columns=(*self.columns, *extra))
+        """Same set with those of `extra` that it does not have yet."""
+        names = {column.name for column in self.columns}
+        return replace(self, columns=(*self.columns, *(column for column in extra if column.name not in names)))
 
     def save(self, folder: Path) -> None:
         """Writes `manifest.json` atomically; creates the folder."""
@@ -90,6 +93,15 @@ class Manifest:
             "total_rows": self.total_rows,
         }
         write_atomically(folder / FILE_NAME, json.dumps(document, indent=2).encode() + b"\n")
+
+    @classmethod
+    def update(cls, folder: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
+        """Replaces the manifest by `change` of it, one process after another; returns the new one."""
+        with (folder / LOCK_NAME).open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Held for two small file operations.
+            manifest = change(cls.load(folder))
+            manifest.save(folder)
+            return manifest
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -83,14 +83,18 @@ class SetWriter:
             self.seal()
 
     def seal(self) -> None:
-        """Seals the open segment however short, in the background; nothing happens if it has no rows."""
+        """Seals the open segment however short, in the background; nothing happens if it has no rows.
+
+        Rows of a segment that exists in other columns are sealed whole or not at all: `next_row` goes back.
+        """
         if not self._open:
             return
         self._settle()
         segments, self._open = self._open, ()
-        if self._open_rows == 0:
+        if self._open_rows == 0 or (self._is_known and self._open_rows < self._capacity):
             for segment in segments:
                 segment.discard()
+            self.next_row = self._open_first_row
             return
         record = SegmentRecord(
             segment=self._open_segment,
@@ -106,7 +110,7 @@ class SetWriter:
         self.seal()
         self._settle()
         # Another process may have added columns to the manifest since.
-        replace(Manifest.load(self._folder), total_rows=self.next_row).save(self._folder)
+        Manifest.update(self._folder, lambda manifest: replace(manifest, total_rows=self.next_row))
 
     def close(self) -> None:
         """Waits for sealing to end and gives up rows that were not sealed. Raises what sealing raised."""
@@ -129,9 +133,12 @@ class SetWriter:
     @property
     def _capacity(self) -> int:
         """Rows of the open segment: as many as its columns of an earlier pass have, else a full segment."""
-        records = self._index.records
-        known = records[self._open_segment] if self._open_segment < len(records) else None
-        return known.n_rows if known else self._manifest.segment_rows
+        return self._index.records[self._open_segment].n_rows if self._is_known else self._manifest.segment_rows
+
+    @property
+    def _is_known(self) -> bool:
+        """True when the open segment exists in other columns."""
+        return self._open_segment < len(self._index.records)
 
     def _begin_segment(self) -> None:
         self._settle()

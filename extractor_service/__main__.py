@@ -169,7 +169,9 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
 
     async def report(job: ExtractionJob) -> None:
         try:
-            await registry.report_set(node.epoch, job.value, job.columns, deleted=not job.folder.exists())
+            deleted = not job.folder.exists()
+            columns = job.columns if deleted else [column.name for column in Manifest.load(job.folder).columns]
+            await registry.report_set(node.epoch, job.value, columns, deleted=deleted)
         except ServiceError as exc:
             logger.info("set %s could not be reported: %s", job.value.set_id, exc.message)
 

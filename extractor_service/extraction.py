@@ -25,6 +25,7 @@ from extractor_service import window
 from extractor_service.errors import (
     CorpusEmpty,
     ExtractionCancelled,
+    ExtractionFailed,
     LeaseLost,
     ReaderStalled,
     RegistryUnavailable,
@@ -36,6 +37,7 @@ from extractor_service.errors import (
 )
 from extractor_service.estimate import RowCount
 from extractor_service.node import Node
+from extractor_service.passes import Pass, next_pass
 from extractor_service.ports import Models, Runner
 from extractor_service.rate import RateMeter
 from extractor_service.readers import Reader, Readers
@@ -240,14 +242,16 @@ class ExtractionJob:
         await self._context.node.until_registered(RUNNER_WAIT_S)
         holder = f"extraction {self.value.id}"
         model_id = self.value.spec.model_id
-        async for event in self._context.models.acquire_lease(model_id, holder=holder, wait_s=LEASE_WAIT_S):
-            if isinstance(event, Lease):
-                self.update(transfer=None, queue_position=0)
-                return event
-            if isinstance(event, Transfer):
-                self.update(state=ExtractionState.LOADING, transfer=event, queue_position=0)
-            else:
-                self.update(state=ExtractionState.QUEUED, queue_position=event)
+        asking = self._context.models.acquire_lease(model_id, holder=holder, wait_s=LEASE_WAIT_S)
+        async with contextlib.aclosing(asking) as events:
+            async for event in events:
+                if isinstance(event, Lease):
+                    self.update(transfer=None, queue_position=0)
+                    return event
+                if isinstance(event, Transfer):
+                    self.update(state=ExtractionState.LOADING, transfer=event, queue_position=0)
+                else:
+                    self.update(state=ExtractionState.QUEUED, queue_position=event)
         raise RegistryUnavailable("The registry ended the stream of a lease before granting it.", retry_after_s=1.0)
 
     async def _renew(self) -> None:
@@ -266,31 +270,45 @@ class ExtractionJob:
                 logger.warning("lease %s can't be renewed: %s", lease.id, exc.message)
 
     async def _extract(self, runner: Runner) -> None:
+        """Runs passes until every column has every row; columns that lag behind others catch up first, alone."""
+        before = -1
+        while not self._covered():
+            if self.value.n_rows <= before:
+                raise ExtractionFailed(f"Extraction {self.value.id} makes no progress; the node's log has more.")
+            before = self.value.n_rows
+            rows = next_pass(SegmentIndex.load(self.folder), self.columns, self.value.spec.max_rows)
+            await self._run_pass(runner, rows)
+
+    async def _run_pass(self, runner: Runner, rows: Pass) -> None:
         spec = self.value.spec
         command = Extract(
             extraction_id=self.value.id,
             set_path=str(self.folder),
             corpus_path=str(self.corpus_path),
-            max_rows=spec.max_rows,
+            columns=rows.columns,
+            max_rows=rows.max_rows,
             grant_row=self._grant_row() if self._is_window else None,
             allow_non_finite=spec.allow_non_finite,
         )
-        self.update(state=ExtractionState.RUNNING, waiting_for=())
+        state = ExtractionState.QUEUED if runner.busy else ExtractionState.RUNNING
+        self.update(state=state, waiting_for=(), queue_position=int(runner.busy))
         self._rate.clear()
-        async for event in runner.run(command, ends=(Finished,)):
-            self._runs = True
-            if isinstance(event, Committed):
-                self._on_committed(event)
-            elif isinstance(event, Blocked):
-                await self._on_blocked(runner)
-            elif isinstance(event, Finished):
-                self._on_finished(event)
+        async with contextlib.aclosing(runner.run(command, ends=(Finished,))) as events:
+            async for event in events:
+                self._runs = True
+                if isinstance(event, Committed):
+                    self._on_committed(event)
+                elif isinstance(event, Blocked):
+                    await self._on_blocked(runner)
+                elif isinstance(event, Finished):
+                    self._on_finished(event)
 
     def _on_committed(self, event: Committed) -> None:
         value = self.value
         self.update(
             state=ExtractionState.RUNNING,
             waiting_for=(),
+            queue_position=0,
             n_rows=event.n_rows,
             n_rows_computed=value.n_rows_computed + max(event.n_rows - value.n_rows, 0),
             rows_per_s=self._rate.at(event.n_rows, time.monotonic()),
@@ -312,11 +330,8 @@ class ExtractionJob:
 
     def _on_finished(self, event: Finished) -> None:
         if self._stop and not event.complete:
-            self.update(n_rows=event.n_rows)
             raise self._stop
         self.update(n_non_finite=event.n_non_finite)
-        wanted = self.value.spec.max_rows
-        self._finish(min(event.n_rows, wanted) if wanted else event.n_rows, cached=False)
 
     def _recover(self) -> None:
         """Goes back to what is sealed: the rest will be written anew, in new files."""

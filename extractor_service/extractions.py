@@ -27,7 +27,6 @@ from extractor_service.errors import (
     ExtractionNotFound,
     FieldInvalid,
     ModelNotReady,
-    NotImplementedYet,
     QueueFull,
 )
 from extractor_service.estimate import RowCount
@@ -224,13 +223,7 @@ class Extractions:
             folder = folder.with_name(f"{folder.name}.window-{extraction_id}")
         is_new = not (folder / "manifest.json").exists()
         if not is_new:
-            known = Manifest.load(folder)
-            missing = [name for name in spec.hookpoints if all(name != column.name for column in known.columns)]
-            if missing:
-                raise NotImplementedYet(
-                    f"Set {known.set_id} exists without {', '.join(missing)}; columns can't be added to a set yet. "
-                    "Ask for all hookpoints at once, or change the recipe.",
-                )
+            Manifest.update(folder, lambda known: known.with_columns(manifest.columns))
         try:
             if is_new:
                 manifest.save(folder)

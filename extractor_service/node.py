@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from chassis.errors import ServiceError
@@ -137,8 +138,9 @@ class Node:
             await self._registry.heartbeat(self.epoch, self._devices())
 
     async def _watch(self) -> None:
-        async for desired in self._registry.assignments(self.epoch):
-            await self._reconcile(desired)
+        async with aclosing(self._registry.assignments(self.epoch)) as states:
+            async for desired in states:
+                await self._reconcile(desired)
         raise RegistryUnavailable("The registry ended the stream of assignments.", retry_after_s=RETRY_S)
 
     async def _reconcile(self, desired: DesiredState) -> None:

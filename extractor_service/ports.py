@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class NodeRegistry(Protocol):
     async def heartbeat(self, epoch: int, devices: Sequence[Device]) -> None:
         """Tells that this node lives."""
 
-    def assignments(self, epoch: int) -> AsyncIterator[DesiredState]:
+    def assignments(self, epoch: int) -> AsyncGenerator[DesiredState, None]:
         """Yields the whole desired state at once and after each change."""
 
     async def report_residency(self, epoch: int, report: ResidencyReport) -> None:
@@ -49,7 +49,9 @@ class Models(Protocol):
     async def get_model(self, model_id: str) -> ModelInfo:
         """Raises ModelNotFound."""
 
-    def acquire_lease(self, model_id: str, *, holder: str, wait_s: float) -> AsyncIterator[Lease | Transfer | int]:
+    def acquire_lease(
+        self, model_id: str, *, holder: str, wait_s: float
+    ) -> AsyncGenerator[Lease | Transfer | int, None]:
         """Yields queue positions and loading progress, and the lease last."""
 
     async def renew_lease(self, lease: Lease) -> None:
@@ -80,7 +82,11 @@ class Corpora(Protocol):
 class Runner(Protocol):
     """A process that holds one model."""
 
-    def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncIterator[Message]:
+    @property
+    def busy(self) -> bool:
+        """True while a command runs; the next one waits for its end."""
+
+    def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncGenerator[Message, None]:
         """Sends a command, yields its events up to one of `ends`; raises what `failed` says, or RunnerLost."""
 
     async def send(self, command: Message) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from extractor_service.errors import RunnerLost, error_for
 from extractor_service.runner_protocol import MAX_LINE_BYTES, Extract, Failed, Message, Stop, decode, encode
@@ -50,7 +50,12 @@ class RunnerProcess:
         """Process id."""
         return self._process.pid
 
-    async def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncIterator[Message]:
+    @property
+    def busy(self) -> bool:
+        """True while a command runs; the next one waits for its end."""
+        return self._busy.locked()
+
+    async def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncGenerator[Message, None]:
         """Sends a command and yields its events up to one of `ends`.
 
         Raises the error a `failed` event stands for, and RunnerLost if the process ends first.

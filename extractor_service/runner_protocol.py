@@ -11,7 +11,7 @@ server is gone, and the runner exits at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -41,14 +41,16 @@ class Load(Message):
 class Extract(Message):
     """Append rows to the set in `set_path` until the corpus ends, `max_rows` exist, or `stop`.
 
-    The set's manifest holds recipe and columns; the run goes on behind its last sealed segment. Rows from `grant_row`
-    on wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then `finished` or `failed`.
+    The set's manifest holds recipe and columns; the run goes on behind the last row sealed in all of `columns`. Rows
+    from `grant_row` on wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then `finished` or
+    `failed`.
     """
 
     KIND: ClassVar[str] = "extract"
     extraction_id: str
     set_path: str
     corpus_path: str
+    columns: Sequence[str] = ()  # empty: all columns of the set
     max_rows: int = 0  # 0: the whole corpus
     grant_row: int | None = None
     allow_non_finite: bool = False

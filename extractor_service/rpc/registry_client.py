@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -107,7 +107,7 @@ class RegistryClient:
         with self._errors():
             await self._nodes.Heartbeat(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
 
-    async def assignments(self, epoch: int) -> AsyncIterator[DesiredState]:
+    async def assignments(self, epoch: int) -> AsyncGenerator[DesiredState, None]:
         """Yields the whole desired state at once and after each change."""
         request = node_service_pb2.WatchAssignmentsRequest(node_id=self.node_id, epoch=epoch)
         call = self._nodes.WatchAssignments(request, metadata=self._metadata)
@@ -166,7 +166,7 @@ class RegistryClient:
 
     async def acquire_lease(
         self, model_id: str, *, holder: str, wait_s: float
-    ) -> AsyncIterator[Lease | Transfer | int]:
+    ) -> AsyncGenerator[Lease | Transfer | int, None]:
         """Yields queue positions and loading progress, and the lease last."""
         request = residency_service_pb2.AcquireLeaseRequest(
             model_id=model_id, node_id=self.node_id, holder=holder, ttl_s=LEASE_TTL_S, wait_s=wait_s

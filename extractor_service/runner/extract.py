@@ -41,13 +41,14 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     """
     manifest = Manifest.load(Path(command.set_path))
     recipe = Recipe.from_json(manifest.identity["recipe"])
-    columns = [column for column in manifest.columns if not column.is_provenance]
+    written = command.columns or [column.name for column in manifest.columns]
+    columns = [column for column in map(manifest.column, written) if not column.is_provenance]
     sites = resolve(loaded.model, [column.name for column in columns])
     _check_context(recipe, loaded.model)
     with DocumentReader(Path(command.corpus_path)) as reader:
         tokenizer = Tokenizer.load(loaded.files_path, ids_only=reader.tokenized)
         packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
-        with SetWriter.open(Path(command.set_path)) as writer:
+        with SetWriter.open(Path(command.set_path), written) as writer:
             job = _Job(
                 command=command,
                 gate=gate,
@@ -58,7 +59,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
                 packer=packer,
                 emit=emit,
             )
-            complete = manifest.complete or job.run()
+            complete = manifest.total_rows == writer.next_row or job.run()
     emit(
         Finished(
             extraction_id=command.extraction_id,

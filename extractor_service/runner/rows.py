@@ -51,7 +51,8 @@ class RowSource:
         """
         end = first + reservation.n_rows
         for name, values in self._provenance.items():
-            np.frombuffer(reservation.columns[name], dtype=np.int32)[:] = values[first:end]
+            if name in reservation.columns:  # Not where columns are added to rows that exist.
+                np.frombuffer(reservation.columns[name], dtype=np.int32)[:] = values[first:end]
         return sum(self._copy_column(column, reservation.columns[column.name], first, end) for column in self._columns)
 
     def _copy_column(self, column: ColumnSpec, memory: memoryview, first: int, end: int) -> int:

@@ -364,3 +364,20 @@ def test_golden_segment_header():
     )
 
     assert header_bytes(HOOK, first_row=20, n_rows=4) == (4088).to_bytes(8, "little") + text + b" " * (4088 - len(text))
+
+
+def test_a_segment_of_other_columns_is_sealed_whole_or_not_at_all(tmp_path):
+    make_set(tmp_path, columns=(*PROVENANCE, HOOK))
+    with SetWriter.open(tmp_path) as writer:
+        write_rows(writer, 20, columns=(*PROVENANCE, HOOK))
+    Manifest.update(tmp_path, lambda manifest: manifest.with_columns([HALF]))
+
+    with SetWriter.open(tmp_path, [HALF.name]) as writer:
+        write_rows(writer, 14, columns=[HALF])
+        writer.seal()
+        assert writer.next_row == 10
+
+    assert SegmentIndex.load(tmp_path).n_rows(names()) == 10
+    with SetWriter.open(tmp_path, [HALF.name]) as writer:
+        write_rows(writer, 10, columns=[HALF])
+    assert read_all(SetReader(tmp_path, names()), 20) == expected(COLUMNS, 0, 20)

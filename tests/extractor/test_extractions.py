@@ -200,6 +200,7 @@ async def test_window_stops_the_forward_pass_behind_a_reader_that_stops(extracto
         await extractor.until(lambda: job.value.n_rows > stopped_at)
     finally:
         stream.close()
+        await job.cancel()
 
 
 async def test_window_gives_every_row_although_it_never_holds_them_all(extractor):
@@ -357,3 +358,68 @@ async def test_ended_window_is_not_computed_again_after_a_restart(start_extracto
 
     assert all(job.value.state.ended for job in extractor.extractions.list())
     await extractor.until(lambda: not job.folder.exists())
+
+
+async def test_a_new_hookpoint_is_a_new_column_of_the_same_set(extractor, start_extractor):
+    extractor.add_corpus(documents(400, seed=31))
+    first = await extractor.extract(hookpoints=("blocks.1.hook_resid_post",))
+    one, _, _ = await extractor.read(first)
+    both = await extractor.extract(hookpoints=("blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"))
+    content, firsts, end = await extractor.read(both)
+    other = await start_extractor()
+    other.add_corpus(documents(400, seed=31))
+    at_once, _, _ = await other.read(
+        await other.extract(hookpoints=("blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"))
+    )
+
+    assert both.folder == first.folder
+    assert firsts == sorted(set(firsts))
+    assert end.n_rows == n_rows_of(31)
+    assert content == at_once
+    assert {name: content[name] for name in one} == one
+    again = await extractor.extract(hookpoints=("blocks.0.hook_mlp_out",))
+    assert (await extractor.read(again))[2].n_rows == n_rows_of(31)
+    assert again.value.cached
+
+
+async def test_columns_of_different_length_are_brought_level(extractor):
+    extractor.add_corpus(documents(400, seed=32))
+    await extractor.read(await extractor.extract(hookpoints=("blocks.1.hook_resid_post",), max_rows=5000))
+    await extractor.read(await extractor.extract(hookpoints=("blocks.2.hook_resid_pre",), max_rows=700))
+
+    job = await extractor.extract(hookpoints=("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"))
+    content, firsts, end = await extractor.read(job)
+
+    assert end.n_rows == n_rows_of(32)
+    assert firsts == sorted(set(firsts))
+    # What enters block 2 is what left block 1.
+    assert content["blocks.1.hook_resid_post"] == content["blocks.2.hook_resid_pre"]
+
+
+async def test_cancelling_while_a_column_is_added_leaves_a_set_that_goes_on(extractor):
+    extractor.add_corpus(documents(3000, seed=33))
+    await extractor.read(await extractor.extract(hookpoints=("blocks.1.hook_resid_post",)))
+    job = await extractor.extract(hookpoints=("blocks.2.hook_resid_pre",))
+    await extractor.until(lambda: job.value.n_rows > 0)
+    await job.cancel()
+    await extractor.until(lambda: job.value.state.ended)
+
+    again = await extractor.extract(hookpoints=("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"))
+    content, _, _ = await extractor.read(again)
+
+    assert content["blocks.1.hook_resid_post"] == content["blocks.2.hook_resid_pre"]
+
+
+async def test_an_extraction_behind_another_one_says_that_it_is_queued(extractor):
+    extractor.add_corpus(documents(3000, seed=34))
+    first = await extractor.extract(retention=WINDOW)
+    await extractor.until(lambda: first.value.state == ExtractionState.WAITING)
+    extractor.add_corpus(documents(400, seed=35))
+
+    second = await extractor.extract()
+    await extractor.until(lambda: second.value.queue_position == 1)
+
+    assert second.value.state == ExtractionState.QUEUED
+    await first.cancel()
+    assert (await extractor.read(second))[2].n_rows == n_rows_of(35)
+    assert second.value.queue_position == 0
