@@ -273,6 +273,7 @@ async def test_rows_that_went_by_are_out_of_range(extractor):
 
     assert int(caught.value.metadata["first_available_row"]) > 0
     stream.close()
+    await job.cancel()
 
 
 @pytest.mark.parametrize(
