@@ -273,7 +273,7 @@ class System:
             for process in (self.extractor, self.registry):
                 if process.running:
                     process.terminate()
-            gone, left = psutil.wait_procs(runners, timeout=10)
+            _, left = psutil.wait_procs(runners, timeout=10)
             assert not left
         finally:
             for process in (self.extractor, self.registry):

@@ -88,9 +88,7 @@ def alive_afterwards(system):
 
 def start_request(**changes):
     spec = {"model_id": MODEL, "corpus_id": "docs", "hookpoints": [HOOKPOINT]} | changes
-    return service_pb.StartExtractionRequest(
-        request_id=str(uuid.uuid4()), spec=extraction_pb.ExtractionSpec(**spec)
-    )
+    return service_pb.StartExtractionRequest(request_id=str(uuid.uuid4()), spec=extraction_pb.ExtractionSpec(**spec))
 
 
 @pytest.mark.parametrize(

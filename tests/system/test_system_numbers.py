@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pydoc_data.topics
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -80,7 +80,8 @@ def test_watches_end_with_the_server_and_go_on_after_its_restart(fragile, superv
     with fragile.client.chunks(extraction, **NARROW) as stream:
         next(stream)
         eventually(
-            lambda: fragile.client.extractions.get(extraction.id).state is ExtractionState.WAITING, "it is in the middle"
+            lambda: fragile.client.extractions.get(extraction.id).state is ExtractionState.WAITING,
+            "it is in the middle",
         )
         assert fragile.extractor.terminate() == 0
         fragile.extractor.start()
