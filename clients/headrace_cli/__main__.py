@@ -10,6 +10,8 @@ from headrace_cli.settings import Defaults
 
 def main() -> None:
     """Runs the command line; HEADRACE_REGISTRY and HEADRACE_TOKEN stand in for options that are not given."""
+    # gRPC's core would print lines of its own between ours, and between the JSON lines of the servers started here.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app(
         obj=Defaults(
             registry=os.environ.get("HEADRACE_REGISTRY") or None, token=os.environ.get("HEADRACE_TOKEN") or None

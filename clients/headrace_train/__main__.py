@@ -14,6 +14,7 @@ from headrace_train.arguments import DEFAULT_REGISTRY, Arguments, parse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one training; returns the exit code. HEADRACE_REGISTRY and HEADRACE_TOKEN stand in for their options."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would print into the progress.
     arguments = parse(argv, registry=os.environ.get("HEADRACE_REGISTRY") or DEFAULT_REGISTRY)
     try:
         return _run(arguments, os.environ.get("HEADRACE_TOKEN") or None)
