@@ -134,13 +134,14 @@ class Process:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Starts it and waits until it serves."""
+        """Starts it and waits until it serves, or until the tests kill it."""
         self._ready_file.unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=log, env=environment)
-        eventually(lambda: self._ready_file.exists() or not self.running, f"{self.name} serves")
-        assert self.running, self.log_path.read_text()[-3000:]
+            process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=log, env=environment)
+        self._process = process
+        eventually(lambda: self._ready_file.exists() or process.poll() is not None, f"{self.name} serves")
+        assert process.returncode in (None, -signal.SIGKILL), self.log_path.read_text()[-3000:]
 
     def kill(self) -> None:
         """kill -9."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from pathlib import Path
 
+import grpc
 import pytest
+from fix_postgres import refusal_of
 from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, eventually, read, texts
+from grpc import StatusCode
+from headrace.registry.v1 import model_service_pb2, model_service_pb2_grpc
 from headrace_client import errors
-from headrace_client.values import ExtractionState, Retain, Window
+from headrace_client.values import ExtractionState, Recipe, Retain, Window
 
+from activation_log.manifest import SEGMENT_BYTES
 from registry_service.postgres.embedded import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(300)
@@ -21,6 +27,13 @@ WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
 # So little is read ahead that a WINDOW stream is held up by its consumer.
 NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
 BOTH = pytest.mark.parametrize("retention", [Retain(), WINDOW], ids=["retain", "window"])
+RUNNING = ExtractionState.RUNNING
+# Rows of 2 KiB, so that a few passes fill a segment.
+EVERYTHING = [
+    f"blocks.{layer}.{site}"
+    for layer in range(4)
+    for site in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+]
 N_ROUNDS = int(os.environ.get("HEADRACE_FAULT_ROUNDS", "8"))
 FIRST_SEED = int(os.environ.get("HEADRACE_FAULT_SEED", "1"))
 
@@ -49,16 +62,9 @@ def in_the_middle(system, quiet, extraction, act, part=0.25):
 
 
 def all_is_well(system):
-    """Nothing is held any more, and the next extraction works from lease to last row."""
-    assert_no_leases(system)
+    """The next extraction works from its lease to its last row."""
     extraction = system.client.extractions.start(MODEL, system.variant(texts(20)), HOOKPOINT, recipe=SLOW)
     assert system.client.extractions.wait(extraction.id, deadline_s=PATIENCE_S).n_rows > 0
-    assert_no_leases(system)
-
-
-def assert_no_leases(system):
-    # A registry that was away when a lease was released finds that it expires, a minute later at most.
-    eventually(lambda: all(r.n_leases == 0 for r in system.client.residencies.list()), "no lease is held")
 
 
 # -- and back again ----------------------------------------------------------------------------------------------------
@@ -227,6 +233,40 @@ def _postmaster(system, supervisor, pause_s):
 VICTIMS = {"runner": _runner, "extractor": _extractor, "registry": _registry, "postmaster": _postmaster}
 
 
+@pytest.mark.fault
+def test_what_is_sealed_is_not_computed_again(fragile, supervisor):
+    documents = texts(1500, seed=3, longest=12)
+
+    def start_wide():
+        corpus = fragile.variant(documents)
+        return fragile.client.extractions.start(MODEL, corpus, EVERYTHING, recipe=Recipe(context_size=128))
+
+    whole = read(fragile.client, start_wide())
+    extraction = start_wide()
+    sealed = []
+
+    def act():
+        eventually(lambda: list(Path(extraction.path).glob("token_id/00000000.safetensors")), "a segment is sealed")
+        fragile.kill_runner()
+        resumed = eventually(
+            lambda: [x for x in [fragile.client.extractions.get(extraction.id)] if x.state is not RUNNING], "it resumes"
+        )
+        sealed.append(resumed[0].n_rows)
+        fragile.kill_extractor()
+        supervisor.later(0.5, fragile.extractor.start)
+
+    kill = At(int(int(whole["n_rows"]) * 0.7), act)
+
+    assert read(fragile.client, extraction, on_rows=kill, chunk_bytes=1024 * 1024) == whole
+    assert sealed[0] == SEGMENT_BYTES // (16 * 32 * 4 + 3 * 4)
+
+
+@pytest.mark.fault
+def test_no_lease_outlives_its_holder(fragile):
+    """A registry that was away when a lease was released finds that it expires, a minute later."""
+    eventually(lambda: all(r.n_leases == 0 for r in fragile.client.residencies.list()), "no lease is held")
+
+
 # -- and never again ---------------------------------------------------------------------------------------------------
 
 
@@ -309,8 +349,11 @@ def test_a_database_that_stays_away_stops_no_stream_and_is_a_typed_error_for_the
 
         assert read(system.client, extraction, on_rows=kill) == quiet
         assert kill.done
-        with pytest.raises(errors.DatabaseUnavailable):
-            system.client.models.get(MODEL)
+        with pytest.raises((errors.DatabaseUnavailable, errors.DeadlineExceeded)):
+            system.connect(deadline_s=3.0).models.get(MODEL)
+        refusal = refusal_of_get(system)
+        assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+        assert refusal.retry_after_s > 0
 
         postgres.start()  # Somebody else's to bring back.
         assert system.client.models.get(MODEL).id == MODEL
@@ -318,3 +361,11 @@ def test_a_database_that_stays_away_stops_no_stream_and_is_a_typed_error_for_the
         system.stop()
     finally:
         postgres.stop()
+
+
+def refusal_of_get(system):
+    """What the registry itself answers: a bare channel does not try again."""
+    with grpc.insecure_channel(system.registry.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        stub = model_service_pb2_grpc.ModelServiceStub(channel)
+        stub.GetModel(model_service_pb2.GetModelRequest(model_id=MODEL), timeout=PATIENCE_S)
+    return refusal_of(caught.value)
