@@ -63,8 +63,8 @@ def measure(work_dir: Path, console: Console, *, rounds: int, seconds: float) ->
     for kind, values in rates.items():
         console.print(f"  {kind:10} {median(values):6,.0f} rows/s ({min(values):,.0f} to {max(values):,.0f})")
     return [
-        compare("rows: services vs bare forward", rates["headrace"], rates["bare"], target=0.9, unit="rows/s"),
-        compare("rows: services vs padded batches", rates["headrace"], rates["plain"], target=3.0, unit="rows/s"),
+        compare("rows vs bare forward pass", rates["headrace"], rates["bare"], target=0.9, unit="rows/s"),
+        compare("rows vs padded batches", rates["headrace"], rates["plain"], target=3.0, unit="rows/s"),
     ]
 
 

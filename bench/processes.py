@@ -81,9 +81,11 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         _end(self._process)
+        self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

@@ -39,7 +39,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int, set_bytes: int = S
             f"{cpu:.2f} s of CPU a GB"
         )
     return [
-        compare(f"wire: replay vs {name}", rates["headrace"], rates[kind], target=target, unit="MB/s")
+        compare(f"wire vs {name}", rates["headrace"], rates[kind], target=target, unit="MB/s")
         for kind, name, target in TARGETS
     ]
 
