@@ -105,11 +105,14 @@ class Node:
 
     async def runner_for(self, residency_id: str, deadline_s: float) -> tuple[Runner, Assignment]:
         """Waits until a residency is loaded here; WaitTimeout past the deadline, RunnerLost if it is given up."""
-        end = time.monotonic() + deadline_s
+        end, desired = time.monotonic() + deadline_s, self._desired
         while time.monotonic() < end:
             holding = self._holdings.get(residency_id)
             if holding and holding.loaded.is_set() and holding.runner:
                 return holding.runner, holding.assignment
+            # Not wanted since: a registry that was away may have granted what had died meanwhile.
+            if holding is None and self._desired is not desired and not self._desired.holds(residency_id):
+                raise RunnerLost(f"Residency {residency_id} ended as it was granted; try again.", retry_after_s=RETRY_S)
             await asyncio.sleep(0.05)
         raise WaitTimeout(
             f"Residency {residency_id} was granted but is not on this node after {deadline_s:.0f} s; try again.",
@@ -144,6 +147,7 @@ class Node:
         raise RegistryUnavailable("The registry ended the stream of assignments.", retry_after_s=RETRY_S)
 
     async def _reconcile(self, desired: DesiredState) -> None:
+        self._desired = desired
         wanted = {a.residency_id: a for a in desired.assignments if a.hold}
         ending = {a.residency_id: a for a in desired.assignments if not a.hold}
         for residency_id in [r for r in self._holdings if r not in wanted]:

@@ -106,6 +106,10 @@ class DesiredState:
     assignments: tuple[Assignment, ...] = ()
     builds: tuple[Build, ...] = ()
 
+    def holds(self, residency_id: str) -> bool:
+        """True if the node shall hold that residency."""
+        return any(each.hold and each.residency_id == residency_id for each in self.assignments)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyReport:
