@@ -1,8 +1,8 @@
 """The whole of Headrace as a person runs it: registry, extractor, runners and Postgres as processes, real sockets.
 
-`system` is one pair for the whole session, with tokens on, for tests that break nothing. `fragile` is one a module, for
-tests that kill and restart; every test must leave it running. `start_system` starts more. Whatever is left at the end
-is ended by its process id.
+`system` is one pair for the whole session, with tokens on, for tests that break nothing; `fragile` another, for tests
+that kill and restart: every one must leave it running. `start_system` starts more. Whatever is left at the end is ended
+by its process id.
 """
 
 # ruff: noqa: PLC0415 -- torch is imported by the tests that need it, not by every run
@@ -217,14 +217,14 @@ class System:
         return corpus_id
 
     def runners(self) -> list[psutil.Process]:
-        """The extractor's children that hold models."""
+        """The extractor's children that hold models, the oldest first."""
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.extractor.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if "extractor_service.runner" in child.cmdline():
                         found.append(child)
-        return found
+        return sorted(found, key=lambda child: child.create_time())
 
     def postmaster(self) -> psutil.Process | None:
         """The embedded Postgres, while it lives."""
@@ -354,12 +354,13 @@ def start_system(tmp_path_factory):
         yield start
 
 
-@pytest.fixture(scope="module")
-def fragile(start_system, text_llama):
+@pytest.fixture(scope="session")
+def fragile(tmp_path_factory, text_llama):
     """A pair to be killed and restarted; it knows the model `tiny`."""
-    started = start_system(models_root=text_llama.parent)
-    started.add_model(MODEL, text_llama)
-    return started
+    with systems(tmp_path_factory.mktemp("fragile")) as start:
+        started = start(models_root=text_llama.parent)
+        started.add_model(MODEL, text_llama)
+        yield started
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -34,9 +34,11 @@ def start(system, retention):
     )
 
 
-def test_sigterm_ends_open_streams_in_the_grace_and_they_resume_after_the_restart(fragile, quiet, supervisor):
+def test_sigterm_ends_streams_and_watches_in_the_grace_and_they_go_on_after_the_restart(fragile, quiet, supervisor):
     extraction = start(fragile, WINDOW)
-    raw, stopped = [], []
+    raw, stopped, watched = [], [], []
+    watching = threading.Thread(target=lambda: watched.extend(watch_to_the_end(fragile, extraction)))
+    watching.start()
 
     def act():
         reading = threading.Thread(target=lambda: raw.append(refusal_of_stream(fragile, extraction.id)))
@@ -50,6 +52,8 @@ def test_sigterm_ends_open_streams_in_the_grace_and_they_resume_after_the_restar
     stop = At(int(quiet["n_rows"]) // 4, act)
 
     assert read(fragile.client, extraction, on_rows=stop, **NARROW) == quiet
+    watching.join(PATIENCE_S)
+    assert watched[-1] is ExtractionState.DONE
     assert stopped[0][0] == 0
     assert stopped[0][1] < GRACE_S + 2.0
     assert (raw[0].code, raw[0].reason) == (StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
@@ -70,26 +74,6 @@ def refusal_of_stream(system, extraction_id):
         except grpc.RpcError as exc:
             return refusal_of(exc)
     raise AssertionError("the stream ended well")
-
-
-def test_watches_end_with_the_server_and_go_on_after_its_restart(fragile, supervisor):
-    extraction = start(fragile, WINDOW)
-    seen = []
-    watching = threading.Thread(target=lambda: seen.extend(watch_to_the_end(fragile, extraction)))
-    watching.start()
-    with fragile.client.chunks(extraction, **NARROW) as stream:
-        next(stream)
-        eventually(
-            lambda: fragile.client.extractions.get(extraction.id).state is ExtractionState.WAITING,
-            "it is in the middle",
-        )
-        assert fragile.extractor.terminate() == 0
-        fragile.extractor.start()
-        for _ in stream:
-            pass
-    watching.join(PATIENCE_S)
-
-    assert seen[-1] is ExtractionState.DONE
 
 
 def watch_to_the_end(system, extraction):
