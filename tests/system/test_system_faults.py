@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from fix_postgres import refusal_of
-from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, eventually, read, texts
+from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, columns_of, eventually, read, texts
 from grpc import StatusCode
 from headrace.registry.v1 import model_service_pb2, model_service_pb2_grpc
 from headrace_client import errors
@@ -105,6 +106,31 @@ def test_rows_come_once_although_the_extractor_is_killed(fragile, quiet, supervi
 
     assert read(fragile.client, extraction, on_rows=kill, **NARROW) == quiet
     assert kill.done
+
+
+@pytest.mark.fault
+def test_tensors_come_once_although_runner_and_extractor_are_killed(fragile, quiet, supervisor):
+    extraction = start(fragile, WINDOW)
+
+    def kill_extractor():
+        fragile.kill_extractor()
+        supervisor.later(0.5, fragile.extractor.start)
+
+    n_rows = int(quiet["n_rows"])
+    kills = [At(n_rows // 4, fragile.kill_runner), At(n_rows // 2, kill_extractor)]
+    hashes = {name: hashlib.sha256() for name in columns_of(extraction)}
+    with fragile.client.activations(
+        extraction, columns=columns_of(extraction), batch_size=100, queue_bytes=64 * 1024, chunk_bytes=8 * 1024
+    ) as batches:
+        for batch in batches:
+            for name, tensor in batch.items():
+                hashes[name].update(tensor.numpy())
+            for kill in kills:
+                kill(batches.next_row)
+        assert batches.epoch == 1
+
+    assert all(kill.done for kill in kills)
+    assert {name: each.hexdigest() for name, each in hashes.items()} | {"n_rows": str(n_rows)} == quiet
 
 
 @pytest.mark.fault
