@@ -76,7 +76,7 @@ def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview]) -> 
     return b"".join((outer, head, padding, tail, *parts))
 
 
-def decode_chunk(message: bytes) -> Chunk | None:
+def decode_chunk(message: bytes | memoryview) -> Chunk | None:
     """Parses a message into views of itself; None if it holds something other than a chunk.
 
     Raises FrameError if the message is damaged.
@@ -92,7 +92,7 @@ def decode_chunk(message: bytes) -> Chunk | None:
         raise FrameError("a chunk ends in the middle of a field") from exc
 
 
-def _decode_fields(message: bytes, at: int) -> Chunk:
+def _decode_fields(message: bytes | memoryview, at: int) -> Chunk:
     first_row = n_rows = 0
     offsets: list[int] = []
     payload = memoryview(b"")
@@ -106,14 +106,14 @@ def _decode_fields(message: bytes, at: int) -> Chunk:
             continue
         start, end = _bounds(message, tag, at)
         if tag == _PAYLOAD:
-            payload = memoryview(message)[start:end]
+            payload = memoryview(message)[start:end].toreadonly()
         elif tag == _COLUMN_OFFSETS:
             offsets += _get_varints(message, start, end)
         at = end
     return Chunk(first_row, n_rows, tuple(offsets), payload)
 
 
-def _bounds(message: bytes, tag: int, at: int) -> tuple[int, int]:
+def _bounds(message: bytes | memoryview, tag: int, at: int) -> tuple[int, int]:
     """Start and end of the content of the length-delimited field whose length stands at `at`."""
     if tag & 7 != 2:
         raise FrameError(f"wire type {tag & 7} in a chunk")
@@ -123,7 +123,7 @@ def _bounds(message: bytes, tag: int, at: int) -> tuple[int, int]:
     return at, at + length
 
 
-def _get_varints(message: bytes, at: int, end: int) -> list[int]:
+def _get_varints(message: bytes | memoryview, at: int, end: int) -> list[int]:
     values = []
     while at < end:
         value, at = _get_varint(message, at)
@@ -170,7 +170,7 @@ def _put_varint(out: bytearray, value: int) -> None:
     out.append(value)
 
 
-def _get_varint(message: bytes, at: int) -> tuple[int, int]:
+def _get_varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
     """Value and the offset behind it."""
     value = shift = 0
     while True:

@@ -33,10 +33,13 @@ _LOG = logging.getLogger("headrace_client")
 
 
 class Messages(Protocol):
-    """The raw messages of one connection."""
+    """The serialized messages of one connection."""
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[memoryview]:
         """Raises HeadraceError when the connection breaks."""
+
+    def tend(self) -> None:
+        """Keeps the connection alive while no message is asked for."""
 
     def close(self) -> None:
         """Cancels it, from any thread."""
@@ -197,11 +200,11 @@ class Prefetcher:
                     greeted = True
                 elif not greeted:
                     raise DataLoss("rows came before the stream's header")
-                elif not self._rows(chunk, outage):
+                elif not self._rows(chunk, messages, outage):
                     return False
         raise Unavailable("the stream ended without its end message")
 
-    def _rows(self, chunk: frames.Chunk, outage: Outage) -> bool:
+    def _rows(self, chunk: frames.Chunk, messages: Messages, outage: Outage) -> bool:
         """Checks and queues a chunk; False when stopped."""
         assert self.header is not None
         if chunk.first_row != self._next_row or chunk.n_rows < 1:
@@ -211,15 +214,15 @@ class Prefetcher:
             )
         outage.row()
         self.state = StreamState.STREAMING
-        going_on = self.queue.put(_cut(chunk, self.header.columns))
+        going_on = self.queue.put(_cut(chunk, self.header.columns), while_full=messages.tend)
         self._next_row = chunk.first_row + chunk.n_rows
         self.n_rows_committed = max(self.n_rows_committed, self._next_row)
         outage.alive()  # The wait for room in the queue was no silence.
         return going_on
 
-    def _event(self, message: bytes, outage: Outage) -> bool:
+    def _event(self, message: memoryview, outage: Outage) -> bool:
         """Takes a header, a progress or an end; True for the end."""
-        event = convert.stream_event_from_pb(message)
+        event = convert.stream_event_from_pb(bytes(message))
         match event.WhichOneof("event"):
             case "header":
                 self._greet(convert.header_from_pb(event.header))
@@ -262,14 +265,14 @@ def _keep_freed_memory() -> None:
     bytes(_LARGEST_CHUNK_BYTES)  # Mapped, never touched, freed at once.
 
 
-def _decode(message: bytes) -> frames.Chunk | None:
+def _decode(message: memoryview) -> frames.Chunk | None:
     try:
         chunk = frames.decode_chunk(message)
     except frames.FrameError as exc:
         raise DataLoss(f"a message of the stream is damaged: {exc}") from exc
     if chunk is not None:
         return chunk
-    event = convert.stream_event_from_pb(message)
+    event = convert.stream_event_from_pb(bytes(message))
     if event.WhichOneof("event") != "chunk":
         return None
     pb = event.chunk  # Framed by somebody else, with its fields in another order.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from headrace_client.chunk import ActivationChunk
+
+_PAUSE_S = 2.0  # A server's ping waits no longer than this for its answer.
 
 
 class ChunkQueue:
@@ -40,14 +43,15 @@ class ChunkQueue:
         """True when every chunk was taken and none will follow."""
         return self._finished and self._drained
 
-    def put(self, chunk: ActivationChunk) -> bool:
-        """Appends a chunk as soon as there is room; False once closed. Waits as long as the consumer takes its time."""
+    def put(self, chunk: ActivationChunk, while_full: Callable[[], None]) -> bool:
+        """Appends a chunk as soon as there is room; False once closed.
+
+        Waits as long as the consumer takes its time, and calls `while_full` every few seconds meanwhile.
+        """
         if not self._has_room(chunk):
             began = time.monotonic()
-            with self._room:
-                self._producer_waits = True  # Before looking again: whoever takes a chunk from now on will notify.
-                self._room.wait_for(lambda: self._has_room(chunk))  # Ends with take() or close().
-                self._producer_waits = False
+            while not self._room_for(chunk, _PAUSE_S):
+                while_full()
             self.put_wait_s += time.monotonic() - began
         if self._closed:
             return False
@@ -110,6 +114,13 @@ class ChunkQueue:
             return None
         finally:
             self.take_wait_s += time.monotonic() - began
+
+    def _room_for(self, chunk: ActivationChunk, wait_s: float) -> bool:
+        with self._room:
+            self._producer_waits = True  # Before looking again: whoever takes a chunk from now on will notify.
+            there_is = self._room.wait_for(lambda: self._has_room(chunk), wait_s)
+            self._producer_waits = False
+        return there_is
 
     def _has_room(self, chunk: ActivationChunk) -> bool:
         queued_bytes = self._put_bytes - self._taken_bytes

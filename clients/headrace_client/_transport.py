@@ -1,4 +1,4 @@
-"""Channels, calls and errors: the only file that imports grpc.
+"""Channels, calls and errors: the only file that imports grpc. Streams of rows go over `_http2` instead.
 
 An `Endpoint` is one server. Its calls are named `Service.Method`, take the request's fields and give the answer's
 message; `_convert` turns messages into values. Every call has a deadline, carries the bearer token and raises a
@@ -24,17 +24,16 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
-from grpc.experimental import ChannelOptions
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 from headrace.registry.v1 import activation_set_service_pb2, model_service_pb2, residency_service_pb2
 
 from headrace_client import errors
+from headrace_client._http2 import STATUS_DETAILS_KEY, CallFailed, SocketCall, authority, connect
 
 DEADLINE_S = 30.0
 SILENCE_S = 45.0  # Three heartbeats of the servers.
 STREAM_LIFE_S = 6 * 3600.0  # No call without a deadline; a stream that reaches it reconnects.
 MAX_RECEIVE_BYTES = 17 * 1024 * 1024  # A chunk of 16 MiB and its frame.
-STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _SERVICES = (
     model_service_pb2,
     residency_service_pb2,
@@ -100,7 +99,7 @@ def _service_config() -> str:
     return json.dumps({"methodConfig": [{"name": names, "retryPolicy": retry}]})
 
 
-def _options(address: str, *, own_connection: bool) -> list[tuple[str, Any]]:
+def _options(address: str) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         # The servers permit a ping every 10 s, and close connections that ping more often.
         ("grpc.keepalive_time_ms", 30_000),
@@ -114,10 +113,6 @@ def _options(address: str, *, own_connection: bool) -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
-    if own_connection:
-        options.append(("grpc.use_local_subchannel_pool", 1))
-        # The thread that reads is the one that waits for the network: no other wakes it for every message.
-        options.append((ChannelOptions.SingleThreadedUnaryStream, 1))
     if address.rsplit(":", 1)[0] in ("127.0.0.1", "localhost", "[::1]"):
         options.append(("grpc.enable_http_proxy", 0))
     return options
@@ -131,23 +126,17 @@ def new_request_id() -> str:
 class Endpoint:
     """One server. Threads may share it."""
 
-    def __init__(
-        self, address: str, security: Security, *, deadline_s: float = DEADLINE_S, own_connection: bool = False
-    ) -> None:
+    def __init__(self, address: str, security: Security, *, deadline_s: float = DEADLINE_S) -> None:
         self.address = address
         self.security = security
         self._deadline_s = deadline_s
         self._metadata = (("authorization", f"Bearer {security.token}"),) if security.token else ()
-        options = _options(address, own_connection=own_connection)
+        options = _options(address)
         if security.ca_pem is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(security.ca_pem), options)
         self._closed = False
-
-    def sibling(self) -> Endpoint:
-        """Returns the same server over a connection of its own, which the caller closes."""
-        return Endpoint(self.address, self.security, deadline_s=self._deadline_s, own_connection=True)
 
     def unary(self, method: str, *, deadline_s: float | None = None, **fields: Any) -> Any:
         """Calls `Service.Method` and returns its answer."""
@@ -183,19 +172,35 @@ class Endpoint:
         *,
         silence_s: float = SILENCE_S,
         life_s: float = STREAM_LIFE_S,
-        raw: bool = False,
         **fields: Any,
     ) -> ServerStream:
-        """Opens `Service.Method`; `raw` leaves its messages as bytes."""
+        """Opens `Service.Method`."""
         known = _methods()[method]
         call = self._channel.unary_stream(
             known.path,
             request_serializer=known.request.SerializeToString,
-            response_deserializer=None if raw else known.response.FromString,
+            response_deserializer=known.response.FromString,
         )
         with self._mapped_errors():
             opened = call(_request(known, fields), timeout=life_s, metadata=self._metadata)
         return ServerStream(opened, silence_s=silence_s, address=self.address)
+
+    @contextlib.contextmanager
+    def raw_stream(
+        self, method: str, *, silence_s: float = SILENCE_S, life_s: float = STREAM_LIFE_S, **fields: Any
+    ) -> Iterator[RawStream]:
+        """Opens `Service.Method` over a connection of its own; its messages are serialized ones."""
+        known = _methods()[method]
+        request = _request(known, fields).SerializeToString()
+        if self._closed:
+            raise _client_closed()
+        with self._mapped_errors():
+            sock = connect(self.address, self.security.ca_pem)
+        with contextlib.closing(sock):
+            call = SocketCall(sock, MAX_RECEIVE_BYTES)
+            call.start(known.path, request, self._metadata, authority=authority(self.address), life_s=life_s)
+            with RawStream(call, silence_s=silence_s, address=self.address) as stream:
+                yield stream
 
     def health(self, service: str = "", *, deadline_s: float | None = None) -> str:
         """Asks the standard health service. Returns SERVING, NOT_SERVING, SERVICE_UNKNOWN or UNKNOWN."""
@@ -216,12 +221,12 @@ class Endpoint:
     def _mapped_errors(self) -> Iterator[None]:
         try:
             yield
-        except grpc.RpcError as exc:
+        except (grpc.RpcError, CallFailed) as exc:
             raise error_from_rpc(exc, self.address) from exc
         except ValueError as exc:
             if not self._closed:
                 raise
-            raise errors.Cancelled("the client is closed", reason="CLIENT_CLOSED") from exc
+            raise _client_closed() from exc
 
 
 class _Remembering:
@@ -270,7 +275,7 @@ class ServerStream:
         except StopIteration:
             self.close()
             raise
-        except grpc.RpcError as exc:
+        except (grpc.RpcError, CallFailed) as exc:
             self.close()
             raise self._error(exc) from exc
         finally:
@@ -288,7 +293,7 @@ class ServerStream:
         self._closed.set()
         self._call.cancel()
 
-    def _error(self, exc: grpc.RpcError) -> errors.HeadraceError:
+    def _error(self, exc: grpc.RpcError | CallFailed) -> errors.HeadraceError:
         if self._silent:
             message = f"{self._address} sent nothing, not even a heartbeat, for {self._silence_s:g} s"
             return errors.StreamSilent(message)
@@ -304,6 +309,26 @@ class ServerStream:
                 return
 
 
+class RawStream(ServerStream):
+    """The serialized messages of a call over a connection of its own."""
+
+    def __init__(self, call: SocketCall, *, silence_s: float, address: str) -> None:
+        super().__init__(call, silence_s=silence_s, address=address)
+        self._socket_call = call
+
+    def tend(self) -> None:
+        """Keeps the connection alive while the reader pauses; call it every few seconds."""
+        self._waiting_since = time.monotonic()  # A message that stops halfway is silence here too.
+        try:
+            self._socket_call.tend()
+        finally:
+            self._waiting_since = None
+
+
+def _client_closed() -> errors.Cancelled:
+    return errors.Cancelled("the client is closed", reason="CLIENT_CLOSED")
+
+
 def _request(method: _Method, fields: dict[str, Any]) -> Any:
     try:
         return method.request(**fields)
@@ -314,14 +339,14 @@ def _request(method: _Method, fields: dict[str, Any]) -> Any:
 # Errors
 
 
-def error_from_rpc(exc: grpc.RpcError, address: str, *, streaming: bool = False) -> errors.HeadraceError:
+def error_from_rpc(exc: grpc.RpcError | CallFailed, address: str, *, streaming: bool = False) -> errors.HeadraceError:
     """Turns a failed call into the error class of its reason, or of its code where the server gave none.
 
     A stream that breaks in the transport shows as one of several codes, without a reason: all are UNAVAILABLE here.
     """
-    code = exc.code().name if isinstance(exc, grpc.Call) and exc.code() else "UNKNOWN"
-    text = (exc.details() if isinstance(exc, grpc.Call) else None) or str(exc)
-    facts = _facts(exc)
+    failed = exc if isinstance(exc, CallFailed) else _failure(exc)
+    code, text = failed.code, failed.text
+    facts = _facts(failed.details)
     reason = facts.pop("reason", "")
     if not reason and code == "RESOURCE_EXHAUSTED" and "larger than max" in text:
         reason = "MESSAGE_TOO_LARGE"
@@ -332,27 +357,29 @@ def error_from_rpc(exc: grpc.RpcError, address: str, *, streaming: bool = False)
     return errors.error_class(code, reason)(text, reason=reason or ("" if code in errors.BY_CODE else code), **facts)
 
 
-def _facts(exc: grpc.RpcError) -> dict[str, Any]:
-    """Reason, metadata, fields and retry delay from the details of a google.rpc.Status in the trailing metadata."""
+def _failure(exc: grpc.RpcError) -> CallFailed:
+    if not isinstance(exc, grpc.Call):
+        return CallFailed("UNKNOWN", str(exc))
+    code = exc.code().name if exc.code() else "UNKNOWN"
+    trailing: Any = exc.trailing_metadata() or ()
+    details = next((value for key, value in trailing if key == STATUS_DETAILS_KEY), b"")
+    return CallFailed(code, exc.details() or str(exc), details)
+
+
+def _facts(details: bytes) -> dict[str, Any]:
+    """Reason, metadata, fields and retry delay from a google.rpc.Status."""
     facts: dict[str, Any] = {}
     metadata: dict[str, str] = {}
-    for detail in _details(exc):
+    try:
+        status = status_pb2.Status.FromString(details)
+    except DecodeError:
+        status = status_pb2.Status()
+    for detail in status.details:
         for kind, read in _READERS.items():
             message = GetMessageClass(kind.DESCRIPTOR)()
             if detail.Is(kind.DESCRIPTOR) and detail.Unpack(message):
                 read(message, facts, metadata)
     return {**facts, "metadata": metadata}
-
-
-def _details(exc: grpc.RpcError) -> Iterable[Any]:
-    trailing: Any = exc.trailing_metadata() if isinstance(exc, grpc.Call) else None
-    for key, value in trailing or ():
-        if key == STATUS_DETAILS_KEY:
-            try:
-                return tuple(status_pb2.Status.FromString(value).details)
-            except DecodeError:
-                return ()
-    return ()
 
 
 def _read_info(info: Any, facts: dict[str, Any], metadata: dict[str, str]) -> None:

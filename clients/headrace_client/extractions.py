@@ -6,12 +6,12 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from headrace_client import _convert as convert
 from headrace_client._nodes import Nodes, Place, pages
-from headrace_client._transport import SILENCE_S, STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
+from headrace_client._transport import SILENCE_S, STREAM_LIFE_S, Endpoint, RawStream, ServerStream, new_request_id
 from headrace_client._watch import watch
 from headrace_client.errors import BY_REASON, DeadlineExceeded, ExtractionCancelled, HeadraceError
 from headrace_client.values import (
@@ -177,7 +177,7 @@ class StreamRequest:
 
 @dataclass(kw_only=True)
 class StreamSource:
-    """Opens a stream's connections, each with a TCP connection of its own, so that a hung one is not used again."""
+    """Opens a stream's connections, each a socket of its own, so that a hung one is not used again."""
 
     nodes: Nodes
     place: Place
@@ -185,29 +185,22 @@ class StreamSource:
     request: StreamRequest
     relocate: Callable[[str, Place], Place]
 
-    @contextmanager
-    def open(self, start_row: int, *, again: bool) -> Iterator[ServerStream]:
+    def open(self, start_row: int, *, again: bool) -> AbstractContextManager[RawStream]:
         """Connects; `again` asks the registry for the node's address first."""
         if again:
             self.place = self.relocate(self.extraction_id, self.place)
-        endpoint = self.nodes.endpoint(self.place).sibling()
-        try:
-            with endpoint.stream(
-                "ExtractionService.StreamActivations",
-                raw=True,
-                silence_s=self.request.silence_s,
-                extraction_id=self.extraction_id,
-                start_row=start_row,
-                end_row=self.request.end_row,
-                columns=list(self.request.columns),
-                chunk_bytes=self.request.chunk_bytes,
-                allow_large_chunks=self.request.chunk_bytes > _MOST_SMALL_CHUNK_BYTES,
-                reader=self.request.reader,
-                explicit_release=self.request.explicit_release,
-            ) as stream:
-                yield stream
-        finally:
-            endpoint.close()
+        return self.nodes.endpoint(self.place).raw_stream(
+            "ExtractionService.StreamActivations",
+            silence_s=self.request.silence_s,
+            extraction_id=self.extraction_id,
+            start_row=start_row,
+            end_row=self.request.end_row,
+            columns=list(self.request.columns),
+            chunk_bytes=self.request.chunk_bytes,
+            allow_large_chunks=self.request.chunk_bytes > _MOST_SMALL_CHUNK_BYTES,
+            reader=self.request.reader,
+            explicit_release=self.request.explicit_release,
+        )
 
     def release(self, row: int) -> None:
         """Tells the server that rows before `row` may go."""

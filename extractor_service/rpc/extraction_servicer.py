@@ -123,9 +123,9 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         stream = RowStream(job, convert.stream_request_from_pb(request), self._shutdown)
         try:
             yield _header(job, stream)
-            async with aclosing(stream.events()) as events:
-                async for event in events:
-                    yield self._frame(event)
+            async with aclosing(self._frames(stream)) as frames, aclosing(_one_ahead(frames)) as messages:
+                async for message in messages:
+                    yield message
         finally:
             stream.close()
 
@@ -161,6 +161,11 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         texts = await self._decode_tokens(model.files_path, request.token_ids)
         return extraction_service_pb2.DecodeTokensResponse(texts=texts)
 
+    async def _frames(self, stream: RowStream) -> AsyncGenerator[bytes, None]:
+        async with aclosing(stream.events()) as events:
+            async for event in events:
+                yield self._frame(event)
+
     def _frame(self, event: RowRun | Pause | End) -> bytes:
         if isinstance(event, RowRun):
             message = encode_chunk(event.first_row, event.n_rows, event.columns)
@@ -172,6 +177,22 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
             return extraction_service_pb2.StreamActivationsResponse(progress=progress).SerializeToString()
         end = extraction_service_pb2.StreamEnd(next_row=event.next_row, n_rows=event.n_rows)
         return extraction_service_pb2.StreamActivationsResponse(end=end).SerializeToString()
+
+
+async def _one_ahead(messages: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Makes each message while gRPC sends the one before it."""
+
+    async def following() -> bytes | None:
+        return await anext(messages, None)
+
+    made = asyncio.create_task(following())
+    try:
+        while (message := await made) is not None:
+            made = asyncio.create_task(following())
+            yield message
+    finally:
+        made.cancel()
+        await asyncio.gather(made, return_exceptions=True)
 
 
 async def _changes(job: ExtractionJob) -> AsyncGenerator[extraction_service_pb2.WatchExtractionResponse, None]:

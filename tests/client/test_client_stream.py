@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault, unavailable
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import _prefetch, errors
+from headrace_client import _prefetch, _queue, errors
+from headrace_client._http2 import SocketCall
 from headrace_client._watch import Backoff
 from headrace_client.values import StreamState
 
@@ -267,6 +268,20 @@ def test_the_queue_is_bounded_in_bytes(client, scripted_extractor):
         queued = stream.progress().queued_bytes
 
     assert 0 < queued <= 10_000
+
+
+def test_a_full_queue_keeps_the_connection_alive(client, scripted_extractor, monkeypatch):
+    tended = threading.Semaphore(0)
+    tend = SocketCall.tend
+    monkeypatch.setattr(SocketCall, "tend", lambda call: (tend(call), tended.release()))
+    monkeypatch.setattr(_queue, "_PAUSE_S", 0.01)
+
+    with client.chunks(EXTRACTION_ID, queue_bytes=1) as stream:
+        for _ in range(3):
+            assert tended.acquire(timeout=5)
+        got = rows_of(stream)
+
+    np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
 
 
 def test_rows_of_a_window_are_released_as_they_are_taken(client, scripted_extractor):

@@ -1,0 +1,325 @@
+"""One server-streaming gRPC call over a socket of its own, for streams whose bytes count.
+
+gRPC for Python hands out a message after three copies in user space, with the interpreter's lock held. Here the
+socket's bytes go straight into the message's own memory, with the lock released. That is done for DATA frames alone;
+what else HTTP/2 is made of (settings, header compression, pings) is h2's affair. Any gRPC server can be at the other
+end.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import select
+import socket
+import ssl
+import struct
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Self
+from urllib.parse import unquote
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+import h2.settings
+import numpy as np
+
+CONNECT_DEADLINE_S = 5.0
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+_WINDOW_BYTES = 16 * 1024 * 1024  # What the server may send before it hears from us.
+_MAX_FRAME_BYTES = 1024 * 1024
+_STREAM_ID = 1  # A client's first; there is no second.
+_DATA, _GOAWAY, _WINDOW_UPDATE = 0x0, 0x7, 0x8  # Frame types of RFC 9113.
+_PADDED = 0x8
+_HEAD = struct.Struct(">HBBBI")  # Length in 24 bits, type, flags, stream.
+_CREDIT = struct.Struct(">HBBBII")  # A whole WINDOW_UPDATE frame.
+_PREFIX = struct.Struct(">BI")  # gRPC's: compressed or not, and the message's length.
+_CODES = (
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+# What gRPC makes of the statuses of HTTP that come from something between client and server.
+_HTTP_CODES: Mapping[str, str] = {
+    "400": "INTERNAL",
+    "401": "UNAUTHENTICATED",
+    "403": "PERMISSION_DENIED",
+    "404": "UNIMPLEMENTED",
+    "429": "UNAVAILABLE",
+    "502": "UNAVAILABLE",
+    "503": "UNAVAILABLE",
+    "504": "UNAVAILABLE",
+}
+
+
+@dataclass
+class CallFailed(Exception):
+    """The call ended with a status other than OK, or without one."""
+
+    code: str
+    text: str
+    details: bytes = b""  # A google.rpc.Status.
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}"
+
+
+def connect(address: str, ca_pem: bytes | None) -> socket.socket:
+    """Connects to `host:port` or `unix:path`, with TLS if there is a root certificate. Raises CallFailed.
+
+    Proxies that the environment names are not used: rows go straight to the server.
+    """
+    try:
+        if address.startswith("unix:"):
+            sock, host = socket.socket(socket.AF_UNIX), "localhost"
+            sock.settimeout(CONNECT_DEADLINE_S)
+            sock.connect("/" + address.removeprefix("unix:").lstrip("/"))
+        else:
+            host, port = _host_and_port(address)
+            sock = socket.create_connection((host, port), CONNECT_DEADLINE_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if ca_pem is not None:
+            context = ssl.create_default_context(cadata=ca_pem.decode("ascii"))
+            context.set_alpn_protocols(["h2"])
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # As strict as gRPC's other calls, not more.
+            sock = context.wrap_socket(sock, server_hostname=host)
+        sock.settimeout(None)
+    except (OSError, ValueError) as exc:
+        raise CallFailed("UNAVAILABLE", f"can't connect: {exc}") from exc
+    return sock
+
+
+def authority(address: str) -> str:
+    """The server's name in a request."""
+    return "localhost" if address.startswith("unix:") else address
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"{address!r} is no host:port")
+    return host.strip("[]"), int(port)
+
+
+@dataclass
+class SocketCall:
+    """The messages of one call, in order. For one thread; `cancel` is for any.
+
+    What has been read but not asked for is bounded by the window; the server waits beyond it.
+    """
+
+    _sock: socket.socket
+    _max_message_bytes: int
+    _messages: deque[memoryview] = field(default_factory=deque)
+    _headers: dict[str, str] = field(default_factory=dict)
+    _ended: bool = False
+    _failed: CallFailed | None = None
+    _credit: int = 0
+
+    def __post_init__(self) -> None:
+        config = h2.config.H2Configuration(client_side=True, header_encoding="utf-8")
+        self._h2 = h2.connection.H2Connection(config)
+        self._wait_all = 0 if isinstance(self._sock, ssl.SSLSocket) else socket.MSG_WAITALL
+        self._head = memoryview(bytearray(_HEAD.size))
+        self._prefix = memoryview(bytearray(_PREFIX.size))
+        self._message: memoryview | None = None  # The one that is coming in, once its prefix is here.
+        self._missing = self._prefix  # The rest of the prefix or of the message.
+
+    def start(
+        self, path: str, request: bytes, metadata: Iterable[tuple[str, str]], *, authority: str, life_s: float
+    ) -> Self:
+        """Sends the request."""
+        codes = h2.settings.SettingCodes
+        self._h2.local_settings = h2.settings.Settings(
+            client=True,
+            initial_values={
+                codes.ENABLE_PUSH: 0,
+                codes.INITIAL_WINDOW_SIZE: _WINDOW_BYTES,
+                codes.MAX_FRAME_SIZE: _MAX_FRAME_BYTES,
+            },
+        )
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(_WINDOW_BYTES - self._h2.inbound_flow_control_window)
+        tls = isinstance(self._sock, ssl.SSLSocket)
+        headers: Sequence[tuple[str, str]] = (
+            (":method", "POST"),
+            (":scheme", "https" if tls else "http"),
+            (":path", path),
+            (":authority", authority),
+            ("te", "trailers"),
+            ("content-type", "application/grpc"),
+            ("user-agent", "headrace-client"),
+            ("grpc-timeout", f"{max(1, round(life_s))}S"),
+            *metadata,
+        )
+        self._h2.send_headers(_STREAM_ID, headers)
+        self._h2.send_data(_STREAM_ID, _PREFIX.pack(0, len(request)) + request, end_stream=True)
+        self._send(self._h2.data_to_send())
+        return self
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> memoryview:
+        """Waits for a message without a limit of its own. Raises CallFailed if the call ends with another status."""
+        while not self._messages:
+            if self._failed is not None:
+                raise self._failed
+            if self._ended:
+                self._check_status()
+                raise StopIteration
+            if self._credit >= _WINDOW_BYTES // 4:  # Before the wait, since the server may be out of it.
+                self._give_credit()
+            self._read_frame()
+        return self._messages.popleft()
+
+    def tend(self) -> None:
+        """Reads what is there without giving the server new credit, so that its pings are answered meanwhile.
+
+        Raises nothing: what goes wrong comes behind the messages that were whole.
+        """
+        try:
+            while not (self._ended or self._failed) and self._readable():
+                self._read_frame()
+        except CallFailed as exc:
+            self._failed = exc
+
+    def cancel(self) -> None:
+        """Breaks the connection: whoever waits for a message gets CallFailed."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the socket; not while another thread reads."""
+        self._sock.close()
+
+    def _readable(self) -> bool:
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True
+        return bool(select.select((self._sock,), (), (), 0)[0])
+
+    def _read_frame(self) -> None:
+        self._fill(self._head)
+        high, low, kind, flags, stream_id = _HEAD.unpack(self._head)
+        length = high << 8 | low
+        if length > _MAX_FRAME_BYTES:
+            raise CallFailed("UNAVAILABLE", "the peer does not speak HTTP/2, or sent a frame larger than allowed")
+        if kind == _DATA and stream_id == _STREAM_ID:
+            self._credit += length
+            self._read_data(length, flags)
+            return
+        payload = bytearray(length)
+        self._fill(memoryview(payload))
+        if kind == _GOAWAY:  # Not for h2, which takes no more frames after one; calls that run may end in peace.
+            self._check_goaway(payload)
+        else:
+            self._control(self._head.tobytes() + payload)
+
+    def _read_data(self, length: int, flags: int) -> None:
+        padding = 0
+        if flags & _PADDED and length:
+            size = bytearray(1)
+            self._fill(memoryview(size))
+            padding = size[0]
+            length -= 1 + padding
+        while length > 0:
+            part = self._missing[:length]
+            self._fill(part)
+            length -= len(part)
+            self._missing = self._missing[len(part) :]
+            if not self._missing:
+                self._part_done()
+        self._fill(memoryview(bytearray(padding)))
+
+    def _part_done(self) -> None:
+        """A prefix or a message is complete; the other comes next."""
+        if self._message is None:
+            compressed, length = _PREFIX.unpack(self._prefix)
+            if compressed:
+                raise CallFailed("INTERNAL", "the server compressed a message, which it was not asked for")
+            if length > self._max_message_bytes:
+                limit = self._max_message_bytes
+                raise CallFailed("RESOURCE_EXHAUSTED", f"a message of {length} bytes is larger than max ({limit})")
+            self._message = self._missing = np.empty(length, np.uint8).data
+            if length:
+                return
+        self._messages.append(self._message)
+        self._message, self._missing = None, self._prefix
+
+    def _control(self, frame: bytes) -> None:
+        try:
+            events = self._h2.receive_data(frame)
+        except h2.exceptions.ProtocolError as exc:
+            raise CallFailed("UNAVAILABLE", f"the peer broke the rules of HTTP/2: {exc}") from exc
+        self._send(self._h2.data_to_send())
+        for event in events:
+            if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                self._headers.update((str(name), str(value)) for name, value in event.headers or ())
+            elif isinstance(event, h2.events.StreamEnded):
+                self._ended = True
+            elif isinstance(event, h2.events.StreamReset):
+                raise CallFailed("UNAVAILABLE", f"the server reset the call (HTTP/2 code {event.error_code})")
+
+    def _check_goaway(self, payload: bytearray) -> None:
+        last_stream_id = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
+        if last_stream_id < _STREAM_ID:
+            raise CallFailed("UNAVAILABLE", f"the server goes away: {payload[8:].decode(errors='replace')}")
+
+    def _check_status(self) -> None:
+        headers = self._headers
+        http_status = headers.get(":status", "")
+        if "grpc-status" not in headers and http_status != "200":
+            raise CallFailed(_HTTP_CODES.get(http_status, "UNKNOWN"), f"HTTP status {http_status}, not a gRPC answer")
+        if "grpc-status" not in headers:
+            raise CallFailed("UNAVAILABLE", "the call ended without a status")
+        number = headers["grpc-status"]
+        code = _CODES[int(number)] if number.isdecimal() and int(number) < len(_CODES) else "UNKNOWN"
+        if code != "OK":
+            details = headers.get(STATUS_DETAILS_KEY, "")
+            raise CallFailed(code, unquote(headers.get("grpc-message", "")), _from_base64(details))
+
+    def _give_credit(self) -> None:
+        """Lets the server send as much again as has been read."""
+        credit, self._credit = self._credit, 0
+        self._send(b"".join(_CREDIT.pack(0, 4, _WINDOW_UPDATE, 0, stream_id, credit) for stream_id in (0, _STREAM_ID)))
+
+    def _fill(self, view: memoryview) -> None:
+        try:
+            while view:
+                n_read = self._sock.recv_into(view, 0, self._wait_all)
+                if not n_read:
+                    raise CallFailed("UNAVAILABLE", "the connection was closed")
+                view = view[n_read:]
+        except OSError as exc:
+            raise CallFailed("UNAVAILABLE", str(exc)) from exc
+
+    def _send(self, data: bytes) -> None:
+        # A server that has answered may be gone before it hears from us: what it sent still counts. If it broke off,
+        # reading will tell.
+        with suppress(OSError):
+            self._sock.sendall(data)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4))
+    except binascii.Error:
+        return b""
