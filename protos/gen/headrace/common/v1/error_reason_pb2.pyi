@@ -114,6 +114,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the resource's state does not allow this call; PreconditionFailure says which it needs."""
     ERROR_REASON_WAIT_TIMEOUT: _ErrorReason.ValueType  # 45
     """DEADLINE_EXCEEDED: a wait inside the service ran past its limit."""
+    ERROR_REASON_NOT_ALLOWED: _ErrorReason.ValueType  # 46
+    """PERMISSION_DENIED: only who runs the server may allow this (pickled weights, code from a repo)."""
+    ERROR_REASON_EXTRA_MISSING: _ErrorReason.ValueType  # 47
+    """FAILED_PRECONDITION: an optional package is not installed where it is needed."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the value of `google.rpc.ErrorInfo.reason`, without the `ERROR_REASON_` prefix; the domain is
@@ -212,4 +216,8 @@ ERROR_REASON_STATE_CONFLICT: ErrorReason.ValueType  # 44
 """FAILED_PRECONDITION: the resource's state does not allow this call; PreconditionFailure says which it needs."""
 ERROR_REASON_WAIT_TIMEOUT: ErrorReason.ValueType  # 45
 """DEADLINE_EXCEEDED: a wait inside the service ran past its limit."""
+ERROR_REASON_NOT_ALLOWED: ErrorReason.ValueType  # 46
+"""PERMISSION_DENIED: only who runs the server may allow this (pickled weights, code from a repo)."""
+ERROR_REASON_EXTRA_MISSING: ErrorReason.ValueType  # 47
+"""FAILED_PRECONDITION: an optional package is not installed where it is needed."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

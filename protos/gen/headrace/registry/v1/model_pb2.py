@@ -27,21 +27,27 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from headrace.common.v1 import transfer_pb2 as headrace_dot_common_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/registry/v1/model.proto\x12\x14headrace.registry.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!headrace/common/v1/transfer.proto\".\n\tHubSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"\x1c\n\x0c\x46olderSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x1a\n\nGgufSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xaf\x01\n\x0bModelSource\x12.\n\x03hub\x18\x01 \x01(\x0b\x32\x1f.headrace.registry.v1.HubSourceH\x00\x12\x34\n\x06\x66older\x18\x02 \x01(\x0b\x32\".headrace.registry.v1.FolderSourceH\x00\x12\x30\n\x04gguf\x18\x03 \x01(\x0b\x32 .headrace.registry.v1.GgufSourceH\x00\x42\x08\n\x06source\"\xe2\x01\n\x0c\x41rchitecture\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x10\n\x08n_layers\x18\x03 \x01(\x05\x12\x0f\n\x07\x64_model\x18\x04 \x01(\x05\x12\x0f\n\x07n_heads\x18\x05 \x01(\x05\x12\x12\n\nn_kv_heads\x18\x06 \x01(\x05\x12\x0e\n\x06\x64_head\x18\x07 \x01(\x05\x12\r\n\x05\x64_mlp\x18\x08 \x01(\x05\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x16\n\x0e\x63ontext_window\x18\n \x01(\x05\x12\x17\n\x0ftied_embeddings\x18\x0b \x01(\x08\"*\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xcb\x06\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x31\n\x06source\x18\x02 \x01(\x0b\x32!.headrace.registry.v1.ModelSource\x12\x12\n\ncommit_sha\x18\x03 \x01(\t\x12\x38\n\x0cquantization\x18\x04 \x01(\x0e\x32\".headrace.registry.v1.Quantization\x12-\n\x0cload_options\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x05state\x18\x06 \x01(\x0e\x32 .headrace.registry.v1.ModelState\x12.\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12.\n\x08transfer\x18\x08 \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12\x38\n\x0c\x61rchitecture\x18\t \x01(\x0b\x32\".headrace.registry.v1.Architecture\x12\x14\n\x0cn_parameters\x18\n \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x03\x12O\n\x13parameters_by_dtype\x18\x0c \x03(\x0b\x32\x32.headrace.registry.v1.Model.ParametersByDtypeEntry\x12\x12\n\nfiles_path\x18\r \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x0e \x01(\t\x12\x37\n\x06labels\x18\x0f \x03(\x0b\x32\'.headrace.registry.v1.Model.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x10 \x01(\t\x12/\n\x0b\x63reate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x38\n\x16ParametersByDtypeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xc9\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16MODEL_STATE_REGISTERED\x10\x01\x12\x1b\n\x17MODEL_STATE_DOWNLOADING\x10\x02\x12\x1a\n\x16MODEL_STATE_CONVERTING\x10\x03\x12\x1a\n\x16MODEL_STATE_QUANTIZING\x10\x04\x12\x15\n\x11MODEL_STATE_READY\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*\x88\x01\n\x0cQuantization\x12\x1c\n\x18QUANTIZATION_UNSPECIFIED\x10\x00\x12\x15\n\x11QUANTIZATION_NONE\x10\x01\x12\x15\n\x11QUANTIZATION_INT8\x10\x02\x12\x15\n\x11QUANTIZATION_INT4\x10\x03\x12\x15\n\x11QUANTIZATION_INT2\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n headrace/registry/v1/model.proto\x12\x14headrace.registry.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!headrace/common/v1/transfer.proto\".\n\tHubSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\"\x1c\n\x0c\x46olderSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x1a\n\nGgufSource\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xaf\x01\n\x0bModelSource\x12.\n\x03hub\x18\x01 \x01(\x0b\x32\x1f.headrace.registry.v1.HubSourceH\x00\x12\x34\n\x06\x66older\x18\x02 \x01(\x0b\x32\".headrace.registry.v1.FolderSourceH\x00\x12\x30\n\x04gguf\x18\x03 \x01(\x0b\x32 .headrace.registry.v1.GgufSourceH\x00\x42\x08\n\x06source\"\xe2\x01\n\x0c\x41rchitecture\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x10\n\x08n_layers\x18\x03 \x01(\x05\x12\x0f\n\x07\x64_model\x18\x04 \x01(\x05\x12\x0f\n\x07n_heads\x18\x05 \x01(\x05\x12\x12\n\nn_kv_heads\x18\x06 \x01(\x05\x12\x0e\n\x06\x64_head\x18\x07 \x01(\x05\x12\r\n\x05\x64_mlp\x18\x08 \x01(\x05\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x16\n\x0e\x63ontext_window\x18\n \x01(\x05\x12\x17\n\x0ftied_embeddings\x18\x0b \x01(\x08\"*\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"F\n\rLayerFidelity\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x63osine\x18\x02 \x01(\x01\x12\x16\n\x0erelative_error\x18\x03 \x01(\x01\"j\n\x08\x46idelity\x12\x17\n\x0freference_dtype\x18\x01 \x01(\t\x12\x10\n\x08n_tokens\x18\x02 \x01(\x05\x12\x33\n\x06layers\x18\x03 \x03(\x0b\x32#.headrace.registry.v1.LayerFidelity\"\xee\x01\n\x0eValidationStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x38\n\x05state\x18\x02 \x01(\x0e\x32).headrace.registry.v1.ValidationStepState\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x42\n\x07\x66igures\x18\x05 \x03(\x0b\x32\x31.headrace.registry.v1.ValidationStep.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9d\x04\n\x11ValidationAttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12-\n\x0cload_options\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x38\n\x0cquantization\x18\x06 \x01(\x0e\x32\".headrace.registry.v1.Quantization\x12\x33\n\x05steps\x18\x07 \x03(\x0b\x32$.headrace.registry.v1.ValidationStep\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\x12\x0e\n\x06passed\x18\t \x01(\x08\x12.\n\x07\x66\x61ilure\x18\n \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12G\n\x08versions\x18\x0b \x03(\x0b\x32\x35.headrace.registry.v1.ValidationAttempt.VersionsEntry\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc6\x07\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x31\n\x06source\x18\x02 \x01(\x0b\x32!.headrace.registry.v1.ModelSource\x12\x12\n\ncommit_sha\x18\x03 \x01(\t\x12\x38\n\x0cquantization\x18\x04 \x01(\x0e\x32\".headrace.registry.v1.Quantization\x12-\n\x0cload_options\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x05state\x18\x06 \x01(\x0e\x32 .headrace.registry.v1.ModelState\x12.\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12.\n\x08transfer\x18\x08 \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12\x38\n\x0c\x61rchitecture\x18\t \x01(\x0b\x32\".headrace.registry.v1.Architecture\x12\x14\n\x0cn_parameters\x18\n \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x03\x12O\n\x13parameters_by_dtype\x18\x0c \x03(\x0b\x32\x32.headrace.registry.v1.Model.ParametersByDtypeEntry\x12\x12\n\nfiles_path\x18\r \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x0e \x01(\t\x12\x37\n\x06labels\x18\x0f \x03(\x0b\x32\'.headrace.registry.v1.Model.LabelsEntry\x12\x0c\n\x04\x65tag\x18\x10 \x01(\t\x12/\n\x0b\x63reate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x08\x66idelity\x18\x13 \x01(\x0b\x32\x1e.headrace.registry.v1.Fidelity\x12\x13\n\x0bstore_bytes\x18\x14 \x01(\x03\x12\x32\n\x0elast_used_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x38\n\x16ParametersByDtypeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xc9\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16MODEL_STATE_REGISTERED\x10\x01\x12\x1b\n\x17MODEL_STATE_DOWNLOADING\x10\x02\x12\x1a\n\x16MODEL_STATE_CONVERTING\x10\x03\x12\x1a\n\x16MODEL_STATE_QUANTIZING\x10\x04\x12\x15\n\x11MODEL_STATE_READY\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06*\x88\x01\n\x0cQuantization\x12\x1c\n\x18QUANTIZATION_UNSPECIFIED\x10\x00\x12\x15\n\x11QUANTIZATION_NONE\x10\x01\x12\x15\n\x11QUANTIZATION_INT8\x10\x02\x12\x15\n\x11QUANTIZATION_INT4\x10\x03\x12\x15\n\x11QUANTIZATION_INT2\x10\x04*\xc6\x01\n\x13ValidationStepState\x12%\n!VALIDATION_STEP_STATE_UNSPECIFIED\x10\x00\x12!\n\x1dVALIDATION_STEP_STATE_RUNNING\x10\x01\x12 \n\x1cVALIDATION_STEP_STATE_PASSED\x10\x02\x12 \n\x1cVALIDATION_STEP_STATE_FAILED\x10\x03\x12!\n\x1dVALIDATION_STEP_STATE_SKIPPED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.registry.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_VALIDATIONSTEP_FIGURESENTRY']._loaded_options = None
+  _globals['_VALIDATIONSTEP_FIGURESENTRY']._serialized_options = b'8\001'
+  _globals['_VALIDATIONATTEMPT_VERSIONSENTRY']._loaded_options = None
+  _globals['_VALIDATIONATTEMPT_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL_PARAMETERSBYDTYPEENTRY']._loaded_options = None
   _globals['_MODEL_PARAMETERSBYDTYPEENTRY']._serialized_options = b'8\001'
   _globals['_MODEL_LABELSENTRY']._loaded_options = None
   _globals['_MODEL_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=1560
-  _globals['_MODELSTATE']._serialized_end=1761
-  _globals['_QUANTIZATION']._serialized_start=1764
-  _globals['_QUANTIZATION']._serialized_end=1900
+  _globals['_MODELSTATE']._serialized_start=2648
+  _globals['_MODELSTATE']._serialized_end=2849
+  _globals['_QUANTIZATION']._serialized_start=2852
+  _globals['_QUANTIZATION']._serialized_end=2988
+  _globals['_VALIDATIONSTEPSTATE']._serialized_start=2991
+  _globals['_VALIDATIONSTEPSTATE']._serialized_end=3189
   _globals['_HUBSOURCE']._serialized_start=156
   _globals['_HUBSOURCE']._serialized_end=202
   _globals['_FOLDERSOURCE']._serialized_start=204
@@ -54,10 +60,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARCHITECTURE']._serialized_end=667
   _globals['_FAILURE']._serialized_start=669
   _globals['_FAILURE']._serialized_end=711
-  _globals['_MODEL']._serialized_start=714
-  _globals['_MODEL']._serialized_end=1557
-  _globals['_MODEL_PARAMETERSBYDTYPEENTRY']._serialized_start=1454
-  _globals['_MODEL_PARAMETERSBYDTYPEENTRY']._serialized_end=1510
-  _globals['_MODEL_LABELSENTRY']._serialized_start=1512
-  _globals['_MODEL_LABELSENTRY']._serialized_end=1557
+  _globals['_LAYERFIDELITY']._serialized_start=713
+  _globals['_LAYERFIDELITY']._serialized_end=783
+  _globals['_FIDELITY']._serialized_start=785
+  _globals['_FIDELITY']._serialized_end=891
+  _globals['_VALIDATIONSTEP']._serialized_start=894
+  _globals['_VALIDATIONSTEP']._serialized_end=1132
+  _globals['_VALIDATIONSTEP_FIGURESENTRY']._serialized_start=1086
+  _globals['_VALIDATIONSTEP_FIGURESENTRY']._serialized_end=1132
+  _globals['_VALIDATIONATTEMPT']._serialized_start=1135
+  _globals['_VALIDATIONATTEMPT']._serialized_end=1676
+  _globals['_VALIDATIONATTEMPT_VERSIONSENTRY']._serialized_start=1629
+  _globals['_VALIDATIONATTEMPT_VERSIONSENTRY']._serialized_end=1676
+  _globals['_MODEL']._serialized_start=1679
+  _globals['_MODEL']._serialized_end=2645
+  _globals['_MODEL_PARAMETERSBYDTYPEENTRY']._serialized_start=2542
+  _globals['_MODEL_PARAMETERSBYDTYPEENTRY']._serialized_end=2598
+  _globals['_MODEL_LABELSENTRY']._serialized_start=2600
+  _globals['_MODEL_LABELSENTRY']._serialized_end=2645
 # @@protoc_insertion_point(module_scope)

@@ -94,6 +94,38 @@ QUANTIZATION_INT2: Quantization.ValueType  # 4
 """Two bits, experimental."""
 Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
 
+class _ValidationStepState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ValidationStepStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ValidationStepState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VALIDATION_STEP_STATE_UNSPECIFIED: _ValidationStepState.ValueType  # 0
+    """Never sent."""
+    VALIDATION_STEP_STATE_RUNNING: _ValidationStepState.ValueType  # 1
+    """At work."""
+    VALIDATION_STEP_STATE_PASSED: _ValidationStepState.ValueType  # 2
+    """As it should be."""
+    VALIDATION_STEP_STATE_FAILED: _ValidationStepState.ValueType  # 3
+    """Not as it should be; `message` says what was seen."""
+    VALIDATION_STEP_STATE_SKIPPED: _ValidationStepState.ValueType  # 4
+    """Not tried, since an earlier step failed or it does not apply."""
+
+class ValidationStepState(_ValidationStepState, metaclass=_ValidationStepStateEnumTypeWrapper):
+    """ValidationStepState is how a step of a validation ended, or that it has not."""
+
+VALIDATION_STEP_STATE_UNSPECIFIED: ValidationStepState.ValueType  # 0
+"""Never sent."""
+VALIDATION_STEP_STATE_RUNNING: ValidationStepState.ValueType  # 1
+"""At work."""
+VALIDATION_STEP_STATE_PASSED: ValidationStepState.ValueType  # 2
+"""As it should be."""
+VALIDATION_STEP_STATE_FAILED: ValidationStepState.ValueType  # 3
+"""Not as it should be; `message` says what was seen."""
+VALIDATION_STEP_STATE_SKIPPED: ValidationStepState.ValueType  # 4
+"""Not tried, since an earlier step failed or it does not apply."""
+Global___ValidationStepState: _TypeAlias = ValidationStepState  # noqa: Y015
+
 @_typing.final
 class HubSource(_message.Message):
     """HubSource is a repo on the Hugging Face hub."""
@@ -291,6 +323,230 @@ class Failure(_message.Message):
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
+class LayerFidelity(_message.Message):
+    """LayerFidelity compares the residual stream behind one block with the unquantized model's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Block, counted from 0."""
+    cosine: _builtins.float
+    """Mean cosine of the two vectors over all positions."""
+    relative_error: _builtins.float
+    """Norm of the difference divided by the norm of the reference, over all positions."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        cosine: _builtins.float = ...,
+        relative_error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosine", b"cosine", "layer", b"layer", "relative_error", b"relative_error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerFidelity: _TypeAlias = LayerFidelity  # noqa: Y015
+
+@_typing.final
+class Fidelity(_message.Message):
+    """Fidelity is what quantization changed, on a fixed text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_DTYPE_FIELD_NUMBER: _builtins.int
+    N_TOKENS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    reference_dtype: _builtins.str
+    """Dtype of the unquantized model it was compared with."""
+    n_tokens: _builtins.int
+    """Positions compared."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerFidelity]:
+        """One entry for each block, in order."""
+
+    def __init__(
+        self,
+        *,
+        reference_dtype: _builtins.str = ...,
+        n_tokens: _builtins.int = ...,
+        layers: _abc.Iterable[Global___LayerFidelity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "n_tokens", b"n_tokens", "reference_dtype", b"reference_dtype"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fidelity: _TypeAlias = Fidelity  # noqa: Y015
+
+@_typing.final
+class ValidationStep(_message.Message):
+    """ValidationStep is one step of the test profile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FiguresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`dry_load`, `load`, `forward`, `finite`, `parity`, `unload`, `memory_back`."""
+    state: Global___ValidationStepState.ValueType
+    """How it stands."""
+    message: _builtins.str
+    """What was seen, for people."""
+    seconds: _builtins.float
+    """How long it took, in seconds."""
+    @_builtins.property
+    def figures(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Figures of the step, such as `max_abs_difference`."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        state: Global___ValidationStepState.ValueType = ...,
+        message: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+        figures: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "message", b"message", "name", b"name", "seconds", b"seconds", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationStep: _TypeAlias = ValidationStep  # noqa: Y015
+
+@_typing.final
+class ValidationAttempt(_message.Message):
+    """ValidationAttempt is one run of the test profile; attempts are kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ID_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    LOAD_OPTIONS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id, server-made."""
+    model_id: _builtins.str
+    """Model it was for."""
+    node_id: _builtins.str
+    """Where it ran."""
+    device_id: _builtins.str
+    """Device it ran on."""
+    quantization: Global___Quantization.ValueType
+    """Quantization it was tried with."""
+    done: _builtins.bool
+    """True once no step follows."""
+    passed: _builtins.bool
+    """True when done and no step failed."""
+    @_builtins.property
+    def load_options(self) -> _struct_pb2.Struct:
+        """Load options it was tried with."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___ValidationStep]:
+        """Its steps."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why it failed."""
+
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of what took part."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended or was last heard of."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        load_options: _struct_pb2.Struct | None = ...,
+        quantization: Global___Quantization.ValueType = ...,
+        steps: _abc.Iterable[Global___ValidationStep] | None = ...,
+        done: _builtins.bool = ...,
+        passed: _builtins.bool = ...,
+        failure: Global___Failure | None = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "load_options", b"load_options", "update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_id", b"device_id", "done", b"done", "failure", b"failure", "id", b"id", "load_options", b"load_options", "model_id", b"model_id", "node_id", b"node_id", "passed", b"passed", "quantization", b"quantization", "steps", b"steps", "update_time", b"update_time", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidationAttempt: _TypeAlias = ValidationAttempt  # noqa: Y015
+
+@_typing.final
 class Model(_message.Message):
     """Model is one registered (source, commit, quantization, load options)."""
 
@@ -354,6 +610,9 @@ class Model(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$`, unique."""
     commit_sha: _builtins.str
@@ -372,6 +631,8 @@ class Model(_message.Message):
     """SHA-256 of `tokenizer.json`, hex. Output only."""
     etag: _builtins.str
     """Changes with every change of the resource. Output only."""
+    store_bytes: _builtins.int
+    """Bytes its files take in the model store; 0 for files that lie elsewhere. Output only."""
     @_builtins.property
     def source(self) -> Global___ModelSource:
         """Where the files come from."""
@@ -408,6 +669,14 @@ class Model(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it last changed. Output only."""
 
+    @_builtins.property
+    def fidelity(self) -> Global___Fidelity:
+        """What quantization changed; set once quantized weights were made. Output only."""
+
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """Last time it was loaded or prepared. Output only."""
+
     def __init__(
         self,
         *,
@@ -429,10 +698,13 @@ class Model(_message.Message):
         etag: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        fidelity: Global___Fidelity | None = ...,
+        store_bytes: _builtins.int = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "failure", b"failure", "load_options", b"load_options", "source", b"source", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "failure", b"failure", "fidelity", b"fidelity", "last_used_time", b"last_used_time", "load_options", b"load_options", "source", b"source", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "commit_sha", b"commit_sha", "create_time", b"create_time", "etag", b"etag", "failure", b"failure", "files_path", b"files_path", "id", b"id", "labels", b"labels", "load_options", b"load_options", "n_parameters", b"n_parameters", "parameters_by_dtype", b"parameters_by_dtype", "quantization", b"quantization", "source", b"source", "state", b"state", "tokenizer_digest", b"tokenizer_digest", "transfer", b"transfer", "update_time", b"update_time", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "commit_sha", b"commit_sha", "create_time", b"create_time", "etag", b"etag", "failure", b"failure", "fidelity", b"fidelity", "files_path", b"files_path", "id", b"id", "labels", b"labels", "last_used_time", b"last_used_time", "load_options", b"load_options", "n_parameters", b"n_parameters", "parameters_by_dtype", b"parameters_by_dtype", "quantization", b"quantization", "source", b"source", "state", b"state", "store_bytes", b"store_bytes", "tokenizer_digest", b"tokenizer_digest", "transfer", b"transfer", "update_time", b"update_time", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

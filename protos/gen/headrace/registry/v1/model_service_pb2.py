@@ -23,65 +23,78 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from headrace.registry.v1 import model_pb2 as headrace_dot_registry_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(headrace/registry/v1/model_service.proto\x12\x14headrace.registry.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a headrace/registry/v1/model.proto\"V\n\x14RegisterModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"C\n\x15RegisterModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\">\n\x10GetModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"J\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"Z\n\x12ListModelsResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x85\x01\n\x12UpdateModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"A\n\x13UpdateModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"W\n\x12\x44\x65leteModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\"\x15\n\x13\x44\x65leteModelResponse\"N\n\x13PrepareModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x11\n\thub_token\x18\x03 \x01(\t\"B\n\x14PrepareModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"@\n\x18\x43\x61ncelPreparationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\"G\n\x19\x43\x61ncelPreparationResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"8\n\x11WatchModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\"\xad\x01\n\x12WatchModelResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x05model\x18\x03 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\x12\x11\n\theartbeat\x18\x06 \x01(\x08\"i\n\x15\x45stimateMemoryRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x14\n\x0c\x63ontext_size\x18\x03 \x01(\x05\x12\x14\n\x0cn_hookpoints\x18\x04 \x01(\x05\"\x89\x01\n\x0eMemoryEstimate\x12\x38\n\x0cquantization\x18\x01 \x01(\x0e\x32\".headrace.registry.v1.Quantization\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eoverhead_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07\x66its_on\x18\x04 \x03(\t\"Q\n\x16\x45stimateMemoryResponse\x12\x37\n\testimates\x18\x01 \x03(\x0b\x32$.headrace.registry.v1.MemoryEstimate\"(\n\x14ValidateModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"F\n\x15ValidateModelResponse\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\t\"O\n\x12ListCatalogRequest\x12\x12\n\nfits_bytes\x18\x01 \x01(\x03\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x83\x01\n\x0c\x43\x61talogEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07repo_id\x18\x02 \x01(\t\x12\x14\n\x0cn_parameters\x18\x03 \x01(\x03\x12\x16\n\x0e\x63ontext_window\x18\x04 \x01(\x05\x12\x10\n\x08n_layers\x18\x05 \x01(\x05\x12\x14\n\x0cprobe_layers\x18\x06 \x03(\x05\"c\n\x13ListCatalogResponse\x12\x33\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\".headrace.registry.v1.CatalogEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf9\x08\n\x0cModelService\x12h\n\rRegisterModel\x12*.headrace.registry.v1.RegisterModelRequest\x1a+.headrace.registry.v1.RegisterModelResponse\x12Y\n\x08GetModel\x12%.headrace.registry.v1.GetModelRequest\x1a&.headrace.registry.v1.GetModelResponse\x12_\n\nListModels\x12\'.headrace.registry.v1.ListModelsRequest\x1a(.headrace.registry.v1.ListModelsResponse\x12\x62\n\x0bUpdateModel\x12(.headrace.registry.v1.UpdateModelRequest\x1a).headrace.registry.v1.UpdateModelResponse\x12\x62\n\x0b\x44\x65leteModel\x12(.headrace.registry.v1.DeleteModelRequest\x1a).headrace.registry.v1.DeleteModelResponse\x12\x65\n\x0cPrepareModel\x12).headrace.registry.v1.PrepareModelRequest\x1a*.headrace.registry.v1.PrepareModelResponse\x12t\n\x11\x43\x61ncelPreparation\x12..headrace.registry.v1.CancelPreparationRequest\x1a/.headrace.registry.v1.CancelPreparationResponse\x12\x61\n\nWatchModel\x12\'.headrace.registry.v1.WatchModelRequest\x1a(.headrace.registry.v1.WatchModelResponse0\x01\x12k\n\x0e\x45stimateMemory\x12+.headrace.registry.v1.EstimateMemoryRequest\x1a,.headrace.registry.v1.EstimateMemoryResponse\x12j\n\rValidateModel\x12*.headrace.registry.v1.ValidateModelRequest\x1a+.headrace.registry.v1.ValidateModelResponse0\x01\x12\x62\n\x0bListCatalog\x12(.headrace.registry.v1.ListCatalogRequest\x1a).headrace.registry.v1.ListCatalogResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(headrace/registry/v1/model_service.proto\x12\x14headrace.registry.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a headrace/registry/v1/model.proto\"V\n\x14RegisterModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"C\n\x15RegisterModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\">\n\x10GetModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"J\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"Z\n\x12ListModelsResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x85\x01\n\x12UpdateModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"A\n\x13UpdateModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"W\n\x12\x44\x65leteModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\"\x15\n\x13\x44\x65leteModelResponse\"N\n\x13PrepareModelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x11\n\thub_token\x18\x03 \x01(\t\"B\n\x14PrepareModelResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"@\n\x18\x43\x61ncelPreparationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\"G\n\x19\x43\x61ncelPreparationResponse\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"8\n\x11WatchModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\"\xad\x01\n\x12WatchModelResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x05model\x18\x03 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08snapshot\x18\x05 \x01(\x08\x12\x11\n\theartbeat\x18\x06 \x01(\x08\"i\n\x15\x45stimateMemoryRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x14\n\x0c\x63ontext_size\x18\x03 \x01(\x05\x12\x14\n\x0cn_hookpoints\x18\x04 \x01(\x05\"\xa2\x01\n\tPlacement\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12&\n\x03\x66it\x18\x03 \x01(\x0e\x32\x19.headrace.registry.v1.Fit\x12\x16\n\x0erequired_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x65victed_model_ids\x18\x05 \x03(\t\x12\x16\n\x0emax_batch_size\x18\x06 \x01(\x05\"\xa3\x02\n\x0eMemoryEstimate\x12\x38\n\x0cquantization\x18\x01 \x01(\x0e\x32\".headrace.registry.v1.Quantization\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eoverhead_bytes\x18\x03 \x01(\x03\x12\x0f\n\x07\x66its_on\x18\x04 \x03(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\rruntime_bytes\x18\x06 \x01(\x03\x12\x16\n\x0eworkload_bytes\x18\x07 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x03\x12\x10\n\x08measured\x18\t \x01(\x08\x12\x33\n\nplacements\x18\n \x03(\x0b\x32\x1f.headrace.registry.v1.Placement\"f\n\x16\x45stimateMemoryResponse\x12\x37\n\testimates\x18\x01 \x03(\x0b\x32$.headrace.registry.v1.MemoryEstimate\x12\x13\n\x0brecommended\x18\x02 \x01(\x05\"{\n\x14ValidateModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\t\x12-\n\x0cload_options\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xb6\x01\n\x15ValidateModelResponse\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x34\n\x06\x64\x65tail\x18\x04 \x01(\x0b\x32$.headrace.registry.v1.ValidationStep\x12\x38\n\x07\x61ttempt\x18\x05 \x01(\x0b\x32\'.headrace.registry.v1.ValidationAttempt\"c\n\x13ListAttemptsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0bpassed_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"j\n\x14ListAttemptsResponse\x12\x39\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\'.headrace.registry.v1.ValidationAttempt\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"a\n\x12ListCatalogRequest\x12\x12\n\nfits_bytes\x18\x01 \x01(\x03\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x10\n\x08\x63\x61tegory\x18\x04 \x01(\t\"m\n\rCatalogMemory\x12\x38\n\x0cquantization\x18\x01 \x01(\x0e\x32\".headrace.registry.v1.Quantization\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"r\n\x0c\x43\x61talogBatch\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x38\n\x0cquantization\x18\x03 \x01(\x0e\x32\".headrace.registry.v1.Quantization\"\xb5\x02\n\x0c\x43\x61talogEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07repo_id\x18\x02 \x01(\t\x12\x14\n\x0cn_parameters\x18\x03 \x01(\x03\x12\x16\n\x0e\x63ontext_window\x18\x04 \x01(\x05\x12\x10\n\x08n_layers\x18\x05 \x01(\x05\x12\x14\n\x0cprobe_layers\x18\x06 \x03(\x05\x12\x12\n\ncategories\x18\x07 \x03(\t\x12\x12\n\nmodel_type\x18\x08 \x01(\t\x12\x0f\n\x07\x64_model\x18\t \x01(\x05\x12\x33\n\x06memory\x18\n \x03(\x0b\x32#.headrace.registry.v1.CatalogMemory\x12\x33\n\x07\x62\x61tches\x18\x0b \x03(\x0b\x32\".headrace.registry.v1.CatalogBatch\x12\r\n\x05gated\x18\x0c \x01(\x08\"c\n\x13ListCatalogResponse\x12\x33\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\".headrace.registry.v1.CatalogEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*o\n\x03\x46it\x12\x13\n\x0f\x46IT_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46IT_RESIDENT\x10\x01\x12\x0c\n\x08\x46IT_FREE\x10\x02\x12\x16\n\x12\x46IT_AFTER_EVICTION\x10\x03\x12\x0c\n\x08\x46IT_BUSY\x10\x04\x12\r\n\tFIT_NEVER\x10\x05\x32\xe0\t\n\x0cModelService\x12h\n\rRegisterModel\x12*.headrace.registry.v1.RegisterModelRequest\x1a+.headrace.registry.v1.RegisterModelResponse\x12Y\n\x08GetModel\x12%.headrace.registry.v1.GetModelRequest\x1a&.headrace.registry.v1.GetModelResponse\x12_\n\nListModels\x12\'.headrace.registry.v1.ListModelsRequest\x1a(.headrace.registry.v1.ListModelsResponse\x12\x62\n\x0bUpdateModel\x12(.headrace.registry.v1.UpdateModelRequest\x1a).headrace.registry.v1.UpdateModelResponse\x12\x62\n\x0b\x44\x65leteModel\x12(.headrace.registry.v1.DeleteModelRequest\x1a).headrace.registry.v1.DeleteModelResponse\x12\x65\n\x0cPrepareModel\x12).headrace.registry.v1.PrepareModelRequest\x1a*.headrace.registry.v1.PrepareModelResponse\x12t\n\x11\x43\x61ncelPreparation\x12..headrace.registry.v1.CancelPreparationRequest\x1a/.headrace.registry.v1.CancelPreparationResponse\x12\x61\n\nWatchModel\x12\'.headrace.registry.v1.WatchModelRequest\x1a(.headrace.registry.v1.WatchModelResponse0\x01\x12k\n\x0e\x45stimateMemory\x12+.headrace.registry.v1.EstimateMemoryRequest\x1a,.headrace.registry.v1.EstimateMemoryResponse\x12j\n\rValidateModel\x12*.headrace.registry.v1.ValidateModelRequest\x1a+.headrace.registry.v1.ValidateModelResponse0\x01\x12\x65\n\x0cListAttempts\x12).headrace.registry.v1.ListAttemptsRequest\x1a*.headrace.registry.v1.ListAttemptsResponse\x12\x62\n\x0bListCatalog\x12(.headrace.registry.v1.ListCatalogRequest\x1a).headrace.registry.v1.ListCatalogResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.registry.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REGISTERMODELREQUEST']._serialized_start=167
-  _globals['_REGISTERMODELREQUEST']._serialized_end=253
-  _globals['_REGISTERMODELRESPONSE']._serialized_start=255
-  _globals['_REGISTERMODELRESPONSE']._serialized_end=322
-  _globals['_GETMODELREQUEST']._serialized_start=324
-  _globals['_GETMODELREQUEST']._serialized_end=359
-  _globals['_GETMODELRESPONSE']._serialized_start=361
-  _globals['_GETMODELRESPONSE']._serialized_end=423
-  _globals['_LISTMODELSREQUEST']._serialized_start=425
-  _globals['_LISTMODELSREQUEST']._serialized_end=499
-  _globals['_LISTMODELSRESPONSE']._serialized_start=501
-  _globals['_LISTMODELSRESPONSE']._serialized_end=591
-  _globals['_UPDATEMODELREQUEST']._serialized_start=594
-  _globals['_UPDATEMODELREQUEST']._serialized_end=727
-  _globals['_UPDATEMODELRESPONSE']._serialized_start=729
-  _globals['_UPDATEMODELRESPONSE']._serialized_end=794
-  _globals['_DELETEMODELREQUEST']._serialized_start=796
-  _globals['_DELETEMODELREQUEST']._serialized_end=883
-  _globals['_DELETEMODELRESPONSE']._serialized_start=885
-  _globals['_DELETEMODELRESPONSE']._serialized_end=906
-  _globals['_PREPAREMODELREQUEST']._serialized_start=908
-  _globals['_PREPAREMODELREQUEST']._serialized_end=986
-  _globals['_PREPAREMODELRESPONSE']._serialized_start=988
-  _globals['_PREPAREMODELRESPONSE']._serialized_end=1054
-  _globals['_CANCELPREPARATIONREQUEST']._serialized_start=1056
-  _globals['_CANCELPREPARATIONREQUEST']._serialized_end=1120
-  _globals['_CANCELPREPARATIONRESPONSE']._serialized_start=1122
-  _globals['_CANCELPREPARATIONRESPONSE']._serialized_end=1193
-  _globals['_WATCHMODELREQUEST']._serialized_start=1195
-  _globals['_WATCHMODELREQUEST']._serialized_end=1251
-  _globals['_WATCHMODELRESPONSE']._serialized_start=1254
-  _globals['_WATCHMODELRESPONSE']._serialized_end=1427
-  _globals['_ESTIMATEMEMORYREQUEST']._serialized_start=1429
-  _globals['_ESTIMATEMEMORYREQUEST']._serialized_end=1534
-  _globals['_MEMORYESTIMATE']._serialized_start=1537
-  _globals['_MEMORYESTIMATE']._serialized_end=1674
-  _globals['_ESTIMATEMEMORYRESPONSE']._serialized_start=1676
-  _globals['_ESTIMATEMEMORYRESPONSE']._serialized_end=1757
-  _globals['_VALIDATEMODELREQUEST']._serialized_start=1759
-  _globals['_VALIDATEMODELREQUEST']._serialized_end=1799
-  _globals['_VALIDATEMODELRESPONSE']._serialized_start=1801
-  _globals['_VALIDATEMODELRESPONSE']._serialized_end=1871
-  _globals['_LISTCATALOGREQUEST']._serialized_start=1873
-  _globals['_LISTCATALOGREQUEST']._serialized_end=1952
-  _globals['_CATALOGENTRY']._serialized_start=1955
-  _globals['_CATALOGENTRY']._serialized_end=2086
-  _globals['_LISTCATALOGRESPONSE']._serialized_start=2088
-  _globals['_LISTCATALOGRESPONSE']._serialized_end=2187
-  _globals['_MODELSERVICE']._serialized_start=2190
-  _globals['_MODELSERVICE']._serialized_end=3335
+  _globals['_FIT']._serialized_start=3387
+  _globals['_FIT']._serialized_end=3498
+  _globals['_REGISTERMODELREQUEST']._serialized_start=197
+  _globals['_REGISTERMODELREQUEST']._serialized_end=283
+  _globals['_REGISTERMODELRESPONSE']._serialized_start=285
+  _globals['_REGISTERMODELRESPONSE']._serialized_end=352
+  _globals['_GETMODELREQUEST']._serialized_start=354
+  _globals['_GETMODELREQUEST']._serialized_end=389
+  _globals['_GETMODELRESPONSE']._serialized_start=391
+  _globals['_GETMODELRESPONSE']._serialized_end=453
+  _globals['_LISTMODELSREQUEST']._serialized_start=455
+  _globals['_LISTMODELSREQUEST']._serialized_end=529
+  _globals['_LISTMODELSRESPONSE']._serialized_start=531
+  _globals['_LISTMODELSRESPONSE']._serialized_end=621
+  _globals['_UPDATEMODELREQUEST']._serialized_start=624
+  _globals['_UPDATEMODELREQUEST']._serialized_end=757
+  _globals['_UPDATEMODELRESPONSE']._serialized_start=759
+  _globals['_UPDATEMODELRESPONSE']._serialized_end=824
+  _globals['_DELETEMODELREQUEST']._serialized_start=826
+  _globals['_DELETEMODELREQUEST']._serialized_end=913
+  _globals['_DELETEMODELRESPONSE']._serialized_start=915
+  _globals['_DELETEMODELRESPONSE']._serialized_end=936
+  _globals['_PREPAREMODELREQUEST']._serialized_start=938
+  _globals['_PREPAREMODELREQUEST']._serialized_end=1016
+  _globals['_PREPAREMODELRESPONSE']._serialized_start=1018
+  _globals['_PREPAREMODELRESPONSE']._serialized_end=1084
+  _globals['_CANCELPREPARATIONREQUEST']._serialized_start=1086
+  _globals['_CANCELPREPARATIONREQUEST']._serialized_end=1150
+  _globals['_CANCELPREPARATIONRESPONSE']._serialized_start=1152
+  _globals['_CANCELPREPARATIONRESPONSE']._serialized_end=1223
+  _globals['_WATCHMODELREQUEST']._serialized_start=1225
+  _globals['_WATCHMODELREQUEST']._serialized_end=1281
+  _globals['_WATCHMODELRESPONSE']._serialized_start=1284
+  _globals['_WATCHMODELRESPONSE']._serialized_end=1457
+  _globals['_ESTIMATEMEMORYREQUEST']._serialized_start=1459
+  _globals['_ESTIMATEMEMORYREQUEST']._serialized_end=1564
+  _globals['_PLACEMENT']._serialized_start=1567
+  _globals['_PLACEMENT']._serialized_end=1729
+  _globals['_MEMORYESTIMATE']._serialized_start=1732
+  _globals['_MEMORYESTIMATE']._serialized_end=2023
+  _globals['_ESTIMATEMEMORYRESPONSE']._serialized_start=2025
+  _globals['_ESTIMATEMEMORYRESPONSE']._serialized_end=2127
+  _globals['_VALIDATEMODELREQUEST']._serialized_start=2129
+  _globals['_VALIDATEMODELREQUEST']._serialized_end=2252
+  _globals['_VALIDATEMODELRESPONSE']._serialized_start=2255
+  _globals['_VALIDATEMODELRESPONSE']._serialized_end=2437
+  _globals['_LISTATTEMPTSREQUEST']._serialized_start=2439
+  _globals['_LISTATTEMPTSREQUEST']._serialized_end=2538
+  _globals['_LISTATTEMPTSRESPONSE']._serialized_start=2540
+  _globals['_LISTATTEMPTSRESPONSE']._serialized_end=2646
+  _globals['_LISTCATALOGREQUEST']._serialized_start=2648
+  _globals['_LISTCATALOGREQUEST']._serialized_end=2745
+  _globals['_CATALOGMEMORY']._serialized_start=2747
+  _globals['_CATALOGMEMORY']._serialized_end=2856
+  _globals['_CATALOGBATCH']._serialized_start=2858
+  _globals['_CATALOGBATCH']._serialized_end=2972
+  _globals['_CATALOGENTRY']._serialized_start=2975
+  _globals['_CATALOGENTRY']._serialized_end=3284
+  _globals['_LISTCATALOGRESPONSE']._serialized_start=3286
+  _globals['_LISTCATALOGRESPONSE']._serialized_end=3385
+  _globals['_MODELSERVICE']._serialized_start=3501
+  _globals['_MODELSERVICE']._serialized_end=4749
 # @@protoc_insertion_point(module_scope)

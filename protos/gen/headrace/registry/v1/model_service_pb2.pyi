@@ -7,8 +7,10 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from headrace.registry.v1 import model_pb2 as _model_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +22,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Fit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIT_UNSPECIFIED: _Fit.ValueType  # 0
+    """Never sent."""
+    FIT_RESIDENT: _Fit.ValueType  # 1
+    """It is there already."""
+    FIT_FREE: _Fit.ValueType  # 2
+    """There is room now."""
+    FIT_AFTER_EVICTION: _Fit.ValueType  # 3
+    """There is room once idle models are evicted."""
+    FIT_BUSY: _Fit.ValueType  # 4
+    """There is room only once others give back what they hold."""
+    FIT_NEVER: _Fit.ValueType  # 5
+    """The device is too small."""
+
+class Fit(_Fit, metaclass=_FitEnumTypeWrapper):
+    """Fit is whether a model has room on a device."""
+
+FIT_UNSPECIFIED: Fit.ValueType  # 0
+"""Never sent."""
+FIT_RESIDENT: Fit.ValueType  # 1
+"""It is there already."""
+FIT_FREE: Fit.ValueType  # 2
+"""There is room now."""
+FIT_AFTER_EVICTION: Fit.ValueType  # 3
+"""There is room once idle models are evicted."""
+FIT_BUSY: Fit.ValueType  # 4
+"""There is room only once others give back what they hold."""
+FIT_NEVER: Fit.ValueType  # 5
+"""The device is too small."""
+Global___Fit: _TypeAlias = Fit  # noqa: Y015
 
 @_typing.final
 class RegisterModelRequest(_message.Message):
@@ -497,6 +535,50 @@ class EstimateMemoryRequest(_message.Message):
 Global___EstimateMemoryRequest: _TypeAlias = EstimateMemoryRequest  # noqa: Y015
 
 @_typing.final
+class Placement(_message.Message):
+    """Placement is what loading a model would mean on one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    FIT_FIELD_NUMBER: _builtins.int
+    REQUIRED_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTED_MODEL_IDS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Node."""
+    device_id: _builtins.str
+    """Device."""
+    fit: Global___Fit.ValueType
+    """Whether there is room."""
+    required_bytes: _builtins.int
+    """Bytes the model would hold there, workload included."""
+    max_batch_size: _builtins.int
+    """Largest batch for the workload's context and hookpoints that the device has memory for; 0 if not even one sequence."""
+    @_builtins.property
+    def evicted_model_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that would be evicted."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        fit: Global___Fit.ValueType = ...,
+        required_bytes: _builtins.int = ...,
+        evicted_model_ids: _abc.Iterable[_builtins.str] | None = ...,
+        max_batch_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "evicted_model_ids", b"evicted_model_ids", "fit", b"fit", "max_batch_size", b"max_batch_size", "node_id", b"node_id", "required_bytes", b"required_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
+@_typing.final
 class MemoryEstimate(_message.Message):
     """MemoryEstimate is one line of the answer of EstimateMemory."""
 
@@ -506,15 +588,35 @@ class MemoryEstimate(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     OVERHEAD_BYTES_FIELD_NUMBER: _builtins.int
     FITS_ON_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    RUNTIME_BYTES_FIELD_NUMBER: _builtins.int
+    WORKLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    PLACEMENTS_FIELD_NUMBER: _builtins.int
     quantization: _model_pb2.Quantization.ValueType
     """For which quantization."""
     weight_bytes: _builtins.int
     """Bytes of weights, scales included."""
     overhead_bytes: _builtins.int
     """Bytes of buffers, runtime and workload."""
+    dtype: _builtins.str
+    """Dtype of what is not quantized, such as `bfloat16`."""
+    runtime_bytes: _builtins.int
+    """Of `overhead_bytes`: an empty runner."""
+    workload_bytes: _builtins.int
+    """Of `overhead_bytes`: activations of the workload."""
+    total_bytes: _builtins.int
+    """Bytes in all."""
+    measured: _builtins.bool
+    """True when weights and runtime were measured by a load, not computed."""
     @_builtins.property
     def fits_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Devices it fits on now, `node/device`."""
+
+    @_builtins.property
+    def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placement]:
+        """What it means on each device of the living nodes, the best first."""
 
     def __init__(
         self,
@@ -523,10 +625,16 @@ class MemoryEstimate(_message.Message):
         weight_bytes: _builtins.int = ...,
         overhead_bytes: _builtins.int = ...,
         fits_on: _abc.Iterable[_builtins.str] | None = ...,
+        dtype: _builtins.str = ...,
+        runtime_bytes: _builtins.int = ...,
+        workload_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        measured: _builtins.bool = ...,
+        placements: _abc.Iterable[Global___Placement] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits_on", b"fits_on", "overhead_bytes", b"overhead_bytes", "quantization", b"quantization", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fits_on", b"fits_on", "measured", b"measured", "overhead_bytes", b"overhead_bytes", "placements", b"placements", "quantization", b"quantization", "runtime_bytes", b"runtime_bytes", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes", "workload_bytes", b"workload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -539,18 +647,22 @@ class EstimateMemoryResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ESTIMATES_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_FIELD_NUMBER: _builtins.int
+    recommended: _builtins.int
+    """Index in `estimates` of the most exact one with room somewhere; negative if there is none."""
     @_builtins.property
     def estimates(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryEstimate]:
-        """One per quantization."""
+        """One per quantization, and for NONE one per dtype."""
 
     def __init__(
         self,
         *,
         estimates: _abc.Iterable[Global___MemoryEstimate] | None = ...,
+        recommended: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimates", b"estimates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimates", b"estimates", "recommended", b"recommended"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -563,16 +675,30 @@ class ValidateModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    LOAD_OPTIONS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Id of the model."""
+    node_id: _builtins.str
+    """Node; empty: the registry chooses."""
+    device_id: _builtins.str
+    """Device of that node; empty: the registry chooses."""
+    @_builtins.property
+    def load_options(self) -> _struct_pb2.Struct:
+        """Load options to try instead of the model's own; unset: its own."""
+
     def __init__(
         self,
         *,
         model_id: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        load_options: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load_options", b"load_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "load_options", b"load_options", "model_id", b"model_id", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -580,33 +706,107 @@ Global___ValidateModelRequest: _TypeAlias = ValidateModelRequest  # noqa: Y015
 
 @_typing.final
 class ValidateModelResponse(_message.Message):
-    """One step of ValidateModel."""
+    """One step of ValidateModel, each time it changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
     PASSED_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     step: _builtins.str
-    """Name of the step."""
+    """Name of the step; empty in the last message."""
     passed: _builtins.bool
     """True when the step passed."""
     message: _builtins.str
     """What was seen."""
+    @_builtins.property
+    def detail(self) -> _model_pb2.ValidationStep:
+        """The step in full."""
+
+    @_builtins.property
+    def attempt(self) -> _model_pb2.ValidationAttempt:
+        """In the last message: the attempt as it is kept."""
+
     def __init__(
         self,
         *,
         step: _builtins.str = ...,
         passed: _builtins.bool = ...,
         message: _builtins.str = ...,
+        detail: _model_pb2.ValidationStep | None = ...,
+        attempt: _model_pb2.ValidationAttempt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "detail", b"detail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "passed", b"passed", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "detail", b"detail", "message", b"message", "passed", b"passed", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ValidateModelResponse: _TypeAlias = ValidateModelResponse  # noqa: Y015
+
+@_typing.final
+class ListAttemptsRequest(_message.Message):
+    """Request of ListAttempts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    PASSED_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Id of the model."""
+    passed_only: _builtins.bool
+    """Only those that passed."""
+    page_size: _builtins.int
+    """See ListModelsRequest."""
+    page_token: _builtins.str
+    """See ListModelsRequest."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        passed_only: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token", "passed_only", b"passed_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAttemptsRequest: _TypeAlias = ListAttemptsRequest  # noqa: Y015
+
+@_typing.final
+class ListAttemptsResponse(_message.Message):
+    """Answer of ListAttempts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty at the end."""
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.ValidationAttempt]:
+        """The newest first."""
+
+    def __init__(
+        self,
+        *,
+        attempts: _abc.Iterable[_model_pb2.ValidationAttempt] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAttemptsResponse: _TypeAlias = ListAttemptsResponse  # noqa: Y015
 
 @_typing.final
 class ListCatalogRequest(_message.Message):
@@ -617,26 +817,90 @@ class ListCatalogRequest(_message.Message):
     FITS_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
     fits_bytes: _builtins.int
     """Only models whose smallest form fits in so many bytes; 0: all."""
     page_size: _builtins.int
     """See ListModelsRequest."""
     page_token: _builtins.str
     """See ListModelsRequest."""
+    category: _builtins.str
+    """Only models of this category; empty: all."""
     def __init__(
         self,
         *,
         fits_bytes: _builtins.int = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        category: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits_bytes", b"fits_bytes", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["category", b"category", "fits_bytes", b"fits_bytes", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCatalogRequest: _TypeAlias = ListCatalogRequest  # noqa: Y015
+
+@_typing.final
+class CatalogMemory(_message.Message):
+    """CatalogMemory is what a model takes in one form."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    quantization: _model_pb2.Quantization.ValueType
+    """Form of the weights."""
+    dtype: _builtins.str
+    """Dtype of what is not quantized."""
+    total_bytes: _builtins.int
+    """Bytes to hold the weights and an empty runner."""
+    def __init__(
+        self,
+        *,
+        quantization: _model_pb2.Quantization.ValueType = ...,
+        dtype: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "quantization", b"quantization", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatalogMemory: _TypeAlias = CatalogMemory  # noqa: Y015
+
+@_typing.final
+class CatalogBatch(_message.Message):
+    """CatalogBatch is a batch size that goes with a memory size, at 1024 tokens and one hookpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    """Bytes of device memory."""
+    batch_size: _builtins.int
+    """Sequences in one forward pass."""
+    quantization: _model_pb2.Quantization.ValueType
+    """Form of the weights that makes it possible."""
+    def __init__(
+        self,
+        *,
+        memory_bytes: _builtins.int = ...,
+        batch_size: _builtins.int = ...,
+        quantization: _model_pb2.Quantization.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "memory_bytes", b"memory_bytes", "quantization", b"quantization"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CatalogBatch: _TypeAlias = CatalogBatch  # noqa: Y015
 
 @_typing.final
 class CatalogEntry(_message.Message):
@@ -650,6 +914,12 @@ class CatalogEntry(_message.Message):
     CONTEXT_WINDOW_FIELD_NUMBER: _builtins.int
     N_LAYERS_FIELD_NUMBER: _builtins.int
     PROBE_LAYERS_FIELD_NUMBER: _builtins.int
+    CATEGORIES_FIELD_NUMBER: _builtins.int
+    MODEL_TYPE_FIELD_NUMBER: _builtins.int
+    D_MODEL_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    GATED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Short name."""
     repo_id: _builtins.str
@@ -660,9 +930,27 @@ class CatalogEntry(_message.Message):
     """Context window in tokens."""
     n_layers: _builtins.int
     """Number of layers."""
+    model_type: _builtins.str
+    """`model_type` of its config."""
+    d_model: _builtins.int
+    """Width of the residual stream."""
+    gated: _builtins.bool
+    """True when the hub asks for a token and an accepted licence."""
     @_builtins.property
     def probe_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Layers worth probing first."""
+
+    @_builtins.property
+    def categories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`tiny`, `interpretability`, `coding`, `general`, `instruct`."""
+
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogMemory]:
+        """Memory in each form, as the estimator computes it."""
+
+    @_builtins.property
+    def batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogBatch]:
+        """Batch sizes by memory size."""
 
     def __init__(
         self,
@@ -673,10 +961,16 @@ class CatalogEntry(_message.Message):
         context_window: _builtins.int = ...,
         n_layers: _builtins.int = ...,
         probe_layers: _abc.Iterable[_builtins.int] | None = ...,
+        categories: _abc.Iterable[_builtins.str] | None = ...,
+        model_type: _builtins.str = ...,
+        d_model: _builtins.int = ...,
+        memory: _abc.Iterable[Global___CatalogMemory] | None = ...,
+        batches: _abc.Iterable[Global___CatalogBatch] | None = ...,
+        gated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_window", b"context_window", "n_layers", b"n_layers", "n_parameters", b"n_parameters", "name", b"name", "probe_layers", b"probe_layers", "repo_id", b"repo_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "categories", b"categories", "context_window", b"context_window", "d_model", b"d_model", "gated", b"gated", "memory", b"memory", "model_type", b"model_type", "n_layers", b"n_layers", "n_parameters", b"n_parameters", "name", b"name", "probe_layers", b"probe_layers", "repo_id", b"repo_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

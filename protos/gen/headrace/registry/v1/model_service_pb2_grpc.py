@@ -85,6 +85,11 @@ class ModelServiceStub:
                 request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ValidateModelRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ValidateModelResponse.FromString,
                 _registered_method=True)
+        self.ListAttempts = channel.unary_unary(
+                '/headrace.registry.v1.ModelService/ListAttempts',
+                request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsResponse.FromString,
+                _registered_method=True)
         self.ListCatalog = channel.unary_unary(
                 '/headrace.registry.v1.ModelService/ListCatalog',
                 request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogRequest.SerializeToString,
@@ -126,7 +131,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModel(self, request, context):
-        """Deletes a model. MODEL_IN_USE while leased or resident, unless `force`. Idempotent by `request_id`.
+        """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
+        unloaded first, and its leases are lost. Idempotent by `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,7 +167,15 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ValidateModel(self, request, context):
-        """Runs the test profile and streams its steps.
+        """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
+        MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAttempts(self, request, context):
+        """Lists the attempts of a model, the newest first: which options worked, with which versions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,6 +240,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ValidateModel,
                     request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ValidateModelRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ValidateModelResponse.SerializeToString,
+            ),
+            'ListAttempts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAttempts,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsResponse.SerializeToString,
             ),
             'ListCatalog': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCatalog,
@@ -504,6 +523,33 @@ class ModelService:
             '/headrace.registry.v1.ModelService/ValidateModel',
             headrace_dot_registry_dot_v1_dot_model__service__pb2.ValidateModelRequest.SerializeToString,
             headrace_dot_registry_dot_v1_dot_model__service__pb2.ValidateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAttempts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.ModelService/ListAttempts',
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

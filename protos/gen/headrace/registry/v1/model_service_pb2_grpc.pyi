@@ -44,7 +44,9 @@ class ModelServiceStub:
     UpdateModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UpdateModelRequest, _model_service_pb2.UpdateModelResponse]
     """Changes `labels` and `load_options`. ETAG_MISMATCH if `etag` is given and stale."""
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _model_service_pb2.DeleteModelResponse]
-    """Deletes a model. MODEL_IN_USE while leased or resident, unless `force`. Idempotent by `request_id`."""
+    """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
+    unloaded first, and its leases are lost. Idempotent by `request_id`.
+    """
     PrepareModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]
     """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
     CancelPreparation: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]
@@ -54,7 +56,11 @@ class ModelServiceStub:
     EstimateMemory: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.EstimateMemoryRequest, _model_service_pb2.EstimateMemoryResponse]
     """Estimates device memory by quantization and workload, before anything is loaded."""
     ValidateModel: _grpc.UnaryStreamMultiCallable[_model_service_pb2.ValidateModelRequest, _model_service_pb2.ValidateModelResponse]
-    """Runs the test profile and streams its steps."""
+    """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
+    MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+    """
+    ListAttempts: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListAttemptsRequest, _model_service_pb2.ListAttemptsResponse]
+    """Lists the attempts of a model, the newest first: which options worked, with which versions."""
     ListCatalog: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListCatalogRequest, _model_service_pb2.ListCatalogResponse]
     """Lists curated models with what they need."""
 
@@ -74,7 +80,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     UpdateModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UpdateModelRequest, _model_service_pb2.UpdateModelResponse]  # type: ignore[assignment]
     """Changes `labels` and `load_options`. ETAG_MISMATCH if `etag` is given and stale."""
     DeleteModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _model_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
-    """Deletes a model. MODEL_IN_USE while leased or resident, unless `force`. Idempotent by `request_id`."""
+    """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
+    unloaded first, and its leases are lost. Idempotent by `request_id`.
+    """
     PrepareModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]  # type: ignore[assignment]
     """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
     CancelPreparation: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]  # type: ignore[assignment]
@@ -84,7 +92,11 @@ class ModelServiceAsyncStub(ModelServiceStub):
     EstimateMemory: _aio.UnaryUnaryMultiCallable[_model_service_pb2.EstimateMemoryRequest, _model_service_pb2.EstimateMemoryResponse]  # type: ignore[assignment]
     """Estimates device memory by quantization and workload, before anything is loaded."""
     ValidateModel: _aio.UnaryStreamMultiCallable[_model_service_pb2.ValidateModelRequest, _model_service_pb2.ValidateModelResponse]  # type: ignore[assignment]
-    """Runs the test profile and streams its steps."""
+    """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
+    MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+    """
+    ListAttempts: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListAttemptsRequest, _model_service_pb2.ListAttemptsResponse]  # type: ignore[assignment]
+    """Lists the attempts of a model, the newest first: which options worked, with which versions."""
     ListCatalog: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListCatalogRequest, _model_service_pb2.ListCatalogResponse]  # type: ignore[assignment]
     """Lists curated models with what they need."""
 
@@ -131,7 +143,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DeleteModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.DeleteModelResponse, _abc.Awaitable[_model_service_pb2.DeleteModelResponse]]:
-        """Deletes a model. MODEL_IN_USE while leased or resident, unless `force`. Idempotent by `request_id`."""
+        """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
+        unloaded first, and its leases are lost. Idempotent by `request_id`.
+        """
 
     @_abc_1.abstractmethod
     def PrepareModel(
@@ -171,7 +185,17 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ValidateModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_service_pb2.ValidateModelResponse], _abc.AsyncIterator[_model_service_pb2.ValidateModelResponse]]:
-        """Runs the test profile and streams its steps."""
+        """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
+        MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAttempts(
+        self,
+        request: _model_service_pb2.ListAttemptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ListAttemptsResponse, _abc.Awaitable[_model_service_pb2.ListAttemptsResponse]]:
+        """Lists the attempts of a model, the newest first: which options worked, with which versions."""
 
     @_abc_1.abstractmethod
     def ListCatalog(

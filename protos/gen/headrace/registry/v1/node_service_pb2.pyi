@@ -32,6 +32,10 @@ class RegisterNodeRequest(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     BOOT_NONCE_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    RUNTIME_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_LOADS_FIELD_NUMBER: _builtins.int
+    MAX_RESIDENTS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node id, stable over restarts."""
     address: _builtins.str
@@ -40,6 +44,14 @@ class RegisterNodeRequest(_message.Message):
     """Version of the extractor."""
     boot_nonce: _builtins.str
     """Random per start of the extractor; the same nonce again keeps the epoch (a lost answer, a registry restart)."""
+    memory_bytes: _builtins.int
+    """Main memory of the machine in bytes."""
+    runtime_bytes: _builtins.int
+    """Bytes a runner takes before it holds weights; 0 while not measured."""
+    max_loads: _builtins.int
+    """Most models that load at once; 0: no limit."""
+    max_residents: _builtins.int
+    """Most models resident at once; 0: no limit but memory."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_residency_pb2.Device]:
         """Its devices."""
@@ -52,10 +64,14 @@ class RegisterNodeRequest(_message.Message):
         devices: _abc.Iterable[_residency_pb2.Device] | None = ...,
         version: _builtins.str = ...,
         boot_nonce: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+        runtime_bytes: _builtins.int = ...,
+        max_loads: _builtins.int = ...,
+        max_residents: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_nonce", b"boot_nonce", "devices", b"devices", "node_id", b"node_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "boot_nonce", b"boot_nonce", "devices", b"devices", "max_loads", b"max_loads", "max_residents", b"max_residents", "memory_bytes", b"memory_bytes", "node_id", b"node_id", "runtime_bytes", b"runtime_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -96,13 +112,19 @@ class HeartbeatRequest(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    RUNTIME_BYTES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node."""
     epoch: _builtins.int
     """Its epoch."""
+    memory_free_bytes: _builtins.int
+    """Main memory free, in bytes."""
+    runtime_bytes: _builtins.int
+    """See RegisterNodeRequest; 0 while not measured."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_residency_pb2.Device]:
-        """Devices with `id` and `free_bytes`."""
+        """Devices with `id`, `free_bytes` and `lost_bytes`."""
 
     def __init__(
         self,
@@ -110,10 +132,12 @@ class HeartbeatRequest(_message.Message):
         node_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         devices: _abc.Iterable[_residency_pb2.Device] | None = ...,
+        memory_free_bytes: _builtins.int = ...,
+        runtime_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "epoch", b"epoch", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "epoch", b"epoch", "memory_free_bytes", b"memory_free_bytes", "node_id", b"node_id", "runtime_bytes", b"runtime_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,25 +224,63 @@ class Build(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     TARGET_PATH_FIELD_NUMBER: _builtins.int
+    SOURCE_PATH_FIELD_NUMBER: _builtins.int
     target_path: _builtins.str
     """Folder to make; made under another name and renamed when complete."""
+    source_path: _builtins.str
+    """Folder with the unquantized files; empty for a conversion."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
-        """The model; `source.gguf.path` is converted into `target_path`."""
+        """The model. With a `quantization` the files under `source_path` are quantized into `target_path`; else
+        `source.gguf.path` is converted into it.
+        """
 
     def __init__(
         self,
         *,
         model: _model_pb2.Model | None = ...,
         target_path: _builtins.str = ...,
+        source_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "target_path", b"target_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "source_path", b"source_path", "target_path", b"target_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Build: _TypeAlias = Build  # noqa: Y015
+
+@_typing.final
+class Validation(_message.Message):
+    """Validation: run the test profile on this node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    attempt_id: _builtins.str
+    """Attempt it belongs to."""
+    device_id: _builtins.str
+    """Device to try them on."""
+    @_builtins.property
+    def model(self) -> _model_pb2.Model:
+        """The model, with the load options and the quantization to try."""
+
+    def __init__(
+        self,
+        *,
+        attempt_id: _builtins.str = ...,
+        model: _model_pb2.Model | None = ...,
+        device_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "device_id", b"device_id", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Validation: _TypeAlias = Validation  # noqa: Y015
 
 @_typing.final
 class WatchAssignmentsResponse(_message.Message):
@@ -228,6 +290,7 @@ class WatchAssignmentsResponse(_message.Message):
 
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     BUILDS_FIELD_NUMBER: _builtins.int
+    VALIDATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def assignments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
         """Residencies to hold or to end. One that is not listed shall not be loaded."""
@@ -236,15 +299,20 @@ class WatchAssignmentsResponse(_message.Message):
     def builds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Build]:
         """Builds to carry out."""
 
+    @_builtins.property
+    def validations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Validation]:
+        """Validations to carry out; one that is not listed any more shall be stopped."""
+
     def __init__(
         self,
         *,
         assignments: _abc.Iterable[Global___Assignment] | None = ...,
         builds: _abc.Iterable[Global___Build] | None = ...,
+        validations: _abc.Iterable[Global___Validation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "builds", b"builds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "builds", b"builds", "validations", b"validations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,6 +332,7 @@ class ReportResidencyRequest(_message.Message):
     TRANSFER_FIELD_NUMBER: _builtins.int
     MEASURED_BYTES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    LOST_BYTES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node."""
     epoch: _builtins.int
@@ -276,6 +345,8 @@ class ReportResidencyRequest(_message.Message):
     """LOADING, RESIDENT, UNLOADED or FAILED."""
     measured_bytes: _builtins.int
     """Measured size when RESIDENT."""
+    lost_bytes: _builtins.int
+    """Bytes the device did not get back, when UNLOADED or FAILED."""
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
         """Progress while LOADING."""
@@ -295,10 +366,11 @@ class ReportResidencyRequest(_message.Message):
         transfer: _transfer_pb2.Transfer | None = ...,
         measured_bytes: _builtins.int = ...,
         failure: _model_pb2.Failure | None = ...,
+        lost_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "fence", b"fence", "measured_bytes", b"measured_bytes", "node_id", b"node_id", "residency_id", b"residency_id", "state", b"state", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "fence", b"fence", "lost_bytes", b"lost_bytes", "measured_bytes", b"measured_bytes", "node_id", b"node_id", "residency_id", b"residency_id", "state", b"state", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,6 +405,7 @@ class ReportBuildRequest(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    FIDELITY_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node."""
     epoch: _builtins.int
@@ -349,6 +422,10 @@ class ReportBuildRequest(_message.Message):
     def failure(self) -> _model_pb2.Failure:
         """Why it failed."""
 
+    @_builtins.property
+    def fidelity(self) -> _model_pb2.Fidelity:
+        """What quantization changed, when `done`."""
+
     def __init__(
         self,
         *,
@@ -358,10 +435,11 @@ class ReportBuildRequest(_message.Message):
         done: _builtins.bool = ...,
         transfer: _transfer_pb2.Transfer | None = ...,
         failure: _model_pb2.Failure | None = ...,
+        fidelity: _model_pb2.Fidelity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "fidelity", b"fidelity", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "epoch", b"epoch", "failure", b"failure", "model_id", b"model_id", "node_id", b"node_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "epoch", b"epoch", "failure", b"failure", "fidelity", b"fidelity", "model_id", b"model_id", "node_id", b"node_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -383,3 +461,92 @@ class ReportBuildResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportBuildResponse: _TypeAlias = ReportBuildResponse  # noqa: Y015
+
+@_typing.final
+class ReportValidationRequest(_message.Message):
+    """Request of ReportValidation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Node."""
+    epoch: _builtins.int
+    """Its epoch."""
+    attempt_id: _builtins.str
+    """Attempt."""
+    done: _builtins.bool
+    """True when no step follows."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.ValidationStep]:
+        """All steps so far, in order."""
+
+    @_builtins.property
+    def failure(self) -> _model_pb2.Failure:
+        """Why it could not be carried out, or what a step found."""
+
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of what took part, such as `torch` and `transformers`."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        attempt_id: _builtins.str = ...,
+        steps: _abc.Iterable[_model_pb2.ValidationStep] | None = ...,
+        done: _builtins.bool = ...,
+        failure: _model_pb2.Failure | None = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "done", b"done", "epoch", b"epoch", "failure", b"failure", "node_id", b"node_id", "steps", b"steps", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportValidationRequest: _TypeAlias = ReportValidationRequest  # noqa: Y015
+
+@_typing.final
+class ReportValidationResponse(_message.Message):
+    """Answer of ReportValidation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportValidationResponse: _TypeAlias = ReportValidationResponse  # noqa: Y015

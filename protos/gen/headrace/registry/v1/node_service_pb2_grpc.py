@@ -61,6 +61,11 @@ class NodeServiceStub:
                 request_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportBuildRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportBuildResponse.FromString,
                 _registered_method=True)
+        self.ReportValidation = channel.unary_unary(
+                '/headrace.registry.v1.NodeService/ReportValidation',
+                request_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -104,6 +109,13 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportValidation(self, request, context):
+        """Tells how a validation stands. STATE_CONFLICT once it is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +143,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ReportBuild,
                     request_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportBuildRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportBuildResponse.SerializeToString,
+            ),
+            'ReportValidation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportValidation,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -270,6 +287,33 @@ class NodeService:
             '/headrace.registry.v1.NodeService/ReportBuild',
             headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportBuildRequest.SerializeToString,
             headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportBuildResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportValidation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.NodeService/ReportValidation',
+            headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,8 @@ class NodeServiceStub:
     """Tells how a residency stands. LEASE_LOST if `fence` is stale."""
     ReportBuild: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportBuildRequest, _node_service_pb2.ReportBuildResponse]
     """Tells how a build stands."""
+    ReportValidation: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportValidationRequest, _node_service_pb2.ReportValidationResponse]
+    """Tells how a validation stands. STATE_CONFLICT once it is over."""
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -67,6 +69,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Tells how a residency stands. LEASE_LOST if `fence` is stale."""
     ReportBuild: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportBuildRequest, _node_service_pb2.ReportBuildResponse]  # type: ignore[assignment]
     """Tells how a build stands."""
+    ReportValidation: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportValidationRequest, _node_service_pb2.ReportValidationResponse]  # type: ignore[assignment]
+    """Tells how a validation stands. STATE_CONFLICT once it is over."""
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
@@ -114,5 +118,13 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ReportBuildResponse, _abc.Awaitable[_node_service_pb2.ReportBuildResponse]]:
         """Tells how a build stands."""
+
+    @_abc_1.abstractmethod
+    def ReportValidation(
+        self,
+        request: _node_service_pb2.ReportValidationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.ReportValidationResponse, _abc.Awaitable[_node_service_pb2.ReportValidationResponse]]:
+        """Tells how a validation stands. STATE_CONFLICT once it is over."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

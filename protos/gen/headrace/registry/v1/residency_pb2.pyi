@@ -134,6 +134,10 @@ class Device(_message.Message):
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     RESERVED_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    LOST_BYTES_FIELD_NUMBER: _builtins.int
+    CAPABILITY_FIELD_NUMBER: _builtins.int
+    FLASH_ATTENTION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`cpu`, `cuda:0`, `mps`."""
     kind: Global___DeviceKind.ValueType
@@ -146,6 +150,14 @@ class Device(_message.Message):
     """Bytes reserved by residencies that hold or will hold memory. Output only."""
     free_bytes: _builtins.int
     """Bytes the node sees free. As of the last heartbeat."""
+    total_bytes: _builtins.int
+    """Bytes of memory it has in all, whoever uses them."""
+    lost_bytes: _builtins.int
+    """Bytes that an unload did not give back; they count as held until the node finds them free."""
+    capability: _builtins.str
+    """Compute capability of a CUDA device, such as `9.0`; empty elsewhere."""
+    flash_attention: _builtins.bool
+    """True when FlashAttention is installed and supports the device."""
     def __init__(
         self,
         *,
@@ -155,10 +167,14 @@ class Device(_message.Message):
         capacity_bytes: _builtins.int = ...,
         reserved_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        lost_bytes: _builtins.int = ...,
+        capability: _builtins.str = ...,
+        flash_attention: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "id", b"id", "kind", b"kind", "name", b"name", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "capacity_bytes", b"capacity_bytes", "flash_attention", b"flash_attention", "free_bytes", b"free_bytes", "id", b"id", "kind", b"kind", "lost_bytes", b"lost_bytes", "name", b"name", "reserved_bytes", b"reserved_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,6 +193,11 @@ class Node(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_TIME_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    RUNTIME_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_LOADS_FIELD_NUMBER: _builtins.int
+    MAX_RESIDENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$`."""
     address: _builtins.str
@@ -187,6 +208,16 @@ class Node(_message.Message):
     """Whether it is heard from."""
     version: _builtins.str
     """Version of its extractor."""
+    memory_bytes: _builtins.int
+    """Main memory of the machine in bytes."""
+    memory_free_bytes: _builtins.int
+    """Main memory free, in bytes. As of the last heartbeat."""
+    runtime_bytes: _builtins.int
+    """Bytes a runner takes on a device before it holds any weights, as measured by the node; 0 while unknown."""
+    max_loads: _builtins.int
+    """Most models that load at once; 0: no limit."""
+    max_residents: _builtins.int
+    """Most models resident at once; 0: no limit but memory."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Its devices."""
@@ -205,10 +236,15 @@ class Node(_message.Message):
         devices: _abc.Iterable[Global___Device] | None = ...,
         version: _builtins.str = ...,
         heartbeat_time: _timestamp_pb2.Timestamp | None = ...,
+        memory_bytes: _builtins.int = ...,
+        memory_free_bytes: _builtins.int = ...,
+        runtime_bytes: _builtins.int = ...,
+        max_loads: _builtins.int = ...,
+        max_residents: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_time", b"heartbeat_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "epoch", b"epoch", "heartbeat_time", b"heartbeat_time", "id", b"id", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "epoch", b"epoch", "heartbeat_time", b"heartbeat_time", "id", b"id", "max_loads", b"max_loads", "max_residents", b"max_residents", "memory_bytes", b"memory_bytes", "memory_free_bytes", b"memory_free_bytes", "runtime_bytes", b"runtime_bytes", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -237,6 +273,9 @@ class Residency(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, server-made."""
     model_id: _builtins.str
@@ -261,6 +300,10 @@ class Residency(_message.Message):
     """Why the last transition happened."""
     actor: _builtins.str
     """Who caused it."""
+    queue_position: _builtins.int
+    """Place in the device's queue while QUEUED, 1 is next; 0 otherwise."""
+    pinned: _builtins.bool
+    """True while a pin holds it."""
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
         """Progress while LOADING."""
@@ -280,6 +323,10 @@ class Residency(_message.Message):
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
         """Last lease granted or released."""
+
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who holds leases on it, for people; 20 names at most."""
 
     def __init__(
         self,
@@ -301,10 +348,13 @@ class Residency(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        queue_position: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        holders: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_used_time", b"last_used_time", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "create_time", b"create_time", "device_id", b"device_id", "failure", b"failure", "fence", b"fence", "id", b"id", "last_used_time", b"last_used_time", "measured_bytes", b"measured_bytes", "model_id", b"model_id", "n_leases", b"n_leases", "node_epoch", b"node_epoch", "node_id", b"node_id", "reason", b"reason", "reserved_bytes", b"reserved_bytes", "state", b"state", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "create_time", b"create_time", "device_id", b"device_id", "failure", b"failure", "fence", b"fence", "holders", b"holders", "id", b"id", "last_used_time", b"last_used_time", "measured_bytes", b"measured_bytes", "model_id", b"model_id", "n_leases", b"n_leases", "node_epoch", b"node_epoch", "node_id", b"node_id", "pinned", b"pinned", "queue_position", b"queue_position", "reason", b"reason", "reserved_bytes", b"reserved_bytes", "state", b"state", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -377,6 +427,7 @@ class Pin(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Model."""
     node_id: _builtins.str
@@ -389,6 +440,10 @@ class Pin(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Until when; unset for ever."""
 
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was set. Output only."""
+
     def __init__(
         self,
         *,
@@ -397,10 +452,11 @@ class Pin(_message.Message):
         owner: _builtins.str = ...,
         reason: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "model_id", b"model_id", "node_id", b"node_id", "owner", b"owner", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "model_id", b"model_id", "node_id", b"node_id", "owner", b"owner", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,11 @@ class ResidencyServiceStub:
                 request_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnpinModelRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnpinModelResponse.FromString,
                 _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/headrace.registry.v1.ResidencyService/ListPins',
+                request_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/headrace.registry.v1.ResidencyService/ListNodes',
                 request_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListNodesRequest.SerializeToString,
@@ -93,7 +98,8 @@ class ResidencyServiceServicer:
 
     def LoadModel(self, request, context):
         """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
-        one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, NODE_LOST.
+        one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
+        pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,7 +114,8 @@ class ResidencyServiceServicer:
 
     def AcquireLease(self, request, context):
         """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-        leaves no lease behind. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST.
+        leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+        MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,14 +136,22 @@ class ResidencyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinModel(self, request, context):
-        """Pins a model.
+        """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
+        pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnpinModel(self, request, context):
-        """Removes a pin.
+        """Removes a pin. Removing one that is not there is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """Lists living pins by model, node and owner.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,6 +215,11 @@ def add_ResidencyServiceServicer_to_server(servicer, server):
                     servicer.UnpinModel,
                     request_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnpinModelRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnpinModelResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListPinsRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListPinsResponse.SerializeToString,
             ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
@@ -407,6 +427,33 @@ class ResidencyService:
             '/headrace.registry.v1.ResidencyService/UnpinModel',
             headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnpinModelRequest.SerializeToString,
             headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnpinModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.ResidencyService/ListPins',
+            headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListPinsRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_residency__service__pb2.ListPinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

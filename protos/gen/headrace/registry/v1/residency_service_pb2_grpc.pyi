@@ -35,22 +35,28 @@ class ResidencyServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ResidencyServiceAsyncStub: ...
     LoadModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.LoadModelRequest, _residency_service_pb2.LoadModelResponse]
     """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
-    one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, NODE_LOST.
+    one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
+    pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.UnloadModelRequest, _residency_service_pb2.UnloadModelResponse]
     """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`."""
     AcquireLease: _grpc.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-    leaves no lease behind. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST.
+    leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+    MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.RenewLeaseRequest, _residency_service_pb2.RenewLeaseResponse]
     """Extends a lease by its time to live, from now. LEASE_LOST once expired."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ReleaseLeaseRequest, _residency_service_pb2.ReleaseLeaseResponse]
     """Ends a lease. Releasing one that has ended is no error."""
     PinModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.PinModelRequest, _residency_service_pb2.PinModelResponse]
-    """Pins a model."""
+    """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
+    pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+    """
     UnpinModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.UnpinModelRequest, _residency_service_pb2.UnpinModelResponse]
-    """Removes a pin."""
+    """Removes a pin. Removing one that is not there is no error."""
+    ListPins: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ListPinsRequest, _residency_service_pb2.ListPinsResponse]
+    """Lists living pins by model, node and owner."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ListNodesRequest, _residency_service_pb2.ListNodesResponse]
     """Lists nodes with their devices."""
     ListResidencies: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ListResidenciesRequest, _residency_service_pb2.ListResidenciesResponse]
@@ -65,22 +71,28 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.LoadModelRequest, _residency_service_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
-    one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, NODE_LOST.
+    one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
+    pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.UnloadModelRequest, _residency_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`."""
     AcquireLease: _aio.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-    leaves no lease behind. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST.
+    leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+    MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.RenewLeaseRequest, _residency_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Extends a lease by its time to live, from now. LEASE_LOST once expired."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ReleaseLeaseRequest, _residency_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. Releasing one that has ended is no error."""
     PinModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.PinModelRequest, _residency_service_pb2.PinModelResponse]  # type: ignore[assignment]
-    """Pins a model."""
+    """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
+    pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+    """
     UnpinModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.UnpinModelRequest, _residency_service_pb2.UnpinModelResponse]  # type: ignore[assignment]
-    """Removes a pin."""
+    """Removes a pin. Removing one that is not there is no error."""
+    ListPins: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ListPinsRequest, _residency_service_pb2.ListPinsResponse]  # type: ignore[assignment]
+    """Lists living pins by model, node and owner."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ListNodesRequest, _residency_service_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Lists nodes with their devices."""
     ListResidencies: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ListResidenciesRequest, _residency_service_pb2.ListResidenciesResponse]  # type: ignore[assignment]
@@ -98,7 +110,8 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.LoadModelResponse, _abc.Awaitable[_residency_service_pb2.LoadModelResponse]]:
         """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
-        one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, NODE_LOST.
+        one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
+        pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
         """
 
     @_abc_1.abstractmethod
@@ -116,7 +129,8 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_residency_service_pb2.AcquireLeaseResponse], _abc.AsyncIterator[_residency_service_pb2.AcquireLeaseResponse]]:
         """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-        leaves no lease behind. MODEL_NOT_READY, MODEL_TOO_LARGE, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST.
+        leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+        MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
         """
 
     @_abc_1.abstractmethod
@@ -141,7 +155,9 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.PinModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.PinModelResponse, _abc.Awaitable[_residency_service_pb2.PinModelResponse]]:
-        """Pins a model."""
+        """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
+        pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def UnpinModel(
@@ -149,7 +165,15 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.UnpinModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.UnpinModelResponse, _abc.Awaitable[_residency_service_pb2.UnpinModelResponse]]:
-        """Removes a pin."""
+        """Removes a pin. Removing one that is not there is no error."""
+
+    @_abc_1.abstractmethod
+    def ListPins(
+        self,
+        request: _residency_service_pb2.ListPinsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_residency_service_pb2.ListPinsResponse, _abc.Awaitable[_residency_service_pb2.ListPinsResponse]]:
+        """Lists living pins by model, node and owner."""
 
     @_abc_1.abstractmethod
     def ListNodes(
