@@ -181,6 +181,13 @@ class PathNotAllowed(PermissionDenied):
     REMEDY = "start the server with that folder as --models-root or --corpus-root, or upload the file"
 
 
+class NotAllowed(PermissionDenied):
+    """Only who runs the server may allow this: pickled weights, code from a repo."""
+
+    REASON = "NOT_ALLOWED"
+    REMEDY = "have the registry started with --allow-pickle or --trust-remote-code for that repo"
+
+
 class HubGated(PermissionDenied):
     """The hub repo is gated or private, or the hub token is wrong."""
 
@@ -226,6 +233,13 @@ class ModelUnsupported(FailedPrecondition):
     """The model's files can't be used."""
 
     REASON = "MODEL_UNSUPPORTED"
+
+
+class ExtraMissing(FailedPrecondition):
+    """An optional package is not installed where it is needed."""
+
+    REASON = "EXTRA_MISSING"
+    REMEDY = "install the extra that the message names on the node"
 
 
 class LeaseLost(FailedPrecondition):

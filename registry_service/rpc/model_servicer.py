@@ -158,6 +158,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         raise NotImplementedYet("ValidateModel is not available in this version; LoadModel shows whether a model loads")
         yield
 
+    async def ListAttempts(self, request: pb.ListAttemptsRequest, context: Any) -> pb.ListAttemptsResponse:
+        """Not in this version."""
+        raise NotImplementedYet("ListAttempts is not available in this version; nothing is validated yet")
+
     async def ListCatalog(self, request: pb.ListCatalogRequest, context: Any) -> pb.ListCatalogResponse:
         """Not in this version."""
         raise NotImplementedYet("ListCatalog is not available in this version; register a hub repo by its name")

@@ -11,7 +11,7 @@ from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import node_service_pb2_grpc
 
 from chassis.shutdown import Shutdown
-from registry_service.errors import FieldInvalid
+from registry_service.errors import FieldInvalid, NotImplementedYet
 from registry_service.identifiers import checked_id, checked_text
 from registry_service.nodes import Announcement
 from registry_service.postgres.node_store import DesiredState, NodeStore
@@ -121,6 +121,10 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             failure=failure_from_pb(request.failure) if request.HasField("failure") else None,
         )
         return pb.ReportBuildResponse()
+
+    async def ReportValidation(self, request: pb.ReportValidationRequest, context: Any) -> pb.ReportValidationResponse:
+        """Not in this version."""
+        raise NotImplementedYet("ReportValidation is not available in this version; nothing is validated yet")
 
 
 def _desired_to_pb(state: DesiredState) -> pb.WatchAssignmentsResponse:

@@ -100,6 +100,10 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         """Not in this version."""
         raise NotImplementedYet("UnpinModel is not available in this version; there are no pins")
 
+    async def ListPins(self, request: pb.ListPinsRequest, context: Any) -> pb.ListPinsResponse:
+        """Not in this version."""
+        raise NotImplementedYet("ListPins is not available in this version; there are no pins")
+
     async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
         """Lists a page of nodes."""
         page = page_from(
