@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 
-from activation_log.manifest import Manifest
 from chassis import logs
 from chassis.errors import ServiceError, StartError
 from chassis.flags import add_common_flags, options_from
@@ -32,7 +31,9 @@ from extractor_service.devices import device_lister
 from extractor_service.estimate import Estimate, RowCount, estimate
 from extractor_service.extraction import ExtractionJob
 from extractor_service.extractions import Extractions
+from extractor_service.held_set import HeldSet
 from extractor_service.identity import new_manifest
+from extractor_service.log_errors import log_errors_as_typed
 from extractor_service.node import Node
 from extractor_service.rpc.corpus_servicer import CorpusServicer
 from extractor_service.rpc.extraction_servicer import ExtractionServicer
@@ -87,7 +88,7 @@ class Estimator:
     async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
         """What a request would cost."""
         widths = dict.fromkeys(spec.hookpoints, model.d_model)
-        manifest: Manifest = new_manifest(spec, {}, widths)
+        manifest = new_manifest(spec, {}, widths)
         rate = self.extractions.rate_of(model.id) if self.extractions else 0.0
         counted = await self.count_rows(spec)
         return estimate(
@@ -169,9 +170,9 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
 
     async def report(job: ExtractionJob) -> None:
         try:
-            deleted = not job.folder.exists()
-            columns = job.columns if deleted else [column.name for column in Manifest.load(job.folder).columns]
-            await registry.report_set(node.epoch, job.value, columns, deleted=deleted)
+            with log_errors_as_typed():
+                held = await asyncio.to_thread(HeldSet.of, job.value)
+            await registry.report_set(node.epoch, held)
         except ServiceError as exc:
             logger.info("set %s could not be reported: %s", job.value.set_id, exc.message)
 

@@ -285,6 +285,7 @@ class Extractions:
             "failure": value.failure.to_json() if value.failure else None,
             "n_rows": value.n_rows,
             "n_rows_computed": value.n_rows_computed,
+            "size_bytes": value.size_bytes,
             "cached": value.cached,
             "create_time": value.create_time,
         }
@@ -304,6 +305,7 @@ class Extractions:
             n_rows_expected=record["n_rows"] if state.ended else 0,
             n_rows_exact=state.ended,
             n_rows_computed=record["n_rows_computed"],
+            size_bytes=record["size_bytes"],
             cached=record["cached"],
             create_time=record["create_time"],
         )

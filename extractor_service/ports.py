@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from extractor_service.held_set import HeldSet
 from extractor_service.runner_protocol import Message
 from extractor_service.values import (
     DesiredState,
     Device,
-    Extraction,
     Failure,
     Lease,
     ModelInfo,
@@ -39,7 +39,7 @@ class NodeRegistry(Protocol):
     ) -> None:
         """Tells how a build stands."""
 
-    async def report_set(self, epoch: int, extraction: Extraction, columns: Sequence[str], *, deleted: bool) -> None:
+    async def report_set(self, epoch: int, held: HeldSet) -> None:
         """Tells what a set of this node holds."""
 
 

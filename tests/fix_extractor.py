@@ -73,8 +73,8 @@ class FakeRegistry:
     async def report_build(self, epoch, model_id, *, done, transfer, failure):
         pass
 
-    async def report_set(self, epoch, extraction, columns, *, deleted):
-        self.sets[extraction.set_id] = None if deleted else extraction
+    async def report_set(self, epoch, held):
+        self.sets[held.id] = held
 
     async def get_model(self, model_id):
         self._check()

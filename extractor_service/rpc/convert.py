@@ -12,6 +12,7 @@ from headrace.registry.v1 import activation_set_service_pb2, model_pb2, node_ser
 from activation_log.layout import ColumnSpec, Dtype
 from extractor_service.corpora.spec import Corpus, CorpusFormat, CorpusSpec, TextSplit
 from extractor_service.errors import FieldInvalid
+from extractor_service.held_set import HeldSet
 from extractor_service.recipe import ONE_DOCUMENT, PACKED, Recipe
 from extractor_service.row_stream import StreamRequest
 from extractor_service.values import (
@@ -300,21 +301,19 @@ def report_to_pb(node_id: str, epoch: int, report: ResidencyReport) -> node_serv
     )
 
 
-def set_report_to_pb(
-    value: Extraction, node_id: str, columns: tuple[str, ...]
-) -> activation_set_service_pb2.ActivationSet:
+def held_set_to_pb(held: HeldSet, node_id: str) -> activation_set_service_pb2.ActivationSet:
     """What a node holds of a set."""
     return activation_set_service_pb2.ActivationSet(
-        id=value.set_id,
+        id=held.id,
         node_id=node_id,
-        model_id=value.spec.model_id,
-        corpus_id=value.spec.corpus_id,
-        columns=columns,
-        n_rows=value.n_rows,
-        size_bytes=value.size_bytes,
-        complete=str(value.state) == "DONE" and not value.spec.max_rows,
-        retention=value.spec.retention.kind.upper(),
-        path=value.path,
+        model_id=held.model_id,
+        corpus_id=held.corpus_id,
+        columns=held.columns,
+        n_rows=held.n_rows,
+        size_bytes=held.size_bytes,
+        complete=held.complete,
+        retention=held.retention,
+        path=held.path,
     )
 
 

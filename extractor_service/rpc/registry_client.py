@@ -22,11 +22,11 @@ from headrace.registry.v1 import (
 )
 
 from extractor_service.errors import ExtractorError, RegistryUnavailable, error_for
+from extractor_service.held_set import HeldSet
 from extractor_service.rpc import convert
 from extractor_service.values import (
     DesiredState,
     Device,
-    Extraction,
     Failure,
     Lease,
     ModelInfo,
@@ -144,13 +144,13 @@ class RegistryClient:
         with self._errors():
             await self._nodes.ReportBuild(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
 
-    async def report_set(self, epoch: int, extraction: Extraction, columns: Sequence[str], *, deleted: bool) -> None:
+    async def report_set(self, epoch: int, held: HeldSet) -> None:
         """Tells what a set of this node holds."""
         request = activation_set_service_pb2.ReportActivationSetRequest(
             node_id=self.node_id,
             epoch=epoch,
-            set=convert.set_report_to_pb(extraction, self.node_id, tuple(columns)),
-            deleted=deleted,
+            set=convert.held_set_to_pb(held, self.node_id),
+            deleted=held.deleted,
         )
         with self._errors():
             await self._sets.ReportActivationSet(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)

@@ -8,6 +8,7 @@ from fix_runner import documents
 from activation_log import retention
 from activation_log.manifest import Manifest
 from extractor_service import errors
+from extractor_service.held_set import HeldSet
 from extractor_service.packing import SpecialTokens, count_rows
 from extractor_service.recipe import Recipe
 from extractor_service.row_stream import RowStream, StreamRequest
@@ -44,6 +45,41 @@ async def test_every_row_arrives_once_and_in_order(extractor):
     assert job.value.state == ExtractionState.DONE
     assert not job.value.cached
     assert len(content["blocks.1.hook_resid_post"]) == end.n_rows * 32 * 4
+
+
+async def test_a_set_is_reported_as_its_folder_is_not_as_its_last_extraction(extractor):
+    extractor.add_corpus(documents(400, seed=61))
+    whole = await extractor.extract()
+    _, _, end = await extractor.read(whole)
+    alone = HeldSet.of(whole.value)
+
+    short = await extractor.extract(max_rows=50)
+    await extractor.read(short)
+    again = HeldSet.of(short.value)
+    other = await extractor.extract(hookpoints=("blocks.0.hook_resid_post",), max_rows=50)
+    await extractor.until(lambda: other.value.state.ended)
+    both = HeldSet.of(other.value)
+
+    assert alone.complete
+    assert alone.n_rows == end.n_rows
+    assert end.n_rows * (32 * 4 + 12) < alone.size_bytes < 2 * end.n_rows * (32 * 4 + 12)
+    assert (again.n_rows, again.complete) == (alone.n_rows, True)
+    assert set(both.columns) == {*alone.columns, "blocks.0.hook_resid_post"}
+    assert both.size_bytes > alone.size_bytes
+    assert 50 <= both.n_rows <= alone.n_rows
+    assert both.complete == (both.n_rows == alone.n_rows)
+
+
+async def test_a_deleted_set_is_reported_as_gone(extractor):
+    extractor.add_corpus(documents(40, seed=62))
+    job = await extractor.extract()
+    await extractor.read(job)
+
+    retention.delete_set(job.folder)
+
+    held = HeldSet.of(job.value)
+    assert held.deleted
+    assert (held.id, held.n_rows, held.size_bytes) == (job.value.set_id, 0, 0)
 
 
 async def test_a_second_request_is_a_read(extractor):

@@ -91,6 +91,7 @@ def test_everything_is_still_there_after_a_stop_and_start_of_all(fragile, quiet)
             half.add(next(stream))
     eventually(lambda: extraction.set_id in {each.id for each in client.sets.list()}, "the set is reported")
     before = everything(client)
+    assert all(size_bytes > 0 for _, _, size_bytes in before["sets"])
 
     assert fragile.extractor.terminate() == 0
     assert fragile.registry.terminate() == 0
@@ -117,7 +118,7 @@ def everything(client):
     return {
         "models": [(model.id, model.state, model.commit_sha) for model in client.models.list()],
         "corpora": [(corpus.id, corpus.digest) for corpus in client.corpora.list()],
-        "sets": sorted((each.id, each.n_rows, each.complete) for each in client.sets.list() if each.complete),
+        "sets": sorted((each.id, each.n_rows, each.size_bytes) for each in client.sets.list() if each.complete),
         "extractions": sorted(
             (each.id, each.set_id, each.state, each.n_rows) for each in client.extractions.list() if each.ended
         ),
