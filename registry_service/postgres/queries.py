@@ -1,4 +1,4 @@
-"""Every statement by name. Times come from clock_timestamp() of the database; parameters are bound."""
+"""Every statement by name. Times come from registry_now() of the database; parameters are bound."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL_DELETE = "DELETE FROM models WHERE id = %(id)s"
 MODEL_TOUCH = """
 WITH touched AS (
     UPDATE models
-    SET event_seq = event_seq + 1, revision = revision + 1, update_time = clock_timestamp()
+    SET event_seq = event_seq + 1, revision = revision + 1, update_time = registry_now()
     WHERE id = %(id)s
     RETURNING *
 ), recorded AS (
@@ -40,7 +40,7 @@ WITH touched AS (
 )
 SELECT * FROM touched
 """
-MODEL_SNAPSHOT = "SELECT *, clock_timestamp() AS now FROM models WHERE id = %(id)s"
+MODEL_SNAPSHOT = "SELECT *, registry_now() AS now FROM models WHERE id = %(id)s"
 MODEL_EVENTS = """
 SELECT seq, time, message, model FROM model_events
 WHERE model_id = %(id)s AND seq > %(after_seq)s
@@ -51,7 +51,7 @@ ORDER BY seq LIMIT %(limit)s
 
 PREPARATION_INSERT = """
 INSERT INTO preparations (model_id, claimed_by, claim_expire_time)
-VALUES (%(model_id)s, %(worker)s, clock_timestamp() + make_interval(secs => %(claim_s)s))
+VALUES (%(model_id)s, %(worker)s, registry_now() + make_interval(secs => %(claim_s)s))
 ON CONFLICT (model_id) DO NOTHING
 """
 PREPARATION_DELETE = "DELETE FROM preparations WHERE model_id = %(model_id)s RETURNING model_id"
@@ -60,10 +60,10 @@ SELECT * FROM preparations WHERE model_id = %(model_id)s AND claimed_by = %(work
 """
 PREPARATIONS_CLAIM = """
 UPDATE preparations p
-SET claimed_by = %(worker)s, claim_expire_time = clock_timestamp() + make_interval(secs => %(claim_s)s)
+SET claimed_by = %(worker)s, claim_expire_time = registry_now() + make_interval(secs => %(claim_s)s)
 FROM (
     SELECT model_id FROM preparations
-    WHERE (claimed_by IS NULL OR claimed_by = %(worker)s OR claim_expire_time < clock_timestamp())
+    WHERE (claimed_by IS NULL OR claimed_by = %(worker)s OR claim_expire_time < registry_now())
       AND NOT model_id = ANY(%(running)s)
     ORDER BY create_time LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
@@ -73,7 +73,7 @@ RETURNING p.model_id
 """
 PREPARATIONS_RENEW = """
 UPDATE preparations
-SET claim_expire_time = clock_timestamp() + make_interval(secs => %(claim_s)s)
+SET claim_expire_time = registry_now() + make_interval(secs => %(claim_s)s)
 WHERE claimed_by = %(worker)s AND model_id = ANY(%(running)s)
 RETURNING model_id
 """
@@ -83,7 +83,7 @@ WHERE %(worker)s::text IS NULL OR claimed_by = %(worker)s
 """
 BUILD_ASSIGN = """
 UPDATE preparations
-SET node_id = %(node_id)s, target_path = %(target_path)s, done = false, failure = NULL, report_time = clock_timestamp()
+SET node_id = %(node_id)s, target_path = %(target_path)s, done = false, failure = NULL, report_time = registry_now()
 WHERE model_id = %(model_id)s
 """
 BUILD_CHOOSE_NODE = """
@@ -93,7 +93,7 @@ WHERE n.state = 'ALIVE'
 GROUP BY n.id ORDER BY count(p.model_id), n.id LIMIT 1
 """
 BUILD_READ = """
-SELECT p.*, n.state AS node_state, extract(epoch FROM clock_timestamp() - p.report_time)::float8 AS silent_s
+SELECT p.*, n.state AS node_state, extract(epoch FROM registry_now() - p.report_time)::float8 AS silent_s
 FROM preparations p LEFT JOIN nodes n ON n.id = p.node_id
 WHERE p.model_id = %(model_id)s AND p.claimed_by = %(worker)s
 """
@@ -103,7 +103,7 @@ WHERE p.node_id = %(node_id)s AND p.target_path <> '' AND NOT p.done AND p.failu
 ORDER BY p.create_time, m.id
 """
 BUILD_REPORT = """
-UPDATE preparations SET done = %(done)s, failure = %(failure)s, report_time = clock_timestamp()
+UPDATE preparations SET done = %(done)s, failure = %(failure)s, report_time = registry_now()
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s
 RETURNING model_id
 """
@@ -123,10 +123,10 @@ UPDATE nodes
 SET address = %(address)s, epoch = %(epoch)s, boot_nonce = %(boot_nonce)s, version = %(version)s
 WHERE id = %(id)s
 """
-NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = clock_timestamp() WHERE id = %(id)s"
+NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = registry_now() WHERE id = %(id)s"
 NODES_SILENT = """
 SELECT id FROM nodes
-WHERE state = 'ALIVE' AND heartbeat_time < clock_timestamp() - make_interval(secs => %(silent_s)s)
+WHERE state = 'ALIVE' AND heartbeat_time < registry_now() - make_interval(secs => %(silent_s)s)
 ORDER BY id FOR UPDATE SKIP LOCKED
 """
 NODE_LOST = "UPDATE nodes SET state = 'LOST' WHERE id = %(id)s"
@@ -164,7 +164,7 @@ DEVICE_LOCK = "SELECT * FROM devices WHERE node_id = %(node_id)s AND id = %(id)s
 _RESIDENCY = """
 SELECT r.*, (
     SELECT count(*) FROM leases l
-    WHERE l.residency_id = r.id AND l.state = 'HELD' AND l.expire_time > clock_timestamp())::int AS n_leases
+    WHERE l.residency_id = r.id AND l.state = 'HELD' AND l.expire_time > registry_now())::int AS n_leases
 FROM residencies r
 """
 RESIDENCY_READ = _RESIDENCY + "WHERE r.id = %(id)s"
@@ -190,11 +190,11 @@ OCCUPANTS = """
 SELECT r.id, r.model_id, r.node_id, r.device_id, r.state, r.reserved_bytes,
        extract(epoch FROM r.last_used_time)::float8 AS last_used,
        ARRAY(SELECT l.holder FROM leases l WHERE l.residency_id = r.id AND l.state = 'HELD'
-             AND l.expire_time > clock_timestamp() ORDER BY l.grant_time) AS holders,
-       (SELECT count(*) FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > clock_timestamp())::int
+             AND l.expire_time > registry_now() ORDER BY l.grant_time) AS holders,
+       (SELECT count(*) FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > registry_now())::int
            AS n_waiters,
        EXISTS (SELECT 1 FROM pins p WHERE p.model_id = r.model_id AND p.node_id IN ('', r.node_id)
-               AND (p.expire_time IS NULL OR p.expire_time > clock_timestamp())) AS pinned
+               AND (p.expire_time IS NULL OR p.expire_time > registry_now())) AS pinned
 FROM residencies r JOIN nodes n ON n.id = r.node_id
 WHERE r.state NOT IN ('UNLOADED', 'FAILED', 'LOST')
   AND (%(node_id)s = '' OR r.node_id = %(node_id)s) AND (%(device_id)s = '' OR r.device_id = %(device_id)s)
@@ -208,14 +208,14 @@ VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, %(state)s, %(reserved_
 """
 RESIDENCY_MOVE = """
 UPDATE residencies
-SET state = %(state)s, reason = %(reason)s, actor = %(actor)s, update_time = clock_timestamp(),
+SET state = %(state)s, reason = %(reason)s, actor = %(actor)s, update_time = registry_now(),
     fence = CASE WHEN %(new_fence)s THEN nextval('residency_fences') ELSE fence END,
     state_when_lost = NULL
 WHERE id = %(id)s
 """
 RESIDENCY_LOCK = "SELECT * FROM residencies WHERE id = %(id)s FOR UPDATE"
 RESIDENCY_PROGRESS = """
-UPDATE residencies SET transfer = %(transfer)s, update_time = clock_timestamp() WHERE id = %(id)s
+UPDATE residencies SET transfer = %(transfer)s, update_time = registry_now() WHERE id = %(id)s
 """
 RESIDENCY_MEASURED = """
 UPDATE residencies
@@ -224,7 +224,7 @@ SET measured_bytes = %(measured_bytes)s, transfer = NULL,
 WHERE id = %(id)s
 """
 RESIDENCY_FAILURE = "UPDATE residencies SET failure = %(failure)s, transfer = NULL WHERE id = %(id)s"
-RESIDENCY_USED = "UPDATE residencies SET last_used_time = clock_timestamp() WHERE id = %(id)s"
+RESIDENCY_USED = "UPDATE residencies SET last_used_time = registry_now() WHERE id = %(id)s"
 RESIDENCY_EVENT = """
 INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)
 SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM residencies r WHERE id = %(id)s
@@ -238,7 +238,7 @@ RESIDENCIES_LOSE = """
 UPDATE residencies
 SET state = CASE WHEN %(silent)s AND state = 'QUEUED' THEN 'UNLOADED' ELSE 'LOST' END,
     state_when_lost = CASE WHEN %(silent)s AND state <> 'QUEUED' THEN state END,
-    reason = %(reason)s, actor = 'registry', update_time = clock_timestamp()
+    reason = %(reason)s, actor = 'registry', update_time = registry_now()
 WHERE node_id = %(node_id)s
   AND (state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR (NOT %(silent)s AND state_when_lost IS NOT NULL))
 RETURNING id
@@ -246,7 +246,7 @@ RETURNING id
 RESIDENCIES_REVIVE = """
 UPDATE residencies
 SET state = state_when_lost, state_when_lost = NULL, reason = %(reason)s, actor = 'registry',
-    update_time = clock_timestamp()
+    update_time = registry_now()
 WHERE node_id = %(node_id)s AND node_epoch = %(epoch)s AND state = 'LOST' AND state_when_lost IS NOT NULL
 RETURNING id
 """
@@ -259,7 +259,7 @@ ORDER BY node_id, device_id, id FOR UPDATE
 HOLDERS_OF_MODEL = """
 SELECT l.holder FROM leases l JOIN residencies r ON r.id = l.residency_id
 WHERE r.model_id = %(model_id)s AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
-  AND l.state = 'HELD' AND l.expire_time > clock_timestamp()
+  AND l.state = 'HELD' AND l.expire_time > registry_now()
 ORDER BY l.grant_time LIMIT 20
 """
 QUEUE = """
@@ -280,69 +280,69 @@ WHERE r.state = 'QUEUED' AND n.state = 'ALIVE' ORDER BY 1, 2
 QUEUE_ABANDONED = """
 SELECT r.id FROM residencies r
 WHERE r.state = 'QUEUED' AND r.node_id = %(node_id)s AND r.device_id = %(device_id)s
-  AND NOT EXISTS (SELECT 1 FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > clock_timestamp())
+  AND NOT EXISTS (SELECT 1 FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > registry_now())
 FOR UPDATE
 """
 WAITER_UPSERT = """
 INSERT INTO waiters (id, residency_id, expire_time)
-VALUES (%(id)s, %(residency_id)s, clock_timestamp() + make_interval(secs => %(ttl_s)s))
+VALUES (%(id)s, %(residency_id)s, registry_now() + make_interval(secs => %(ttl_s)s))
 ON CONFLICT (id) DO UPDATE SET residency_id = excluded.residency_id, expire_time = excluded.expire_time
 """
 WAITER_DELETE = "DELETE FROM waiters WHERE id = %(id)s RETURNING residency_id"
-WAITERS_EXPIRE = "DELETE FROM waiters WHERE expire_time <= clock_timestamp()"
+WAITERS_EXPIRE = "DELETE FROM waiters WHERE expire_time <= registry_now()"
 
 # Leases --------------------------------------------------------------------------------------------------------------
 
 _LEASE = """
 SELECT l.*, r.node_id, n.address AS node_address, r.state AS residency_state,
-       l.expire_time > clock_timestamp() AS current
+       l.expire_time > registry_now() AS current
 FROM leases l JOIN residencies r ON r.id = l.residency_id JOIN nodes n ON n.id = r.node_id
 """
 LEASE_READ = _LEASE + "WHERE l.id = %(id)s"
 LEASE_OF_REQUEST = (
     _LEASE
     + """
-WHERE l.request_id = %(request_id)s AND l.state = 'HELD' AND l.expire_time > clock_timestamp() AND r.state = 'RESIDENT'
+WHERE l.request_id = %(request_id)s AND l.state = 'HELD' AND l.expire_time > registry_now() AND r.state = 'RESIDENT'
 """
 )
 LEASE_STALE_REQUEST = """
-UPDATE leases SET state = 'LOST', end_time = clock_timestamp() WHERE request_id = %(request_id)s AND state = 'HELD'
+UPDATE leases SET state = 'LOST', end_time = registry_now() WHERE request_id = %(request_id)s AND state = 'HELD'
 """
 LEASE_GRANT = """
 WITH granted AS (
-    UPDATE residencies SET lease_fence = lease_fence + 1, last_used_time = clock_timestamp()
+    UPDATE residencies SET lease_fence = lease_fence + 1, last_used_time = registry_now()
     WHERE id = %(residency_id)s RETURNING id, model_id, lease_fence
 )
 INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s, expire_time)
 SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
-       clock_timestamp() + make_interval(secs => %(ttl_s)s)
+       registry_now() + make_interval(secs => %(ttl_s)s)
 FROM granted
 """
 LEASE_RENEW = """
-UPDATE leases l SET expire_time = clock_timestamp() + make_interval(secs => l.ttl_s)
+UPDATE leases l SET expire_time = registry_now() + make_interval(secs => l.ttl_s)
 FROM residencies r
-WHERE l.id = %(id)s AND l.fence = %(fence)s AND l.state = 'HELD' AND l.expire_time > clock_timestamp()
+WHERE l.id = %(id)s AND l.fence = %(fence)s AND l.state = 'HELD' AND l.expire_time > registry_now()
   AND r.id = l.residency_id AND r.state IN ('RESIDENT', 'DRAINING')
 RETURNING l.id
 """
 LEASE_RELEASE = """
 WITH released AS (
-    UPDATE leases SET state = 'RELEASED', end_time = clock_timestamp()
+    UPDATE leases SET state = 'RELEASED', end_time = registry_now()
     WHERE id = %(id)s AND fence = %(fence)s AND state = 'HELD' RETURNING residency_id
 )
-UPDATE residencies r SET last_used_time = clock_timestamp() FROM released WHERE r.id = released.residency_id
+UPDATE residencies r SET last_used_time = registry_now() FROM released WHERE r.id = released.residency_id
 """
 LEASE_TAKE_BACK = """
-UPDATE leases SET state = 'RELEASED', end_time = clock_timestamp() WHERE id = %(id)s AND state = 'HELD'
+UPDATE leases SET state = 'RELEASED', end_time = registry_now() WHERE id = %(id)s AND state = 'HELD'
 """
 LEASES_END = """
-UPDATE leases SET state = 'LOST', end_time = clock_timestamp()
+UPDATE leases SET state = 'LOST', end_time = registry_now()
 WHERE residency_id = ANY(%(residency_ids)s) AND state = 'HELD'
 """
 LEASES_EXPIRE = """
 WITH expired AS (
-    UPDATE leases SET state = 'EXPIRED', end_time = clock_timestamp()
-    WHERE state = 'HELD' AND expire_time <= clock_timestamp() RETURNING residency_id
+    UPDATE leases SET state = 'EXPIRED', end_time = registry_now()
+    WHERE state = 'HELD' AND expire_time <= registry_now() RETURNING residency_id
 )
 SELECT count(*)::int AS n FROM expired
 """
@@ -356,7 +356,7 @@ VALUES (%(id)s, %(node_id)s, %(model_id)s, %(corpus_id)s, %(columns)s, %(n_rows)
 ON CONFLICT (id, node_id) DO UPDATE
 SET model_id = excluded.model_id, corpus_id = excluded.corpus_id, columns = excluded.columns,
     n_rows = excluded.n_rows, size_bytes = excluded.size_bytes, complete = excluded.complete,
-    retention = excluded.retention, path = excluded.path, update_time = clock_timestamp()
+    retention = excluded.retention, path = excluded.path, update_time = registry_now()
 """
 SET_DELETE = "DELETE FROM activation_sets WHERE id = %(id)s AND node_id = %(node_id)s"
 SET_READ = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id"
@@ -372,10 +372,10 @@ ORDER BY create_time DESC, id DESC, node_id DESC LIMIT %(limit)s
 
 # A day is longer than any client retries one request; a week of ended residencies answers "what happened".
 PURGE = (
-    "DELETE FROM requests WHERE create_time < clock_timestamp() - interval '1 day'",
-    "DELETE FROM leases WHERE state <> 'HELD' AND end_time < clock_timestamp() - interval '1 day'",
+    "DELETE FROM requests WHERE create_time < registry_now() - interval '1 day'",
+    "DELETE FROM leases WHERE state <> 'HELD' AND end_time < registry_now() - interval '1 day'",
     """
 DELETE FROM residencies
-WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < clock_timestamp() - interval '7 days'
+WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < registry_now() - interval '7 days'
 """,
 )
