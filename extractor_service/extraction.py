@@ -218,7 +218,7 @@ class ExtractionJob:
             n_rows_exact=True,
             cached=cached,
             waiting_for=(),
-            size_bytes=(n_rows - self._first_kept_row) * self._manifest.row_bytes,
+            size_bytes=self._size_bytes(n_rows),
         )
 
     @contextlib.asynccontextmanager
@@ -312,9 +312,14 @@ class ExtractionJob:
             n_rows=event.n_rows,
             n_rows_computed=value.n_rows_computed + max(event.n_rows - value.n_rows, 0),
             rows_per_s=self._rate.at(event.n_rows, time.monotonic()),
-            size_bytes=(event.n_rows - self._first_kept_row) * self._manifest.row_bytes,
+            size_bytes=self._size_bytes(event.n_rows),
             n_non_finite=event.n_non_finite,
         )
+
+    def _size_bytes(self, n_rows: int) -> int:
+        """Bytes kept of this extraction's own columns; the set may have others."""
+        row_bytes = sum(self._manifest.column(name).row_bytes for name in self.columns)
+        return (n_rows - self._first_kept_row) * row_bytes
 
     async def _on_blocked(self, runner: Runner) -> None:
         """The window is full: says who is waited for, and grants at once what was released meanwhile."""

@@ -66,6 +66,7 @@ async def test_a_set_is_reported_as_its_folder_is_not_as_its_last_extraction(ext
     assert (again.n_rows, again.complete) == (alone.n_rows, True)
     assert set(both.columns) == {*alone.columns, "blocks.0.hook_resid_post"}
     assert both.size_bytes > alone.size_bytes
+    assert other.value.size_bytes == 50 * (32 * 4 + 12)
     assert 50 <= both.n_rows <= alone.n_rows
     assert both.complete == (both.n_rows == alone.n_rows)
 

@@ -428,7 +428,7 @@ class Extraction(_message.Message):
     rows_per_s: _builtins.float
     """Rows per second over the last few seconds."""
     size_bytes: _builtins.int
-    """Bytes in the set."""
+    """Bytes kept of its own columns, provenance included; the set may have others."""
     eta_s: _builtins.float
     """Seconds left; negative while unknown."""
     queue_position: _builtins.int
