@@ -134,6 +134,7 @@ async def test_the_watch_of_an_ended_epoch_ends(registry):
 async def test_the_desired_state_is_sent_at_once_and_after_each_change(registry, tmp_path, start_node):
     await ready_model(registry.stubs, tmp_path, "tiny")
     node = await start_node()
+    await until(lambda: node.messages)
     lease = await acquire(registry.stubs, "tiny")
     await registry.stubs.residencies.UnloadModel(residency_service_pb2.UnloadModelRequest(model_id="tiny", force=True))
     await until_residency(registry.stubs, lease.residency_id, r.RESIDENCY_STATE_UNLOADED)
