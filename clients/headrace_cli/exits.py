@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
+import threading
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -20,9 +23,23 @@ if TYPE_CHECKING:
     from headrace_client import HeadraceError
 
 FAILED, USAGE, NOT_FOUND, UNAVAILABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 5, 130
+INTERRUPT_GRACE_S = 10.0
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+def end_when_interrupted() -> None:
+    """Has Ctrl-C end the process within `INTERRUPT_GRACE_S`, even where cleaning up hangs."""
+
+    def interrupt(number: int, frame: object) -> None:
+        del number, frame
+        timer = threading.Timer(INTERRUPT_GRACE_S, os._exit, (INTERRUPTED,))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -369,6 +369,25 @@ def test_the_environment_is_read_by_main_only(registry_host):
     assert json.loads(done.stdout) == []
 
 
+def test_ctrl_c_ends_a_process_whose_cleanup_hangs():
+    program = """
+import time
+from headrace_cli import exits
+exits.INTERRUPT_GRACE_S = 0.1
+exits.end_when_interrupted()
+while True:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(registry_host, scripted_extractor):
     scripted_extractor.faults.append(Fault("hang", after=2))
     command = [sys.executable, "-m", "headrace_cli", "--registry", registry_host.address, "watch", EXTRACTION_ID]
