@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import select
+import selectors
 import socket
 import ssl
 import struct
@@ -214,7 +214,9 @@ class SocketCall:
     def _readable(self) -> bool:
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
             return True
-        return bool(select.select((self._sock,), (), (), 0)[0])
+        with selectors.DefaultSelector() as selector:  # select() itself knows no descriptor beyond 1023.
+            selector.register(self._sock, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
     def _read_frame(self) -> None:
         self._fill(self._head)
@@ -304,7 +306,7 @@ class SocketCall:
     def _fill(self, view: memoryview) -> None:
         try:
             while view:
-                n_read = self._sock.recv_into(view, 0, self._wait_all)
+                n_read = self._sock.recv_into(view, len(view), self._wait_all)
                 if not n_read:
                     raise CallFailed("UNAVAILABLE", "the connection was closed")
                 view = view[n_read:]
