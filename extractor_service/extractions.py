@@ -305,7 +305,7 @@ class Extractions:
             n_rows_expected=record["n_rows"] if state.ended else 0,
             n_rows_exact=state.ended,
             n_rows_computed=record["n_rows_computed"],
-            size_bytes=record["size_bytes"],
+            size_bytes=record.get("size_bytes", 0),  # Older records lack it.
             cached=record["cached"],
             create_time=record["create_time"],
         )

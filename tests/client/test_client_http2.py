@@ -58,8 +58,8 @@ class Peer:
                 self.flush()
                 self.until(h2.events.StreamEnded)
                 self._script(self)
-                self.sock.shutdown(socket.SHUT_WR)
                 with suppress(OSError):
+                    self.sock.shutdown(socket.SHUT_WR)
                     while self.sock.recv(65536):  # What comes late would reset the connection, and lose what was sent.
                         pass
         except Exception as exc:  # noqa: BLE001 - raised again in the test's own thread
