@@ -13,7 +13,7 @@ import os
 import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import grpc
@@ -33,6 +33,7 @@ from chassis.shutdown import Shutdown
 from registry_service.admission import Admissions
 from registry_service.hub.client import HubClient
 from registry_service.paths import ModelRoots
+from registry_service.policy import POLICY_HELP, Policy
 from registry_service.postgres.connect import migrate_when_reachable
 from registry_service.postgres.embedded import EmbeddedPostgres
 from registry_service.postgres.keeper import Keeper
@@ -42,6 +43,7 @@ from registry_service.postgres.node_store import NodeStore
 from registry_service.postgres.pool import Database
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.residency_store import ResidencyStore
+from registry_service.postgres.residency_upkeep import ResidencyUpkeep
 from registry_service.postgres.set_store import SetStore
 from registry_service.postgres.upkeep_store import UpkeepStore
 from registry_service.preparation import Preparer
@@ -61,6 +63,10 @@ SERVICES = tuple(
 )
 
 
+class PolicyInvalid(StartError):
+    """A number of the residency policy is out of range."""
+
+
 class RootInvalid(StartError):
     """A models root is no folder."""
 
@@ -75,6 +81,7 @@ class Settings:
     model_roots: tuple[Path, ...]
     heartbeat_interval_s: float
     environment: Mapping[str, str]
+    policy: Policy = field(default_factory=Policy)
 
 
 def main() -> int:
@@ -122,8 +129,8 @@ class Registry:
         self.preparations = PreparationStore(database, wakeups)
         models = ModelStore(database, wakeups)
         nodes = NodeStore(database, wakeups)
-        leases = LeaseStore(database, wakeups)
-        residencies = ResidencyStore(database, wakeups)
+        leases = LeaseStore(database, wakeups, settings.policy)
+        residencies = ResidencyStore(database, wakeups, settings.policy)
         roots = ModelRoots(settings.model_roots or (settings.data_dir,))
         self._preparer = Preparer(
             store=self.preparations,
@@ -137,7 +144,7 @@ class Registry:
         self._upkeep = Upkeep(
             leases=leases,
             nodes=nodes,
-            residencies=residencies,
+            residencies=ResidencyUpkeep(database, wakeups, settings.policy),
             rows=UpkeepStore(database),
             heartbeat_interval_s=settings.heartbeat_interval_s,
         )
@@ -236,8 +243,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--heartbeat-interval-s", type=_interval, default=5.0, metavar="S", help="asked of nodes (default 5)"
     )
+    _add_policy_flags(parser)
     add_common_flags(parser)
     return parser
+
+
+def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each number of the policy, with its default."""
+    group = parser.add_argument_group("residency")
+    for each in fields(Policy):
+        kind: type[int | float] = int if isinstance(each.default, int) else float
+        group.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=kind,
+            default=each.default,
+            metavar="N" if kind is int else "S",
+            help=f"{POLICY_HELP[each.name]} (default {each.default:g})",
+        )
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    try:
+        return Policy(**{each.name: getattr(args, each.name) for each in fields(Policy)})
+    except ValueError as exc:
+        raise PolicyInvalid(f"--{str(exc).replace('_', '-')}.") from exc
 
 
 def _interval(text: str) -> float:
@@ -257,6 +286,7 @@ def _settings(args: argparse.Namespace, environment: Mapping[str, str]) -> Setti
         database_url=args.database_url or environment.get("DATABASE_URL", ""),
         model_roots=tuple(args.models_root),
         heartbeat_interval_s=args.heartbeat_interval_s,
+        policy=_policy(args),
         environment=dict(environment),
     )
 

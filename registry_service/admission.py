@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
 
 from registry_service.errors import AdmissionTimeout, DatabaseUnavailable
+from registry_service.leases import LeaseTerms
 from registry_service.postgres.admit import Wish
-from registry_service.postgres.residency_store import Admission, LeaseTerms, ResidencyStore
+from registry_service.postgres.residency_store import Admission, ResidencyStore
 from registry_service.wakeups import POLL_S, Wakeups
 
 log = logging.getLogger(__name__)
@@ -17,12 +17,60 @@ log = logging.getLogger(__name__)
 _RETRY_AFTER_S = 5.0
 
 
+class Attempt:
+    """One AcquireLease on its way: `advance` it until it has a lease, then or before `give_up`."""
+
+    def __init__(
+        self, residencies: ResidencyStore, wish: Wish, terms: LeaseTerms, *, waiter_id: str, deadline: float
+    ) -> None:
+        self._residencies = residencies
+        self._wish = wish
+        self._terms = terms
+        self._waiter_id = waiter_id
+        self._deadline = deadline
+        self._last: Admission | None = None
+
+    def left_s(self, now: float) -> float:
+        """Seconds until it may wait no longer."""
+        return self._deadline - now
+
+    async def advance(self, now: float) -> Admission | None:
+        """One step; returns how the wish stands if that changed. Raises AdmissionTimeout, or what refuses it."""
+        admission = await self._residencies.step(self._wish, self._terms, self._waiter_id, last=self._last)
+        changed = _differs(admission, self._last)
+        self._last = admission
+        if admission.lease is None and not changed and self.left_s(now) <= 0:
+            raise await self._timeout(admission)
+        return admission if changed or admission.lease is not None else None
+
+    async def give_up(self) -> None:
+        """Takes back the lease and the place in line."""
+        try:
+            await self._residencies.abandon(self._waiter_id)
+        except DatabaseUnavailable:
+            log.warning("waiter %s could not be taken back; it runs out by itself", self._waiter_id)
+
+    async def _timeout(self, admission: Admission) -> AdmissionTimeout:
+        residency = admission.residency
+        holders = ", ".join(await self._residencies.in_the_way(residency.id)) if admission.position else ""
+        behind = f" at position {admission.position}, behind {holders}" if holders else ""
+        return AdmissionTimeout(
+            f"model {self._wish.model_id!r} is still {residency.state}{behind}; "
+            "wait longer with wait_s, or try again later",
+            metadata={"state": residency.state, "position": str(admission.position), "holders": holders},
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+
 class Admissions:
     """Carries AcquireLease from its first step to its last."""
 
-    def __init__(self, *, residencies: ResidencyStore, wakeups: Wakeups) -> None:
+    def __init__(
+        self, *, residencies: ResidencyStore, wakeups: Wakeups, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._residencies = residencies
         self._wakeups = wakeups
+        self._clock = clock
 
     async def acquire(
         self, wish: Wish, terms: LeaseTerms, *, waiter_id: str, wait_s: float
@@ -32,40 +80,21 @@ class Admissions:
         The lease gets the waiter's id. If it is not delivered, because the generator is closed while suspended at that
         yield or the caller left while it was being granted, it is released.
         """
+        attempt = Attempt(self._residencies, wish, terms, waiter_id=waiter_id, deadline=self._clock() + wait_s)
         delivered = False
         try:
-            async with aclosing(self._steps(wish, terms, waiter_id, time.monotonic() + wait_s)) as steps:
-                async for admission in steps:
+            while not delivered:
+                seen = self._wakeups.generation
+                admission = await attempt.advance(self._clock())
+                if admission is not None:
                     yield admission
-            delivered = True
+                    delivered = admission.lease is not None
+                if not delivered:
+                    left_s = attempt.left_s(self._clock())
+                    await self._wakeups.wait(seen, timeout_s=max(0.0, min(POLL_S, left_s)))
         finally:
             if not delivered:
-                await self._take_back(waiter_id)
-
-    async def _steps(
-        self, wish: Wish, terms: LeaseTerms, waiter_id: str, deadline: float
-    ) -> AsyncGenerator[Admission, None]:
-        last: Admission | None = None
-        while True:
-            seen = self._wakeups.generation
-            awaited = last.residency.id if last is not None else ""
-            admission = await self._residencies.step(wish, terms, waiter_id, awaited=awaited)
-            if admission.lease is not None:
-                yield admission
-                return
-            if _differs(admission, last):
-                yield admission
-            last = admission
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise _timeout(wish, admission)
-            await self._wakeups.wait(seen, timeout_s=min(POLL_S, left_s))
-
-    async def _take_back(self, waiter_id: str) -> None:
-        try:
-            await self._residencies.abandon(waiter_id)
-        except DatabaseUnavailable:
-            log.warning("waiter %s could not be taken back; it runs out by itself", waiter_id)
+                await attempt.give_up()
 
 
 def _differs(admission: Admission, last: Admission | None) -> bool:
@@ -77,12 +106,4 @@ def _differs(admission: Admission, last: Admission | None) -> bool:
         before.state,
         before.transfer,
         last.position,
-    )
-
-
-def _timeout(wish: Wish, admission: Admission) -> AdmissionTimeout:
-    return AdmissionTimeout(
-        f"model {wish.model_id!r} is still {admission.residency.state}; wait longer with wait_s, or try again later",
-        metadata={"state": admission.residency.state, "position": str(admission.position)},
-        retry_after_s=_RETRY_AFTER_S,
     )

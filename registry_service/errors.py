@@ -8,8 +8,8 @@ ServiceError
 ├── StateConflict                     the state does not allow the call
 ├── ModelNotReady · ModelUnsupported  files missing; files unusable
 ├── ModelInUse · EtagMismatch         delete or change while in use; stale etag
-├── ModelTooLarge · CapacityBusy      fits nowhere ever; fits, but all is held
-├── AdmissionTimeout                  waited for memory past the limit
+├── ModelTooLarge · CapacityBusy      fits nowhere ever; fits, but pins leave no room
+├── QueueFull · AdmissionTimeout      too many wait; waited for memory past the limit
 ├── LeaseLost · EpochStale · NodeLost fences, epochs, silence
 ├── LoadFailed · DeviceOom            what a node reported about a load
 ├── RunnerLost                        the model's process died while it loaded
@@ -109,7 +109,11 @@ class ModelTooLarge(ServiceError):
 
 
 class CapacityBusy(ServiceError):
-    """Fits, but everything is held."""
+    """Fits, but pins leave no room for it."""
+
+
+class QueueFull(ServiceError):
+    """As many wait as may."""
 
 
 class AdmissionTimeout(ServiceError):

@@ -29,6 +29,15 @@ class Lease:
     node_address: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseTerms:
+    """What to grant once the model is resident."""
+
+    holder: str
+    ttl_s: float
+    request_id: str = ""
+
+
 def checked_ttl_s(ttl_s: float) -> float:
     """5 to 3600 seconds; 0 means 60."""
     if ttl_s == 0:

@@ -11,7 +11,7 @@ from registry_service.errors import DatabaseUnavailable
 from registry_service.nodes import MISSED_HEARTBEATS
 from registry_service.postgres.lease_store import LeaseStore
 from registry_service.postgres.node_store import NodeStore
-from registry_service.postgres.residency_store import ResidencyStore
+from registry_service.postgres.residency_upkeep import ResidencyUpkeep
 from registry_service.postgres.upkeep_store import UpkeepStore
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Upkeep:
         *,
         leases: LeaseStore,
         nodes: NodeStore,
-        residencies: ResidencyStore,
+        residencies: ResidencyUpkeep,
         rows: UpkeepStore,
         heartbeat_interval_s: float,
         clock: Callable[[], float] = time.monotonic,

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
@@ -35,8 +36,12 @@ from headrace.registry.v1 import (
 from chassis.server import ServerOptions
 from chassis.shutdown import Shutdown
 from registry_service.__main__ import Settings, run
+from registry_service.policy import Policy
 from registry_service.postgres.embedded import EmbeddedPostgres
 from registry_service.postgres.migrations import migrate, packaged_migrations
+
+# What is idle may be evicted at once.
+AT_ONCE = Policy(min_residency_s=0.0)
 
 # Durable is what a test database need not be.
 FAST_SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
@@ -161,6 +166,8 @@ async def running_registry(
     roots: tuple[Path, ...] = (),
     heartbeat_interval_s: float = 5.0,
     environment: dict[str, str] | None = None,
+    policy: Policy = AT_ONCE,
+    **more: Any,
 ) -> AsyncIterator[RunningRegistry]:
     await asyncio.to_thread(data_dir.mkdir, exist_ok=True, parents=True)
     ready_file = data_dir / f"ready-{uuid.uuid4().hex[:8]}"
@@ -171,7 +178,9 @@ async def running_registry(
         database_url=database_url,
         model_roots=roots,
         heartbeat_interval_s=heartbeat_interval_s,
-        environment=environment if environment is not None else dict(os.environ),
+        environment=environment if environment is not None else {**os.environ, "HF_HUB_OFFLINE": "1"},
+        policy=policy,
+        **more,
     )
     task = asyncio.create_task(run(settings, shutdown=shutdown, handle_signals=False))
     while not ready_file.exists():

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from registry_service.errors import ModelNotReady, NodeLost, NodeNotFound
 from registry_service.memory import estimated_bytes, load_dtype
-from registry_service.models import Model, ModelState, Quantization
+from registry_service.models import Failure, Model, ModelState
 from registry_service.nodes import DeviceKind
-from registry_service.placement import refusal
+from registry_service.placement import Action, Backoff, Decision, Space, decide_placement
+from registry_service.policy import Policy
 from registry_service.postgres import queries
+from registry_service.postgres import residency_queries as admission
+from registry_service.postgres.failure_memory import LearnedSizes, read_backoffs
 from registry_service.postgres.model_store import read_model
+from registry_service.postgres.node_views import LockedNode, lock_nodes, read_nodes
 from registry_service.postgres.pool import Connection
-from registry_service.postgres.residency_moves import move, promote, read_residency
-from registry_service.postgres.rows import model_of, occupant_of
-from registry_service.residency import Action, Decision, Residency, ResidencyState, Space, decide_placement
+from registry_service.postgres.residency_moves import read_residency, settle
+from registry_service.postgres.rows import model_of
+from registry_service.refusals import refusal
+from registry_service.residency import Residency, ResidencyState
+from registry_service.scheduling import DeviceView
+
+Place = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,52 +37,68 @@ class Wish:
     actor: str
     if_resident_only: bool = False
 
+    def allows(self, node_id: str, device_id: str) -> bool:
+        """Whether the model may be there."""
+        return self.node_id in ("", node_id) and self.device_id in ("", device_id)
 
-async def admit(conn: Connection, wish: Wish) -> Residency:
-    """Returns the residency that will serve the wish. Raises what refuses it."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """The residency that will serve a wish, and whether others should look again."""
+
+    residency: Residency
+    changed: bool
+
+
+async def admit(conn: Connection, wish: Wish, policy: Policy, avoid: Mapping[Place, Failure] | None = None) -> Admitted:
+    """Finds the residency that will serve the wish; the caller then makes itself one of its waiters.
+
+    Raises what refuses it. `avoid` are the places where the caller has seen it fail.
+    """
     model = await _ready_model(conn, wish.model_id)
-    devices, epochs = await _lock_devices(conn, wish)
-    spaces = await _spaces(conn, model, wish, devices)
-    decision = decide_placement(model.id, spaces)
-    if decision.action is Action.JOIN:
-        await promote(conn, decision.space.node_id, decision.space.device_id)
-        joined = await read_residency(conn, decision.joined)
-        _check_only_resident(wish, resident=joined.state is ResidencyState.RESIDENT)
-        return joined
-    _check_only_resident(wish, resident=False)
-    if decision.action in (Action.BUSY, Action.TOO_LARGE):
+    nodes = await _lock_nodes(conn, wish)
+    spaces = await _spaces(conn, model, wish, nodes, avoid or {})
+    if not spaces:
+        raise NodeNotFound("/".join(part for part in (wish.node_id, wish.device_id) if part))
+    decision = decide_placement(model.id, spaces, policy)
+    if wish.if_resident_only:
+        await _check_resident(conn, wish, decision)
+    if decision.action.refuses:
         raise refusal(model.id, decision, spaces)
-    return await _place(conn, model, wish, decision, epochs[decision.space.node_id])
+    if decision.joined:
+        queued = decision.action is not Action.JOIN
+        changed = queued and await settle(conn, decision.space.node.id, policy, awaited=decision.joined)
+        return Admitted(residency=await read_residency(conn, decision.joined), changed=changed)
+    node = nodes[decision.space.node.id]
+    residency = await _line_up(conn, model, decision.space, actor=wish.actor, node=node, policy=policy)
+    return Admitted(residency=residency, changed=True)
 
 
-async def _place(conn: Connection, model: Model, wish: Wish, decision: Decision, epoch: int) -> Residency:
-    space = decision.space
-    for victim in decision.victims:
-        reason = f"evicted for {model.id}"
-        await move(conn, victim, ResidencyState.UNLOADING, reason=reason, actor=wish.actor, new_fence=True)
-    loads = decision.action is Action.LOAD
+async def _line_up(
+    conn: Connection, model: Model, space: Space, *, actor: str, node: LockedNode, policy: Policy
+) -> Residency:
+    """Puts the model last in the device's queue and does what is due; if it is its turn, it loads."""
     residency_id = uuid.uuid4().hex
     values = {
         "id": residency_id,
         "model_id": model.id,
-        "node_id": space.node_id,
-        "device_id": space.device_id,
-        "state": ResidencyState.LOADING if loads else ResidencyState.QUEUED,
+        "node_id": space.node.id,
+        "device_id": space.device.id,
         "reserved_bytes": space.required_bytes,
-        "load_dtype": load_dtype(model.load_options, space.kind),
-        "node_epoch": epoch,
-        "reason": "asked for" if loads else "waits for memory",
-        "actor": wish.actor,
+        "estimated_bytes": _estimate(model, space.device.kind),
+        "load_dtype": load_dtype(model.load_options, space.device.kind),
+        "node_epoch": node.epoch,
+        "reason": "asked for",
+        "actor": actor,
     }
-    await conn.execute(queries.RESIDENCY_INSERT, values)
-    await conn.execute(queries.RESIDENCY_EVENT, {"id": residency_id})
+    await conn.execute(admission.RESIDENCY_INSERT, values)
+    await settle(conn, space.node.id, policy, awaited=residency_id, fresh=True)
     return await read_residency(conn, residency_id)
 
 
 async def _ready_model(conn: Connection, model_id: str) -> Model:
     row = await (await conn.execute(queries.MODEL_KEEP, {"id": model_id})).fetchone()
     model = model_of(row) if row is not None else await read_model(conn, model_id)
-    assert model.quantization is Quantization.NONE
     if model.state is not ModelState.READY:
         raise ModelNotReady(
             f"model {model_id!r} is {model.state}; PrepareModel and wait until it is READY",
@@ -85,56 +108,63 @@ async def _ready_model(conn: Connection, model_id: str) -> Model:
     return model
 
 
-def _check_only_resident(wish: Wish, *, resident: bool) -> None:
-    if wish.if_resident_only and not resident:
-        raise ModelNotReady(
-            f"model {wish.model_id!r} is not resident; LoadModel first, or leave if_resident_only out",
-            resource=("model", wish.model_id),
-        )
+async def _check_resident(conn: Connection, wish: Wish, decision: Decision) -> None:
+    if decision.joined:
+        joined = await read_residency(conn, decision.joined)
+        if joined.state is ResidencyState.RESIDENT:
+            return
+    raise ModelNotReady(
+        f"model {wish.model_id!r} is not resident; LoadModel first, or leave if_resident_only out",
+        resource=("model", wish.model_id),
+    )
 
 
-async def _lock_devices(conn: Connection, wish: Wish) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Locks the devices the wish allows; returns those of living nodes, and these nodes' epochs."""
+async def _lock_nodes(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
+    """Locks the nodes that the wish allows; returns those that live."""
     place = {"node_id": wish.node_id, "device_id": wish.device_id}
-    devices = await (await conn.execute(queries.DEVICES_LOCK, place)).fetchall()
+    rows = await (await conn.execute(admission.NODES_OF_PLACE, place)).fetchall()
     name = "/".join(part for part in (wish.node_id, wish.device_id) if part)
-    if name and not devices:
+    if name and not rows:
         raise NodeNotFound(name)
-    ids = [device["node_id"] for device in devices]
-    alive = await (await conn.execute(queries.NODES_ALIVE, {"ids": ids})).fetchall()
-    epochs = {row["id"]: row["epoch"] for row in alive}
-    if not epochs:
+    node_ids = [row["node_id"] for row in rows]
+    await lock_nodes(conn, node_ids)
+    nodes = await read_nodes(conn, node_ids)
+    if not nodes:
         raise NodeLost(
             f"node {wish.node_id!r} is silent" if wish.node_id else "no node is alive; start an extractor",
             retry_after_s=2.0,
         )
-    return [device for device in devices if device["node_id"] in epochs], epochs
+    return nodes
 
 
-async def _spaces(conn: Connection, model: Model, wish: Wish, devices: Sequence[dict[str, Any]]) -> list[Space]:
-    place = {"node_id": wish.node_id, "device_id": wish.device_id}
-    rows = await (await conn.execute(queries.OCCUPANTS, place)).fetchall()
-    required = {kind: await _required_bytes(conn, model, kind) for kind in {DeviceKind(d["kind"]) for d in devices}}
+async def _spaces(
+    conn: Connection,
+    model: Model,
+    wish: Wish,
+    nodes: Mapping[str, LockedNode],
+    avoid: Mapping[Place, Failure],
+) -> Sequence[Space]:
+    learned = await LearnedSizes.read(conn, model)
+    backoffs = {place: Backoff(left_s=0.0, failure=failure) for place, failure in avoid.items()}
+    backoffs |= await read_backoffs(conn, model.id)
+
+    def required_bytes(node: LockedNode, device: DeviceView) -> int:
+        estimate = _estimate(model, device.kind)
+        dtype = load_dtype(model.load_options, device.kind)
+        return learned.required_bytes(estimate, node_id=node.view.id, device=device, dtype=dtype)
+
     return [
         Space(
-            node_id=device["node_id"],
-            device_id=device["id"],
-            kind=DeviceKind(device["kind"]),
-            capacity_bytes=device["capacity_bytes"],
-            required_bytes=required[DeviceKind(device["kind"])],
-            occupants=tuple(
-                occupant_of(row)
-                for row in rows
-                if row["node_id"] == device["node_id"] and row["device_id"] == device["id"]
-            ),
+            node=node.view,
+            device=device,
+            required_bytes=required_bytes(node, device),
+            backoff=backoffs.get((node.view.id, device.id)),
         )
-        for device in devices
+        for node in nodes.values()
+        for device in node.view.devices
+        if wish.allows(node.view.id, device.id)
     ]
 
 
-async def _required_bytes(conn: Connection, model: Model, kind: DeviceKind) -> int:
-    """What the model took the last time on such a device; before the first load, the estimate."""
-    dtype = load_dtype(model.load_options, kind)
-    parameters = {"model_id": model.id, "kind": kind, "load_dtype": dtype}
-    row = await (await conn.execute(queries.RESIDENCY_LEARNED, parameters)).fetchone()
-    return row["measured_bytes"] if row is not None else estimated_bytes(model.parameters_by_dtype, dtype)
+def _estimate(model: Model, kind: DeviceKind) -> int:
+    return estimated_bytes(model.parameters_by_dtype, load_dtype(model.load_options, kind))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from registry_service.errors import FieldInvalid, LeaseLost, LeaseNotFound
-from registry_service.leases import Lease
+from registry_service.leases import Lease, LeaseTerms
+from registry_service.policy import Policy
 from registry_service.postgres import queries
+from registry_service.postgres import residency_queries as admission
+from registry_service.postgres.admit import Wish
 from registry_service.postgres.pool import Connection, Database
+from registry_service.postgres.residency_moves import settle_if_awaited
 from registry_service.postgres.rows import lease_of
 from registry_service.wakeups import Wakeups
 
@@ -13,9 +19,10 @@ from registry_service.wakeups import Wakeups
 class LeaseStore:
     """What RenewLease, ReleaseLease and the reaper need of the tables."""
 
-    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+    def __init__(self, database: Database, wakeups: Wakeups, policy: Policy | None = None) -> None:
         self._database = database
         self._wakeups = wakeups
+        self._policy = policy or Policy()
 
     async def renew(self, lease_id: str, fence: int) -> Lease:
         """Extends a living lease by its time to live. Raises LeaseLost, LeaseNotFound."""
@@ -38,19 +45,24 @@ class LeaseStore:
     async def release(self, lease_id: str, fence: int) -> None:
         """Ends a lease; one that has ended is no error. Raises LeaseLost if a living one has another fence."""
 
-        async def work(conn: Connection) -> None:
+        async def work(conn: Connection) -> str:
             row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
             if row is None or row["state"] != "HELD":
-                return
+                return ""
             if row["fence"] != fence:
                 raise LeaseLost(
                     f"fence {fence} is not that of lease {lease_id!r}; release with the fence it was granted with",
                     resource=("lease", lease_id),
                 )
+            # The residency first, as whoever ends it does.
+            await conn.execute(queries.RESIDENCY_USED, {"id": row["residency_id"]})
             await conn.execute(queries.LEASE_RELEASE, {"id": lease_id, "fence": fence})
+            return str(row["node_id"])
 
-        await self._database.run(work)
-        self._wakeups.wake()
+        node_id = await self._database.run(work)
+        if node_id:
+            await self._database.run(lambda conn: settle_if_awaited(conn, node_id, self._policy))
+            self._wakeups.wake()
 
     async def expire(self) -> int:
         """Ends the leases whose time is over; returns how many."""
@@ -66,20 +78,30 @@ class LeaseStore:
         return n_expired
 
 
-async def grant_lease(
-    conn: Connection, residency_id: str, *, lease_id: str, holder: str, ttl_s: float, request_id: str
-) -> Lease:
+async def grant_resident(conn: Connection, wish: Wish, terms: LeaseTerms, *, lease_id: str) -> Lease | None:
+    """Grants at once if the model is resident where the wish allows it; takes no lock but the residency's."""
+    values = {"model_id": wish.model_id, "node_id": wish.node_id, "device_id": wish.device_id}
+    if terms.request_id:
+        await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": terms.request_id})
+    granted = await conn.execute(admission.LEASE_GRANT_RESIDENT, {**values, **_terms(terms, lease_id)})
+    if granted.rowcount == 0:
+        return None
+    return await _read(conn, lease_id)
+
+
+async def grant_lease(conn: Connection, residency_id: str, terms: LeaseTerms, *, lease_id: str) -> Lease:
     """Grants within the caller's transaction, which holds the device's lock and has seen RESIDENT."""
-    if request_id:
-        await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": request_id})
-    values = {
-        "id": lease_id,
-        "residency_id": residency_id,
-        "holder": holder,
-        "ttl_s": ttl_s,
-        "request_id": request_id,
-    }
-    await conn.execute(queries.LEASE_GRANT, values)
+    if terms.request_id:
+        await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": terms.request_id})
+    await conn.execute(queries.LEASE_GRANT, {"residency_id": residency_id, **_terms(terms, lease_id)})
+    return await _read(conn, lease_id)
+
+
+def _terms(terms: LeaseTerms, lease_id: str) -> dict[str, Any]:
+    return {"id": lease_id, "holder": terms.holder, "ttl_s": terms.ttl_s, "request_id": terms.request_id}
+
+
+async def _read(conn: Connection, lease_id: str) -> Lease:
     row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
     assert row is not None
     return lease_of(row)

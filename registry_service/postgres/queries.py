@@ -213,7 +213,10 @@ SET state = %(state)s, reason = %(reason)s, actor = %(actor)s, update_time = reg
     state_when_lost = NULL
 WHERE id = %(id)s
 """
-RESIDENCY_LOCK = "SELECT * FROM residencies WHERE id = %(id)s FOR UPDATE"
+RESIDENCY_LOCK = """
+SELECT *, extract(epoch FROM registry_now() - state_time)::float8 AS age_s
+FROM residencies WHERE id = %(id)s FOR UPDATE
+"""
 RESIDENCY_PROGRESS = """
 UPDATE residencies SET transfer = %(transfer)s, update_time = registry_now() WHERE id = %(id)s
 """
@@ -326,14 +329,12 @@ WHERE l.id = %(id)s AND l.fence = %(fence)s AND l.state = 'HELD' AND l.expire_ti
 RETURNING l.id
 """
 LEASE_RELEASE = """
-WITH released AS (
-    UPDATE leases SET state = 'RELEASED', end_time = registry_now()
-    WHERE id = %(id)s AND fence = %(fence)s AND state = 'HELD' RETURNING residency_id
-)
-UPDATE residencies r SET last_used_time = registry_now() FROM released WHERE r.id = released.residency_id
+UPDATE leases SET state = 'RELEASED', end_time = registry_now()
+WHERE id = %(id)s AND fence = %(fence)s AND state = 'HELD'
 """
 LEASE_TAKE_BACK = """
 UPDATE leases SET state = 'RELEASED', end_time = registry_now() WHERE id = %(id)s AND state = 'HELD'
+RETURNING residency_id
 """
 LEASES_END = """
 UPDATE leases SET state = 'LOST', end_time = registry_now()

@@ -1,12 +1,27 @@
-"""Transitions of residencies, each with reason, actor and event; the caller holds the device's row."""
+"""Transitions of residencies, each with reason, actor and event; the caller holds the locks of the node's devices."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from registry_service.errors import LeaseLost
+from registry_service.policy import Policy
 from registry_service.postgres import queries
+from registry_service.postgres import residency_queries as admission
+from registry_service.postgres.node_views import lock_nodes, read_nodes
 from registry_service.postgres.pool import Connection
 from registry_service.postgres.rows import residency_of
-from registry_service.residency import Residency, ResidencyState, next_to_load
+from registry_service.residency import Residency, ResidencyState
+from registry_service.scheduling import NodeView, Outcome, Step, plan
+
+# A node follows an assignment anew, and reports under its fence, when it shall load or end something.
+_ASSIGNED_ANEW = (ResidencyState.LOADING, ResidencyState.UNLOADING)
+
+_WHY_QUEUED = {
+    Outcome.WAIT: "waits for memory on its way back",
+    Outcome.EVICT: "waits for what is evicted for it",
+    Outcome.QUEUE: "waits for what others hold",
+}
 
 
 async def move(
@@ -16,47 +31,40 @@ async def move(
     *,
     reason: str,
     actor: str,
-    new_fence: bool = False,
 ) -> None:
     """One transition: state, reason, actor and its event."""
+    new_fence = state in _ASSIGNED_ANEW
     values = {"id": residency_id, "state": state, "reason": reason, "actor": actor, "new_fence": new_fence}
-    await conn.execute(queries.RESIDENCY_MOVE, values)
+    await conn.execute(admission.RESIDENCY_MOVE, values)
     await conn.execute(queries.RESIDENCY_EVENT, {"id": residency_id})
 
 
-async def promote(conn: Connection, node_id: str, device_id: str) -> bool:
-    """Starts loading what waits and fits now. The device's row is locked."""
-    place = {"node_id": node_id, "device_id": device_id}
-    queued = await (await conn.execute(queries.QUEUE, place)).fetchall()
-    if not queued:
+async def settle(conn: Connection, node_id: str, policy: Policy, *, awaited: str = "", fresh: bool = False) -> bool:
+    """Does everything that is due on a node. Returns True if something changed.
+
+    `awaited` has a waiter who is not in the tables yet; if `fresh`, it was made by this transaction.
+    """
+    found = await read_nodes(conn, (node_id,))
+    if node_id not in found:
         return False
-    room = await (await conn.execute(queries.DEVICE_ROOM, place)).fetchone()
-    assert room is not None
-    chosen = next_to_load([(row["id"], row["reserved_bytes"]) for row in queued], room["free_bytes"])
-    for residency_id in chosen:
-        await move(
-            conn,
-            residency_id,
-            ResidencyState.LOADING,
-            reason="memory is there",
-            actor="registry",
-            new_fence=True,
-        )
-    return bool(chosen)
+    due = plan(_with_waiter(found[node_id].view, awaited), policy)
+    for step in due.steps:
+        await _take(conn, step, first=fresh and step.residency_id == awaited)
+    outcome = due.outcomes.get(awaited)
+    if fresh and outcome is not None and outcome is not Outcome.LOAD:
+        state, why = ResidencyState.QUEUED, _WHY_QUEUED[outcome]
+        actor = next(o.actor for o in found[node_id].view.occupants if o.residency_id == awaited)
+        await move(conn, awaited, state, reason=why, actor=actor)
+    return bool(due.steps)
 
 
-async def end_abandoned(conn: Connection, node_id: str, device_id: str) -> bool:
-    """Ends what is queued and nobody waits for; returns True if there was something."""
-    place = {"node_id": node_id, "device_id": device_id}
-    rows = await (await conn.execute(queries.QUEUE_ABANDONED, place)).fetchall()
-    for row in rows:
-        await move(conn, row["id"], ResidencyState.UNLOADED, reason="nobody waits any more", actor="registry")
-    return bool(rows)
-
-
-async def lock_device(conn: Connection, node_id: str, device_id: str) -> None:
-    """Keeps everything about the device's memory until the transaction ends."""
-    await conn.execute(queries.DEVICE_LOCK, {"node_id": node_id, "id": device_id})
+async def settle_if_awaited(conn: Connection, node_id: str, policy: Policy) -> bool:
+    """Does what is due on a node where somebody waits for memory; elsewhere the next round of upkeep is soon enough."""
+    row = await (await conn.execute(admission.NODE_IS_AWAITED, {"node_id": node_id})).fetchone()
+    if row is None or not row["awaited"]:
+        return False
+    await lock_nodes(conn, (node_id,))
+    return await settle(conn, node_id, policy)
 
 
 async def read_residency(conn: Connection, residency_id: str) -> Residency:
@@ -65,3 +73,15 @@ async def read_residency(conn: Connection, residency_id: str) -> Residency:
     if row is None:
         raise LeaseLost(f"residency {residency_id!r} is not kept any more", resource=("residency", residency_id))
     return residency_of(row)
+
+
+async def _take(conn: Connection, step: Step, *, first: bool) -> None:
+    reason = "asked for" if first and step.state is ResidencyState.LOADING else step.reason
+    await move(conn, step.residency_id, step.state, reason=reason, actor=step.actor)
+    if step.state.ended:
+        await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": step.residency_id})
+
+
+def _with_waiter(view: NodeView, awaited: str) -> NodeView:
+    occupants = tuple(replace(o, n_waiters=o.n_waiters + 1) if o.residency_id == awaited else o for o in view.occupants)
+    return replace(view, occupants=occupants)

@@ -6,51 +6,46 @@ are one step. Locks are taken in the order model, node, device, residency.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from registry_service.errors import LeaseLost, ModelInUse
-from registry_service.leases import Lease
+from registry_service.errors import LeaseLost, LoadFailed, ModelInUse
+from registry_service.leases import Lease, LeaseTerms
 from registry_service.models import Failure, Transfer
 from registry_service.paging import Page
-from registry_service.placement import load_error
+from registry_service.policy import Policy
 from registry_service.postgres import queries
-from registry_service.postgres.admit import Wish, admit
-from registry_service.postgres.lease_store import grant_lease, lease_of_request
+from registry_service.postgres import residency_queries as admission
+from registry_service.postgres.admit import Admitted, Place, Wish, admit
+from registry_service.postgres.failure_memory import note_death, note_failure, note_success
+from registry_service.postgres.lease_store import grant_lease, grant_resident, lease_of_request
 from registry_service.postgres.model_store import read_model
 from registry_service.postgres.node_store import hear
+from registry_service.postgres.node_views import lock_nodes
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
-from registry_service.postgres.residency_moves import end_abandoned, lock_device, move, promote, read_residency
-from registry_service.postgres.rows import json_of, residency_of
+from registry_service.postgres.residency_moves import move, read_residency, settle, settle_if_awaited
+from registry_service.postgres.rows import json_of, occupant_of, residency_of
+from registry_service.postgres.waiting import Waiter, wait_in_line
+from registry_service.refusals import holders_of, load_error, same_everywhere
 from registry_service.residency import Residency, ResidencyState, follow_report
 from registry_service.wakeups import Wakeups
 
 T = TypeVar("T")
 
-# A call that waits renews itself at each poll; one that dies is forgotten after this.
-_WAITER_TTL_S = 10.0
-# LoadModel answers at once; nobody renews its place in the queue, so it is kept for as long as AcquireLease waits.
-_LOAD_WAITER_TTL_S = 600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseTerms:
-    """What to grant once the model is resident."""
-
-    holder: str
-    ttl_s: float
-    request_id: str = ""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """How a wish stands: a lease, or the residency it waits for and its place in the queue (0 once loading)."""
+    """How a wish stands: a lease, or the residency it waits for and its place in the queue (0 once loading).
+
+    `avoid` are the places where it failed on the way.
+    """
 
     residency: Residency
     position: int = 0
     lease: Lease | None = None
+    avoid: Mapping[Place, Failure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +60,16 @@ class ResidencyReport:
     transfer: Transfer | None = None
     measured_bytes: int = 0
     failure: Failure | None = None
+    lost_bytes: int = 0
 
 
 class ResidencyStore:
     """What ResidencyService and ReportResidency need of the tables."""
 
-    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+    def __init__(self, database: Database, wakeups: Wakeups, policy: Policy | None = None) -> None:
         self._database = database
         self._wakeups = wakeups
+        self._policy = policy or Policy()
 
     async def load(self, wish: Wish, request: Request) -> Residency:
         """Makes the model resident or sees to it that it will be; idempotent."""
@@ -83,59 +80,90 @@ class ResidencyStore:
                 known = await (await conn.execute(queries.RESIDENCY_READ, {"id": answered})).fetchone()
                 if known is not None:
                     return residency_of(known)
-            residency = await admit(conn, wish)
+            residency = (await admit(conn, wish, self._policy)).residency
             if residency.state is ResidencyState.QUEUED:
-                await _wait(conn, f"load-{residency.id}", residency.id, _LOAD_WAITER_TTL_S)
+                place_kept = Waiter.standing_for(residency.id, wish)
+                await wait_in_line(conn, place_kept, residency.id, self._policy)
             if answered is None:
                 await remember(conn, request, residency.id)
             return residency
 
         return await self._change(work)
 
-    async def step(self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, awaited: str = "") -> Admission:
+    async def step(self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, last: Admission | None = None) -> Admission:
         """One step of AcquireLease: admits, grants, or renews the waiter's place. Repeat it until there is a lease.
 
-        `awaited` is the residency of the step before; if it has FAILED meanwhile, its error is raised and nothing else
-        happens.
+        `last` is the step before; if what it waited for has FAILED, the wish goes on to a place where it has not, or
+        the failure is raised.
         """
 
-        async def work(conn: Connection) -> Admission:
+        async def work(conn: Connection) -> tuple[Admission, bool]:
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
             if known is not None:
-                return Admission(residency=await read_residency(conn, known.residency_id), lease=known)
-            residency = await admit(conn, wish)
-            if awaited and awaited != residency.id:
-                await _check_load(conn, awaited)
+                return Admission(residency=await read_residency(conn, known.residency_id), lease=known), False
+            lease = await grant_resident(conn, wish, terms, lease_id=waiter_id)
+            if lease is not None:
+                await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
+                return Admission(residency=await read_residency(conn, lease.residency_id), lease=lease), False
+            admitted, avoid = await self._admit(conn, wish, last)
+            residency = admitted.residency
             if residency.state is ResidencyState.RESIDENT:
-                lease = await grant_lease(
-                    conn,
-                    residency.id,
-                    lease_id=waiter_id,
-                    holder=terms.holder,
-                    ttl_s=terms.ttl_s,
-                    request_id=terms.request_id,
-                )
-                await conn.execute(queries.WAITER_DELETE, {"id": waiter_id})
-                return Admission(residency=residency, lease=lease)
-            await _wait(conn, waiter_id, residency.id, _WAITER_TTL_S)
-            return Admission(residency=residency, position=await _position(conn, residency))
+                lease = await grant_lease(conn, residency.id, terms, lease_id=waiter_id)
+                await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
+                return Admission(residency=residency, lease=lease), admitted.changed
+            await wait_in_line(conn, Waiter.calling(waiter_id, wish), residency.id, self._policy)
+            position = await _position(conn, residency)
+            return Admission(residency=residency, position=position, avoid=avoid), admitted.changed
 
-        return await self._change(work)
+        answer, changed = await self._database.run(work)
+        if changed:
+            self._wakeups.wake()
+        return answer
+
+    async def _admit(
+        self, conn: Connection, wish: Wish, last: Admission | None
+    ) -> tuple[Admitted, Mapping[Place, Failure]]:
+        failed = await _failed(conn, last.residency.id) if last is not None else None
+        avoid = dict(last.avoid) if last is not None else {}
+        if failed is None:
+            return await admit(conn, wish, self._policy, avoid), avoid
+        if same_everywhere(failed):
+            raise load_error(failed)
+        assert failed.failure is not None
+        avoid[failed.node_id, failed.device_id] = failed.failure
+        try:
+            return await admit(conn, wish, self._policy, avoid), avoid
+        except LoadFailed:
+            raise load_error(failed) from None
 
     async def abandon(self, waiter_id: str) -> None:
         """Forgets a waiter and its lease; a queued residency nobody else waits for ends with it."""
 
-        async def work(conn: Connection) -> None:
-            await conn.execute(queries.LEASE_TAKE_BACK, {"id": waiter_id})
-            row = await (await conn.execute(queries.WAITER_DELETE, {"id": waiter_id})).fetchone()
-            if row is None:
-                return
-            residency = await (await conn.execute(queries.RESIDENCY_READ, {"id": row["residency_id"]})).fetchone()
-            if residency is not None and residency["state"] == ResidencyState.QUEUED:
-                await lock_device(conn, residency["node_id"], residency["device_id"])
-                await end_abandoned(conn, residency["node_id"], residency["device_id"])
+        async def work(conn: Connection) -> str:
+            taken = await (await conn.execute(queries.LEASE_TAKE_BACK, {"id": waiter_id})).fetchone()
+            row = await (await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})).fetchone()
+            left = taken or row
+            if left is None:
+                return ""
+            residency = await (await conn.execute(queries.RESIDENCY_READ, {"id": left["residency_id"]})).fetchone()
+            return residency["node_id"] if residency is not None else ""
 
-        await self._change(work)
+        node_id = await self._database.run(work)
+        if node_id:
+            await self._database.run(lambda conn: settle_if_awaited(conn, node_id, self._policy))
+            self._wakeups.wake()
+
+    async def in_the_way(self, residency_id: str) -> tuple[str, ...]:
+        """Who keeps the memory that a residency waits for, for people."""
+
+        async def work(conn: Connection) -> tuple[str, ...]:
+            wanted = await read_residency(conn, residency_id)
+            parameters = {"node_ids": [wanted.node_id], "for_good_s": 0.0}
+            rows = await (await conn.execute(admission.OCCUPANTS_OF_NODES, parameters)).fetchall()
+            occupants = [occupant_of(row) for row in rows if row["device_id"] == wanted.device_id]
+            return holders_of(o for o in occupants if o.state.holds_memory and o.residency_id != residency_id)
+
+        return await self._database.run(work)
 
     async def unload(
         self, model_id: str, *, node_id: str, force: bool, actor: str, request: Request
@@ -148,6 +176,8 @@ class ResidencyStore:
             if answered is not None:
                 return [await read_residency(conn, each) for each in answered.split(",") if each]
             ids = await _unload(conn, model_id, node_id=node_id, force=force, actor=actor)
+            for each in sorted({(await read_residency(conn, each)).node_id for each in ids}):
+                await settle(conn, each, self._policy)
             await remember(conn, request, ",".join(ids))
             return [await read_residency(conn, each) for each in ids]
 
@@ -164,8 +194,13 @@ class ResidencyStore:
                     f"residency {report.residency_id!r} is not of this node and epoch; drop it",
                     resource=("residency", report.residency_id),
                 )
-            await lock_device(conn, row["node_id"], row["device_id"])
-            return await _follow(conn, report)
+            if report.state is ResidencyState.LOADING:  # Progress changes no memory.
+                return await _follow(conn, report, self._policy)
+            await lock_nodes(conn, (report.node_id,))
+            changed = await _follow(conn, report, self._policy)
+            if changed:
+                await settle(conn, report.node_id, self._policy)
+            return changed
 
         if await self._database.run(work):
             self._wakeups.wake()
@@ -194,38 +229,25 @@ class ResidencyStore:
         token = page.token_after((found[-1].create_time.isoformat(), found[-1].id)) if more else ""
         return found, token
 
-    async def tidy(self) -> None:
-        """Ends what nobody waits for and promotes the queues; any replica may, any time."""
-
-        async def work(conn: Connection) -> bool:
-            await conn.execute(queries.WAITERS_EXPIRE)
-            rows = await (await conn.execute(queries.DEVICES_WITH_QUEUE)).fetchall()
-            changed = False
-            for row in rows:
-                await lock_device(conn, row["node_id"], row["device_id"])
-                changed |= await end_abandoned(conn, row["node_id"], row["device_id"])
-                changed |= await promote(conn, row["node_id"], row["device_id"])
-            return changed
-
-        if await self._database.run(work):
-            self._wakeups.wake()
-
     async def _change(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         result = await self._database.run(work)
         self._wakeups.wake()
         return result
 
 
-async def _check_load(conn: Connection, residency_id: str) -> None:
-    """Raises the load's error if it has FAILED. The device is locked: what has ended stays ended."""
+async def _failed(conn: Connection, residency_id: str) -> Residency | None:
+    """The residency if its load has failed; its memory may still be on its way back."""
     row = await (await conn.execute(queries.RESIDENCY_READ, {"id": residency_id})).fetchone()
-    if row is not None and row["state"] == ResidencyState.FAILED:
-        raise load_error(residency_of(row))
+    if row is None or row["failure"] is None:
+        return None
+    over = row["state"] in (ResidencyState.FAILED, ResidencyState.UNLOADING)
+    return residency_of(row) if over else None
 
 
 async def _unload(conn: Connection, model_id: str, *, node_id: str, force: bool, actor: str) -> list[str]:
-    await conn.execute(queries.DEVICES_LOCK, {"node_id": node_id, "device_id": ""})
     parameters = {"model_id": model_id, "node_id": node_id}
+    rows = await (await conn.execute(admission.NODES_OF_PLACE, {"node_id": node_id, "device_id": ""})).fetchall()
+    await lock_nodes(conn, [row["node_id"] for row in rows])
     rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
     holders = [row["holder"] for row in await (await conn.execute(queries.HOLDERS_OF_MODEL, parameters)).fetchall()]
     if holders and not force:
@@ -236,60 +258,62 @@ async def _unload(conn: Connection, model_id: str, *, node_id: str, force: bool,
         )
     await conn.execute(queries.LEASES_END, {"residency_ids": [row["id"] for row in rows]})
     for row in rows:
-        if row["state"] == ResidencyState.QUEUED:
-            await move(conn, row["id"], ResidencyState.UNLOADED, reason="unload asked for", actor=actor)
-        elif row["state"] != ResidencyState.UNLOADING:
-            await move(
-                conn, row["id"], ResidencyState.UNLOADING, reason="unload asked for", actor=actor, new_fence=True
-            )
+        queued = row["state"] == ResidencyState.QUEUED
+        if row["state"] != ResidencyState.UNLOADING:
+            state = ResidencyState.UNLOADED if queued else ResidencyState.UNLOADING
+            await move(conn, row["id"], state, reason="unload asked for", actor=actor)
+        await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": row["id"]})
     return [row["id"] for row in rows]
 
 
-async def _follow(conn: Connection, report: ResidencyReport) -> bool:
+async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> bool:
     """Returns True if others should look again."""
     row = await (await conn.execute(queries.RESIDENCY_LOCK, {"id": report.residency_id})).fetchone()
     assert row is not None
     current = ResidencyState(row["state"])
     # That the memory is back is true whichever assignment the report answers; everything else needs the fence.
     ends = report.state in (ResidencyState.UNLOADED, ResidencyState.FAILED)
-    followed = follow_report(current, report.state)
+    followed = follow_report(current, report.state, failed=row["failure"] is not None)
     if followed is None or (report.fence != row["fence"] and not ends):
         raise LeaseLost(
             f"fence {report.fence} of residency {report.residency_id!r} is stale; follow the latest assignments",
             metadata={"fence": str(report.fence), "current_fence": str(row["fence"])},
             resource=("residency", report.residency_id),
         )
-    if report.failure is not None and followed.ended and not current.ended:
-        await conn.execute(queries.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
     if report.state is ResidencyState.LOADING and current is ResidencyState.LOADING:
         await conn.execute(queries.RESIDENCY_PROGRESS, {"id": row["id"], "transfer": json_of(report.transfer)})
         return True
     if followed is current:
         return False
-    await _enter(conn, report, followed)
-    await promote(conn, row["node_id"], row["device_id"])
-    return True
-
-
-async def _enter(conn: Connection, report: ResidencyReport, state: ResidencyState) -> None:
-    actor = f"node {report.node_id}"
-    if state is ResidencyState.RESIDENT:
+    if followed.ended:
+        await _note_end(conn, report, row, policy)
+    else:
         values = {"id": report.residency_id, "measured_bytes": max(0, report.measured_bytes)}
         await conn.execute(queries.RESIDENCY_MEASURED, values)
         await conn.execute(queries.RESIDENCY_USED, {"id": report.residency_id})
-    if state.ended:
-        await conn.execute(queries.LEASES_END, {"residency_ids": [report.residency_id]})
-    reason = report.failure.message if report.failure is not None else f"reported {report.state.lower()}"
-    await move(conn, report.residency_id, state, reason=reason, actor=actor)
+        await note_success(conn, row)
+    await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": row["id"]})
+    reason = report.failure.message if report.failure is not None else f"reported {followed.lower()}"
+    await move(conn, report.residency_id, followed, reason=reason, actor=f"node {report.node_id}")
+    return True
 
 
-async def _wait(conn: Connection, waiter_id: str, residency_id: str, ttl_s: float) -> None:
-    await conn.execute(queries.WAITER_UPSERT, {"id": waiter_id, "residency_id": residency_id, "ttl_s": ttl_s})
+async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, Any], policy: Policy) -> None:
+    """What an end leaves behind: lost leases, memory that did not come back, a place to be left alone."""
+    await conn.execute(queries.LEASES_END, {"residency_ids": [report.residency_id]})
+    if report.lost_bytes > 0:
+        place = {"node_id": row["node_id"], "device_id": row["device_id"], "lost_bytes": report.lost_bytes}
+        await conn.execute(admission.RESIDENCY_LOST_BYTES, place)
+    if report.failure is not None:
+        await conn.execute(queries.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
+    failure = report.failure or Failure(reason="LOAD_FAILED", message="the node gave no reason; see its log")
+    if report.state is ResidencyState.FAILED and row["state"] == ResidencyState.LOADING:
+        await note_failure(conn, row, failure, policy)
+    if report.state is ResidencyState.FAILED and row["state"] == ResidencyState.RESIDENT:
+        await note_death(conn, row, failure, policy)
 
 
 async def _position(conn: Connection, residency: Residency) -> int:
-    if residency.state is not ResidencyState.QUEUED:
-        return 0
-    place = {"node_id": residency.node_id, "device_id": residency.device_id}
-    queued = await (await conn.execute(queries.QUEUE, place)).fetchall()
-    return [row["id"] for row in queued].index(residency.id) + 1
+    row = await (await conn.execute(admission.POSITION, {"id": residency.id})).fetchone()
+    assert row is not None
+    return int(row["position"])

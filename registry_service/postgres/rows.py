@@ -92,16 +92,21 @@ def residency_of(row: Row) -> Residency:
 
 
 def occupant_of(row: Row) -> Occupant:
-    """A row of OCCUPANTS."""
+    """A row of OCCUPANTS_OF_NODES."""
     return Occupant(
         residency_id=row["id"],
         model_id=row["model_id"],
+        device_id=row["device_id"],
         state=ResidencyState(row["state"]),
         reserved_bytes=row["reserved_bytes"],
+        queue_seq=row["queue_seq"],
         n_leases=len(row["holders"]),
-        pinned=row["pinned"],
         n_waiters=row["n_waiters"],
-        last_used=row["last_used"],
+        pinned=row["pinned"],
+        pinned_for_good=row["pinned_for_good"],
+        age_s=row["age_s"],
+        idle_s=row["idle_s"],
+        actor=row["actor"],
         holders=tuple(row["holders"]),
     )
 

@@ -104,9 +104,11 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             transfer=transfer_from_pb(request.transfer) if request.HasField("transfer") else None,
             measured_bytes=request.measured_bytes,
             failure=failure_from_pb(request.failure) if request.HasField("failure") else None,
+            lost_bytes=request.lost_bytes,
         )
-        if request.measured_bytes < 0:
-            raise FieldInvalid("measured_bytes", "must not be negative")
+        for field in ("measured_bytes", "lost_bytes"):
+            if getattr(request, field) < 0:
+                raise FieldInvalid(field, "must not be negative")
         await self._residencies.report(report)
         return pb.ReportResidencyResponse()
 

@@ -14,14 +14,14 @@ from chassis.shutdown import Shutdown
 from registry_service.admission import Admissions
 from registry_service.errors import FieldInvalid, NotImplementedYet
 from registry_service.identifiers import checked_id, checked_request_id, checked_text
-from registry_service.leases import checked_ttl_s, checked_wait_s
+from registry_service.leases import LeaseTerms, checked_ttl_s, checked_wait_s
 from registry_service.models import Transfer
 from registry_service.paging import page_from
 from registry_service.postgres.admit import Wish
 from registry_service.postgres.lease_store import LeaseStore
 from registry_service.postgres.node_store import NodeStore
 from registry_service.postgres.requests import Request
-from registry_service.postgres.residency_store import Admission, LeaseTerms, ResidencyStore
+from registry_service.postgres.residency_store import Admission, ResidencyStore
 from registry_service.residency import ResidencyState
 from registry_service.rpc.convert import lease_to_pb, node_to_pb, residency_to_pb, transfer_to_pb
 

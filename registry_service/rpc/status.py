@@ -26,6 +26,7 @@ STATUSES = StatusTable(
         errors.EtagMismatch: (_CODE.ABORTED, "ETAG_MISMATCH"),
         errors.ModelTooLarge: (_CODE.FAILED_PRECONDITION, "MODEL_TOO_LARGE"),
         errors.CapacityBusy: (_CODE.RESOURCE_EXHAUSTED, "CAPACITY_BUSY"),
+        errors.QueueFull: (_CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
         errors.AdmissionTimeout: (_CODE.DEADLINE_EXCEEDED, "ADMISSION_TIMEOUT"),
         errors.LeaseLost: (_CODE.FAILED_PRECONDITION, "LEASE_LOST"),
         errors.EpochStale: (_CODE.FAILED_PRECONDITION, "EPOCH_STALE"),

@@ -16,6 +16,7 @@ from fix_registry import (
     ready_model,
     register_folder,
     residency_of,
+    until,
     until_residency,
     write_model,
 )
@@ -24,11 +25,12 @@ from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 
+from registry_service.memory import estimated_bytes
+
 MB = 1_000_000
-# 200 MB of process overhead plus the tiny weights.
-TINY_BYTES = int((256 * 4 + 80 * 4) * 1.2) + 200 * MB
-ROOM_FOR_ONE = 300 * MB
-ROOM_FOR_TWO = 500 * MB
+TINY_BYTES = estimated_bytes({"F32": 256, "BF16": 80}, "float32")
+ROOM_FOR_ONE = TINY_BYTES * 3 // 2
+ROOM_FOR_TWO = TINY_BYTES * 5 // 2
 
 
 async def residencies(stubs, **fields: object) -> list[r.Residency]:
@@ -136,16 +138,35 @@ async def test_a_model_larger_than_every_device_says_by_how_much(registry, tmp_p
     assert refusal.metadata["largest_bytes"] == str(150 * MB)
 
 
-async def test_a_full_device_names_its_holders(registry, tmp_path, start_node):
+async def test_a_wait_behind_a_lease_ends_with_its_holders_named(registry, tmp_path, start_node):
     for name in ("one", "two"):
         await ready_model(registry.stubs, tmp_path, name)
     await start_node(devices=[cpu(ROOM_FOR_ONE)])
     await acquire(registry.stubs, "one", holder="alice")
-    refusal = await refused(registry.stubs.residencies.AcquireLease(lease_request("two")))
+    refusal = await refused(registry.stubs.residencies.AcquireLease(lease_request("two", wait_s=0.5), timeout=20))
 
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_BUSY")
-    assert "alice (one)" in refusal.metadata["holders"]
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "ADMISSION_TIMEOUT")
+    assert (refusal.metadata["state"], refusal.metadata["position"]) == ("QUEUED", "1")
+    assert refusal.metadata["holders"] == "alice (one)"
     assert refusal.retry_after_s is not None
+
+
+async def test_a_queued_model_is_loaded_when_the_lease_in_its_way_is_released(registry, tmp_path, start_node):
+    for name in ("one", "two"):
+        await ready_model(registry.stubs, tmp_path, name)
+    node = await start_node(devices=[cpu(ROOM_FOR_ONE)])
+    lease = await acquire(registry.stubs, "one", holder="alice")
+    waiting = asyncio.create_task(acquire(registry.stubs, "two"))
+    await until(lambda: _is_queued(registry.stubs, "two"))
+    loads_while_leased = list(node.loads)
+    await registry.stubs.residencies.ReleaseLease(pb.ReleaseLeaseRequest(lease_id=lease.id, fence=lease.fence))
+
+    assert (await waiting).model_id == "two"
+    assert loads_while_leased == ["one"]
+
+
+async def _is_queued(stubs, model_id: str) -> bool:
+    return [each.state for each in await residencies(stubs, model_id=model_id)] == [r.RESIDENCY_STATE_QUEUED]
 
 
 async def test_an_idle_model_is_evicted_and_its_memory_awaited(registry, tmp_path, start_node):
@@ -237,7 +258,14 @@ async def test_a_failed_load_can_be_tried_again(registry, tmp_path, start_node):
     node = await start_node(failure=model_pb2.Failure(reason="LOAD_FAILED", message="no luck"))
     await refused(registry.stubs.residencies.AcquireLease(lease_request("tiny"), timeout=20))
     node.failure = None
+    at_once = await refused(registry.stubs.residencies.AcquireLease(lease_request("tiny"), timeout=20))
+    loads_before = list(node.loads)
+    await asyncio.sleep(at_once.retry_after_s)
 
+    assert (at_once.code, at_once.reason) == (grpc.StatusCode.INTERNAL, "LOAD_FAILED")
+    assert "no luck" in at_once.message
+    assert 0 < at_once.retry_after_s <= 1.0
+    assert loads_before == ["tiny"]
     assert (await acquire(registry.stubs, "tiny")).model_id == "tiny"
 
 
@@ -381,7 +409,7 @@ async def test_concurrent_acquires_of_different_models_never_overcommit(registry
 
     async def attempt(name: str) -> str:
         try:
-            await acquire(registry.stubs, name)
+            await acquire(registry.stubs, name, wait_s=2.0)
         except grpc.aio.AioRpcError as exc:
             return exc.code().name
         return "granted"
@@ -393,4 +421,4 @@ async def test_concurrent_acquires_of_different_models_never_overcommit(registry
     outcomes = await asyncio.gather(*attempts)
 
     assert reserved <= ROOM_FOR_TWO
-    assert sorted(outcomes) == ["RESOURCE_EXHAUSTED"] * 3 + ["granted"] * 2
+    assert sorted(outcomes) == ["DEADLINE_EXCEEDED"] * 3 + ["granted"] * 2

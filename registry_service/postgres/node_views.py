@@ -1,0 +1,62 @@
+"""Nodes as decisions see them, read under the locks of all their devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from registry_service.leases import MAX_S
+from registry_service.nodes import DeviceKind
+from registry_service.postgres import residency_queries as queries
+from registry_service.postgres.pool import Connection
+from registry_service.postgres.rows import occupant_of
+from registry_service.scheduling import DeviceView, NodeView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockedNode:
+    """A living node whose devices this transaction has locked."""
+
+    view: NodeView
+    epoch: int
+    # What an empty runner takes there; 0 while unknown.
+    runtime_bytes: int = 0
+
+
+async def lock_nodes(conn: Connection, node_ids: Sequence[str]) -> None:
+    """Keeps everything about these nodes' memory until the transaction ends; leases on it too."""
+    parameters = {"node_ids": sorted(node_ids)}
+    await conn.execute(queries.DEVICES_OF_NODES_LOCK, parameters)
+    await conn.execute(queries.RESIDENCIES_OF_NODES_LOCK, parameters)
+
+
+async def read_nodes(conn: Connection, node_ids: Sequence[str]) -> dict[str, LockedNode]:
+    """Reads those of the nodes that live. The caller has locked them."""
+    parameters = {"node_ids": sorted(node_ids)}
+    living = await (await conn.execute(queries.LIVING_NODES, parameters)).fetchall()
+    devices = await (await conn.execute(queries.DEVICES_OF_NODES_LOCK, parameters)).fetchall()
+    occupants = await (await conn.execute(queries.OCCUPANTS_OF_NODES, {**parameters, "for_good_s": MAX_S})).fetchall()
+    return {
+        row["id"]: LockedNode(
+            view=NodeView(
+                id=row["id"],
+                devices=tuple(_device_of(d) for d in devices if d["node_id"] == row["id"] and d["present"]),
+                occupants=tuple(occupant_of(o) for o in occupants if o["node_id"] == row["id"]),
+                max_loads=row["max_loads"],
+                max_residents=row["max_residents"],
+            ),
+            epoch=row["epoch"],
+            runtime_bytes=row.get("runtime_bytes", 0),
+        )
+        for row in living
+    }
+
+
+def _device_of(row: dict[str, Any]) -> DeviceView:
+    return DeviceView(
+        id=row["id"],
+        kind=DeviceKind(row["kind"]),
+        capacity_bytes=row["capacity_bytes"],
+        lost_bytes=row["lost_bytes"],
+    )
