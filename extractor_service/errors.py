@@ -11,6 +11,7 @@ ServiceError                          chassis.errors
 │   ├── PathNotAllowed · AlreadyExists · StateConflict
 │   ├── ModelNotReady · ModelUnsupported · ModelTooLarge
 │   ├── LeaseLost · EpochStale
+│   ├── ExtraMissing                  an optional package is not installed here; metadata `extra`
 │   └── NotImplementedYet             in the contract, not in this version
 ├── Exhausted
 │   ├── QueueFull · TooManyStreams · CapacityBusy · DiskFull · DeviceOom
@@ -143,6 +144,12 @@ class EpochStale(Refused):
     """This node's epoch is no longer the current one."""
 
     reason = "EPOCH_STALE"
+
+
+class ExtraMissing(Refused):
+    """An optional package is not installed where it is needed; metadata `extra`."""
+
+    reason = "EXTRA_MISSING"
 
 
 class NotImplementedYet(Refused):

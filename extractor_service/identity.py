@@ -12,8 +12,10 @@ from extractor_service.values import ExtractionSpec, ModelInfo
 # A WINDOW set holds at least this many segments, so that readers and the forward pass don't wait for one another's.
 MIN_WINDOW_SEGMENTS = 8
 
-# Load options that say where a model is put, not what it computes.
-_NOT_NUMERIC = frozenset({"device_map", "max_memory", "low_cpu_mem_usage"})
+# Load options that say where and how a model is loaded, not what it computes: a residency is on one device, and token
+# ids always come from tokenizer.json. The others (dtype, attn_implementation, rope_scaling, sliding_window,
+# trust_remote_code) change numbers.
+_NOT_NUMERIC = frozenset({"device_map", "max_memory", "low_cpu_mem_usage", "use_fast"})
 
 
 def identity_of(spec: ExtractionSpec, model: ModelInfo, *, corpus_digest: str, compute_dtype: str) -> dict[str, Any]:

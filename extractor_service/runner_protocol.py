@@ -4,8 +4,9 @@ Commands go to the runner's standard input, events come from its standard output
 standard error. Activations never travel here, only row numbers: the log is the channel. End of input means that the
 server is gone, and the runner exits at once.
 
-    server → runner   load · extract · grant · stop · convert
-    runner → server   loading · loaded · committed · blocked · finished · failed · converting · converted
+    server → runner   load · extract · grant · stop · convert · quantize · validate
+    runner → server   loading · loaded · committed · blocked · finished · failed · converting · converted · quantized
+                      · step · validated
 """
 
 from __future__ import annotations
@@ -83,6 +84,33 @@ class Convert(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize(Message):
+    """Quantize the model in `source_path` into a folder at `target_path`, and compare the two in `dtype`.
+
+    Answered by `converting` events, then `quantized` or `failed`.
+    """
+
+    KIND: ClassVar[str] = "quantize"
+    source_path: str
+    target_path: str
+    quantization: str
+    dtype: str
+    load_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validate(Message):
+    """Try a model with these options, which ends with none loaded. Answered by `step` events, then `validated`."""
+
+    KIND: ClassVar[str] = "validate"
+    files_path: str
+    device: str
+    dtype: str
+    quantization: str = "none"
+    load_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loading(Message):
     """Bytes of weights read so far."""
 
@@ -132,7 +160,7 @@ class Finished(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Message):
-    """A command failed. `reason` is an ErrorReason without prefix; `extraction_id` is empty for load and convert."""
+    """A command failed. `reason` is an ErrorReason without prefix; `extraction_id` is empty for all but extract."""
 
     KIND: ClassVar[str] = "failed"
     reason: str
@@ -157,10 +185,38 @@ class Converted(Message):
     KIND: ClassVar[str] = "converted"
 
 
-_KINDS: dict[str, type[Message]] = {
-    kind.KIND: kind
-    for kind in (Load, Extract, Grant, Stop, Convert, Loading, Loaded, Committed, Blocked, Finished, Failed, Converting)
-} | {Converted.KIND: Converted}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized(Message):
+    """The target folder is complete; `fidelity` is `reference_dtype`, `n_tokens` and `layers`."""
+
+    KIND: ClassVar[str] = "quantized"
+    fidelity: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step(Message):
+    """A step of a validation has begun (RUNNING) or ended (PASSED, FAILED, SKIPPED)."""
+
+    KIND: ClassVar[str] = "step"
+    name: str
+    state: str
+    message: str = ""
+    seconds: float = 0.0
+    figures: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""  # of a failure: an ErrorReason without prefix, empty where a step merely found something wrong
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated(Message):
+    """All steps of the runner are over."""
+
+    KIND: ClassVar[str] = "validated"
+    versions: Mapping[str, str]
+
+
+_COMMANDS = (Load, Extract, Grant, Stop, Convert, Quantize, Validate)
+_EVENTS = (Loading, Loaded, Committed, Blocked, Finished, Failed, Converting, Converted, Quantized, Step, Validated)
+_KINDS: dict[str, type[Message]] = {kind.KIND: kind for kind in (*_COMMANDS, *_EVENTS)}
 
 
 def encode(message: Message) -> bytes:

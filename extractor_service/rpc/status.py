@@ -33,6 +33,7 @@ _BY_CODE: Mapping[grpc.StatusCode, tuple[type[errors.ExtractorError], ...]] = {
         errors.ReaderStalled,
         errors.NonFinite,
         errors.ModelTooLarge,
+        errors.ExtraMissing,
     ),
     grpc.StatusCode.UNIMPLEMENTED: (errors.NotImplementedYet,),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (

@@ -1,13 +1,13 @@
 """Loads a model's files onto a device, without its language-model head.
 
-Only local files, only safetensors, no code from the model's folder.
+Only local files, only safetensors; no code from the model's folder unless its load options say so.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from extractor_service.errors import (
@@ -27,14 +27,13 @@ from extractor_service.errors import (
     NotImplementedYet,
 )
 from extractor_service.runner.hookpoints import check_identity
-
-OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
+from extractor_service.runner.load_options import attention_of, check_options, config_of, max_bytes_of, trusts_code
+from extractor_service.runner.progress import OnProgress
+from extractor_service.runner.quantizers import quantizer_for
 
 # Large enough for a disk's sequential speed, small enough for smooth progress.
 _PIECE_BYTES = 8 * 1024 * 1024
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Both isolate packed documents by their position ids alone. FlashAttention does so only for a batch of one sequence.
-_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,25 +52,47 @@ def load_model(
     dtype: str,
     load_options: Mapping[str, Any],
     on_progress: OnProgress,
+    *,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Loads the model in `files_path`, telling `on_progress` how many bytes of weights were read.
 
-    Raises FieldInvalid, NotImplementedYet, ModelUnsupported, LoadFailed and DeviceOom.
+    With a quantization, `files_path` holds the weights that quantizer saved. Raises FieldInvalid, NotImplementedYet,
+    ModelUnsupported, LoadFailed, DeviceOom and ExtraMissing.
     """
-    target, compute_dtype = _device(device), _compute_dtype(device, dtype)
-    attention = _attention(load_options)
-    config = _config(files_path)
-    weights = _weight_files(files_path)
+    target, compute_dtype = device_of(device), compute_dtype_of(device, dtype)
+    check_options(load_options, target)
+    stored = stored_config(files_path)
+    _check_stored(stored, quantization, files_path)
+    weights = weight_files(files_path)
     estimated_bytes = sum(_estimate(path, compute_dtype.itemsize) for path in weights)
-    _check_room(target, estimated_bytes)
+    _check_room(target, estimated_bytes, max_bytes_of(load_options, target))
     total_bytes = sum(path.stat().st_size for path in weights)
     on_progress(0, total_bytes)
     warm_page_cache(weights, total_bytes, on_progress)
-    with out_of_memory_as_typed(target, estimated_bytes), _load_errors(files_path, config):
-        model = _from_pretrained(files_path, target, compute_dtype, attention)
+    with out_of_memory_as_typed(target, estimated_bytes), load_errors(files_path, stored):
+        arguments = from_pretrained_arguments(files_path, target, compute_dtype, load_options)
+        model = _from_pretrained(files_path, arguments, quantization)
         check_identity(model)
     on_progress(total_bytes, total_bytes)
     return LoadedModel(model=model, device=target, files_path=files_path, measured_bytes=measured_bytes(model))
+
+
+def from_pretrained_arguments(
+    files_path: Path, device: torch.device, dtype: torch.dtype, load_options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what from_pretrained is called with. Raises FieldInvalid for an option that the model does not have."""
+    config: PretrainedConfig = config_of(files_path, load_options)
+    return {
+        "config": config,
+        "dtype": dtype,
+        "attn_implementation": attention_of(load_options),
+        "device_map": None if device.type == "cpu" else {"": device},
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": trusts_code(load_options),
+        "output_loading_info": True,
+    }
 
 
 def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress) -> None:
@@ -96,7 +117,18 @@ def measured_bytes(model: PreTrainedModel) -> int:
         return int(torch.cuda.memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        tensors += _scales(parameter)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside a quantized weight, outside of torch's sight."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    found = [getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None)]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 @contextmanager
@@ -131,14 +163,17 @@ def _device_oom(device: torch.device, estimated_bytes: int, advice: str = "") ->
     )
 
 
-def _check_room(device: torch.device, estimated_bytes: int) -> None:
-    """Refuses before the system would kill this process for memory that it can't have."""
+def _check_room(device: torch.device, estimated_bytes: int, max_bytes: int | None) -> None:
+    """Refuses before the system would kill this process for memory that it can't have, or may not have."""
+    if max_bytes is not None and estimated_bytes > max_bytes:
+        raise _device_oom(device, estimated_bytes, f"max_memory allows {max_bytes}; raise it, or use a smaller dtype.")
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if estimated_bytes > free_bytes:
         raise _device_oom(device, estimated_bytes)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Returns the device of that name. Raises FieldInvalid if this process can't use it."""
     try:
         device = torch.device(name)
     except RuntimeError as exc:
@@ -153,7 +188,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _compute_dtype(device: str, dtype: str) -> torch.dtype:
+def compute_dtype_of(device: str, dtype: str) -> torch.dtype:
+    """Returns the dtype of the forward pass. Raises FieldInvalid."""
     if dtype not in _DTYPES:
         raise FieldInvalid(f"Compute dtype {dtype!r} is unknown; use {', '.join(_DTYPES)}.", field="dtype")
     if device == "cpu" and dtype == "float16":
@@ -163,36 +199,28 @@ def _compute_dtype(device: str, dtype: str) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _attention(load_options: Mapping[str, Any]) -> str:
-    unknown = sorted(set(load_options) - {"attn_implementation"})
-    if unknown:
-        raise FieldInvalid(
-            f"Load option {unknown[0]!r} is unknown; attn_implementation is the only one.", field="load_options"
-        )
-    attention = load_options.get("attn_implementation", _ATTENTION[0])
-    if attention not in _ATTENTION:
-        raise FieldInvalid(
-            f"attn_implementation {attention!r} does not isolate packed documents here; use {' or '.join(_ATTENTION)}.",
-            field="load_options.attn_implementation",
-        )
-    return str(attention)
-
-
-def _config(files_path: Path) -> Mapping[str, Any]:
+def stored_config(files_path: Path) -> Mapping[str, Any]:
+    """Reads config.json as it is. Raises ModelUnsupported."""
     try:
         config = json.loads((files_path / "config.json").read_bytes())
     except (OSError, ValueError) as exc:
         raise ModelUnsupported(f"{files_path} has no readable config.json; prepare the model again.") from exc
     if not isinstance(config, dict):
         raise ModelUnsupported(f"{files_path / 'config.json'} is no JSON object; prepare the model again.")
-    if config.get("quantization_config"):
-        raise NotImplementedYet(
-            "Loading weights that are stored quantized is not in this version; use the full weights."
-        )
     return config
 
 
-def _weight_files(files_path: Path) -> list[Path]:
+def _check_stored(config: Mapping[str, Any], quantization: str, files_path: Path) -> None:
+    if quantization == "none" and config.get("quantization_config"):
+        raise NotImplementedYet(
+            "Loading weights that somebody else quantized is not in this version; register the full weights, with a "
+            "quantization."
+        )
+    if quantization != "none" and not config.get("quantization_config"):
+        raise ModelUnsupported(f"{files_path} holds no quantized weights; prepare the model again.")
+
+
+def weight_files(files_path: Path) -> list[Path]:
     """The files that from_pretrained will read: those of the index, or the single one."""
     try:
         index = files_path / "model.safetensors.index.json"
@@ -208,29 +236,33 @@ def _weight_files(files_path: Path) -> list[Path]:
 
 
 def _estimate(path: Path, itemsize: int) -> int:
-    """Bytes of a file's tensors in the compute dtype, from its header."""
+    """Bytes of a file's tensors as loaded: floats in the compute dtype, integers (quantized weights) as they are."""
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return sum(math.prod(entry["shape"]) * itemsize for name, entry in header.items() if name != "__metadata__")
+        return sum(_loaded_bytes(entry, itemsize) for entry in read_header(path).values())
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as exc:
         raise LoadFailed(f"{path} is no safetensors file, or is damaged; prepare the model again.") from exc
 
 
-def _from_pretrained(files_path: Path, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    # Progress is told by events, and weights that are missing by an error.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    model, report = AutoModel.from_pretrained(
-        files_path,
-        dtype=dtype,
-        attn_implementation=attention,
-        device_map=None if device.type == "cpu" else {"": device},
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+def read_header(path: Path) -> dict[str, Any]:
+    """Returns the entries of a safetensors file by tensor; raises ValueError, TypeError and their like for others."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _loaded_bytes(entry: Mapping[str, Any], itemsize: int) -> int:
+    if "F" in entry["dtype"]:
+        return math.prod(entry["shape"]) * itemsize
+    start, end = entry["data_offsets"]
+    return int(end - start)
+
+
+def _from_pretrained(files_path: Path, arguments: dict[str, Any], quantization: str) -> PreTrainedModel:
+    hush_transformers()
+    if quantization == "none":
+        model, report = AutoModel.from_pretrained(files_path, **arguments)
+    else:
+        model, report = quantizer_for(quantization).load(files_path, arguments)
     # transformers would go on with random numbers in their place.
     if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
         raise LoadFailed(
@@ -239,8 +271,14 @@ def _from_pretrained(files_path: Path, device: torch.device, dtype: torch.dtype,
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def hush_transformers() -> None:
+    """Progress is told by events, and weights that are missing by an error."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 @contextmanager
-def _load_errors(files_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def load_errors(files_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Names what went wrong in libraries that raise whatever comes to hand."""
     try:
         yield

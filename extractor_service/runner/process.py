@@ -32,7 +32,10 @@ from extractor_service.runner_protocol import (
     Loaded,
     Loading,
     Message,
+    Quantize,
+    Quantized,
     Stop,
+    Validate,
     decode,
     encode,
 )
@@ -96,6 +99,10 @@ class Runner:
                 self._extract(command, gate)
             elif isinstance(command, Convert):
                 self._convert(command)
+            elif isinstance(command, Quantize):
+                self._quantize(command)
+            elif isinstance(command, Validate):
+                self._validate(command)
         except Exception as exc:  # noqa: BLE001
             self._emit(replace(failure_of(exc), extraction_id=extraction_id))
         finally:
@@ -125,10 +132,7 @@ class Runner:
             gate.stop()
 
     def _load(self, command: Load) -> None:
-        if self._loaded is not None:
-            raise errors.StateConflict("This runner holds a model already; start another runner.")
-        if command.quantization not in ("", "none"):
-            raise errors.NotImplementedYet(f"Quantization {command.quantization!r} is not in this version; use none.")
+        self._check_empty()
         from extractor_service.runner.loading import load_model  # noqa: PLC0415 -- torch
 
         self._loaded = load_model(
@@ -137,6 +141,7 @@ class Runner:
             command.dtype,
             command.load_options,
             self._progress(lambda done, total: Loading(done_bytes=done, total_bytes=total)),
+            quantization=command.quantization or "none",
         )
         self._emit(Loaded(measured_bytes=self._loaded.measured_bytes))
 
@@ -153,6 +158,23 @@ class Runner:
         progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
         convert_gguf(Path(command.source_path), Path(command.target_path), progress)
         self._emit(Converted())
+
+    def _quantize(self, command: Quantize) -> None:
+        self._check_empty()
+        from extractor_service.runner.quantize import quantize  # noqa: PLC0415 -- torch
+
+        progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
+        self._emit(Quantized(fidelity=quantize(command, progress)))
+
+    def _validate(self, command: Validate) -> None:
+        self._check_empty()
+        from extractor_service.runner.validate import validate  # noqa: PLC0415 -- torch
+
+        self._emit(validate(command, self._emit))
+
+    def _check_empty(self) -> None:
+        if self._loaded is not None:
+            raise errors.StateConflict("This runner holds a model already; start another runner.")
 
     def _progress(self, event: Callable[[int, int], Message]) -> Callable[[int, int], None]:
         throttle = Throttle(_PROGRESS_PER_SECOND)

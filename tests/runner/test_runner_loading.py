@@ -76,7 +76,7 @@ def test_sharded_weights_are_loaded(tiny_llama, tmp_path):
         ({"dtype": "int8"}, "dtype"),
         ({"device": "cuda:7"}, "device"),
         ({"device": "abacus"}, "device"),
-        ({"load_options": {"trust_remote_code": True}}, "load_options"),
+        ({"load_options": {"abacus": True}}, "load_options"),
         ({"load_options": {"attn_implementation": "flash_attention_2"}}, "load_options.attn_implementation"),
     ],
 )
