@@ -31,15 +31,19 @@ from chassis.metrics import Metrics
 from chassis.server import Server, ServerOptions
 from chassis.shutdown import Shutdown
 from registry_service.admission import Admissions
+from registry_service.deletion import Deletions
 from registry_service.hub.client import HubClient
 from registry_service.paths import ModelRoots
 from registry_service.policy import POLICY_HELP, Policy
 from registry_service.postgres.connect import migrate_when_reachable
 from registry_service.postgres.embedded import EmbeddedPostgres
+from registry_service.postgres.event_store import EventStore
 from registry_service.postgres.keeper import Keeper
 from registry_service.postgres.lease_store import LeaseStore
+from registry_service.postgres.listener import Listener
 from registry_service.postgres.model_store import ModelStore
 from registry_service.postgres.node_store import NodeStore
+from registry_service.postgres.pin_store import PinStore
 from registry_service.postgres.pool import Database
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.residency_store import ResidencyStore
@@ -53,7 +57,7 @@ from registry_service.rpc.residency_servicer import ResidencyServicer
 from registry_service.rpc.set_servicer import SetServicer
 from registry_service.rpc.status import STATUSES, reason_of
 from registry_service.upkeep import Upkeep
-from registry_service.wakeups import Wakeups
+from registry_service.wakeups import POLL_S, Wakeups
 
 log = logging.getLogger("registry_service")
 
@@ -82,6 +86,7 @@ class Settings:
     heartbeat_interval_s: float
     environment: Mapping[str, str]
     policy: Policy = field(default_factory=Policy)
+    poll_s: float = POLL_S
 
 
 def main() -> int:
@@ -109,7 +114,7 @@ async def run(settings: Settings, *, shutdown: Shutdown, handle_signals: bool = 
         await migrate_when_reachable(url)
         database = Database(url, on_lost=keeper.look_now if keeper is not None else lambda: None)
         await stack.enter_async_context(_opened(database))
-        registry = Registry(settings, database, shutdown)
+        registry = Registry(settings, database, url, shutdown)
         if embedded is not None:
             await registry.preparations.release(None)  # No other replica can be on this data directory.
         await registry.serve(keeper, handle_signals=handle_signals)
@@ -122,8 +127,8 @@ async def _run_alone(settings: Settings) -> None:
 class Registry:
     """Stores, loops and servicers of one process."""
 
-    def __init__(self, settings: Settings, database: Database, shutdown: Shutdown) -> None:
-        wakeups = Wakeups()
+    def __init__(self, settings: Settings, database: Database, url: str, shutdown: Shutdown) -> None:
+        wakeups = Wakeups(poll_s=settings.poll_s)
         self._options = settings.server
         self._shutdown = shutdown
         self.preparations = PreparationStore(database, wakeups)
@@ -131,6 +136,8 @@ class Registry:
         nodes = NodeStore(database, wakeups)
         leases = LeaseStore(database, wakeups, settings.policy)
         residencies = ResidencyStore(database, wakeups, settings.policy)
+        pins, events = PinStore(database, wakeups), EventStore(database)
+        self._listener = Listener(url, database, wakeups)
         roots = ModelRoots(settings.model_roots or (settings.data_dir,))
         self._preparer = Preparer(
             store=self.preparations,
@@ -146,10 +153,13 @@ class Registry:
             nodes=nodes,
             residencies=ResidencyUpkeep(database, wakeups, settings.policy),
             rows=UpkeepStore(database),
+            pins=pins,
+            events=events,
             heartbeat_interval_s=settings.heartbeat_interval_s,
         )
         self._models = ModelServicer(
             models=models,
+            deletions=Deletions(models=models, wakeups=wakeups),
             preparations=self.preparations,
             preparer=self._preparer,
             roots=roots,
@@ -161,6 +171,9 @@ class Registry:
             leases=leases,
             nodes=nodes,
             admissions=Admissions(residencies=residencies, wakeups=wakeups),
+            pins=pins,
+            events=events,
+            wakeups=wakeups,
             shutdown=shutdown,
         )
         self._nodes = NodeServicer(
@@ -192,7 +205,7 @@ class Registry:
             handle_signals=handle_signals,
         )
         async with asyncio.TaskGroup() as group:
-            loops = [group.create_task(self._preparer.run()), group.create_task(self._upkeep.run())]
+            loops = [group.create_task(each.run()) for each in (self._preparer, self._upkeep, self._listener)]
             if keeper is not None:
                 loops.append(group.create_task(keeper.run()))
             try:

@@ -67,6 +67,9 @@ class Residency:
     last_used_time: datetime
     transfer: Transfer | None = None
     failure: Failure | None = None
+    queue_position: int = 0
+    pinned: bool = False
+    holders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

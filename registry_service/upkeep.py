@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 from registry_service.errors import DatabaseUnavailable
 from registry_service.nodes import MISSED_HEARTBEATS
+from registry_service.postgres.event_store import EventStore
 from registry_service.postgres.lease_store import LeaseStore
 from registry_service.postgres.node_store import NodeStore
+from registry_service.postgres.pin_store import PinStore
 from registry_service.postgres.residency_upkeep import ResidencyUpkeep
 from registry_service.postgres.upkeep_store import UpkeepStore
 
@@ -49,6 +51,8 @@ class Upkeep:
         nodes: NodeStore,
         residencies: ResidencyUpkeep,
         rows: UpkeepStore,
+        pins: PinStore,
+        events: EventStore,
         heartbeat_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -56,6 +60,8 @@ class Upkeep:
         self._nodes = nodes
         self._residencies = residencies
         self._rows = rows
+        self._pins = pins
+        self._events = events
         self._silent_s = heartbeat_interval_s * MISSED_HEARTBEATS
         self._tick_s = min(_TICK_S, heartbeat_interval_s / 2)
         self._listening = Listening(longest_gap_s=self._tick_s + heartbeat_interval_s)
@@ -81,7 +87,9 @@ class Upkeep:
         if self._listening.tick(self._clock()) > self._silent_s:
             for node_id in await self._nodes.lose_silent(self._silent_s):
                 log.warning("node %s is silent", node_id)
+        await self._pins.purge()
         await self._residencies.tidy()
         if self._clock() - self._purged > _PURGE_EVERY_S:
             await self._rows.purge()
+            await self._events.trim()
             self._purged = self._clock()

@@ -33,9 +33,14 @@ class LeaseStore:
             if row is None:
                 raise LeaseNotFound(lease_id)
             if renewed is None:
+                why = f": {row['end_reason']}" if row["end_reason"] else ""
                 raise LeaseLost(
-                    f"lease {lease_id!r} has ended or fence {fence} is stale; acquire a new one",
-                    metadata={"state": row["state"], "residency_state": row["residency_state"]},
+                    f"lease {lease_id!r} has ended or fence {fence} is stale{why}; acquire a new one",
+                    metadata={
+                        "state": row["state"],
+                        "residency_state": row["residency_state"],
+                        "end_reason": row["end_reason"],
+                    },
                     resource=("lease", lease_id),
                 )
             return lease_of(row)

@@ -14,16 +14,17 @@ from registry_service.errors import (
     FieldInvalid,
     ModelInUse,
     ModelNotFound,
-    NotImplementedYet,
 )
 from registry_service.filters import Match, Term
 from registry_service.identifiers import derived_ids
 from registry_service.models import Model, ModelEvent, NewModel
 from registry_service.paging import Page
 from registry_service.postgres import queries
+from registry_service.postgres.pin_store import pin_owners
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
 from registry_service.postgres.rows import json_of, model_of
+from registry_service.postgres.unloading import send_off, use_of
 from registry_service.wakeups import Wakeups
 
 # Events kept per model: hours of progress at one a second. The snapshot tells a late watcher the rest.
@@ -113,27 +114,31 @@ class ModelStore:
         self._wakeups.wake()
         return model
 
-    async def delete(self, model_id: str, *, force: bool, etag: str, request: Request) -> None:
-        """Forgets a model and its history; files stay. Raises ModelInUse, EtagMismatch."""
+    async def delete(self, model_id: str, *, force: bool, etag: str, actor: str, request: Request) -> tuple[str, ...]:
+        """Forgets a model and its history. Raises EtagMismatch, and ModelInUse unless forced.
 
-        async def work(conn: Connection) -> None:
+        With `force` it is sent off its devices first; what is returned are the places that still hold its memory. Call
+        it again until there is none.
+        """
+
+        async def work(conn: Connection) -> tuple[str, ...]:
             if await recall(conn, request) is not None:
-                return
+                return ()
             model = await lock_model(conn, model_id)
             _check_etag(model, etag)
-            try:
-                await check_unused(conn, model_id, "delete")
-            except ModelInUse:
-                if not force:
-                    raise
-                raise NotImplementedYet(
-                    "deleting with force is not available while the model is resident; UnloadModel with force first"
-                ) from None
+            places = await _sent_off(conn, model_id, actor) if force else ()
+            if places:
+                return places
+            await check_unused(conn, model_id, "delete")
+            if not force:
+                await _check_unpinned(conn, model_id)
             await conn.execute(queries.MODEL_DELETE, {"id": model_id})
             await remember(conn, request, model_id)
+            return ()
 
-        await self._database.run(work)
+        places = await self._database.run(work)
         self._wakeups.wake()
+        return places
 
     async def snapshot(self, model_id: str) -> ModelEvent:
         """Returns the model as it stands, as an event."""
@@ -195,16 +200,33 @@ async def check_unused(conn: Connection, model_id: str, verb: str) -> None:
     """Raises ModelInUse while the model is on a device or on its way there."""
     parameters = {"model_id": model_id, "node_id": ""}
     active = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
-    if not active:
-        return
-    rows = await (await conn.execute(queries.HOLDERS_OF_MODEL, parameters)).fetchall()
-    holders = ", ".join(row["holder"] for row in rows)
-    places = ", ".join(f"{row['node_id']}/{row['device_id']}" for row in active)
+    if active:
+        places = ", ".join(f"{row['node_id']}/{row['device_id']}" for row in active)
+        await _refuse_use(conn, model_id, verb, places)
+
+
+async def _check_unpinned(conn: Connection, model_id: str) -> None:
+    if await pin_owners(conn, model_id, ""):
+        await _refuse_use(conn, model_id, "delete", "")
+
+
+async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -> None:
+    use = await use_of(conn, model_id, "")
+    why = ", ".join(part for part in (f"on {places}" if places else "", use.words) if part)
+    remedy = "UnloadModel first" if places else "UnpinModel first"
     raise ModelInUse(
-        f"can't {verb} {model_id!r}: it is on {places}; UnloadModel first",
-        metadata={"holders": holders, "places": places},
+        f"can't {verb} {model_id!r}: it is {why}; {remedy}",
+        metadata={**use.metadata, "places": places},
         resource=("model", model_id),
     )
+
+
+async def _sent_off(conn: Connection, model_id: str, actor: str) -> tuple[str, ...]:
+    """Unloads the model everywhere; returns the places whose memory is not back yet."""
+    await send_off(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
+    parameters = {"model_id": model_id, "node_id": ""}
+    rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
+    return tuple(f"{row['node_id']}/{row['device_id']}" for row in rows)
 
 
 async def _existing(conn: Connection, new: NewModel) -> Model | None:

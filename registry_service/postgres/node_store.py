@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from registry_service.errors import EpochStale
 from registry_service.models import Model
-from registry_service.nodes import Announcement, Device, Node, NodeState
+from registry_service.nodes import Announcement, Device, Node, NodeState, Pulse
 from registry_service.paging import Page
 from registry_service.postgres import queries
 from registry_service.postgres.pool import Connection, Database
@@ -59,7 +59,15 @@ class NodeStore:
                 epoch += 1
             elif row["state"] == NodeState.LOST:
                 await _revive(conn, node_id, epoch)
-            announced = {**parameters, "epoch": epoch, "boot_nonce": announcement.boot_nonce}
+            announced = {
+                **parameters,
+                "epoch": epoch,
+                "boot_nonce": announcement.boot_nonce,
+                "memory_bytes": announcement.memory_bytes,
+                "runtime_bytes": announcement.runtime_bytes,
+                "max_loads": announcement.max_loads,
+                "max_residents": announcement.max_residents,
+            }
             await conn.execute(queries.NODE_ANNOUNCE, announced)
             await conn.execute(queries.NODE_HEARD, {"id": node_id})
             await _replace_devices(conn, node_id, announcement.devices)
@@ -69,16 +77,19 @@ class NodeStore:
         self._wakeups.wake()
         return epoch
 
-    async def heartbeat(self, node_id: str, epoch: int, free_bytes: dict[str, int]) -> None:
-        """Notes that the node lives. Raises EpochStale."""
+    async def heartbeat(self, node_id: str, epoch: int, pulse: Pulse) -> None:
+        """Notes that the node lives and what it has. Raises EpochStale."""
 
         async def work(conn: Connection) -> bool:
-            revived = await hear(conn, node_id, epoch)
-            for device_id, n_bytes in sorted(free_bytes.items()):
-                await conn.execute(
-                    queries.DEVICE_FREE, {"node_id": node_id, "id": device_id, "free_bytes": max(0, n_bytes)}
-                )
-            return revived
+            changed = await hear(conn, node_id, epoch)
+            memory = {"memory_free_bytes": pulse.memory_free_bytes, "runtime_bytes": pulse.runtime_bytes}
+            await conn.execute(queries.NODE_MEMORY, {"id": node_id, **memory})
+            for device_id, free_bytes, lost_bytes in sorted(pulse.devices):
+                values = {"node_id": node_id, "id": device_id, "free_bytes": max(0, free_bytes)}
+                cursor = await conn.execute(queries.DEVICE_PULSE, {**values, "lost_bytes": lost_bytes})
+                row = await cursor.fetchone()
+                changed |= row is not None and row["lost_changed"]
+            return changed
 
         if await self._database.run(work):
             self._wakeups.wake()
@@ -188,6 +199,10 @@ async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Dev
             "name": device.name,
             "capacity_bytes": device.capacity_bytes,
             "free_bytes": device.free_bytes,
+            "total_bytes": device.total_bytes,
+            "lost_bytes": device.lost_bytes,
+            "capability": device.capability,
+            "flash_attention": device.flash_attention,
             "ordinal": ordinal,
         }
         await conn.execute(queries.DEVICE_UPSERT, values)

@@ -31,6 +31,12 @@ async def lock_nodes(conn: Connection, node_ids: Sequence[str]) -> None:
     await conn.execute(queries.RESIDENCIES_OF_NODES_LOCK, parameters)
 
 
+async def lock_place(conn: Connection, node_id: str) -> None:
+    """Like `lock_nodes`, for one node, or with an empty id for all."""
+    rows = await (await conn.execute(queries.NODES_OF_PLACE, {"node_id": node_id, "device_id": ""})).fetchall()
+    await lock_nodes(conn, [row["node_id"] for row in rows])
+
+
 async def read_nodes(conn: Connection, node_ids: Sequence[str]) -> dict[str, LockedNode]:
     """Reads those of the nodes that live. The caller has locked them."""
     parameters = {"node_ids": sorted(node_ids)}

@@ -120,7 +120,14 @@ ON CONFLICT (id) DO NOTHING
 """
 NODE_ANNOUNCE = """
 UPDATE nodes
-SET address = %(address)s, epoch = %(epoch)s, boot_nonce = %(boot_nonce)s, version = %(version)s
+SET address = %(address)s, epoch = %(epoch)s, boot_nonce = %(boot_nonce)s, version = %(version)s,
+    memory_bytes = %(memory_bytes)s, runtime_bytes = %(runtime_bytes)s, max_loads = %(max_loads)s,
+    max_residents = %(max_residents)s
+WHERE id = %(id)s
+"""
+NODE_MEMORY = """
+UPDATE nodes SET memory_free_bytes = %(memory_free_bytes)s,
+    runtime_bytes = CASE WHEN %(runtime_bytes)s > 0 THEN %(runtime_bytes)s ELSE runtime_bytes END
 WHERE id = %(id)s
 """
 NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = registry_now() WHERE id = %(id)s"
@@ -135,13 +142,23 @@ SELECT * FROM nodes WHERE %(after)s::text IS NULL OR id > %(after)s ORDER BY id 
 """
 DEVICES_ABSENT = "UPDATE devices SET present = false WHERE node_id = %(node_id)s"
 DEVICE_UPSERT = """
-INSERT INTO devices (node_id, id, kind, name, capacity_bytes, free_bytes, ordinal)
-VALUES (%(node_id)s, %(id)s, %(kind)s, %(name)s, %(capacity_bytes)s, %(free_bytes)s, %(ordinal)s)
+INSERT INTO devices (node_id, id, kind, name, capacity_bytes, free_bytes, total_bytes, lost_bytes, capability,
+                     flash_attention, ordinal)
+VALUES (%(node_id)s, %(id)s, %(kind)s, %(name)s, %(capacity_bytes)s, %(free_bytes)s, %(total_bytes)s, %(lost_bytes)s,
+        %(capability)s, %(flash_attention)s, %(ordinal)s)
 ON CONFLICT (node_id, id) DO UPDATE
 SET kind = excluded.kind, name = excluded.name, capacity_bytes = excluded.capacity_bytes,
-    free_bytes = excluded.free_bytes, ordinal = excluded.ordinal, present = true
+    free_bytes = excluded.free_bytes, total_bytes = excluded.total_bytes, lost_bytes = excluded.lost_bytes,
+    capability = excluded.capability, flash_attention = excluded.flash_attention, ordinal = excluded.ordinal,
+    present = true
 """
-DEVICE_FREE = "UPDATE devices SET free_bytes = %(free_bytes)s WHERE node_id = %(node_id)s AND id = %(id)s"
+# `was` is the row before the update.
+DEVICE_PULSE = """
+UPDATE devices d SET free_bytes = %(free_bytes)s, lost_bytes = %(lost_bytes)s
+FROM devices was
+WHERE d.node_id = %(node_id)s AND d.id = %(id)s AND was.node_id = d.node_id AND was.id = d.id
+RETURNING d.lost_bytes <> was.lost_bytes AS lost_changed
+"""
 DEVICES_OF_NODES = """
 SELECT d.*, COALESCE((
     SELECT sum(r.reserved_bytes) FROM residencies r
@@ -149,13 +166,6 @@ SELECT d.*, COALESCE((
       AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')), 0)::bigint AS reserved_bytes
 FROM devices d WHERE d.node_id = ANY(%(node_ids)s) AND d.present ORDER BY d.node_id, d.ordinal, d.id
 """
-# No join with nodes here: after a wait for the lock, Postgres reads the locked row anew, but not the joined one.
-DEVICES_LOCK = """
-SELECT * FROM devices
-WHERE present AND (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s = '' OR id = %(device_id)s)
-ORDER BY node_id, id FOR UPDATE
-"""
-NODES_ALIVE = "SELECT id, epoch FROM nodes WHERE id = ANY(%(ids)s) AND state = 'ALIVE'"
 DEVICES_OF_NODE_LOCK = "SELECT id FROM devices WHERE node_id = %(node_id)s ORDER BY id FOR UPDATE"
 DEVICE_LOCK = "SELECT * FROM devices WHERE node_id = %(node_id)s AND id = %(id)s FOR UPDATE"
 
@@ -167,9 +177,32 @@ SELECT r.*, (
     WHERE l.residency_id = r.id AND l.state = 'HELD' AND l.expire_time > registry_now())::int AS n_leases
 FROM residencies r
 """
+# As people see it: with its place in line, its pins and who holds it (20 at most).
+RESIDENCY_IN_FULL = """
+SELECT r.*, held.n_leases, held.holders,
+       EXISTS (SELECT 1 FROM pins p WHERE p.model_id = r.model_id AND p.node_id IN ('', r.node_id)
+               AND (p.expire_time IS NULL OR p.expire_time > registry_now())) AS pinned,
+       CASE WHEN r.state = 'QUEUED' THEN (
+           SELECT count(*) FROM residencies q
+           WHERE q.node_id = r.node_id AND q.device_id = r.device_id AND q.state = 'QUEUED'
+             AND (q.queue_seq, q.id) <= (r.queue_seq, r.id))::int
+       ELSE 0 END AS queue_position
+FROM residencies r CROSS JOIN LATERAL (
+    SELECT count(*)::int AS n_leases, (array_agg(l.holder ORDER BY l.grant_time, l.id))[:20] AS holders
+    FROM leases l WHERE l.residency_id = r.id AND l.state = 'HELD' AND l.expire_time > registry_now()
+) held
+"""
 RESIDENCY_READ = _RESIDENCY + "WHERE r.id = %(id)s"
+RESIDENCIES_OF_IDS = RESIDENCY_IN_FULL + "WHERE r.id = ANY(%(ids)s)"
+RESIDENCIES_ACTIVE = (
+    RESIDENCY_IN_FULL
+    + """
+WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND r.state NOT IN ('UNLOADED', 'FAILED', 'LOST')
+ORDER BY r.create_time, r.id
+"""
+)
 RESIDENCIES_LIST = (
-    _RESIDENCY
+    RESIDENCY_IN_FULL
     + """
 WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
   AND (%(include_ended)s OR r.state NOT IN ('UNLOADED', 'FAILED', 'LOST'))
@@ -228,10 +261,13 @@ WHERE id = %(id)s
 """
 RESIDENCY_FAILURE = "UPDATE residencies SET failure = %(failure)s, transfer = NULL WHERE id = %(id)s"
 RESIDENCY_USED = "UPDATE residencies SET last_used_time = registry_now() WHERE id = %(id)s"
-RESIDENCY_EVENT = """
+RESIDENCY_EVENT = (
+    """
 INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)
-SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM residencies r WHERE id = %(id)s
-"""
+SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM ("""
+    + RESIDENCY_IN_FULL
+    + "WHERE r.id = %(id)s) r"
+)
 RESIDENCY_LEARNED = """
 SELECT r.measured_bytes FROM residencies r JOIN devices d ON d.node_id = r.node_id AND d.id = r.device_id
 WHERE r.model_id = %(model_id)s AND d.kind = %(kind)s AND r.load_dtype = %(load_dtype)s AND r.measured_bytes > 0
@@ -338,6 +374,10 @@ RETURNING residency_id
 """
 LEASES_END = """
 UPDATE leases SET state = 'LOST', end_time = registry_now()
+WHERE residency_id = ANY(%(residency_ids)s) AND state = 'HELD'
+"""
+LEASES_TAKE = """
+UPDATE leases SET state = 'LOST', end_time = registry_now(), end_reason = %(reason)s
 WHERE residency_id = ANY(%(residency_ids)s) AND state = 'HELD'
 """
 LEASES_EXPIRE = """

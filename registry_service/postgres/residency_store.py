@@ -6,11 +6,11 @@ are one step. Locks are taken in the order model, node, device, residency.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from registry_service.errors import LeaseLost, LoadFailed, ModelInUse
+from registry_service.errors import LeaseLost, LoadFailed
 from registry_service.leases import Lease, LeaseTerms
 from registry_service.models import Failure, Transfer
 from registry_service.paging import Page
@@ -27,6 +27,7 @@ from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
 from registry_service.postgres.residency_moves import move, read_residency, settle, settle_if_awaited
 from registry_service.postgres.rows import json_of, occupant_of, residency_of
+from registry_service.postgres.unloading import send_off
 from registry_service.postgres.waiting import Waiter, wait_in_line
 from registry_service.refusals import holders_of, load_error, same_everywhere
 from registry_service.residency import Residency, ResidencyState, follow_report
@@ -168,14 +169,14 @@ class ResidencyStore:
     async def unload(
         self, model_id: str, *, node_id: str, force: bool, actor: str, request: Request
     ) -> list[Residency]:
-        """Sends the model off its devices. Raises ModelInUse while leased, unless forced."""
+        """Sends the model off its devices. Raises ModelInUse while leased or pinned, unless forced."""
 
         async def work(conn: Connection) -> list[Residency]:
             await read_model(conn, model_id)
             answered = await recall(conn, request)
             if answered is not None:
                 return [await read_residency(conn, each) for each in answered.split(",") if each]
-            ids = await _unload(conn, model_id, node_id=node_id, force=force, actor=actor)
+            ids = await send_off(conn, model_id, node_id=node_id, force=force, actor=actor, why="unload asked for")
             for each in sorted({(await read_residency(conn, each)).node_id for each in ids}):
                 await settle(conn, each, self._policy)
             await remember(conn, request, ",".join(ids))
@@ -229,6 +230,15 @@ class ResidencyStore:
         token = page.token_after((found[-1].create_time.isoformat(), found[-1].id)) if more else ""
         return found, token
 
+    async def details(self, ids: Sequence[str]) -> dict[str, Residency]:
+        """Reads residencies with their place in line, pins and holders; those not kept any more are left out."""
+
+        async def work(conn: Connection) -> dict[str, Residency]:
+            rows = await (await conn.execute(queries.RESIDENCIES_OF_IDS, {"ids": list(ids)})).fetchall()
+            return {row["id"]: residency_of(row) for row in rows}
+
+        return await self._database.run(work)
+
     async def _change(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         result = await self._database.run(work)
         self._wakeups.wake()
@@ -242,28 +252,6 @@ async def _failed(conn: Connection, residency_id: str) -> Residency | None:
         return None
     over = row["state"] in (ResidencyState.FAILED, ResidencyState.UNLOADING)
     return residency_of(row) if over else None
-
-
-async def _unload(conn: Connection, model_id: str, *, node_id: str, force: bool, actor: str) -> list[str]:
-    parameters = {"model_id": model_id, "node_id": node_id}
-    rows = await (await conn.execute(admission.NODES_OF_PLACE, {"node_id": node_id, "device_id": ""})).fetchall()
-    await lock_nodes(conn, [row["node_id"] for row in rows])
-    rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
-    holders = [row["holder"] for row in await (await conn.execute(queries.HOLDERS_OF_MODEL, parameters)).fetchall()]
-    if holders and not force:
-        raise ModelInUse(
-            f"model {model_id!r} is leased by {', '.join(holders)}; wait for them, or unload with force",
-            metadata={"holders": ", ".join(holders)},
-            resource=("model", model_id),
-        )
-    await conn.execute(queries.LEASES_END, {"residency_ids": [row["id"] for row in rows]})
-    for row in rows:
-        queued = row["state"] == ResidencyState.QUEUED
-        if row["state"] != ResidencyState.UNLOADING:
-            state = ResidencyState.UNLOADED if queued else ResidencyState.UNLOADING
-            await move(conn, row["id"], state, reason="unload asked for", actor=actor)
-        await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": row["id"]})
-    return [row["id"] for row in rows]
 
 
 async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> bool:

@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from registry_service.leases import Lease
 from registry_service.models import Architecture, Failure, Model, ModelState, Quantization, Source, SourceKind, Transfer
 from registry_service.nodes import Device, DeviceKind, Node, NodeState
+from registry_service.pins import Pin
 from registry_service.residency import Occupant, Residency, ResidencyState
 from registry_service.sets import ActivationSet, SetReport
 
@@ -53,6 +54,11 @@ def node_of(row: Row, devices: tuple[Device, ...]) -> Node:
         version=row["version"],
         heartbeat_time=row["heartbeat_time"],
         devices=devices,
+        memory_bytes=row["memory_bytes"],
+        memory_free_bytes=row["memory_free_bytes"],
+        runtime_bytes=row["runtime_bytes"],
+        max_loads=row["max_loads"],
+        max_residents=row["max_residents"],
     )
 
 
@@ -65,11 +71,15 @@ def device_of(row: Row) -> Device:
         capacity_bytes=row["capacity_bytes"],
         free_bytes=row["free_bytes"],
         reserved_bytes=row["reserved_bytes"],
+        total_bytes=row["total_bytes"],
+        lost_bytes=row["lost_bytes"],
+        capability=row["capability"],
+        flash_attention=row["flash_attention"],
     )
 
 
 def residency_of(row: Row) -> Residency:
-    """A row of `residencies` with `n_leases`."""
+    """A row of `residencies` with `n_leases`, or the JSON of an event."""
     return Residency(
         id=row["id"],
         model_id=row["model_id"],
@@ -80,14 +90,17 @@ def residency_of(row: Row) -> Residency:
         measured_bytes=row["measured_bytes"],
         fence=row["fence"],
         node_epoch=row["node_epoch"],
-        n_leases=row["n_leases"],
+        n_leases=row.get("n_leases", 0),  # Events of the first version lack it.
         reason=row["reason"],
         actor=row["actor"],
         transfer=transfer_of(row["transfer"]),
         failure=failure_of(row["failure"]),
-        create_time=row["create_time"],
-        update_time=row["update_time"],
-        last_used_time=row["last_used_time"],
+        create_time=_time(row["create_time"]),
+        update_time=_time(row["update_time"]),
+        last_used_time=_time(row["last_used_time"]),
+        queue_position=row.get("queue_position", 0),  # Only of residencies in full, as the next two.
+        pinned=row.get("pinned", False),
+        holders=tuple(row.get("holders") or ()),
     )
 
 
@@ -124,6 +137,12 @@ def lease_of(row: Row) -> Lease:
         node_id=row["node_id"],
         node_address=row["node_address"],
     )
+
+
+def pin_of(row: Row) -> Pin:
+    """A row of `pins`."""
+    names = ("model_id", "node_id", "owner", "reason", "expire_time", "create_time")
+    return Pin(**{name: row[name] for name in names})
 
 
 def set_of(row: Row) -> ActivationSet:

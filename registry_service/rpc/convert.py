@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from google.protobuf import json_format, struct_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.common.v1 import transfer_pb2
 from headrace.registry.v1 import activation_set_service_pb2 as set_pb
-from headrace.registry.v1 import model_pb2, model_service_pb2, residency_pb2
+from headrace.registry.v1 import model_pb2, model_service_pb2, residency_pb2, residency_service_pb2
 
 from registry_service import models as m
 from registry_service.errors import FieldInvalid
@@ -17,7 +17,9 @@ from registry_service.identifiers import checked_id, checked_labels, checked_rep
 from registry_service.leases import Lease
 from registry_service.nodes import Device, DeviceKind, Node, NodeState
 from registry_service.paths import ModelRoots
+from registry_service.pins import Pin
 from registry_service.residency import Residency, ResidencyState
+from registry_service.residency_events import ResidencyEvent
 from registry_service.sets import ActivationSet, SetReport
 
 T = TypeVar("T")
@@ -183,6 +185,10 @@ def device_from_pb(message: residency_pb2.Device) -> Device:
         name=message.name,
         capacity_bytes=message.capacity_bytes,
         free_bytes=message.free_bytes,
+        total_bytes=message.total_bytes,
+        lost_bytes=message.lost_bytes,
+        capability=message.capability,
+        flash_attention=message.flash_attention,
     )
 
 
@@ -195,6 +201,10 @@ def device_to_pb(device: Device) -> residency_pb2.Device:
         capacity_bytes=device.capacity_bytes,
         reserved_bytes=device.reserved_bytes,
         free_bytes=device.free_bytes,
+        total_bytes=device.total_bytes,
+        lost_bytes=device.lost_bytes,
+        capability=device.capability,
+        flash_attention=device.flash_attention,
     )
 
 
@@ -208,6 +218,11 @@ def node_to_pb(node: Node) -> residency_pb2.Node:
         devices=[device_to_pb(device) for device in node.devices],
         version=node.version,
         heartbeat_time=time_to_pb(node.heartbeat_time),
+        memory_bytes=node.memory_bytes,
+        memory_free_bytes=node.memory_free_bytes,
+        runtime_bytes=node.runtime_bytes,
+        max_loads=node.max_loads,
+        max_residents=node.max_residents,
     )
 
 
@@ -245,6 +260,44 @@ def residency_to_pb(residency: Residency) -> residency_pb2.Residency:
         create_time=time_to_pb(residency.create_time),
         update_time=time_to_pb(residency.update_time),
         last_used_time=time_to_pb(residency.last_used_time),
+        queue_position=residency.queue_position,
+        pinned=residency.pinned,
+        holders=residency.holders,
+    )
+
+
+def residency_event_to_pb(event: ResidencyEvent) -> residency_service_pb2.WatchResidenciesResponse:
+    """Total."""
+    return residency_service_pb2.WatchResidenciesResponse(
+        seq=event.seq,
+        time=time_to_pb(event.time),
+        residency=residency_to_pb(event.residency),
+        snapshot=event.snapshot,
+    )
+
+
+def pin_from_pb(message: residency_pb2.Pin) -> Pin:
+    """Checked; what is output only is left out."""
+    return Pin(
+        model_id=message.model_id,
+        node_id=message.node_id,
+        owner=message.owner,
+        reason=message.reason,
+        expire_time=_time_from_pb(message.expire_time, field="pin.expire_time")
+        if message.HasField("expire_time")
+        else None,
+    )
+
+
+def pin_to_pb(pin: Pin) -> residency_pb2.Pin:
+    """Total."""
+    return residency_pb2.Pin(
+        model_id=pin.model_id,
+        node_id=pin.node_id,
+        owner=pin.owner,
+        reason=pin.reason,
+        expire_time=time_to_pb(pin.expire_time) if pin.expire_time else None,
+        create_time=time_to_pb(pin.create_time) if pin.create_time else None,
     )
 
 
@@ -301,6 +354,13 @@ def set_to_pb(held: ActivationSet) -> set_pb.ActivationSet:
 def _finite(value: float) -> float:
     """JSON has no NaN and no infinity."""
     return value if abs(value) < 1e300 else 0.0
+
+
+def _time_from_pb(stamp: Timestamp, *, field: str) -> datetime:
+    try:
+        return stamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError) as exc:
+        raise FieldInvalid(field, "is no time between the years 1 and 9999") from exc
 
 
 def _clean(text: str, max_length: int) -> str:

@@ -12,6 +12,7 @@ from headrace.registry.v1 import model_service_pb2_grpc
 
 from chassis.shutdown import Shutdown
 from chassis.watch import HEARTBEAT_INTERVAL_S, watch
+from registry_service.deletion import Deletions
 from registry_service.errors import FieldInvalid, NotImplementedYet
 from registry_service.filters import parse_filter
 from registry_service.identifiers import checked_id, checked_labels, checked_request_id, checked_text
@@ -35,6 +36,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self,
         *,
         models: ModelStore,
+        deletions: Deletions,
         preparations: PreparationStore,
         preparer: Preparer,
         roots: ModelRoots,
@@ -43,6 +45,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         heartbeat_s: float = HEARTBEAT_INTERVAL_S,
     ) -> None:
         self._models = models
+        self._deletions = deletions
         self._preparations = preparations
         self._preparer = preparer
         self._roots = roots
@@ -89,10 +92,16 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return pb.UpdateModelResponse(model=model_to_pb(model))
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> pb.DeleteModelResponse:
-        """Forgets a model nobody uses."""
+        """Forgets a model nobody uses; with force, whoever uses it."""
         model_id = _model_id(request.model_id)
         remembered = _request(request.request_id, "DeleteModel", model_id, request.force, request.etag)
-        await self._models.delete(model_id, force=request.force, etag=request.etag, request=remembered)
+        await self._deletions.delete(
+            model_id,
+            force=request.force,
+            etag=request.etag,
+            actor=f"DeleteModel from {str(context.peer())[:100]}",
+            request=remembered,
+        )
         return pb.DeleteModelResponse()
 
     async def PrepareModel(self, request: pb.PrepareModelRequest, context: Any) -> pb.PrepareModelResponse:

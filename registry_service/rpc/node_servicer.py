@@ -13,7 +13,7 @@ from headrace.registry.v1 import node_service_pb2_grpc
 from chassis.shutdown import Shutdown
 from registry_service.errors import FieldInvalid, NotImplementedYet
 from registry_service.identifiers import checked_id, checked_text
-from registry_service.nodes import Announcement
+from registry_service.nodes import Announcement, Pulse
 from registry_service.postgres.node_store import DesiredState, NodeStore
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.residency_store import ResidencyReport, ResidencyStore
@@ -61,14 +61,22 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             version=request.version,
             boot_nonce=request.boot_nonce,
             devices=tuple(device_from_pb(device) for device in request.devices),
+            memory_bytes=request.memory_bytes,
+            runtime_bytes=request.runtime_bytes,
+            max_loads=request.max_loads,
+            max_residents=request.max_residents,
         )
         epoch = await self._nodes.register(announcement)
         return pb.RegisterNodeResponse(epoch=epoch, heartbeat_interval_s=self._heartbeat_interval_s)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
         """Notes that the node lives."""
-        free_bytes = {checked_text(d.id, field="devices.id", max_length=63): d.free_bytes for d in request.devices}
-        await self._nodes.heartbeat(_node_id(request.node_id), request.epoch, free_bytes)
+        pulse = Pulse(
+            devices=tuple((device.id, device.free_bytes, device.lost_bytes) for device in request.devices),
+            memory_free_bytes=request.memory_free_bytes,
+            runtime_bytes=request.runtime_bytes,
+        )
+        await self._nodes.heartbeat(_node_id(request.node_id), request.epoch, pulse)
         return pb.HeartbeatResponse()
 
     async def WatchAssignments(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -11,19 +11,34 @@ from headrace.registry.v1 import residency_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2_grpc
 
 from chassis.shutdown import Shutdown
+from chassis.watch import HEARTBEAT_INTERVAL_S, watch
 from registry_service.admission import Admissions
-from registry_service.errors import FieldInvalid, NotImplementedYet
+from registry_service.errors import FieldInvalid
 from registry_service.identifiers import checked_id, checked_request_id, checked_text
 from registry_service.leases import LeaseTerms, checked_ttl_s, checked_wait_s
 from registry_service.models import Transfer
 from registry_service.paging import page_from
+from registry_service.pins import checked_owner
 from registry_service.postgres.admit import Wish
+from registry_service.postgres.event_store import EventStore
 from registry_service.postgres.lease_store import LeaseStore
 from registry_service.postgres.node_store import NodeStore
+from registry_service.postgres.pin_store import PinStore
 from registry_service.postgres.requests import Request
 from registry_service.postgres.residency_store import Admission, ResidencyStore
-from registry_service.residency import ResidencyState
-from registry_service.rpc.convert import lease_to_pb, node_to_pb, residency_to_pb, transfer_to_pb
+from registry_service.residency import Residency, ResidencyState
+from registry_service.residency_events import ResidencyEvent
+from registry_service.residency_watch import ResidencyWatch
+from registry_service.rpc.convert import (
+    lease_to_pb,
+    node_to_pb,
+    pin_from_pb,
+    pin_to_pb,
+    residency_event_to_pb,
+    residency_to_pb,
+    transfer_to_pb,
+)
+from registry_service.wakeups import Wakeups
 
 _DEFAULT_PAGE = 100
 
@@ -38,19 +53,28 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         leases: LeaseStore,
         nodes: NodeStore,
         admissions: Admissions,
+        pins: PinStore,
+        events: EventStore,
+        wakeups: Wakeups,
         shutdown: Shutdown,
+        heartbeat_s: float = HEARTBEAT_INTERVAL_S,
     ) -> None:
         self._residencies = residencies
         self._leases = leases
         self._nodes = nodes
         self._admissions = admissions
+        self._pins = pins
+        self._events = events
+        self._wakeups = wakeups
         self._shutdown = shutdown
+        self._heartbeat_s = heartbeat_s
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
         """Makes a model resident; answers at once."""
         wish = _wish(request, actor=f"LoadModel from {_peer(context)}")
         remembered = _request(request.request_id, "LoadModel", wish.model_id, wish.node_id, wish.device_id)
-        return pb.LoadModelResponse(residency=residency_to_pb(await self._residencies.load(wish, remembered)))
+        (residency,) = await self._in_full([await self._residencies.load(wish, remembered)])
+        return pb.LoadModelResponse(residency=residency_to_pb(residency))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
         """Sends a model off its devices."""
@@ -63,7 +87,7 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
             actor=f"UnloadModel from {_peer(context)}",
             request=_request(request.request_id, "UnloadModel", model_id, node_id, request.force),
         )
-        return pb.UnloadModelResponse(residencies=[residency_to_pb(each) for each in residencies])
+        return pb.UnloadModelResponse(residencies=[residency_to_pb(each) for each in await self._in_full(residencies)])
 
     async def AcquireLease(
         self, request: pb.AcquireLeaseRequest, context: Any
@@ -93,16 +117,38 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         return pb.ReleaseLeaseResponse()
 
     async def PinModel(self, request: pb.PinModelRequest, context: Any) -> pb.PinModelResponse:
-        """Not in this version."""
-        raise NotImplementedYet("PinModel is not available in this version; hold a lease instead")
+        """Sets or changes a pin."""
+        pin = pin_from_pb(request.pin)
+        arguments = (pin.model_id, pin.node_id, pin.owner, pin.reason, pin.expire_time)
+        stored = await self._pins.pin(pin, _request(request.request_id, "PinModel", *arguments))
+        return pb.PinModelResponse(pin=pin_to_pb(stored))
 
     async def UnpinModel(self, request: pb.UnpinModelRequest, context: Any) -> pb.UnpinModelResponse:
-        """Not in this version."""
-        raise NotImplementedYet("UnpinModel is not available in this version; there are no pins")
+        """Removes a pin."""
+        model_id = checked_id(request.model_id, field="model_id")
+        node_id = _optional_id(request.node_id, field="node_id")
+        owner = checked_owner(request.owner, field="owner")
+        await self._pins.unpin(
+            model_id,
+            node_id=node_id,
+            owner=owner,
+            actor=f"UnpinModel from {_peer(context)}",
+            request=_request(request.request_id, "UnpinModel", model_id, node_id, owner),
+        )
+        return pb.UnpinModelResponse()
 
     async def ListPins(self, request: pb.ListPinsRequest, context: Any) -> pb.ListPinsResponse:
-        """Not in this version."""
-        raise NotImplementedYet("ListPins is not available in this version; there are no pins")
+        """Lists a page of living pins."""
+        model_id = _optional_id(request.model_id, field="model_id")
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("pins", model_id),
+            default=_DEFAULT_PAGE,
+            key_length=3,
+        )
+        pins, token = await self._pins.page(model_id=model_id, page=page)
+        return pb.ListPinsResponse(pins=[pin_to_pb(pin) for pin in pins], next_page_token=token)
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
         """Lists a page of nodes."""
@@ -135,9 +181,30 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
     async def WatchResidencies(
         self, request: pb.WatchResidenciesRequest, context: Any
     ) -> AsyncGenerator[pb.WatchResidenciesResponse, None]:
-        """Not in this version."""
-        raise NotImplementedYet("WatchResidencies is not available in this version; poll ListResidencies")
-        yield
+        """A snapshot or what was missed, then every event; heartbeats say up to where."""
+        model_id = _optional_id(request.model_id, field="model_id")
+        if request.after_seq < 0:
+            raise FieldInvalid("after_seq", "must not be negative; 0 means from a snapshot on")
+        watched = ResidencyWatch(self._events, self._wakeups, model_id=model_id, after_seq=request.after_seq)
+        stream = watch(
+            _messages(watched.events()),
+            heartbeat=lambda: pb.WatchResidenciesResponse(seq=watched.seq, heartbeat=True),
+            shutdown=self._shutdown,
+            interval_s=self._heartbeat_s,
+        )
+        async with aclosing(stream) as messages:
+            async for message in messages:
+                yield message
+
+    async def _in_full(self, residencies: Sequence[Residency]) -> list[Residency]:
+        details = await self._residencies.details([each.id for each in residencies])
+        return [details.get(each.id, each) for each in residencies]
+
+
+async def _messages(events: AsyncGenerator[ResidencyEvent, None]) -> AsyncGenerator[pb.WatchResidenciesResponse, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield residency_event_to_pb(event)
 
 
 def _admission_to_pb(admission: Admission) -> pb.AcquireLeaseResponse:

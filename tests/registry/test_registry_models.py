@@ -10,7 +10,7 @@ import pytest
 from fix_postgres import refused, running_registry
 from fix_registry import new_request_id, ready_model, register_folder, until_state, write_model, write_safetensors
 from google.protobuf import field_mask_pb2
-from headrace.registry.v1 import model_pb2, residency_service_pb2
+from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 
 FAILED = model_pb2.MODEL_STATE_FAILED
@@ -341,9 +341,6 @@ async def test_what_is_not_there_yet_says_so(registry):
         stubs.models.EstimateMemory(pb.EstimateMemoryRequest(model_id="m")),
         stubs.models.ValidateModel(pb.ValidateModelRequest(model_id="m")),
         stubs.models.ListCatalog(pb.ListCatalogRequest()),
-        stubs.residencies.PinModel(residency_service_pb2.PinModelRequest()),
-        stubs.residencies.UnpinModel(residency_service_pb2.UnpinModelRequest()),
-        stubs.residencies.WatchResidencies(residency_service_pb2.WatchResidenciesRequest()),
     ]
     for call in calls:
         refusal = await refused(call)

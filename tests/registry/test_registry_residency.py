@@ -347,13 +347,11 @@ async def test_a_resident_model_is_not_deleted(registry, tmp_path, start_node):
     lease = await acquire(registry.stubs, "tiny", holder="alice")
     stubs = registry.stubs
     refusal = await refused(stubs.models.DeleteModel(model_service.DeleteModelRequest(model_id="tiny")))
-    forced = await refused(stubs.models.DeleteModel(model_service.DeleteModelRequest(model_id="tiny", force=True)))
     await stubs.residencies.UnloadModel(pb.UnloadModelRequest(model_id="tiny", force=True))
     await until_residency(stubs, lease.residency_id, r.RESIDENCY_STATE_UNLOADED)
     await stubs.models.DeleteModel(model_service.DeleteModelRequest(model_id="tiny"))
 
     assert (refusal.reason, refusal.metadata["holders"]) == ("MODEL_IN_USE", "alice")
-    assert forced.reason == "NOT_IMPLEMENTED"
     assert await residencies(stubs, include_ended=True) == []
 
 
