@@ -49,7 +49,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int, seconds: float) ->
     """Returns two figures; rows per second, Headrace's first. Each turn of Headrace takes about `seconds`."""
     with ExitStack() as stack:
         console.print("end to end: starting services, converting the model")
-        services = _start(stack, work_dir)
+        services = start_services(stack, work_dir)
         for number in range(rounds + 1):
             services.client.corpora.upload(_corpus_id(number), documents=[*paragraphs(), f"Turn {number}."])
         workers = {
@@ -81,13 +81,14 @@ def paragraphs() -> list[str]:
     return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
-def _start(stack: ExitStack, work_dir: Path) -> Services:
+def start_services(stack: ExitStack, work_dir: Path, *, database_url: str = "") -> Services:
+    """Starts both, for as long as `stack` is open, and has the model converted."""
     gguf = _gguf()
     flags = ["--listen", "127.0.0.1:0", "--data-dir"]
     registry, _ = stack.enter_context(
         server(
             "registry_service",
-            [*flags, str(work_dir / "registry"), "--models-root", str(gguf.parent)],
+            [*flags, str(work_dir / "registry"), "--models-root", str(gguf.parent), "--database-url", database_url],
             work_dir=work_dir,
         )
     )
