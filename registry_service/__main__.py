@@ -31,13 +31,19 @@ from chassis.metrics import Metrics
 from chassis.server import Server, ServerOptions
 from chassis.shutdown import Shutdown
 from registry_service.admission import Admissions
+from registry_service.allowances import NOTHING_ALLOWED, Allowances
 from registry_service.deletion import Deletions
+from registry_service.errors import FieldInvalid
 from registry_service.hub.client import HubClient
+from registry_service.hub.headers import HubHeaders
+from registry_service.identifiers import checked_repo
+from registry_service.model_folders import ModelFolders
 from registry_service.paths import ModelRoots
 from registry_service.policy import POLICY_HELP, Policy
 from registry_service.postgres.connect import migrate_when_reachable
 from registry_service.postgres.embedded import EmbeddedPostgres
 from registry_service.postgres.event_store import EventStore
+from registry_service.postgres.estimate_store import EstimateStore
 from registry_service.postgres.keeper import Keeper
 from registry_service.postgres.lease_store import LeaseStore
 from registry_service.postgres.listener import Listener
@@ -48,14 +54,18 @@ from registry_service.postgres.pool import Database
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.residency_store import ResidencyStore
 from registry_service.postgres.residency_upkeep import ResidencyUpkeep
+from registry_service.postgres.room_store import RoomStore
 from registry_service.postgres.set_store import SetStore
 from registry_service.postgres.upkeep_store import UpkeepStore
 from registry_service.preparation import Preparer
+from registry_service.profiles import Profiles
+from registry_service.rpc.estimate import MemoryEstimates
 from registry_service.rpc.model_servicer import ModelServicer
 from registry_service.rpc.node_servicer import NodeServicer
 from registry_service.rpc.residency_servicer import ResidencyServicer
 from registry_service.rpc.set_servicer import SetServicer
 from registry_service.rpc.status import STATUSES, reason_of
+from registry_service.storekeeper import Storekeeper
 from registry_service.upkeep import Upkeep
 from registry_service.wakeups import POLL_S, Wakeups
 
@@ -67,12 +77,19 @@ SERVICES = tuple(
 )
 
 
+DEFAULT_QUOTA_BYTES = 50 * 10**9
+
+
 class PolicyInvalid(StartError):
     """A number of the residency policy is out of range."""
 
 
 class RootInvalid(StartError):
     """A models root is no folder."""
+
+
+class RepoInvalid(StartError):
+    """A flag names what can't be a hub repo."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +103,8 @@ class Settings:
     heartbeat_interval_s: float
     environment: Mapping[str, str]
     policy: Policy = field(default_factory=Policy)
+    models_quota_bytes: int = DEFAULT_QUOTA_BYTES
+    allowances: Allowances = NOTHING_ALLOWED
     poll_s: float = POLL_S
 
 
@@ -139,12 +158,17 @@ class Registry:
         pins, events = PinStore(database, wakeups), EventStore(database)
         self._listener = Listener(url, database, wakeups)
         roots = ModelRoots(settings.model_roots or (settings.data_dir,))
+        hub = HubClient(settings.environment)
+        folders = ModelFolders(settings.data_dir / "models")
+        room = RoomStore(database, wakeups, folders, quota_bytes=settings.models_quota_bytes)
+        self._storekeeper = Storekeeper(room, folders)
         self._preparer = Preparer(
             store=self.preparations,
             wakeups=wakeups,
             roots=roots,
-            models_dir=settings.data_dir / "models",
-            downloader=HubClient(settings.environment),
+            storekeeper=self._storekeeper,
+            allowances=settings.allowances,
+            downloader=hub,
             worker=uuid.uuid4().hex,
             reason_of=reason_of,
         )
@@ -163,6 +187,13 @@ class Registry:
             preparations=self.preparations,
             preparer=self._preparer,
             roots=roots,
+            allowances=settings.allowances,
+            commits=hub,
+            estimates=MemoryEstimates(
+                models=models,
+                estimates=EstimateStore(database, settings.policy),
+                profiles=Profiles(hub=HubHeaders(settings.environment), roots=roots),
+            ),
             wakeups=wakeups,
             shutdown=shutdown,
         )
@@ -205,7 +236,8 @@ class Registry:
             handle_signals=handle_signals,
         )
         async with asyncio.TaskGroup() as group:
-            loops = [group.create_task(each.run()) for each in (self._preparer, self._upkeep, self._listener)]
+            workers = (self._preparer, self._storekeeper, self._upkeep, self._listener)
+            loops = [group.create_task(worker.run()) for worker in workers]
             if keeper is not None:
                 loops.append(group.create_task(keeper.run()))
             try:
@@ -256,6 +288,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--heartbeat-interval-s", type=_interval, default=5.0, metavar="S", help="asked of nodes (default 5)"
     )
+    parser.add_argument(
+        "--models-quota-bytes",
+        type=_quota,
+        default=DEFAULT_QUOTA_BYTES,
+        metavar="N",
+        help="most bytes in the model store; what is not used goes first (default 50 GB)",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="append",
+        default=[],
+        metavar="REPO",
+        help="pickled weights of this hub repo may be read and converted (repeatable)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="append",
+        default=[],
+        metavar="REPO",
+        help="code of this hub repo may run on the nodes (repeatable)",
+    )
     _add_policy_flags(parser)
     add_common_flags(parser)
     return parser
@@ -273,6 +326,13 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
             metavar="N" if kind is int else "S",
             help=f"{POLICY_HELP[each.name]} (default {each.default:g})",
         )
+
+
+def _quota(text: str) -> int:
+    n_bytes = int(text)
+    if n_bytes < 1:
+        raise argparse.ArgumentTypeError("takes a positive number of bytes")
+    return n_bytes
 
 
 def _policy(args: argparse.Namespace) -> Policy:
@@ -301,7 +361,19 @@ def _settings(args: argparse.Namespace, environment: Mapping[str, str]) -> Setti
         heartbeat_interval_s=args.heartbeat_interval_s,
         policy=_policy(args),
         environment=dict(environment),
+        models_quota_bytes=args.models_quota_bytes,
+        allowances=Allowances(
+            pickle_repos=frozenset(_repo(text) for text in args.allow_pickle),
+            code_repos=frozenset(_repo(text) for text in args.trust_remote_code),
+        ),
     )
+
+
+def _repo(text: str) -> str:
+    try:
+        return checked_repo(text, "").location
+    except FieldInvalid:
+        raise RepoInvalid(f"{text!r} is no repo; give the exact id, such as owner/name.") from None
 
 
 if __name__ == "__main__":

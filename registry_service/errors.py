@@ -3,6 +3,7 @@
 ServiceError
 ├── FieldInvalid                      a request field is missing, out of range or malformed
 ├── PathNotAllowed                    a path outside the model roots
+├── NotAllowed                        what only the operator may allow, and has not
 ├── NotFound                          ModelNotFound · NodeNotFound · LeaseNotFound · SetNotFound
 ├── AlreadyExists                     the id names a different model
 ├── StateConflict                     the state does not allow the call
@@ -33,6 +34,10 @@ class FieldInvalid(ServiceError):
 
 class PathNotAllowed(ServiceError):
     """A path lies outside the folders the registry may read."""
+
+
+class NotAllowed(ServiceError):
+    """Only who runs the registry may allow this."""
 
 
 class NotFound(ServiceError):

@@ -9,7 +9,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from registry_service.errors import FieldInvalid, NotImplementedYet
+from registry_service.errors import NotImplementedYet
 
 
 class ModelState(StrEnum):
@@ -123,6 +123,8 @@ class Model:
     parameters_by_dtype: Mapping[str, int] = field(default_factory=dict)
     files_path: str = ""
     tokenizer_digest: str = ""
+    store_bytes: int = 0
+    last_used_time: datetime | None = None
     revision: int = 1
     event_seq: int = 0
 
@@ -134,10 +136,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewModel:
-    """What RegisterModel is asked for; `id` may be empty."""
+    """What RegisterModel is asked for; `id` may be empty, `commit_sha` too while the hub has not told it."""
 
     id: str
     source: Source
+    commit_sha: str = ""
     quantization: Quantization = Quantization.NONE
     load_options: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -156,24 +159,6 @@ class ModelEvent:
     time: datetime
     model: Model
     message: str = ""
-
-
-LOAD_DTYPES = ("float32", "bfloat16", "float16")
-_LOAD_OPTIONS: dict[str, tuple[str, ...]] = {
-    "dtype": LOAD_DTYPES,
-    "attn_implementation": ("eager", "sdpa", "flash_attention_2"),
-}
-
-
-def checked_load_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuses unknown options: a misspelt one would silently change nothing, a few would run foreign code."""
-    for name, value in options.items():
-        allowed = _LOAD_OPTIONS.get(name)
-        if allowed is None:
-            raise FieldInvalid("load_options", f"unknown option {name!r}; known: {', '.join(_LOAD_OPTIONS)}")
-        if value not in allowed:
-            raise FieldInvalid("load_options", f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-    return dict(options)
 
 
 def checked_quantization(quantization: Quantization) -> Quantization:

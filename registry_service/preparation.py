@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from chassis.errors import ServiceError
+from registry_service.allowances import Allowances
 from registry_service.errors import DatabaseUnavailable, ModelUnsupported
 from registry_service.files import Inspection, Reading, Stopped, file_digest, inspect_folder
 from registry_service.hub.events import Event, Job
 from registry_service.models import Failure, Model, SourceKind, Transfer
 from registry_service.paths import ModelRoots
 from registry_service.postgres.preparation_store import BuildState, ClaimLost, PreparationStore
+from registry_service.storekeeper import Storekeeper
 from registry_service.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ _LOOK_EVERY_S = 0.1
 # A node that says nothing of a build for so long has forgotten it; it is given out again.
 _BUILD_SILENT_S = 600.0
 _MAX_TOKENS = 100
+# A GGUF file becomes float32: at least twice as many bytes.
+_UNPACKED = 2
 
 
 class Downloader(Protocol):
@@ -56,7 +60,8 @@ class Preparer:
         store: PreparationStore,
         wakeups: Wakeups,
         roots: ModelRoots,
-        models_dir: Path,
+        storekeeper: Storekeeper,
+        allowances: Allowances,
         downloader: Downloader,
         worker: str,
         reason_of: Callable[[ServiceError], str],
@@ -65,7 +70,8 @@ class Preparer:
         self._store = store
         self._wakeups = wakeups
         self._roots = roots
-        self._models_dir = models_dir
+        self._storekeeper = storekeeper
+        self._allowances = allowances
         self._downloader = downloader
         self._reason_of = reason_of
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -119,6 +125,7 @@ class Preparer:
         prepare = {SourceKind.HUB: self._hub, SourceKind.FOLDER: self._folder, SourceKind.GGUF: self._gguf}
         try:
             try:
+                self._allowances.check(model.source, model.load_options)
                 await prepare[model.source.kind](model)
             except (ClaimLost, DatabaseUnavailable):
                 raise
@@ -148,31 +155,46 @@ class Preparer:
         job = Job(
             repo_id=model.source.location,
             revision=revision,
-            models_dir=str(self._models_dir),
+            models_dir=str(self._storekeeper.folders.root),
             name=model.id,
             token=self._tokens.get(model.id, ""),
+            allow_pickle=self._allowances.pickle(model.source),
+            with_code=self._allowances.code(model.source),
         )
-        meter = _Meter()
-        last = Event(kind="")
-        async with aclosing(self._downloader.fetch(job)) as events:
-            async for event in events:
-                last = event
-                transfer = meter.measure(event.done_bytes, event.total_bytes)
-                if event.kind == "resolved":
-                    await self._progress(model, transfer, "downloading", commit_sha=event.commit_sha)
-                elif meter.due():
-                    await self._progress(model, transfer, "downloading")
+        last = await self._download(model, job)
         self._tokens.pop(model.id, None)
         folder = Path(last.path)
         await self._finish(model, last.commit_sha, folder, await self._inspect(model, folder, None))
 
+    async def _download(self, model: Model, job: Job) -> Event:
+        """Brings the files to disk, with room made for them; returns the last event."""
+        meter, last = _Meter(), Event(kind="")
+        async with aclosing(self._downloader.fetch(job)) as events:
+            async for event in events:
+                last = event
+                if event.kind == "waiting":
+                    await self._progress(model, meter.latest, event.message)
+                    continue
+                transfer = meter.measure(event.done_bytes, event.total_bytes)
+                if event.kind == "resolved":
+                    await self._progress(model, transfer, "downloading", commit_sha=event.commit_sha)
+                    await self._make_room(model, event.path, event.total_bytes)
+                elif meter.due():
+                    await self._progress(model, transfer, "downloading")
+        return last
+
+    async def _make_room(self, model: Model, path: str, total_bytes: int, *, make: bool = True) -> None:
+        await self._storekeeper.make_room(model.id, self.worker, path=path, total_bytes=total_bytes, make=make)
+
     async def _gguf(self, model: Model) -> None:
         source = Path(self._roots.file(model.source.location, field="model.source.gguf.path"))
         digest = await self._read(model, "reading the file", lambda reading: _gguf_digest(source, reading))
-        target = self._models_dir / f"{model.id}-{digest[:12]}"
+        target = self._storekeeper.folders.root / f"{model.id}-{digest[:12]}"
         await self._progress(model, Transfer(), "file read", commit_sha=f"sha256:{digest}")
         if not (target / "config.json").is_file():
-            await asyncio.to_thread(self._models_dir.mkdir, parents=True, exist_ok=True)
+            size_bytes = (await asyncio.to_thread(source.stat)).st_size
+            # What is packed in less than half of float32 grows by more; the quota then holds from the next time on.
+            await self._make_room(model, str(target), _UNPACKED * size_bytes, make=False)
             await self._build(model, target)
         await self._finish(model, f"sha256:{digest}", target, await self._inspect(model, target, None))
 
@@ -219,7 +241,12 @@ class Preparer:
 
     async def _finish(self, model: Model, commit_sha: str, folder: Path, inspection: Inspection) -> None:
         await self._store.finish(
-            model.id, self.worker, commit_sha=commit_sha, files_path=str(folder), inspection=inspection
+            model.id,
+            self.worker,
+            commit_sha=commit_sha,
+            files_path=str(folder),
+            inspection=inspection,
+            store_bytes=await self._storekeeper.bytes_of(str(folder)),
         )
         log.info("model %s is ready in %s", model.id, folder)
 
@@ -228,6 +255,7 @@ class _Meter:
     """Rate over the last seconds, and when the next progress event is due."""
 
     def __init__(self) -> None:
+        self.latest = Transfer()
         self._points: list[tuple[float, int]] = []
         self._reported = time.monotonic()
 
@@ -238,7 +266,8 @@ class _Meter:
         self._points.append((now, done_bytes))
         since, start = self._points[0]
         rate = (done_bytes - start) / (now - since) if now > since else 0.0
-        return Transfer.of(done_bytes=done_bytes, total_bytes=total_bytes, rate_bytes_per_s=max(0.0, rate))
+        self.latest = Transfer.of(done_bytes=done_bytes, total_bytes=total_bytes, rate_bytes_per_s=max(0.0, rate))
+        return self.latest
 
     def due(self) -> bool:
         """True at most once a second."""

@@ -6,6 +6,7 @@ pytest_plugins = [
     "fix_extractor",
     "fix_postgres",
     "fix_registry",
+    "fix_hub",  # Builds on the one above.
     "fix_runner",
     "fix_system",
     "fix_train",

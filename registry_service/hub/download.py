@@ -2,121 +2,111 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable
-from fnmatch import fnmatch
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Self
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, get_token, hf_hub_url
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from registry_service.hub.events import ALLOWED_PATTERNS, Event, Job
+from registry_service.hub.events import GO, Event, Job
+from registry_service.hub.faults import failure_of
+from registry_service.hub.fetch import Line, fetch_file
+from registry_service.hub.listing import Listing, list_files, resolve
+from registry_service.hub.patience import Patience
 
 _REPORT_EVERY_S = 0.5
-_API_TIMEOUT_S = 30.0
+# One connection to a CDN seldom fills a line; more than a few only take turns.
+_FILES_AT_ONCE = 4
 _ORPHANED = 3
 
 
 def main() -> int:
-    """Runs the job; the exit status is 0 whenever `done` or `failed` was said."""
+    """Runs the job; the exit status is 0 whenever `done`, `resolved` or `failed` was said."""
     job = Job(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_exit_when_orphaned, daemon=True).start()
     disable_progress_bars()
     try:
-        fetch(job, say)
+        run(job, say, wait_for_go)
     except Exception as exc:  # noqa: BLE001 - whatever it is, the parent must hear of it.
         say(failure_of(exc, job))
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # Threads of files that need not go on may still wait for their socket.
 
 
-def fetch(job: Job, tell: Callable[[Event], None]) -> None:
-    """Resolves the revision to a commit, checks the disk, downloads."""
+def run(job: Job, tell: Callable[[Event], None], may_go: Callable[[], None]) -> None:
+    """Resolves the revision to a commit; unless that was all, waits for leave and downloads."""
     api = HfApi(token=job.token or None)
-    info = api.model_info(job.repo_id, revision=job.revision, files_metadata=True, timeout=_API_TIMEOUT_S)
-    commit_sha = info.sha or ""
-    siblings = [each for each in info.siblings or () if any(fnmatch(each.rfilename, p) for p in ALLOWED_PATTERNS)]
-    total_bytes = sum(each.size or 0 for each in siblings)
-    target = Path(job.models_dir) / f"{job.name}-{commit_sha[:12]}"
-    tell(Event(kind="resolved", commit_sha=commit_sha, path=str(target), total_bytes=total_bytes))
-    if not any(each.rfilename.endswith(".safetensors") for each in siblings):
-        message = f"{job.repo_id} has no safetensors weights; convert it with save_pretrained() and register the folder"
-        tell(Event(kind="failed", reason="MODEL_UNSUPPORTED", message=message))
+    patience = Patience(backoff_s=job.backoff_s, on_wait=lambda why, wait_s: tell(_waiting(why, wait_s)))
+    if job.resolve_only:
+        tell(Event(kind="resolved", commit_sha=resolve(api, job)))
         return
-    target.mkdir(parents=True, exist_ok=True)
-    missing_bytes = total_bytes - folder_bytes(target)
-    free_bytes = shutil.disk_usage(target).free
-    if missing_bytes > free_bytes:
-        message = f"{job.repo_id} needs {missing_bytes} more bytes, {target} has {free_bytes} free; make room"
-        tell(Event(kind="failed", reason="DISK_FULL", message=message))
-        return
-    with _Reporter(target, commit_sha, total_bytes, tell):
-        snapshot_download(
-            job.repo_id,
-            revision=commit_sha,
-            local_dir=target,
-            allow_patterns=list(ALLOWED_PATTERNS),
-            token=job.token or None,
-        )
-    tell(Event(kind="done", commit_sha=commit_sha, path=str(target), done_bytes=total_bytes, total_bytes=total_bytes))
+    listing = patience.call(lambda: list_files(api, job))
+    target = Path(job.models_dir) / f"{job.name}-{listing.commit_sha[:12]}"
+    facts = {
+        "commit_sha": listing.commit_sha,
+        "path": str(target),
+        "total_bytes": listing.total_bytes,
+        "pickled": listing.pickled,
+    }
+    tell(Event(kind="resolved", **facts))  # type: ignore[arg-type]
+    may_go()
+    fetch(job, listing, target, patience, tell)
+    tell(Event(kind="done", done_bytes=listing.total_bytes, **facts))  # type: ignore[arg-type]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of everything below, the unfinished included."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += (Path(root) / name).stat().st_size
-            except OSError:
-                continue  # Renamed in between: counted the next time.
-    return total
-
-
-def failure_of(exc: Exception, job: Job) -> Event:
-    """Maps what huggingface_hub raises to a reason and a remedy."""
-    where = f"{job.repo_id}@{job.revision}"
-    reason, message = "HUB_UNAVAILABLE", f"the hub can't be reached for {where} ({type(exc).__name__}); try again"
-    if isinstance(exc, GatedRepoError):
-        reason, message = "HUB_GATED", f"{where} is gated; ask for access on its page and pass a token"
-    elif isinstance(exc, RepositoryNotFoundError) and not job.token and _status(exc) == 401:
-        reason, message = "HUB_GATED", f"{where} does not exist or is private; check the name, or pass a token"
-    elif isinstance(
-        exc, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError)
-    ) and not (isinstance(exc, LocalEntryNotFoundError)):
-        reason, message = "HUB_NOT_FOUND", f"the hub has no {where}; check repo and revision"
-    elif isinstance(exc, OfflineModeIsEnabled):
-        message = "this registry runs with HF_HUB_OFFLINE; unset it, or register a local folder"
-    elif isinstance(exc, HfHubHTTPError) and _status(exc) in (401, 403):
-        reason, message = "HUB_GATED", f"the hub refuses {where}; check the token and its rights"
-    elif isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-        reason, message = "DISK_FULL", f"the disk filled up while fetching {where}; make room and prepare again"
-    return Event(kind="failed", reason=reason, message=message)
+def fetch(job: Job, listing: Listing, target: Path, patience: Patience, tell: Callable[[Event], None]) -> None:
+    """Fetches all files, a few at once; the first that can't be had ends it."""
+    token = job.token or get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    stop = threading.Event()
+    with _Reporter(listing.total_bytes, tell) as reporter:
+        line = Line(headers=headers, stall_s=job.stall_s, patience=patience, count=reporter.count, stop=stop)
+        pool = ThreadPoolExecutor(_FILES_AT_ONCE)
+        files = {
+            pool.submit(
+                fetch_file,
+                file,
+                hf_hub_url(job.repo_id, file.name, revision=listing.commit_sha, endpoint=_endpoint()),
+                target,
+                line,
+            )
+            for file in listing.files
+        }
+        done, _ = wait(files, return_when=FIRST_EXCEPTION)
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for each in done:
+            each.result()
 
 
 def say(event: Event) -> None:
     """Writes one event."""
-    sys.stdout.write(event.line())
-    sys.stdout.flush()
+    with _OUTPUT:
+        sys.stdout.write(event.line())
+        sys.stdout.flush()
 
 
-def _status(exc: Exception) -> int:
-    return int(getattr(getattr(exc, "response", None), "status_code", 0) or 0)
+def wait_for_go() -> None:
+    """Waits for the parent's leave; from then on its end is this process's end."""
+    if sys.stdin.readline().encode() != GO:
+        os._exit(_ORPHANED)
+    threading.Thread(target=_exit_when_orphaned, daemon=True).start()
+
+
+_OUTPUT = threading.Lock()
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _waiting(why: str, wait_s: float) -> Event:
+    return Event(kind="waiting", message=f"the hub: {why}; trying again in {wait_s:.0f} s", retry_after_s=wait_s)
 
 
 def _exit_when_orphaned() -> None:
@@ -125,15 +115,19 @@ def _exit_when_orphaned() -> None:
 
 
 class _Reporter:
-    """Tells the size of the folder twice a second: it sees what is on disk, whichever way it came."""
+    """Counts bytes from several threads and tells the sum twice a second."""
 
-    def __init__(self, target: Path, commit_sha: str, total_bytes: int, tell: Callable[[Event], None]) -> None:
-        self._target = target
-        self._commit_sha = commit_sha
+    def __init__(self, total_bytes: int, tell: Callable[[Event], None]) -> None:
         self._total_bytes = total_bytes
+        self._done_bytes = 0
         self._tell = tell
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def count(self, n_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes += n_bytes
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -145,15 +139,7 @@ class _Reporter:
 
     def _run(self) -> None:
         while not self._stop.wait(_REPORT_EVERY_S):
-            done_bytes = min(folder_bytes(self._target), self._total_bytes)
-            event = Event(
-                kind="progress",
-                commit_sha=self._commit_sha,
-                path=str(self._target),
-                done_bytes=done_bytes,
-                total_bytes=self._total_bytes,
-            )
-            self._tell(event)
+            self._tell(Event(kind="progress", done_bytes=self._done_bytes, total_bytes=self._total_bytes))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from registry_service.filters import Match, Term
 from registry_service.identifiers import derived_ids
 from registry_service.models import Model, ModelEvent, NewModel
 from registry_service.paging import Page
-from registry_service.postgres import queries
+from registry_service.postgres import queries, store_queries
 from registry_service.postgres.pin_store import pin_owners
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
@@ -62,6 +62,10 @@ class ModelStore:
         model = await self._database.run(work)
         self._wakeups.wake()
         return model
+
+    async def registered(self, new: NewModel) -> Model | None:
+        """Returns the model that is the same already, if there is one. Raises AlreadyExists."""
+        return await self._database.run(lambda conn: _existing(conn, new))
 
     async def get(self, model_id: str) -> Model:
         """Raises ModelNotFound."""
@@ -115,7 +119,7 @@ class ModelStore:
         return model
 
     async def delete(self, model_id: str, *, force: bool, etag: str, actor: str, request: Request) -> tuple[str, ...]:
-        """Forgets a model and its history. Raises EtagMismatch, and ModelInUse unless forced.
+        """Forgets a model and its history; its files in the store go. Raises EtagMismatch, ModelInUse unless forced.
 
         With `force` it is sent off its devices first; what is returned are the places that still hold its memory. Call
         it again until there is none.
@@ -132,6 +136,7 @@ class ModelStore:
             await check_unused(conn, model_id, "delete")
             if not force:
                 await _check_unpinned(conn, model_id)
+            await conn.execute(store_queries.FOLDERS_DOOM_OF_MODEL, {"id": model_id})
             await conn.execute(queries.MODEL_DELETE, {"id": model_id})
             await remember(conn, request, model_id)
             return ()
@@ -258,7 +263,7 @@ async def _insert(conn: Connection, new: NewModel) -> Model:
     for candidate in [new.id] if new.id else derived_ids(new):
         row = await (await conn.execute(queries.MODEL_INSERT, {**values, "id": candidate})).fetchone()
         if row is not None:
-            return await change_model(conn, candidate, "registered", {})
+            return await change_model(conn, candidate, "registered", {"commit_sha": new.commit_sha})
     existing = await _existing(conn, new)  # Somebody took the id at the same moment.
     if existing is None:
         raise AlreadyExists("every id derived from the source is taken; give an id")

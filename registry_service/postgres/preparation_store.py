@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from registry_service.errors import StateConflict
 from registry_service.files import Inspection
 from registry_service.models import Failure, Model, ModelState, SourceKind, Transfer
-from registry_service.postgres import queries
+from registry_service.postgres import queries, store_queries
 from registry_service.postgres.model_store import change_model, lock_model, read_model
 from registry_service.postgres.node_store import hear
 from registry_service.postgres.pool import Connection, Database
@@ -127,13 +127,20 @@ class PreparationStore:
             columns["commit_sha"] = commit_sha
 
         async def work(conn: Connection) -> None:
-            await _hold(conn, model_id, worker)
+            await hold_claim(conn, model_id, worker)
             await change_model(conn, model_id, message, columns)
 
         await self._change(work)
 
     async def finish(
-        self, model_id: str, worker: str, *, commit_sha: str, files_path: str, inspection: Inspection
+        self,
+        model_id: str,
+        worker: str,
+        *,
+        commit_sha: str,
+        files_path: str,
+        inspection: Inspection,
+        store_bytes: int = 0,
     ) -> None:
         """Makes the model READY. Raises ClaimLost."""
         weights = inspection.weights
@@ -148,6 +155,7 @@ class PreparationStore:
             "weight_bytes": weights.weight_bytes,
             "parameters_by_dtype": json_of(weights.parameters_by_dtype),
             "tokenizer_digest": inspection.tokenizer_digest,
+            "store_bytes": store_bytes,
         }
         await self._end(model_id, worker, "ready", columns)
 
@@ -179,7 +187,7 @@ class PreparationStore:
         """Gives the build to the living node with the fewest; returns its id, or nothing if none lives."""
 
         async def work(conn: Connection) -> str:
-            held = await _hold(conn, model_id, worker)
+            held = await hold_claim(conn, model_id, worker)
             row = await (await conn.execute(queries.BUILD_CHOOSE_NODE)).fetchone()
             node_id = row["id"] if row is not None else None
             if node_id is None and held["node_id"] is None and held["target_path"] == target_path:
@@ -220,8 +228,10 @@ class PreparationStore:
 
     async def _end(self, model_id: str, worker: str, message: str, columns: dict[str, Any]) -> None:
         async def work(conn: Connection) -> None:
-            await _hold(conn, model_id, worker)
+            await hold_claim(conn, model_id, worker)
             await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
+            if columns["state"] is ModelState.READY:
+                await conn.execute(store_queries.MODEL_PREPARED, {"id": model_id})
             await change_model(conn, model_id, message, columns)
 
         await self._change(work)
@@ -232,7 +242,7 @@ class PreparationStore:
         return result
 
 
-async def _hold(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:
+async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:
     """Keeps the claim until the transaction ends. Raises ClaimLost. Locks the model first, as all others do."""
     row = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
     parameters = {"model_id": model_id, "worker": worker}

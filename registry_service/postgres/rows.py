@@ -37,6 +37,8 @@ def model_of(row: Row) -> Model:
         parameters_by_dtype=row["parameters_by_dtype"],
         files_path=row["files_path"],
         tokenizer_digest=row["tokenizer_digest"],
+        store_bytes=row.get("store_bytes", 0),  # Events of earlier versions lack it and the next.
+        last_used_time=_optional_time(row.get("last_used_time")),
         revision=row["revision"],
         event_seq=row["event_seq"],
         create_time=_time(row["create_time"]),
@@ -167,6 +169,10 @@ def json_of(value: Transfer | Failure | Architecture | Mapping[str, Any] | None)
     if value is None:
         return None
     return Jsonb(dict(value) if isinstance(value, Mapping) else asdict(value))
+
+
+def _optional_time(value: datetime | str | None) -> datetime | None:
+    return None if value is None else _time(value)
 
 
 def _time(value: datetime | str) -> datetime:

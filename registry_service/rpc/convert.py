@@ -15,6 +15,7 @@ from registry_service import models as m
 from registry_service.errors import FieldInvalid
 from registry_service.identifiers import checked_id, checked_labels, checked_repo
 from registry_service.leases import Lease
+from registry_service.load_options import checked_load_options
 from registry_service.nodes import Device, DeviceKind, Node, NodeState
 from registry_service.paths import ModelRoots
 from registry_service.pins import Pin
@@ -115,7 +116,7 @@ def new_model_from_pb(message: model_pb2.Model, roots: ModelRoots) -> m.NewModel
 
 def load_options_from_pb(message: struct_pb2.Struct) -> dict[str, Any]:
     """Known options only."""
-    return m.checked_load_options(json_format.MessageToDict(message))
+    return checked_load_options(json_format.MessageToDict(message))
 
 
 def model_to_pb(model: m.Model) -> model_pb2.Model:
@@ -138,6 +139,8 @@ def model_to_pb(model: m.Model) -> model_pb2.Model:
         etag=model.etag,
         create_time=time_to_pb(model.create_time),
         update_time=time_to_pb(model.update_time),
+        store_bytes=model.store_bytes,
+        last_used_time=time_to_pb(model.last_used_time) if model.last_used_time else None,
     )
     message.load_options.update(model.load_options)
     return message

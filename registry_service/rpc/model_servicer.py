@@ -12,10 +12,13 @@ from headrace.registry.v1 import model_service_pb2_grpc
 
 from chassis.shutdown import Shutdown
 from chassis.watch import HEARTBEAT_INTERVAL_S, watch
+from registry_service.allowances import Allowances
+from registry_service.commits import Commits, with_commit
 from registry_service.deletion import Deletions
 from registry_service.errors import FieldInvalid, NotImplementedYet
 from registry_service.filters import parse_filter
 from registry_service.identifiers import checked_id, checked_labels, checked_request_id, checked_text
+from registry_service.load_options import trusts_remote_code
 from registry_service.models import ModelEvent
 from registry_service.paging import page_from
 from registry_service.paths import ModelRoots
@@ -23,7 +26,9 @@ from registry_service.postgres.model_store import ModelStore, require_update
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.requests import Request
 from registry_service.preparation import Preparer
+from registry_service.rpc.catalog import list_catalog
 from registry_service.rpc.convert import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
+from registry_service.rpc.estimate import MemoryEstimates
 from registry_service.wakeups import Wakeups
 
 _DEFAULT_PAGE = 50
@@ -40,6 +45,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         preparations: PreparationStore,
         preparer: Preparer,
         roots: ModelRoots,
+        allowances: Allowances,
+        commits: Commits,
+        estimates: MemoryEstimates,
         wakeups: Wakeups,
         shutdown: Shutdown,
         heartbeat_s: float = HEARTBEAT_INTERVAL_S,
@@ -49,6 +57,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._preparations = preparations
         self._preparer = preparer
         self._roots = roots
+        self._allowances = allowances
+        self._commits = commits
+        self._estimates = estimates
         self._wakeups = wakeups
         self._shutdown = shutdown
         self._heartbeat_s = heartbeat_s
@@ -59,6 +70,9 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             request.request_id, "RegisterModel", request.model.SerializeToString(deterministic=True).hex()
         )
         new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
+        self._allowances.check(new.source, new.load_options)
+        if await self._models.registered(new) is None:
+            new = await with_commit(new, self._commits)
         return pb.RegisterModelResponse(model=model_to_pb(await self._models.register(new, remembered)))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
@@ -82,10 +96,14 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Changes labels and load options."""
         wanted = require_update(request.update_mask.paths)
         arguments = (request.model.SerializeToString(deterministic=True).hex(), sorted(wanted))
+        model_id = checked_id(request.model.id, field="model.id")
+        load_options = load_options_from_pb(request.model.load_options) if "load_options" in wanted else None
+        if load_options and trusts_remote_code(load_options):
+            self._allowances.check((await self._models.get(model_id)).source, load_options)
         model = await self._models.update(
-            checked_id(request.model.id, field="model.id"),
+            model_id,
             labels=checked_labels(request.model.labels) if "labels" in wanted else None,
-            load_options=load_options_from_pb(request.model.load_options) if "load_options" in wanted else None,
+            load_options=load_options,
             etag=request.model.etag,
             request=_request(request.request_id, "UpdateModel", *arguments),
         )
@@ -155,10 +173,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 await self._wakeups.wait(seen)
 
     async def EstimateMemory(self, request: pb.EstimateMemoryRequest, context: Any) -> pb.EstimateMemoryResponse:
-        """Not in this version."""
-        raise NotImplementedYet(
-            "EstimateMemory is not available in this version; Model.weight_bytes gives a first idea"
-        )
+        """Estimates memory in every form; reads only."""
+        return await self._estimates.answer(request)
 
     async def ValidateModel(
         self, request: pb.ValidateModelRequest, context: Any
@@ -172,8 +188,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         raise NotImplementedYet("ListAttempts is not available in this version; nothing is validated yet")
 
     async def ListCatalog(self, request: pb.ListCatalogRequest, context: Any) -> pb.ListCatalogResponse:
-        """Not in this version."""
-        raise NotImplementedYet("ListCatalog is not available in this version; register a hub repo by its name")
+        """Lists a page of the catalog."""
+        return list_catalog(request)
 
 
 class _Latest:

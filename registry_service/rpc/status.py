@@ -14,6 +14,7 @@ STATUSES = StatusTable(
     {
         errors.FieldInvalid: (_CODE.INVALID_ARGUMENT, "FIELD_INVALID"),
         errors.PathNotAllowed: (_CODE.PERMISSION_DENIED, "PATH_NOT_ALLOWED"),
+        errors.NotAllowed: (_CODE.PERMISSION_DENIED, "NOT_ALLOWED"),
         errors.ModelNotFound: (_CODE.NOT_FOUND, "MODEL_NOT_FOUND"),
         errors.NodeNotFound: (_CODE.NOT_FOUND, "NODE_NOT_FOUND"),
         errors.LeaseNotFound: (_CODE.NOT_FOUND, "LEASE_NOT_FOUND"),

@@ -20,7 +20,7 @@ from registry_service.identifiers import (
     derived_ids,
 )
 from registry_service.leases import checked_ttl_s, checked_wait_s
-from registry_service.models import NewModel, Source, SourceKind, checked_load_options
+from registry_service.models import NewModel, Source, SourceKind
 from registry_service.paging import page_from
 from registry_service.paths import ModelRoots
 from registry_service.rpc.status import STATUSES
@@ -66,13 +66,6 @@ def test_an_id_is_derived_from_the_name_first():
     new = NewModel(id="", source=Source(kind=SourceKind.HUB, location="HuggingFaceTB/SmolLM2-135M", revision="main"))
 
     assert list(derived_ids(new))[:2] == ["smollm2-135m", "huggingfacetb-smollm2-135m"]
-
-
-def test_unknown_load_options_are_refused():
-    with pytest.raises(FieldInvalid, match="known: dtype"):
-        checked_load_options({"trust_remote_code": True})
-    with pytest.raises(FieldInvalid, match="float32"):
-        checked_load_options({"dtype": "float64"})
 
 
 def test_labels_have_bounds():

@@ -32,7 +32,7 @@ async def test_migrations_apply_to_an_empty_database_once(empty_database_url):
 async def test_a_later_migration_applies_to_a_populated_database(database_url):
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as conn:
         await conn.execute("INSERT INTO models (id, identity, source_kind, location) VALUES ('m', 'i', 'hub', 'a/b')")
-        later = replace(MORE, version=len(packaged_migrations()) + 1)
+        later = replace(MORE, version=packaged_migrations()[-1].version + 1)
 
         assert await migrate(database_url, [*packaged_migrations(), later]) == (later.version,)
         assert await (await conn.execute("SELECT extra FROM models")).fetchone() == (7,)
