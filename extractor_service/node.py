@@ -9,38 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from chassis.errors import ServiceError
+from extractor_service.builds import Builds
 from extractor_service.errors import (
     EpochStale,
-    LeaseLost,
     LoadFailed,
-    ModelUnsupported,
     RegistryUnavailable,
     RunnerLost,
     WaitTimeout,
     reason_of,
 )
 from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
-from extractor_service.runner_protocol import Convert, Converted, Converting, Load, Loaded, Loading
+from extractor_service.reporting import REPORT_INTERVAL_S, RETRY_S, try_to_tell
+from extractor_service.runner_protocol import Load, Loaded, Loading
+from extractor_service.validations import Validations
 from extractor_service.values import (
     Assignment,
-    Build,
     DesiredState,
     Device,
     Failure,
-    ModelInfo,
     ResidencyReport,
     TransferMeter,
 )
 
-RETRY_S = 1.0
-# Loading progress is for people; a report is a transaction in the registry.
-REPORT_INTERVAL_S = 0.5
-REPORT_DEADLINE_S = 30.0
 # 400 GB from a slow disk; longer is a hang.
 LOAD_DEADLINE_S = 3600.0
 
@@ -74,7 +69,10 @@ class Node:
         self._devices = devices
         self._environment = environment
         self._holdings: dict[str, Holding] = {}
-        self._builds: dict[str, asyncio.Task[None]] = {}
+        self._builds = Builds(registry, start_runner, epoch=lambda: self.epoch, environment=environment)
+        self._validations = Validations(
+            registry, start_runner, devices, epoch=lambda: self.epoch, environment=environment
+        )
         self._desired: DesiredState = DesiredState()
         self.epoch = 0
         self.registered = asyncio.Event()
@@ -158,9 +156,8 @@ class Node:
             )
         for assignment in wanted.values():
             await self._hold(assignment)
-        for build in desired.builds:
-            if build.model.id not in self._builds:
-                self._builds[build.model.id] = asyncio.create_task(self._build(build), name=f"build-{build.model.id}")
+        self._builds.follow(desired.builds)
+        await self._validations.follow(desired.validations)
 
     async def _hold(self, assignment: Assignment) -> None:
         holding = self._holdings.get(assignment.residency_id)
@@ -239,25 +236,11 @@ class Node:
 
     async def _report(self, report: ResidencyReport, attempts: int = 3) -> None:
         """Reports; gives up after a while, since the desired state is sent again and answered again."""
-        await self._try_to_tell(
+        await try_to_tell(
             lambda: self._registry.report_residency(self.epoch, report),
             attempts,
             f"{report.residency_id} {report.state}",
         )
-
-    async def _try_to_tell(self, tell: Callable[[], Awaitable[None]], attempts: int, what: str) -> None:
-        for attempt in range(attempts):
-            try:
-                await asyncio.wait_for(tell(), REPORT_DEADLINE_S)
-            except (RegistryUnavailable, TimeoutError):
-                if attempt + 1 < attempts:
-                    await asyncio.sleep(RETRY_S * (attempt + 1))
-            except (LeaseLost, EpochStale) as exc:
-                logger.info("report of %s refused: %s", what, exc.message)
-                return
-            else:
-                return
-        logger.warning("report of %s did not reach the registry", what)
 
     async def _let_go(self, residency_id: str) -> None:
         holding = self._holdings.pop(residency_id)
@@ -267,48 +250,8 @@ class Node:
         if holding.runner:
             await holding.runner.kill()
 
-    async def _build(self, build: Build) -> None:
-        model: ModelInfo = build.model
-        failure: Failure | None = None
-        runner: Runner | None = None
-        try:
-            runner = await self._start_runner(environment=self._environment)
-            await self._convert(runner, build)
-        except ServiceError as exc:
-            failure = Failure(reason=reason_of(exc), message=exc.message)
-        finally:
-            if runner:
-                await runner.kill()
-        await self._try_to_tell(
-            lambda: self._registry.report_build(
-                self.epoch, model.id, done=failure is None, transfer=None, failure=failure
-            ),
-            5,
-            f"build of {model.id}",
-        )
-        self._builds.pop(model.id, None)
-
-    async def _convert(self, runner: Runner, build: Build) -> None:
-        if not build.model.gguf_path:
-            raise ModelUnsupported(f"Model {build.model.id} is no GGUF file and needs no conversion.")
-        command = Convert(source_path=build.model.gguf_path, target_path=build.target_path)
-        meter, reported = TransferMeter(time.monotonic()), 0.0
-        async for event in runner.run(command, ends=(Converted,)):
-            now = time.monotonic()
-            if isinstance(event, Converting) and now - reported >= REPORT_INTERVAL_S:
-                reported = now
-                transfer = meter.at(event.done_bytes, event.total_bytes, now)
-                await self._try_to_tell(
-                    lambda transfer=transfer: self._registry.report_build(  # type: ignore[misc]
-                        self.epoch, build.model.id, done=False, transfer=transfer, failure=None
-                    ),
-                    1,
-                    f"build of {build.model.id}",
-                )
-
     async def _end_everything(self) -> None:
-        for build in list(self._builds.values()):
-            build.cancel()
-        await asyncio.gather(*self._builds.values(), return_exceptions=True)
+        await self._builds.close()
+        await self._validations.close()
         for residency_id in list(self._holdings):
             await self._let_go(residency_id)

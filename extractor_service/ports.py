@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from extractor_service.held_set import HeldSet
 from extractor_service.runner_protocol import Message
@@ -16,6 +16,7 @@ from extractor_service.values import (
     ModelInfo,
     ResidencyReport,
     Transfer,
+    ValidationReport,
 )
 
 
@@ -35,9 +36,19 @@ class NodeRegistry(Protocol):
         """Tells how a residency stands; LeaseLost if the fence is stale."""
 
     async def report_build(
-        self, epoch: int, model_id: str, *, done: bool, transfer: Transfer | None, failure: Failure | None
+        self,
+        epoch: int,
+        model_id: str,
+        *,
+        done: bool,
+        transfer: Transfer | None,
+        failure: Failure | None,
+        fidelity: Mapping[str, Any] | None = None,
     ) -> None:
-        """Tells how a build stands."""
+        """Tells how a build stands; `fidelity` as in `runner_protocol.Quantized`."""
+
+    async def report_validation(self, epoch: int, report: ValidationReport) -> None:
+        """Tells how a validation stands; StateConflict once it is over."""
 
     async def report_set(self, epoch: int, held: HeldSet) -> None:
         """Tells what a set of this node holds."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from extractor_service.recipe import Recipe
+from extractor_service.runner_protocol import Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,27 @@ class Build:
 
     model: ModelInfo
     target_path: str
+    source_path: str = ""  # unquantized files to quantize; empty for a conversion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """A model to try on a device of this node, with the options that `model` carries."""
+
+    attempt_id: str
+    model: ModelInfo
+    device_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationReport:
+    """How a validation stands: all its steps so far."""
+
+    attempt_id: str
+    steps: tuple[Step, ...]
+    done: bool
+    failure: Failure | None
+    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +127,7 @@ class DesiredState:
 
     assignments: tuple[Assignment, ...] = ()
     builds: tuple[Build, ...] = ()
+    validations: tuple[Validation, ...] = ()
 
     def holds(self, residency_id: str) -> bool:
         """True if the node shall hold that residency."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from google.protobuf import struct_pb2
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -29,6 +32,8 @@ from extractor_service.values import (
     ResidencyReport,
     Retention,
     Transfer,
+    Validation,
+    ValidationReport,
 )
 
 _DTYPES = {
@@ -283,7 +288,44 @@ def desired_from_pb(message: node_service_pb2.WatchAssignmentsResponse) -> Desir
             )
             for a in message.assignments
         ),
-        builds=tuple(Build(model=model_from_pb(b.model), target_path=b.target_path) for b in message.builds),
+        builds=tuple(
+            Build(model=model_from_pb(b.model), target_path=b.target_path, source_path=b.source_path)
+            for b in message.builds
+        ),
+        validations=tuple(
+            Validation(attempt_id=v.attempt_id, model=model_from_pb(v.model), device_id=v.device_id)
+            for v in message.validations
+        ),
+    )
+
+
+def fidelity_to_pb(fidelity: Mapping[str, Any] | None) -> model_pb2.Fidelity | None:
+    """What quantization changed, as a runner told it."""
+    if fidelity is None:
+        return None
+    layers = [model_pb2.LayerFidelity(**layer) for layer in fidelity["layers"]]
+    return model_pb2.Fidelity(reference_dtype=fidelity["reference_dtype"], n_tokens=fidelity["n_tokens"], layers=layers)
+
+
+def validation_to_pb(node_id: str, epoch: int, report: ValidationReport) -> node_service_pb2.ReportValidationRequest:
+    """How a validation stands."""
+    return node_service_pb2.ReportValidationRequest(
+        node_id=node_id,
+        epoch=epoch,
+        attempt_id=report.attempt_id,
+        steps=[
+            model_pb2.ValidationStep(
+                name=step.name,
+                state=model_pb2.ValidationStepState.Value(f"VALIDATION_STEP_STATE_{step.state}"),
+                message=step.message,
+                seconds=step.seconds,
+                figures=step.figures,
+            )
+            for step in report.steps
+        ],
+        done=report.done,
+        failure=failure_to_pb(report.failure),
+        versions=report.versions,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2
@@ -32,6 +32,7 @@ from extractor_service.values import (
     ModelInfo,
     ResidencyReport,
     Transfer,
+    ValidationReport,
 )
 
 CALL_DEADLINE_S = 15.0
@@ -130,7 +131,14 @@ class RegistryClient:
             await self._nodes.ReportResidency(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
 
     async def report_build(
-        self, epoch: int, model_id: str, *, done: bool, transfer: Transfer | None, failure: Failure | None
+        self,
+        epoch: int,
+        model_id: str,
+        *,
+        done: bool,
+        transfer: Transfer | None,
+        failure: Failure | None,
+        fidelity: Mapping[str, Any] | None = None,
     ) -> None:
         """Tells how a build stands."""
         request = node_service_pb2.ReportBuildRequest(
@@ -140,9 +148,16 @@ class RegistryClient:
             done=done,
             transfer=convert.transfer_to_pb(transfer),
             failure=convert.failure_to_pb(failure),
+            fidelity=convert.fidelity_to_pb(fidelity),
         )
         with self._errors():
             await self._nodes.ReportBuild(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+
+    async def report_validation(self, epoch: int, report: ValidationReport) -> None:
+        """Tells how a validation stands."""
+        request = convert.validation_to_pb(self.node_id, epoch, report)
+        with self._errors():
+            await self._nodes.ReportValidation(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
 
     async def report_set(self, epoch: int, held: HeldSet) -> None:
         """Tells what a set of this node holds."""

@@ -1,0 +1,179 @@
+"""Builds and validations on a node: real runners, a registry that only listens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+
+import psutil
+import pytest
+import pytest_asyncio
+from fix_extractor import model_info
+
+from extractor_service.builds import Builds, command_of
+from extractor_service.errors import ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
+from extractor_service.runner_process import RunnerProcess
+from extractor_service.runner_protocol import Quantize
+from extractor_service.validations import Validations
+from extractor_service.values import Build, Device, Validation
+
+STEPS = ["dry_load", "load", "forward", "finite", "parity", "unload", "memory_back"]
+
+
+class Listener:
+    """Hears reports; may refuse them."""
+
+    def __init__(self):
+        self.builds = []
+        self.validations = []
+        self.refusal = None
+
+    async def report_build(self, epoch, model_id, *, done, transfer, failure, fidelity=None):
+        self.builds.append((model_id, done, transfer, failure, fidelity))
+
+    async def report_validation(self, epoch, report):
+        self.validations.append(report)
+        if self.refusal:
+            raise self.refusal
+
+
+@pytest.fixture
+def listener():
+    return Listener()
+
+
+@pytest_asyncio.fixture
+async def runners():
+    started = []
+
+    async def start(*, environment):
+        started.append(await RunnerProcess.start(environment=environment))
+        return started[-1]
+
+    yield start, started
+
+
+@pytest_asyncio.fixture
+async def builds(listener, runners):
+    made = Builds(listener, runners[0], epoch=lambda: 1, environment=dict(os.environ))
+    yield made
+    await made.close()
+
+
+@pytest_asyncio.fixture
+async def validations(listener, runners):
+    devices = [Device(id="cpu", kind="cpu", name="test", capacity_bytes=2**33, free_bytes=2**33)]
+    made = Validations(listener, runners[0], lambda: devices, epoch=lambda: 1, environment=dict(os.environ))
+    yield made
+    await made.close()
+
+
+async def until(condition, deadline_s=50.0):
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110 -- conditions look at many things
+            await asyncio.sleep(0.01)
+
+
+def int8(path, **changes):
+    return replace(model_info(path), quantization="int8", **changes)
+
+
+async def test_quantizing_reports_progress_and_fidelity_and_leaves_no_runner(
+    tiny_llama, tmp_path, listener, builds, runners
+):
+    build = Build(model=int8(tiny_llama), source_path=str(tiny_llama), target_path=str(tmp_path / "q"))
+    builds.follow([build])
+    builds.follow([build])
+    await until(lambda: listener.builds and (listener.builds[-1][1] or listener.builds[-1][3]))
+
+    model_id, done, _, failure, fidelity = listener.builds[-1]
+    assert (model_id, done, failure) == ("tiny", True, None)
+    assert [line["layer"] for line in fidelity["layers"]] == [0, 1, 2, 3]
+    assert (tmp_path / "q" / "model.safetensors").exists()
+    assert len(runners[1]) == 1
+    assert not psutil.pid_exists(runners[1][0].pid)
+
+
+async def test_failed_quantizing_says_why(tmp_path, listener, builds):
+    builds.follow([Build(model=int8(tmp_path), source_path=str(tmp_path), target_path=str(tmp_path / "q"))])
+    await until(lambda: listener.builds)
+
+    assert listener.builds[-1][3].reason == "MODEL_UNSUPPORTED"
+
+
+def test_build_compares_in_the_dtype_of_the_load_except_float16(tiny_llama):
+    def dtype_of(**options):
+        model = int8(tiny_llama, load_options={"max_memory": {"cpu": 1}, **options})
+        command = command_of(Build(model=model, source_path="a", target_path="b"))
+        assert isinstance(command, Quantize)
+        assert "max_memory" not in command.load_options
+        return command.dtype
+
+    assert dtype_of() == "float32"
+    assert dtype_of(dtype="bfloat16") == "bfloat16"
+    assert dtype_of(dtype="float16") == "float32"
+
+
+def test_build_of_nothing_is_refused(tiny_llama):
+    with pytest.raises(ModelUnsupported):
+        command_of(Build(model=model_info(tiny_llama), target_path="b"))
+
+
+async def test_validation_reports_every_step_and_gives_everything_back(tiny_llama, listener, validations, runners):
+    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await until(lambda: listener.validations and listener.validations[-1].done)
+
+    last = listener.validations[-1]
+    assert [(step.name, step.state) for step in last.steps] == [(name, "PASSED") for name in STEPS]
+    assert last.failure is None
+    assert last.versions["transformers"]
+    assert {"RUNNING"} == {report.steps[-1].state for report in listener.validations[:1]}
+    assert not psutil.pid_exists(runners[1][0].pid)
+
+
+async def test_failed_step_is_the_failure_of_the_attempt(tiny_llama, listener, validations):
+    model = replace(model_info(tiny_llama), load_options={"sliding_window": 8})
+    await validations.follow([Validation(attempt_id="a", model=model, device_id="cpu")])
+    await until(lambda: listener.validations and listener.validations[-1].done)
+
+    last = listener.validations[-1]
+    assert last.failure.reason == "FIELD_INVALID"
+    assert [step.state for step in last.steps] == ["FAILED"] + ["SKIPPED"] * 4 + ["PASSED"] * 2
+
+
+async def test_runner_that_dies_fails_the_attempt(tiny_llama, listener, validations, runners):
+    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await until(lambda: listener.validations)
+    psutil.Process(runners[1][0].pid).kill()
+    await until(lambda: listener.validations[-1].done)
+
+    assert listener.validations[-1].failure.reason == RunnerLost.reason
+
+
+async def test_validation_that_is_not_wanted_any_more_is_stopped(tiny_llama, listener, validations, runners):
+    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await until(lambda: listener.validations)
+    await validations.follow([])
+
+    assert not psutil.pid_exists(runners[1][0].pid)
+    assert not listener.validations[-1].done
+
+
+async def test_finished_validation_is_not_repeated_while_it_is_listed(tiny_llama, listener, validations, runners):
+    wanted = [Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")]
+    await validations.follow(wanted)
+    await until(lambda: listener.validations and listener.validations[-1].done)
+    await validations.follow(wanted)
+    await asyncio.sleep(0)
+
+    assert len(runners[1]) == 1
+
+
+@pytest.mark.parametrize("refusal", [StateConflict("over"), RegistryUnavailable("away")])
+async def test_registry_that_does_not_listen_ends_nothing(tiny_llama, listener, validations, runners, refusal):
+    listener.refusal = refusal
+    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await until(lambda: listener.validations and listener.validations[-1].done)
+
+    assert [step.state for step in listener.validations[-1].steps] == ["PASSED"] * 7
