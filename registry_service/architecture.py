@@ -25,7 +25,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "max_sequence_length",
     ),
 }
-_FOUR_TIMES = {"gpt2", "gptj", "gpt_bigcode", "bloom", "falcon", "codegen"}
+_FOUR_TIMES = {"gpt2", "gptj", "gpt_bigcode", "bloom", "falcon", "codegen", "gpt_neo"}
 _TIED_BY_DEFAULT = {"gpt2", "opt", "gemma", "gemma2", "gemma3_text", "bloom", "gpt_bigcode", "gpt_neo"}
 
 

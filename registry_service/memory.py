@@ -1,19 +1,18 @@
-"""How many bytes a load will take, before it is measured."""
+"""How many bytes a load will take, before it is measured: what admission reserves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from registry_service.estimate import estimate, profile_of
+from registry_service.models import Architecture, Quantization
 from registry_service.nodes import DeviceKind
+from registry_service.tensors import Form
+from registry_service.workload import Workload
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_STORED_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-# transformers advises up to a fifth on top of the weights for inference.
-_OVERHEAD = 1.2
-# Interpreter, torch and its runtime in a fresh process, about; the first load replaces the estimate by a measurement.
-_PROCESS_BYTES = 200_000_000
+# What an extraction does unless its recipe says otherwise.
+USUAL_WORKLOAD = Workload(batch_size=4, context_size=256, n_hookpoints=1)
 
 
 def load_dtype(load_options: Mapping[str, Any], kind: DeviceKind) -> str:
@@ -24,10 +23,24 @@ def load_dtype(load_options: Mapping[str, Any], kind: DeviceKind) -> str:
     return "float32" if kind is DeviceKind.CPU else "bfloat16"
 
 
-def estimated_bytes(parameters_by_dtype: Mapping[str, int], dtype: str) -> int:
-    """Bytes of weights in `dtype` plus overhead; integer tensors keep their stored width."""
-    weights = sum(
-        count * (_ITEM_BYTES[dtype] if stored in _FLOATS else _STORED_BYTES.get(stored, 1))
-        for stored, count in parameters_by_dtype.items()
+def estimated_bytes(
+    parameters_by_dtype: Mapping[str, int],
+    dtype: str,
+    *,
+    architecture: Architecture | None = None,
+    quantization: Quantization = Quantization.NONE,
+    kind: DeviceKind = DeviceKind.CPU,
+    runtime_bytes: int = 0,
+) -> int:
+    """Bytes of weights, buffers, an empty runner and the usual workload.
+
+    `runtime_bytes` is what the node measured of an empty runner; 0 stands for the usual one on such a device.
+    """
+    parts = estimate(
+        profile_of(architecture or Architecture(), parameters_by_dtype),
+        Form(quantization=quantization, dtype=dtype),
+        kind=kind,
+        workload=USUAL_WORKLOAD,
+        runtime_bytes=runtime_bytes,
     )
-    return int(weights * _OVERHEAD) + _PROCESS_BYTES
+    return parts.total_bytes

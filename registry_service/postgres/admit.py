@@ -167,4 +167,10 @@ async def _spaces(
 
 
 def _estimate(model: Model, kind: DeviceKind) -> int:
-    return estimated_bytes(model.parameters_by_dtype, load_dtype(model.load_options, kind))
+    return estimated_bytes(
+        model.parameters_by_dtype,
+        load_dtype(model.load_options, kind),
+        architecture=model.architecture,
+        quantization=model.quantization,
+        kind=kind,
+    )

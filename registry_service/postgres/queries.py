@@ -141,6 +141,8 @@ NODES_LIST = """
 SELECT * FROM nodes WHERE %(after)s::text IS NULL OR id > %(after)s ORDER BY id LIMIT %(limit)s
 """
 DEVICES_ABSENT = "UPDATE devices SET present = false WHERE node_id = %(node_id)s"
+NODES_LIVING = "SELECT * FROM nodes WHERE state = 'ALIVE' ORDER BY id"
+DEVICES_PRESENT = "SELECT * FROM devices WHERE present AND node_id = ANY(%(node_ids)s) ORDER BY node_id, ordinal, id"
 DEVICE_UPSERT = """
 INSERT INTO devices (node_id, id, kind, name, capacity_bytes, free_bytes, total_bytes, lost_bytes, capability,
                      flash_attention, ordinal)

@@ -9,6 +9,7 @@ import pytest
 from fix_postgres import refused
 from fix_registry import (
     GIB,
+    LLAMA,
     acquire,
     cpu,
     lease_request,
@@ -25,10 +26,11 @@ from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 
+from registry_service.architecture import architecture_from
 from registry_service.memory import estimated_bytes
 
 MB = 1_000_000
-TINY_BYTES = estimated_bytes({"F32": 256, "BF16": 80}, "float32")
+TINY_BYTES = estimated_bytes({"F32": 256, "BF16": 80}, "float32", architecture=architecture_from(LLAMA))
 ROOM_FOR_ONE = TINY_BYTES * 3 // 2
 ROOM_FOR_TWO = TINY_BYTES * 5 // 2
 
