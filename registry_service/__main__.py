@@ -35,12 +35,14 @@ from registry_service.allowances import NOTHING_ALLOWED, Allowances
 from registry_service.deletion import Deletions
 from registry_service.errors import FieldInvalid
 from registry_service.hub.client import HubClient
+from registry_service.hub.headers import HubHeaders
 from registry_service.identifiers import checked_repo
 from registry_service.model_folders import ModelFolders
 from registry_service.paths import ModelRoots
 from registry_service.policy import POLICY_HELP, Policy
 from registry_service.postgres.connect import migrate_when_reachable
 from registry_service.postgres.embedded import EmbeddedPostgres
+from registry_service.postgres.estimate_store import EstimateStore
 from registry_service.postgres.event_store import EventStore
 from registry_service.postgres.keeper import Keeper
 from registry_service.postgres.lease_store import LeaseStore
@@ -56,6 +58,8 @@ from registry_service.postgres.room_store import RoomStore
 from registry_service.postgres.set_store import SetStore
 from registry_service.postgres.upkeep_store import UpkeepStore
 from registry_service.preparation import Preparer
+from registry_service.profiles import Profiles
+from registry_service.rpc.estimate import MemoryEstimates
 from registry_service.rpc.model_servicer import ModelServicer
 from registry_service.rpc.node_servicer import NodeServicer
 from registry_service.rpc.residency_servicer import ResidencyServicer
@@ -185,6 +189,11 @@ class Registry:
             roots=roots,
             allowances=settings.allowances,
             commits=hub,
+            estimates=MemoryEstimates(
+                models=models,
+                estimates=EstimateStore(database, settings.policy),
+                profiles=Profiles(hub=HubHeaders(settings.environment), roots=roots),
+            ),
             wakeups=wakeups,
             shutdown=shutdown,
         )

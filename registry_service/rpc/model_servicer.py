@@ -26,7 +26,9 @@ from registry_service.postgres.model_store import ModelStore, require_update
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.requests import Request
 from registry_service.preparation import Preparer
+from registry_service.rpc.catalog import list_catalog
 from registry_service.rpc.convert import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
+from registry_service.rpc.estimate import MemoryEstimates
 from registry_service.wakeups import Wakeups
 
 _DEFAULT_PAGE = 50
@@ -45,6 +47,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         roots: ModelRoots,
         allowances: Allowances,
         commits: Commits,
+        estimates: MemoryEstimates,
         wakeups: Wakeups,
         shutdown: Shutdown,
         heartbeat_s: float = HEARTBEAT_INTERVAL_S,
@@ -56,6 +59,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._roots = roots
         self._allowances = allowances
         self._commits = commits
+        self._estimates = estimates
         self._wakeups = wakeups
         self._shutdown = shutdown
         self._heartbeat_s = heartbeat_s
@@ -169,10 +173,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 await self._wakeups.wait(seen)
 
     async def EstimateMemory(self, request: pb.EstimateMemoryRequest, context: Any) -> pb.EstimateMemoryResponse:
-        """Not in this version."""
-        raise NotImplementedYet(
-            "EstimateMemory is not available in this version; Model.weight_bytes gives a first idea"
-        )
+        """Estimates memory in every form; reads only."""
+        return await self._estimates.answer(request)
 
     async def ValidateModel(
         self, request: pb.ValidateModelRequest, context: Any
@@ -186,8 +188,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         raise NotImplementedYet("ListAttempts is not available in this version; nothing is validated yet")
 
     async def ListCatalog(self, request: pb.ListCatalogRequest, context: Any) -> pb.ListCatalogResponse:
-        """Not in this version."""
-        raise NotImplementedYet("ListCatalog is not available in this version; register a hub repo by its name")
+        """Lists a page of the catalog."""
+        return list_catalog(request)
 
 
 class _Latest:
