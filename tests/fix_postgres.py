@@ -229,7 +229,7 @@ def start_registry(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Reg
     """Starts registries as processes; what a test leaves running is ended."""
     started: list[RegistryProcess] = []
 
-    def start(*flags: str, listen: str = "127.0.0.1:0") -> RegistryProcess:
+    def start(*flags: str, listen: str = "127.0.0.1:0", environment: dict[str, str] | None = None) -> RegistryProcess:
         ready_file = tmp_path / f"ready-{len(started)}"
         log_path = tmp_path / f"registry-{len(started)}.log"
         command = [sys.executable, "-m", "registry_service", "--listen", listen, "--data-dir", str(data_dir)]
@@ -238,7 +238,7 @@ def start_registry(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Reg
                 [*command, "--ready-file", str(ready_file), "--grace-s", "4", *flags],
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
+                env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"} | (environment or {}),
             )
         running = RegistryProcess(process, "", log_path)
         started.append(running)

@@ -1,0 +1,238 @@
+"""Models of hub repos through the services: pinned commits, tokens that leave no trace, downloads that go on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from fix_hub import SHA, Fault, Hub
+from fix_postgres import RegistryStubs, refused, running_registry
+from fix_registry import until, until_state
+from headrace.registry.v1 import model_pb2
+from headrace.registry.v1 import model_service_pb2 as pb
+from test_registry_hub import WEIGHTS, download_children
+
+from registry_service.postgres.embedded import EmbeddedPostgres
+
+STATES = model_pb2.ModelState
+TOKEN = "hf_0123456789secret"
+LATER = "f" * 40
+
+
+async def register(stubs: RegistryStubs, model_id: str = "tiny", *, revision: str = "") -> model_pb2.Model:
+    source = model_pb2.ModelSource(hub=model_pb2.HubSource(repo_id="owner/tiny", revision=revision))
+    model = model_pb2.Model(id=model_id, source=source)
+    return (await stubs.models.RegisterModel(pb.RegisterModelRequest(model=model), timeout=20)).model
+
+
+async def prepare(stubs: RegistryStubs, model_id: str = "tiny", **fields: str) -> None:
+    await stubs.models.PrepareModel(pb.PrepareModelRequest(model_id=model_id, **fields), timeout=20)
+
+
+async def outcome(stubs: RegistryStubs, model_id: str = "tiny", *, timeout_s: float = 40.0) -> model_pb2.Model:
+    """Watches until a preparation has ended."""
+    call = stubs.models.WatchModel(pb.WatchModelRequest(model_id=model_id), timeout=timeout_s)
+    async for event in call:
+        if event.model.state in (STATES.MODEL_STATE_READY, STATES.MODEL_STATE_FAILED):
+            call.cancel()
+            return event.model
+    raise AssertionError("the watch ended")
+
+
+async def test_a_branch_is_pinned_at_registration_and_never_moves(hub: Hub, database_url, tmp_path):
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        model = await register(registry.stubs)
+        hub.commit = LATER
+        again = await register(registry.stubs)
+        newer = await register(registry.stubs, "newer")
+        exact = await register(registry.stubs, "exact", revision=SHA)
+        hub.commit = SHA
+        await prepare(registry.stubs)
+        ready = await outcome(registry.stubs)
+        await prepare(registry.stubs, "newer")
+        gone = await outcome(registry.stubs, "newer")
+
+    assert (model.commit_sha, model.state) == (SHA, STATES.MODEL_STATE_REGISTERED)
+    assert (again.commit_sha, newer.commit_sha, exact.commit_sha) == (SHA, LATER, SHA)
+    assert (ready.state, ready.commit_sha) == (STATES.MODEL_STATE_READY, SHA)
+    assert gone.failure.reason == "HUB_NOT_FOUND"
+    assert {each.path for each in hub.requests(WEIGHTS)} == {f"/owner/tiny/resolve/{SHA}/{WEIGHTS}"}
+
+
+async def test_a_hub_out_of_reach_leaves_the_commit_to_the_preparation(hub: Hub, database_url, tmp_path):
+    hub.faults.append(Fault(on="/revision/main", status=503))
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        model = await register(registry.stubs)
+        await prepare(registry.stubs)
+        ready = await outcome(registry.stubs)
+
+    assert model.commit_sha == ""
+    assert ready.commit_sha == SHA
+
+
+async def test_a_token_is_neither_stored_nor_logged(hub: Hub, database_url, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    hub.token = TOKEN
+    hub.faults += [Fault(on=WEIGHTS, status=503), Fault(on=WEIGHTS, cut_after=50_000)]
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        closed = await outcome(registry.stubs)
+        await prepare(registry.stubs, hub_token=TOKEN)
+        ready = await until_state(registry.stubs, "tiny", STATES.MODEL_STATE_READY, timeout_s=40)
+        too_long = await refused(
+            registry.stubs.models.PrepareModel(
+                pb.PrepareModelRequest(model_id="tiny", hub_token="x" * 1025), timeout=20
+            )
+        )
+    with psycopg.connect(database_url) as conn:
+        tables = [row[0] for row in conn.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        texts = [str(row[0]) for table in tables for row in conn.execute(f'SELECT t::text FROM "{table}" t').fetchall()]
+    files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+    assert (closed.failure.reason, ready.commit_sha) == ("HUB_GATED", SHA)
+    assert too_long.fields == ("hub_token",)
+    assert any("tiny" in text for text in texts)
+    assert not [text for text in texts if TOKEN in text]
+    assert "failed: HUB_GATED" in caplog.text
+    assert TOKEN not in caplog.text
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+async def test_cancelling_kills_the_download_and_preparing_again_fetches_the_rest(hub: Hub, database_url, tmp_path):
+    hub.held.set()
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        part = tmp_path / "data" / "models" / f"tiny-{SHA[:12]}" / f".{WEIGHTS}.part"
+        await until(lambda: part.exists() and part.stat().st_size == 500)
+        cancelled = (await registry.stubs.models.CancelPreparation(pb.CancelPreparationRequest(model_id="tiny"))).model
+        await until(lambda: not download_children())
+        hub.held.clear()
+        await prepare(registry.stubs)
+        ready = await outcome(registry.stubs)
+
+    assert cancelled.state == STATES.MODEL_STATE_REGISTERED
+    assert (ready.commit_sha, ready.store_bytes) == (SHA, tree_bytes(hub))
+    assert ready.files_path == str(part.parent)
+    assert [each.range for each in hub.requests(WEIGHTS)] == ["", "bytes=500-"]
+
+
+async def test_watching_tells_percent_bytes_rate_eta_and_why_it_waits(hub: Hub, database_url, tmp_path):
+    hub.faults += [Fault(on=WEIGHTS, status=429, headers={"Retry-After": "1"}), Fault(on=WEIGHTS, drip_bytes=4_000)]
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        transfers, messages = [], []
+        async for event in registry.stubs.models.WatchModel(pb.WatchModelRequest(model_id="tiny"), timeout=40):
+            messages.append(event.message)
+            if event.model.state == STATES.MODEL_STATE_DOWNLOADING:
+                transfers.append(event.model.transfer)
+            if event.model.state == STATES.MODEL_STATE_READY:
+                break
+
+    moving = [each for each in transfers if 0 < each.percent < 100 and each.rate_bytes_per_s > 0]
+    assert all(each.total_bytes == tree_bytes(hub) and each.eta_s > 0 for each in moving)
+    assert moving[-1].eta_s < 10  # The whole takes 3 s.
+    assert any("429" in message and "trying again in 1 s" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault(on=WEIGHTS, status=403, times=9), "HUB_GATED"),
+        (Fault(on=WEIGHTS, status=404, times=9), "HUB_NOT_FOUND"),
+        (Fault(on=WEIGHTS, corrupt=True, times=9), "DIGEST_MISMATCH"),
+        (Fault(on=WEIGHTS, status=429, headers={"Retry-After": "900"}, times=9), "HUB_UNAVAILABLE"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_download_that_fails_names_its_reason_and_can_be_tried_again(
+    hub: Hub, database_url, tmp_path, fault, reason
+):
+    hub.faults.append(fault)
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        failed = await outcome(registry.stubs)
+        hub.faults.clear()
+        await prepare(registry.stubs)
+        ready = await until_state(registry.stubs, "tiny", STATES.MODEL_STATE_READY, timeout_s=40)
+
+    assert failed.failure.reason == reason
+    assert ready.commit_sha == SHA
+
+
+async def test_a_disk_without_room_is_told_before_anything_is_fetched(hub: Hub, database_url, tmp_path):
+    async with running_registry(
+        database_url, tmp_path / "data", environment=hub.environment, models_quota_bytes=100_000
+    ) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        failed = await outcome(registry.stubs)
+
+    assert failed.failure.reason == "DISK_FULL"
+    assert str(tree_bytes(hub)) in failed.failure.message
+    assert "room for 100000" in failed.failure.message
+    assert not hub.requests(WEIGHTS)
+
+
+async def test_a_repo_of_pickles_is_refused_with_the_remedy(hub: Hub, database_url, tmp_path):
+    (hub.folder / WEIGHTS).rename(hub.folder / "pytorch_model.bin")
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        failed = await outcome(registry.stubs)
+
+    assert failed.failure.reason == "NOT_ALLOWED"
+    assert "--allow-pickle owner/tiny" in failed.failure.message
+
+
+@pytest.mark.fault
+async def test_a_killed_registry_goes_on_with_its_download_and_forgets_what_is_orphaned(
+    hub: Hub, start_registry, data_dir
+):
+    hub.held.set()
+    environment = {name: value for name, value in hub.environment.items() if name.startswith("HF_")}
+    first = await asyncio.to_thread(start_registry, environment=environment)
+    async with grpc.aio.insecure_channel(first.address) as channel:
+        stubs = RegistryStubs(channel)
+        for model_id in ("tiny", "orphan"):
+            await register(stubs, model_id)
+            await prepare(stubs, model_id)
+        folders = {name: data_dir / "models" / f"{name}-{SHA[:12]}" for name in ("tiny", "orphan")}
+        for folder in folders.values():
+            part = folder / f".{WEIGHTS}.part"
+            await until(lambda part=part: part.exists() and part.stat().st_size == 500)
+    children = download_children()
+    await asyncio.to_thread(first.kill)
+    await until(lambda: not set(children) & set(download_children()))
+    await asyncio.to_thread(delete_model, data_dir, "orphan")
+    hub.held.clear()
+    second = await asyncio.to_thread(start_registry, environment=environment)
+    async with grpc.aio.insecure_channel(second.address) as channel:
+        ready = await outcome(RegistryStubs(channel))
+        await until(lambda: not folders["orphan"].exists())
+    ranges = [each.range for each in hub.requests(WEIGHTS)]
+    assert await asyncio.to_thread(second.terminate) == 0
+
+    assert len(children) == 2
+    assert ready.commit_sha == SHA
+    assert sorted(ranges) == ["", "", "bytes=500-"]
+    assert {path.name for path in (data_dir / "models").iterdir()} == {folders["tiny"].name}
+
+
+def delete_model(data_dir: Path, model_id: str) -> None:
+    """As another replica would, which can't reach this one's disk."""
+    server = EmbeddedPostgres(data_dir)
+    server.start()  # It outlived the registry.
+    with psycopg.connect(server.url) as conn:
+        conn.execute("DELETE FROM models WHERE id = %s", (model_id,))
+
+
+def tree_bytes(hub: Hub) -> int:
+    return sum(path.stat().st_size for path in hub.folder.iterdir() if path.suffix != ".md")
