@@ -124,6 +124,10 @@ class Process:
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
+    def add_arguments(self, *arguments: str) -> None:
+        """From its next start on."""
+        self._command += arguments
+
     @property
     def pid(self) -> int:
         assert self._process is not None

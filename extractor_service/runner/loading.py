@@ -111,12 +111,20 @@ def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress
 
 
 def measured_bytes(model: PreTrainedModel) -> int:
-    """Bytes the model takes on its device: the allocator's on an accelerator, those of the tensors on a CPU."""
+    """Bytes that come back when this process ends: on an accelerator the allocator's, on a CPU the process's own.
+
+    Weights that lie in the page cache count too, since a pass needs them in memory.
+    """
     device = model.device
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
+    return max(int(psutil.Process().memory_full_info().uss), tensor_bytes(model))
+
+
+def tensor_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters, buffers and what quantization keeps beside them."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         tensors += _scales(parameter)
