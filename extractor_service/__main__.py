@@ -27,7 +27,7 @@ from chassis.shutdown import Shutdown
 from extractor_service.corpora.counting import count
 from extractor_service.corpora.store import CorpusStore
 from extractor_service.corpora.tokenizer import Tokenizer
-from extractor_service.devices import device_lister
+from extractor_service.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
 from extractor_service.estimate import Estimate, RowCount, estimate
 from extractor_service.extraction import ExtractionJob
 from extractor_service.extractions import Extractions
@@ -64,10 +64,31 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--device", default="", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: what is there)"
     )
     parser.add_argument("--cpu-bytes", type=int, default=0, metavar="N", help="memory for models on the CPU")
+    parser.add_argument(
+        "--max-loads",
+        type=_limit,
+        default=DEFAULT_MAX_LOADS,
+        metavar="N",
+        help=f"most models that load at once (default {DEFAULT_MAX_LOADS}; 0: no limit)",
+    )
+    parser.add_argument(
+        "--max-residents",
+        type=_limit,
+        default=None,
+        metavar="N",
+        help="most models resident at once (default 3 below 64 GB of device memory, else no limit; 0: no limit)",
+    )
     parser.add_argument("--registry-token-file", type=Path, metavar="F", help="bearer token for the registry")
     parser.add_argument("--registry-ca", type=Path, metavar="F", help="PEM root certificates; switches to TLS")
     add_common_flags(parser)
     return parser.parse_args(arguments)
+
+
+def _limit(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 10_000:
+        raise argparse.ArgumentTypeError("takes 0 (no limit) to 10000")
+    return number
 
 
 class Estimator:
@@ -129,7 +150,8 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         root_certificates=args.registry_ca.read_bytes() if args.registry_ca else None,
     )
     corpora = CorpusStore(data_dir / "corpora", allowed_roots=args.corpus_root)
-    node = Node(registry, RunnerProcess.start, devices, environment=environment)
+    machine = machine_reader(devices(), max_loads=args.max_loads, max_residents=args.max_residents)
+    node = Node(registry, RunnerProcess.start, devices, environment=environment, machine=machine)
     estimator = Estimator(corpora, registry)
     extractions = Extractions(
         data_dir,

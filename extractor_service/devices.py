@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from extractor_service.values import Device
+from extractor_service.values import Device, Machine
 
 # Of the machine's memory; the rest is for the page cache, which serves readers, and for everything else.
 DEFAULT_CPU_SHARE = 0.6
@@ -18,6 +19,11 @@ _QUERY_DEADLINE_S = 10.0
 _MIB = 1024 * 1024
 # Left to the driver, other processes and fragmentation.
 _GPU_SHARE = 0.92
+_FLASH_ATTENTION_MAJOR = 8
+# Below this a few models fill a node, and each more is likely somebody's mistake.
+_SMALL_NODE_BYTES = 64 * 10**9
+_SMALL_NODE_RESIDENTS = 3
+DEFAULT_MAX_LOADS = 2
 
 
 def device_lister(wanted: str, cpu_bytes: int) -> Callable[[], Sequence[Device]]:
@@ -43,6 +49,24 @@ def _best_kind() -> str:
     return "mps" if apple else "cpu"
 
 
+def machine_reader(devices: Sequence[Device], *, max_loads: int, max_residents: int | None) -> Callable[[], Machine]:
+    """Returns a function that reads the machine's memory; `max_residents` None: 3 on a small node, else no limit."""
+    if max_residents is None:
+        small = sum(device.capacity_bytes for device in devices) < _SMALL_NODE_BYTES
+        max_residents = _SMALL_NODE_RESIDENTS if small else 0
+
+    def machine() -> Machine:
+        memory = psutil.virtual_memory()
+        return Machine(
+            memory_bytes=memory.total,
+            memory_free_bytes=memory.available,
+            max_loads=max_loads,
+            max_residents=max_residents,
+        )
+
+    return machine
+
+
 def _memory(device_id: str, kind: str, capacity_bytes: int) -> Device:
     memory = psutil.virtual_memory()
     return Device(
@@ -51,32 +75,50 @@ def _memory(device_id: str, kind: str, capacity_bytes: int) -> Device:
         name=platform.processor() or platform.machine(),
         capacity_bytes=capacity_bytes or int(memory.total * DEFAULT_CPU_SHARE),
         free_bytes=memory.available,
+        total_bytes=memory.total,
     )
 
 
 def _cuda_devices() -> tuple[Device, ...]:
+    # Old drivers do not know the capability and refuse the whole question.
+    lines = _asked(f"{_QUERY},compute_cap") or _asked(_QUERY)
+    flash_attention = importlib.util.find_spec("flash_attn") is not None
+    return tuple(_cuda_device(line, flash_attention) for line in lines)
+
+
+def _asked(query: str) -> list[str]:
+    """The lines that nvidia-smi answers; none where there is no such program or it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return ()
+        return []
     try:
         answer = subprocess.run(  # noqa: S603 -- a fixed command
-            [program, _QUERY, "--format=csv,noheader,nounits"],
+            [program, query, "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=_QUERY_DEADLINE_S,
             check=True,
         )
     except (subprocess.SubprocessError, OSError):
-        return ()
-    return tuple(_cuda_device(line) for line in answer.stdout.splitlines() if line.count(",") == 3)
+        return []
+    return [line for line in answer.stdout.splitlines() if line.count(",") >= 3]
 
 
-def _cuda_device(line: str) -> Device:
-    index, name, total, free = (part.strip() for part in line.split(","))
+def _cuda_device(line: str, flash_attention: bool) -> Device:
+    index, name, total, free, capability = (*(part.strip() for part in line.split(",")), "")[:5]
     return Device(
         id=f"cuda:{index}",
         kind="cuda",
         name=name,
         capacity_bytes=int(int(total) * _MIB * _GPU_SHARE),
         free_bytes=int(free) * _MIB,
+        total_bytes=int(total) * _MIB,
+        capability=capability,
+        flash_attention=flash_attention and _runs_flash_attention(capability),
     )
+
+
+def _runs_flash_attention(capability: str) -> bool:
+    """True from Ampere on."""
+    major, _, _ = capability.partition(".")
+    return major.isdigit() and int(major) >= _FLASH_ATTENTION_MAJOR

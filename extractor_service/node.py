@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from chassis.errors import ServiceError
 from extractor_service.builds import Builds
+from extractor_service.ending import BACK_DEADLINE_S, Endings
 from extractor_service.errors import (
     EpochStale,
     LoadFailed,
@@ -23,6 +24,7 @@ from extractor_service.errors import (
     WaitTimeout,
     reason_of,
 )
+from extractor_service.losses import Losses
 from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
 from extractor_service.reporting import REPORT_INTERVAL_S, RETRY_S, try_to_tell
 from extractor_service.runner_protocol import Load, Loaded, Loading
@@ -32,6 +34,7 @@ from extractor_service.values import (
     DesiredState,
     Device,
     Failure,
+    Machine,
     ResidencyReport,
     TransferMeter,
 )
@@ -52,6 +55,11 @@ class Holding:
     measured_bytes: int = 0
     task: asyncio.Task[None] | None = None
 
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of its device, as far as anybody knows."""
+        return max(self.measured_bytes, self.assignment.reserved_bytes)
+
 
 class Node:
     """Reconciles this node with the registry's desired state until it is cancelled."""
@@ -63,11 +71,18 @@ class Node:
         devices: Callable[[], Sequence[Device]],
         *,
         environment: Mapping[str, str],
+        machine: Callable[[], Machine] = Machine,
+        back_deadline_s: float = BACK_DEADLINE_S,
     ) -> None:
         self._registry = registry
         self._start_runner = start_runner
         self._devices = devices
         self._environment = environment
+        self._machine = machine
+        self._runtime_bytes = 0
+        self._losses = Losses()
+        self._endings = Endings(devices, self._losses, deadline_s=back_deadline_s)
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self._holdings: dict[str, Holding] = {}
         self._builds = Builds(registry, start_runner, epoch=lambda: self.epoch, environment=environment)
         self._validations = Validations(
@@ -118,7 +133,7 @@ class Node:
         )
 
     async def _live_one_epoch(self) -> None:
-        self.epoch, interval_s = await self._registry.register(self._devices())
+        self.epoch, interval_s = await self._registry.register(*await self._facts())
         logger.info("registered as epoch %d", self.epoch)
         self.registered.set()
         self.on_registered()
@@ -136,7 +151,11 @@ class Node:
     async def _heartbeat(self, interval_s: float) -> None:
         while True:
             await asyncio.sleep(interval_s)
-            await self._registry.heartbeat(self.epoch, self._devices())
+            await self._registry.heartbeat(self.epoch, *await self._facts())
+
+    async def _facts(self) -> tuple[tuple[Device, ...], Machine]:
+        devices = await asyncio.to_thread(self._devices)
+        return self._losses.marked(devices), replace(self._machine(), runtime_bytes=self._runtime_bytes)
 
     async def _watch(self) -> None:
         async with aclosing(self._registry.assignments(self.epoch)) as states:
@@ -148,12 +167,12 @@ class Node:
         self._desired = desired
         wanted = {a.residency_id: a for a in desired.assignments if a.hold}
         ending = {a.residency_id: a for a in desired.assignments if not a.hold}
-        for residency_id in [r for r in self._holdings if r not in wanted]:
-            await self._let_go(residency_id)
+        for residency_id in [r for r in self._holdings if r not in wanted and r not in ending]:
+            await self._let_go(residency_id)  # Its memory counts for nothing any more: first it, then what is new.
         for assignment in ending.values():
-            await self._report(
-                ResidencyReport(residency_id=assignment.residency_id, fence=assignment.fence, state="UNLOADED")
-            )
+            if assignment.residency_id not in self._ending:
+                unloading = asyncio.create_task(self._unload(assignment), name=f"unload-{assignment.residency_id}")
+                self._ending[assignment.residency_id] = unloading
         for assignment in wanted.values():
             await self._hold(assignment)
         self._builds.follow(desired.builds)
@@ -187,14 +206,14 @@ class Node:
             )
             logger.warning("residency %s failed: %s", holding.assignment.residency_id, exc.message)
             self._holdings.pop(holding.assignment.residency_id, None)
-            if holding.runner:
-                await holding.runner.kill()
+            lost_bytes = await self._end_runner(holding)
             await self._report(
                 ResidencyReport(
                     residency_id=holding.assignment.residency_id,
                     fence=holding.assignment.fence,
                     state="FAILED",
                     failure=Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata),
+                    lost_bytes=lost_bytes,
                 )
             )
 
@@ -223,6 +242,8 @@ class Node:
                 )
             elif isinstance(event, Loaded):
                 holding.measured_bytes = event.measured_bytes
+                self._runtime_bytes = self._runtime_bytes or event.runtime_bytes
+                self._losses.taken(assignment.device_id, event.measured_bytes)
 
     async def _report_resident(self, holding: Holding) -> None:
         await self._report(
@@ -242,16 +263,37 @@ class Node:
             f"{report.residency_id} {report.state}",
         )
 
-    async def _let_go(self, residency_id: str) -> None:
+    async def _unload(self, assignment: Assignment) -> None:
+        """Ends a residency beside everything else, and says so once its memory is back or given up."""
+        try:
+            known = assignment.residency_id in self._holdings
+            lost_bytes = await self._let_go(assignment.residency_id) if known else 0
+            report = ResidencyReport(
+                residency_id=assignment.residency_id, fence=assignment.fence, state="UNLOADED", lost_bytes=lost_bytes
+            )
+            await self._report(report)
+        finally:
+            del self._ending[assignment.residency_id]
+
+    async def _let_go(self, residency_id: str) -> int:
+        """Ends a runner, whatever it does; returns the bytes that did not come back."""
         holding = self._holdings.pop(residency_id)
         if holding.task:
             holding.task.cancel()
             await asyncio.gather(holding.task, return_exceptions=True)
-        if holding.runner:
-            await holding.runner.kill()
+        return await self._end_runner(holding)
+
+    async def _end_runner(self, holding: Holding) -> int:
+        if holding.runner is None:
+            return 0
+        device_id = holding.assignment.device_id
+        return await self._endings.end(holding.runner, device_id=device_id, held_bytes=holding.held_bytes)
 
     async def _end_everything(self) -> None:
         await self._builds.close()
         await self._validations.close()
+        for ending in list(self._ending.values()):
+            ending.cancel()
+        await asyncio.gather(*self._ending.values(), return_exceptions=True)
         for residency_id in list(self._holdings):
             await self._let_go(residency_id)

@@ -13,6 +13,7 @@ from extractor_service.values import (
     Device,
     Failure,
     Lease,
+    Machine,
     ModelInfo,
     ResidencyReport,
     Transfer,
@@ -23,11 +24,11 @@ from extractor_service.values import (
 class NodeRegistry(Protocol):
     """The registry as a node sees it. Every method may raise RegistryUnavailable; those with `epoch`, EpochStale."""
 
-    async def register(self, devices: Sequence[Device]) -> tuple[int, float]:
+    async def register(self, devices: Sequence[Device], machine: Machine) -> tuple[int, float]:
         """Announces this node; returns the epoch and the heartbeat interval in seconds."""
 
-    async def heartbeat(self, epoch: int, devices: Sequence[Device]) -> None:
-        """Tells that this node lives."""
+    async def heartbeat(self, epoch: int, devices: Sequence[Device], machine: Machine) -> None:
+        """Tells that this node lives and what it has free."""
 
     def assignments(self, epoch: int) -> AsyncGenerator[DesiredState, None]:
         """Yields the whole desired state at once and after each change."""
@@ -107,7 +108,7 @@ class Runner(Protocol):
         """Waits until the process has ended."""
 
     async def kill(self) -> None:
-        """Ends the process and waits until its memory is back."""
+        """Ends the process and waits until it has gone; TimeoutError if it does not."""
 
 
 class RunnerFactory(Protocol):

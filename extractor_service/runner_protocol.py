@@ -125,6 +125,7 @@ class Loaded(Message):
 
     KIND: ClassVar[str] = "loaded"
     measured_bytes: int
+    runtime_bytes: int = 0  # What the process took before, with its libraries; 0 where that was not measured.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,21 @@ class Device:
     name: str
     capacity_bytes: int
     free_bytes: int
+    total_bytes: int = 0
+    lost_bytes: int = 0  # What unloads did not give back.
+    capability: str = ""  # Of a CUDA device, such as `9.0`.
+    flash_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this node is beside its devices. Bytes; 0 while unknown. Limits: 0 for none."""
+
+    memory_bytes: int = 0
+    memory_free_bytes: int = 0
+    runtime_bytes: int = 0  # A runner's before it holds weights.
+    max_loads: int = 0
+    max_residents: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +105,7 @@ class Assignment:
     hold: bool
     state: str  # the registry's view, such as `LOADING`
     model: ModelInfo
+    reserved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +160,7 @@ class ResidencyReport:
     transfer: Transfer | None = None
     measured_bytes: int = 0
     failure: Failure | None = None
+    lost_bytes: int = 0  # What its device did not get back, once it is over.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,8 @@ class FakeRegistry:
         self.sets = {}
         self.leases = set()
         self.unavailable = None
+        self.devices, self.machine = (), None
+        self.heartbeat_interval_s = 5.0
         self._n_residencies = 0
         self._changed = asyncio.Event()
 
@@ -47,13 +49,15 @@ class FakeRegistry:
         if self.unavailable:
             raise self.unavailable
 
-    async def register(self, devices):
+    async def register(self, devices, machine):
         self._check()
+        self.devices, self.machine = devices, machine
         self.assigned.clear()
-        return 1, 5.0
+        return 1, self.heartbeat_interval_s
 
-    async def heartbeat(self, epoch, devices):
+    async def heartbeat(self, epoch, devices, machine):
         self._check()
+        self.devices, self.machine = devices, machine
 
     async def assignments(self, epoch):
         while True:

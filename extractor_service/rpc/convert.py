@@ -285,6 +285,7 @@ def desired_from_pb(message: node_service_pb2.WatchAssignmentsResponse) -> Desir
                 hold=a.residency.state in _HOLD,
                 state=residency_pb2.ResidencyState.Name(a.residency.state).removeprefix("RESIDENCY_STATE_"),
                 model=model_from_pb(a.model),
+                reserved_bytes=a.residency.reserved_bytes,
             )
             for a in message.assignments
         ),
@@ -340,6 +341,7 @@ def report_to_pb(node_id: str, epoch: int, report: ResidencyReport) -> node_serv
         transfer=transfer_to_pb(report.transfer),
         measured_bytes=report.measured_bytes,
         failure=failure_to_pb(report.failure),
+        lost_bytes=report.lost_bytes,
     )
 
 
@@ -367,6 +369,10 @@ def device_to_pb(device: Device) -> residency_pb2.Device:
         name=device.name,
         capacity_bytes=device.capacity_bytes,
         free_bytes=device.free_bytes,
+        total_bytes=device.total_bytes,
+        lost_bytes=device.lost_bytes,
+        capability=device.capability,
+        flash_attention=device.flash_attention,
     )
 
 

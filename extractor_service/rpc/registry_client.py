@@ -29,6 +29,7 @@ from extractor_service.values import (
     Device,
     Failure,
     Lease,
+    Machine,
     ModelInfo,
     ResidencyReport,
     Transfer,
@@ -87,7 +88,7 @@ class RegistryClient:
 
     # -- NodeRegistry -------------------------------------------------------------------------------------------------
 
-    async def register(self, devices: Sequence[Device]) -> tuple[int, float]:
+    async def register(self, devices: Sequence[Device], machine: Machine) -> tuple[int, float]:
         """Announces this node."""
         request = node_service_pb2.RegisterNodeRequest(
             node_id=self.node_id,
@@ -95,15 +96,23 @@ class RegistryClient:
             devices=[convert.device_to_pb(device) for device in devices],
             version=self._version,
             boot_nonce=self._boot_nonce,
+            memory_bytes=machine.memory_bytes,
+            runtime_bytes=machine.runtime_bytes,
+            max_loads=machine.max_loads,
+            max_residents=machine.max_residents,
         )
         with self._errors():
             answer = await self._nodes.RegisterNode(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
         return answer.epoch, answer.heartbeat_interval_s
 
-    async def heartbeat(self, epoch: int, devices: Sequence[Device]) -> None:
-        """Tells that this node lives."""
+    async def heartbeat(self, epoch: int, devices: Sequence[Device], machine: Machine) -> None:
+        """Tells that this node lives and what it has free."""
         request = node_service_pb2.HeartbeatRequest(
-            node_id=self.node_id, epoch=epoch, devices=[convert.device_to_pb(device) for device in devices]
+            node_id=self.node_id,
+            epoch=epoch,
+            devices=[convert.device_to_pb(device) for device in devices],
+            memory_free_bytes=machine.memory_free_bytes,
+            runtime_bytes=machine.runtime_bytes,
         )
         with self._errors():
             await self._nodes.Heartbeat(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)

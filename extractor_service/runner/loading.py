@@ -110,6 +110,11 @@ def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress
                 on_progress(done, total_bytes)
 
 
+def empty_bytes(device: str) -> int:
+    """Bytes this process alone takes of main memory; 0 for other devices, where it takes nothing yet."""
+    return int(psutil.Process().memory_full_info().uss) if device == "cpu" else 0
+
+
 def measured_bytes(model: PreTrainedModel) -> int:
     """Bytes that come back when this process ends: on an accelerator the allocator's, on a CPU the process's own.
 
