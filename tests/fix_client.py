@@ -299,6 +299,8 @@ class ScriptedRegistry(
         self.nodes = []
         self.residencies = []
         self.page = 2
+        self.advice = models_pb.EstimateMemoryResponse(recommended=-1)
+        self.catalog = []
         self.script = ["DOWNLOADING", "DOWNLOADING", "READY"]
         self.cut_watch_at = set()
 
@@ -335,6 +337,17 @@ class ScriptedRegistry(
         token = str(at + self.page) if at + self.page < len(ids) else ""
         page = [self.models[one] for one in ids[at : at + self.page]]
         return models_pb.ListModelsResponse(models=page, next_page_token=token)
+
+    def EstimateMemory(self, request, context):
+        self.note("EstimateMemory", request, context)
+        self._model(request.model_id, context)
+        return self.advice
+
+    def ListCatalog(self, request, context):
+        self.note("ListCatalog", request, context)
+        at = int(request.page_token or 0)
+        token = str(at + self.page) if at + self.page < len(self.catalog) else ""
+        return models_pb.ListCatalogResponse(entries=self.catalog[at : at + self.page], next_page_token=token)
 
     def DeleteModel(self, request, context):
         self.note("DeleteModel", request, context)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from headrace_cli import corpora, devices, doctor, extract, models, pull, serve, sets, up
+from headrace_cli import corpora, devices, doctor, extract, fit, models, pull, serve, sets, up
 from headrace_cli.settings import DEFAULT_REGISTRY, Defaults, Settings
 
 _FLAGS = {"--json": 0, "--debug": 0, "--registry": 1, "--token-file": 1, "--ca-file": 1}
@@ -58,6 +58,7 @@ extract.add_to(app)
 app.command("pull")(pull.pull)
 app.command("up")(up.up)
 app.command("devices")(devices.devices)
+app.command("fit")(fit.fit)
 app.command("doctor")(doctor.doctor)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace_cli import formats
+from headrace_cli.catalog import catalog, repo_of
 from headrace_cli.exits import reported
 from headrace_cli.output import note, print_json, print_rows, print_value
 from headrace_cli.progress import Bar, show_model
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from headrace_client.values import Model
 
 app = typer.Typer(help="Registered models and their files.", no_args_is_help=True, rich_markup_mode=None)
+app.command("catalog")(catalog)
 _REPO = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -27,7 +29,7 @@ _REPO = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 def add(
     context: typer.Context,
     *,
-    source: Annotated[str, typer.Argument(help="Hub repo, folder in transformers' layout, or .gguf file.")],
+    source: Annotated[str, typer.Argument(help="Hub repo, name in the catalog, folder, or .gguf file.")],
     model_id: Annotated[str, typer.Option("--id", help="Id of the model; derived from the source if not given.")] = "",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub repo.")] = "",
     quantization: Annotated[str, typer.Option(help="none, int8, int4 or int2.")] = "none",
@@ -45,9 +47,12 @@ def add(
     options: dict[str, Any] = {key: _value(text) for key, text in _pairs("--load-option", load_option or [])}
     if dtype:
         options["dtype"] = dtype
+    named = source_of(source)
     with settings.connect() as client:
+        if "hub" in named and "/" not in source:
+            named = {"hub": repo_of(client, source)}
         model = client.models.register(
-            **source_of(source),
+            **named,
             id=model_id,
             revision=revision,
             quantization=quantization,

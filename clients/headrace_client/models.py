@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from headrace_client import _convert as convert
+from headrace_client._convert_memory import advice_from_pb, catalog_entry_from_pb
 from headrace_client._nodes import pages
 from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
 from headrace_client._watch import watch
 from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError, InvalidArgument
+from headrace_client.memory import CatalogEntry, MemoryAdvice
 from headrace_client.values import Model, ModelEvent, ModelSource, ModelState, Quantization, choice
 
 
@@ -59,6 +61,30 @@ class Models:
         """Deletes a model; ModelInUse while leased or resident, unless `force`."""
         self._registry.unary(
             "ModelService.DeleteModel", request_id=new_request_id(), model_id=model_id, force=force, etag=etag
+        )
+
+    def estimate(
+        self, model_id: str, *, batch_size: int = 1, context_size: int = 1024, n_hookpoints: int = 1
+    ) -> MemoryAdvice:
+        """Estimates device memory in every form, and where each fits; also before the files are fetched."""
+        answer = self._registry.unary(
+            "ModelService.EstimateMemory",
+            model_id=model_id,
+            batch_size=batch_size,
+            context_size=context_size,
+            n_hookpoints=n_hookpoints,
+        )
+        return advice_from_pb(answer)
+
+    def catalog(self, *, fits_bytes: int = 0, category: str = "") -> Iterator[CatalogEntry]:
+        """Iterates over curated models, all pages; with `fits_bytes` those that fit in so much in some form."""
+        return pages(
+            self._registry,
+            "ModelService.ListCatalog",
+            "entries",
+            catalog_entry_from_pb,
+            fits_bytes=fits_bytes,
+            category=category,
         )
 
     def prepare(self, model_id: str, *, hub_token: str = "") -> Model:

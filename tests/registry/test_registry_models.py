@@ -100,15 +100,11 @@ async def test_bad_registrations_name_their_field(registry, model, field):
     assert refusal.fields == (field,)
 
 
-async def test_unknown_load_options_and_quantization_are_refused(registry):
+async def test_unknown_load_options_are_refused(registry):
     bad = hub_model()
     bad.load_options.update({"trust_remote_code": True})
     refusal = await refused(registry.stubs.models.RegisterModel(pb.RegisterModelRequest(model=bad), timeout=20))
     assert refusal.fields == ("load_options",)
-
-    quantized = hub_model(quantization=model_pb2.QUANTIZATION_INT8)
-    refusal = await refused(registry.stubs.models.RegisterModel(pb.RegisterModelRequest(model=quantized), timeout=20))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
 
 
 async def test_a_path_outside_the_roots_is_refused(registry):
@@ -333,18 +329,6 @@ async def test_a_preparation_goes_on_in_another_replica(database_url, tmp_path):
     async with running_registry(database_url, data_dir, roots=(tmp_path,)) as second:
         ready = await until_state(second.stubs, model.id, READY)
         assert ready.files_path == str(target)
-
-
-async def test_what_is_not_there_yet_says_so(registry):
-    stubs = registry.stubs
-    calls = [
-        stubs.models.EstimateMemory(pb.EstimateMemoryRequest(model_id="m")),
-        stubs.models.ValidateModel(pb.ValidateModelRequest(model_id="m")),
-        stubs.models.ListCatalog(pb.ListCatalogRequest()),
-    ]
-    for call in calls:
-        refusal = await refused(call)
-        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
 
 
 async def test_a_large_folder_reports_progress(registry, tmp_path, monkeypatch):
