@@ -89,8 +89,10 @@ class Builds:
 
 
 def command_of(build: Build) -> Message:
-    """What a runner is told. Raises ModelUnsupported for a build that is neither of the two."""
+    """What a runner is told. Raises ModelUnsupported for a build that neither quantizes nor converts."""
     model = build.model
+    if build.source_path and model.quantization == "none":
+        return Convert(source_path=build.source_path, target_path=build.target_path)
     if build.source_path:
         dtype = model.compute_dtype("cpu")
         return Quantize(

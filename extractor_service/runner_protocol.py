@@ -76,7 +76,7 @@ class Stop(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convert(Message):
-    """Convert the GGUF file `source_path` to a folder in transformers' layout at `target_path`."""
+    """Convert `source_path`, a GGUF file or a folder with pickled weights, to a folder with safetensors."""
 
     KIND: ClassVar[str] = "convert"
     source_path: str

@@ -155,9 +155,12 @@ class Runner:
 
     def _convert(self, command: Convert) -> None:
         from extractor_service.runner.convert import convert_gguf  # noqa: PLC0415 -- torch
+        from extractor_service.runner.pickles import convert_pickled  # noqa: PLC0415 -- torch
 
         progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
-        convert_gguf(Path(command.source_path), Path(command.target_path), progress)
+        source_path = Path(command.source_path)
+        convert = convert_pickled if source_path.is_dir() else convert_gguf
+        convert(source_path, Path(command.target_path), progress)
         self._emit(Converted())
 
     def _quantize(self, command: Quantize) -> None:
