@@ -298,6 +298,8 @@ class ScriptedRegistry(
         self.models = {}
         self.nodes = []
         self.residencies = []
+        self.residency_events = []
+        self.pins = []
         self.page = 2
         self.advice = models_pb.EstimateMemoryResponse(recommended=-1)
         self.catalog = []
@@ -386,6 +388,41 @@ class ScriptedRegistry(
         state = residency_pb.RESIDENCY_STATE_LOADING
         one = residency_pb.Residency(id="res-1", model_id=request.model_id, node_id="n1", device_id="cpu", state=state)
         return residencies_pb.LoadModelResponse(residency=one)
+
+    def UnloadModel(self, request, context):
+        self.note("UnloadModel", request, context)
+        if self.pins and not request.force:
+            metadata = {"holders": "", "pin_owners": "anna"}
+            abort(context, grpc.StatusCode.FAILED_PRECONDITION, "MODEL_IN_USE", "pinned by anna", metadata=metadata)
+        return residencies_pb.UnloadModelResponse(residencies=self.residencies)
+
+    def PinModel(self, request, context):
+        self.note("PinModel", request, context)
+        self._model(request.pin.model_id, context)
+        request.pin.create_time.GetCurrentTime()
+        self.pins.append(request.pin)
+        return residencies_pb.PinModelResponse(pin=request.pin)
+
+    def UnpinModel(self, request, context):
+        self.note("UnpinModel", request, context)
+        self.pins = [pin for pin in self.pins if pin.owner != request.owner]
+        return residencies_pb.UnpinModelResponse()
+
+    def ListPins(self, request, context):
+        self.note("ListPins", request, context)
+        at = int(request.page_token or 0)
+        token = str(at + 1) if at + 1 < len(self.pins) else ""
+        return residencies_pb.ListPinsResponse(pins=self.pins[at : at + 1], next_page_token=token)
+
+    def WatchResidencies(self, request, context):
+        self.note("WatchResidencies", request, context)
+        yield residencies_pb.WatchResidenciesResponse(seq=request.after_seq, heartbeat=True)
+        for seq, event in enumerate(self.residency_events, 1):
+            if seq in self.cut_watch_at:
+                self.cut_watch_at.remove(seq)
+                abort(context, **unavailable("SHUTTING_DOWN"))
+            if seq > request.after_seq:
+                yield residencies_pb.WatchResidenciesResponse(seq=seq, residency=event, snapshot=seq == 1)
 
     def ListActivationSets(self, request, context):
         self.note("ListActivationSets", request, context)

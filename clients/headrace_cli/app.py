@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from headrace_cli import corpora, devices, doctor, extract, fit, models, pull, serve, sets, up
+from headrace_cli import corpora, devices, doctor, extract, fit, models, pins, pull, residencies, serve, sets, up
 from headrace_cli.settings import DEFAULT_REGISTRY, Defaults, Settings
 
 _FLAGS = {"--json": 0, "--debug": 0, "--registry": 1, "--token-file": 1, "--ca-file": 1}
@@ -51,6 +51,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help"]},
 )
 app.add_typer(models.app, name="models")
+pins.add_to(models.app)
+residencies.add_to(models.app)
+app.add_typer(residencies.app, name="residencies")
 app.add_typer(corpora.app, name="corpora")
 app.add_typer(sets.app, name="sets")
 app.add_typer(serve.app, name="serve")

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
+from headrace_cli import formats, residencies
 from headrace_cli.exits import reported
 from headrace_cli.output import print_json, print_rows
 from headrace_cli.settings import settings_of
+
+if TYPE_CHECKING:
+    from headrace_client.values import Device, Node, Residency
+
+_NODES = ("node", "state", "address", "memory", "free", "limits")
+_DEVICES = (
+    "node",
+    "device",
+    "name",
+    "capability",
+    "flash attention",
+    "total",
+    "for models",
+    "held",
+    "free",
+    "lost",
+    "held by",
+)
 
 
 @reported
@@ -22,38 +40,55 @@ def devices(
     settings = settings_of(context)
     with settings.connect() as client:
         nodes = client.nodes()
-        residencies = client.residencies.list(include_ended=include_ended)
+        found = client.residencies.list(include_ended=include_ended)
     if settings.json:
-        print_json({"nodes": nodes, "residencies": residencies})
+        print_json({"nodes": nodes, "residencies": found})
         return
-    rows = [
-        (
-            node.id,
-            node.state.value,
-            node.address,
-            device.id,
-            device.name,
-            formats.size(device.capacity_bytes),
-            formats.size(device.reserved_bytes),
-            formats.size(device.free_bytes),
-        )
-        for node in nodes
-        for device in node.devices
-    ]
-    headings = ("node", "state", "address", "device", "name", "capacity", "reserved", "free")
-    print_rows(settings, nodes, headings, rows, empty="no nodes; start one with `headrace serve extractor`")
-    if residencies:
+    empty = "no nodes; start one with `headrace serve extractor`"
+    print_rows(settings, nodes, _NODES, map(_node_row, nodes), empty=empty)
+    if nodes:
         typer.echo()
-        held = [
-            (
-                one.model_id,
-                one.node_id,
-                one.device_id,
-                one.state.value,
-                formats.size(one.measured_bytes or one.reserved_bytes),
-                str(one.n_leases),
-                one.reason,
-            )
-            for one in residencies
-        ]
-        print_rows(settings, residencies, ("model", "node", "device", "state", "size", "leases", "why"), held, empty="")
+        rows = [_device_row(node, device, found) for node in nodes for device in node.devices]
+        print_rows(settings, nodes, _DEVICES, rows, empty="no devices")
+    if found:
+        typer.echo()
+        print_rows(settings, found, residencies.HEADINGS, map(residencies.row, found), empty="")
+
+
+def _node_row(node: Node) -> tuple[str, ...]:
+    limits = [f"{node.max_loads} loads"] if node.max_loads else []
+    limits += [f"{node.max_residents} models"] if node.max_residents else []
+    return (
+        node.id,
+        node.state.value,
+        node.address,
+        _known(node.memory_bytes),
+        _known(node.memory_free_bytes),
+        ", ".join(limits) or "none",
+    )
+
+
+def _device_row(node: Node, device: Device, found: tuple[Residency, ...]) -> tuple[str, ...]:
+    there = [one for one in found if (one.node_id, one.device_id) == (node.id, device.id) and not one.ended]
+    return (
+        node.id,
+        device.id,
+        device.name,
+        device.capability,
+        "yes" if device.flash_attention else "no",
+        _known(device.total_bytes),
+        formats.size(device.capacity_bytes),
+        formats.size(device.reserved_bytes),
+        formats.size(device.free_bytes),
+        _known(device.lost_bytes),
+        ", ".join(_held_by(one) for one in there if one.state != "QUEUED"),
+    )
+
+
+def _held_by(one: Residency) -> str:
+    who = residencies.holders(one)
+    return f"{one.model_id} ({who})" if who else one.model_id
+
+
+def _known(n_bytes: int) -> str:
+    return formats.size(n_bytes) if n_bytes else ""

@@ -11,6 +11,8 @@ from typing import Any
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
 
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$", re.IGNORECASE)
+
 
 def size(n_bytes: float) -> str:
     """Bytes: `512 B`, `25.2 MiB`."""
@@ -37,6 +39,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def parse_duration(text: str) -> float:
+    """Reads `90s`, `15m`, `1.5h` or `7d`; returns seconds. ValueError otherwise."""
+    match = _DURATION.match(text)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is no duration: write 90s, 15m, 8h or 7d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
 
 
 def count(number: float) -> str:

@@ -12,7 +12,7 @@ import typer
 from headrace_cli import formats
 
 if TYPE_CHECKING:
-    from headrace_client.values import Extraction, Model, Transfer
+    from headrace_client.values import Extraction, Model, Residency, Transfer
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
@@ -75,6 +75,15 @@ class Bar:
 def show_model(bar: Bar, model: Model) -> None:
     """Shows a model's preparation."""
     bar.show(model.state.lower(), 1.0 if model.state == "READY" else _fraction(model.transfer), _moved(model.transfer))
+
+
+def show_residency(bar: Bar, residency: Residency) -> None:
+    """Shows a model's way into memory."""
+    place = f"number {residency.queue_position} in the queue" if residency.queue_position else ""
+    text = _moved(residency.transfer) or place or residency.reason
+    bar.show(
+        residency.state.value.lower(), 1.0 if residency.state == "RESIDENT" else _fraction(residency.transfer), text
+    )
 
 
 def show_extraction(bar: Bar, extraction: Extraction) -> None:

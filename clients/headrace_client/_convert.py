@@ -17,6 +17,7 @@ from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 from headrace.registry.v1 import model_pb2 as model_pb
 from headrace.registry.v1 import model_service_pb2 as models_pb
 from headrace.registry.v1 import residency_pb2 as residency_pb
+from headrace.registry.v1 import residency_service_pb2 as residencies_pb
 
 from headrace_client import values as v
 from headrace_client.errors import InvalidArgument
@@ -165,6 +166,11 @@ def node_from_pb(pb: residency_pb.Node) -> v.Node:
         devices=tuple(_device_from_pb(device) for device in pb.devices),
         version=pb.version,
         heartbeat_time=_time(pb, "heartbeat_time"),
+        memory_bytes=pb.memory_bytes,
+        memory_free_bytes=pb.memory_free_bytes,
+        runtime_bytes=pb.runtime_bytes,
+        max_loads=pb.max_loads,
+        max_residents=pb.max_residents,
     )
 
 
@@ -176,6 +182,10 @@ def _device_from_pb(pb: residency_pb.Device) -> v.Device:
         capacity_bytes=pb.capacity_bytes,
         reserved_bytes=pb.reserved_bytes,
         free_bytes=pb.free_bytes,
+        total_bytes=pb.total_bytes,
+        lost_bytes=pb.lost_bytes,
+        capability=pb.capability,
+        flash_attention=pb.flash_attention,
     )
 
 
@@ -197,7 +207,39 @@ def residency_from_pb(pb: residency_pb.Residency) -> v.Residency:
         create_time=_time(pb, "create_time"),
         update_time=_time(pb, "update_time"),
         last_used_time=_time(pb, "last_used_time"),
+        queue_position=pb.queue_position,
+        pinned=pb.pinned,
+        holders=tuple(pb.holders),
     )
+
+
+def residency_event_from_pb(pb: residencies_pb.WatchResidenciesResponse) -> v.ResidencyEvent | None:
+    """Reads an event; None for a heartbeat."""
+    if pb.heartbeat:
+        return None
+    return v.ResidencyEvent(
+        seq=pb.seq, residency=residency_from_pb(pb.residency), snapshot=pb.snapshot, time=_time(pb, "time")
+    )
+
+
+def pin_from_pb(pb: residency_pb.Pin) -> v.Pin:
+    """Reads a pin."""
+    return v.Pin(
+        model_id=pb.model_id,
+        owner=pb.owner,
+        node_id=pb.node_id,
+        reason=pb.reason,
+        expire_time=_time(pb, "expire_time"),
+        create_time=_time(pb, "create_time"),
+    )
+
+
+def pin_to_pb(pin: v.Pin) -> residency_pb.Pin:
+    """Builds what PinModel reads of a pin. A time without a zone is local."""
+    pb = residency_pb.Pin(model_id=pin.model_id, owner=pin.owner, node_id=pin.node_id, reason=pin.reason)
+    if pin.expire_time is not None:
+        pb.expire_time.FromDatetime(pin.expire_time.astimezone(UTC))
+    return pb
 
 
 def set_from_pb(pb: sets_pb.ActivationSet) -> v.ActivationSet:

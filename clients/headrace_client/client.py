@@ -17,6 +17,7 @@ from headrace_client.corpora import Corpora
 from headrace_client.errors import InvalidArgument
 from headrace_client.extractions import Extractions, StreamRequest, default_columns, reader_name
 from headrace_client.models import Models
+from headrace_client.pins import Pins
 from headrace_client.residencies import Residencies
 from headrace_client.sets import Sets
 from headrace_client.stream import ChunkStream
@@ -48,6 +49,7 @@ class HeadraceClient:
         self.corpora = Corpora(nodes)
         self.extractions = Extractions(nodes)
         self.residencies = Residencies(registry, nodes)
+        self.pins = Pins(registry)
         self.sets = Sets(registry)
 
     @classmethod

@@ -58,7 +58,10 @@ class Models:
         return pages(self._registry, "ModelService.ListModels", "models", convert.model_from_pb, filter=filter)
 
     def delete(self, model_id: str, *, force: bool = False, etag: str = "") -> None:
-        """Deletes a model; ModelInUse while leased or resident, unless `force`."""
+        """Deletes a model; ModelInUse while leased, pinned or resident.
+
+        With `force` its leases are lost and it is unloaded first: ModelInUse if its memory does not come back in time.
+        """
         self._registry.unary(
             "ModelService.DeleteModel", request_id=new_request_id(), model_id=model_id, force=force, etag=etag
         )

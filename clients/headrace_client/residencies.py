@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from headrace_client import _convert as convert
 from headrace_client._nodes import Nodes
-from headrace_client._transport import Endpoint, new_request_id
-from headrace_client.values import Residency
+from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
+from headrace_client._watch import watch
+from headrace_client.values import Residency, ResidencyEvent
 
 
 class Residencies:
@@ -19,6 +22,21 @@ class Residencies:
         """Lists residencies, the newest first."""
         return self._nodes.residencies(model_id=model, node_id=node, include_ended=include_ended)
 
+    def watch(
+        self, *, model: str = "", after_seq: int = 0, deadline_s: float | None = None
+    ) -> Iterator[ResidencyEvent]:
+        """Yields what is there, then every change, of one model or all; reconnects behind the last one seen.
+
+        With `after_seq` it begins with what was missed since, as far as that is still kept.
+        """
+
+        def connect(seq: int, life_s: float | None) -> ServerStream:
+            return self._registry.stream(
+                "ResidencyService.WatchResidencies", life_s=life_s or STREAM_LIFE_S, model_id=model, after_seq=seq
+            )
+
+        return watch(connect, convert.residency_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+
     def load(self, model_id: str, *, node: str = "", device: str = "") -> Residency:
         """Asks for a model to become resident; answers at once with a residency that may still be loading."""
         answer = self._registry.unary(
@@ -31,7 +49,7 @@ class Residencies:
         return convert.residency_from_pb(answer.residency)
 
     def unload(self, model_id: str, *, node: str = "", force: bool = False) -> tuple[Residency, ...]:
-        """Drains and unloads a model on one node, or everywhere; ModelInUse while leased, unless `force`."""
+        """Drains and unloads a model on one node, or everywhere; ModelInUse while leased or pinned, unless `force`."""
         answer = self._registry.unary(
             "ResidencyService.UnloadModel", request_id=new_request_id(), model_id=model_id, node_id=node, force=force
         )

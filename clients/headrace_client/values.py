@@ -193,11 +193,15 @@ class Device:
     capacity_bytes: int
     reserved_bytes: int
     free_bytes: int
+    total_bytes: int = 0
+    lost_bytes: int = 0
+    capability: str = ""
+    flash_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A machine running one extractor."""
+    """A machine running one extractor. Bytes are 0 while unknown; limits of 0 are none."""
 
     id: str
     address: str
@@ -206,6 +210,11 @@ class Node:
     devices: tuple[Device, ...]
     version: str = ""
     heartbeat_time: datetime | None = None
+    memory_bytes: int = 0
+    memory_free_bytes: int = 0
+    runtime_bytes: int = 0
+    max_loads: int = 0
+    max_residents: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +236,39 @@ class Residency:
     create_time: datetime | None = None
     update_time: datetime | None = None
     last_used_time: datetime | None = None
+    queue_position: int = 0
+    pinned: bool = False
+    holders: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more happens to it."""
+        return self.state in (ResidencyState.UNLOADED, ResidencyState.FAILED, ResidencyState.LOST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyEvent:
+    """A residency as it was after something happened to it.
+
+    With `snapshot` it tells what is there: at the beginning, and again where events were missed for good.
+    """
+
+    seq: int
+    residency: Residency
+    snapshot: bool = False
+    time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Somebody's wish that a model stays where it is resident, on one node or on any (an empty `node_id`)."""
+
+    model_id: str
+    owner: str
+    node_id: str = ""
+    reason: str = ""
+    expire_time: datetime | None = None
+    create_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,41 @@
+"""`client.pins`: wishes that a model stays where it is resident."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+
+from headrace_client import _convert as convert
+from headrace_client._nodes import pages
+from headrace_client._transport import Endpoint, new_request_id
+from headrace_client.values import Pin
+
+
+class Pins:
+    """Pins in the registry; one for each model, node and owner."""
+
+    def __init__(self, registry: Endpoint) -> None:
+        self._registry = registry
+
+    def pin(
+        self, model_id: str, owner: str, *, reason: str = "", node: str = "", expire_time: datetime | None = None
+    ) -> Pin:
+        """Pins a model, on one node or everywhere, for ever or until `expire_time`; again changes reason and end.
+
+        It loads nothing. What is pinned is neither evicted nor unloaded for being idle.
+        """
+        pin = convert.pin_to_pb(
+            Pin(model_id=model_id, node_id=node, owner=owner, reason=reason, expire_time=expire_time)
+        )
+        answer = self._registry.unary("ResidencyService.PinModel", request_id=new_request_id(), pin=pin)
+        return convert.pin_from_pb(answer.pin)
+
+    def unpin(self, model_id: str, owner: str, *, node: str = "") -> None:
+        """Removes a pin; one that is not there is no error."""
+        self._registry.unary(
+            "ResidencyService.UnpinModel", request_id=new_request_id(), model_id=model_id, owner=owner, node_id=node
+        )
+
+    def list(self, *, model: str = "") -> Iterator[Pin]:
+        """Iterates over living pins by model, node and owner, all pages."""
+        return pages(self._registry, "ResidencyService.ListPins", "pins", convert.pin_from_pb, model_id=model)
