@@ -78,7 +78,11 @@ def used_bytes(runners):
 
 
 @pytest.mark.parametrize(
-    "seconds", [pytest.param(15, marks=pytest.mark.timeout(300)), pytest.param(120, marks=[pytest.mark.slow])]
+    "seconds",
+    [
+        pytest.param(15, marks=pytest.mark.timeout(300)),
+        pytest.param(120, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
 )
 def test_eight_clients_share_a_device_that_holds_two_of_three_models(start_system, text_llama, seconds):
     system = start_system(models_root=text_llama.parent, registry=POLICY)
