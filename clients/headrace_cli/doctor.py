@@ -64,7 +64,7 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
     yield reached
     if not reached.ok:
         return
-    yield _tried("database", lambda: f"answers; {_n_models(client)} models")
+    yield _tried("database", lambda: f"answers; {_models(client)}")
     try:
         nodes = client.nodes()
     except Exception as exc:  # noqa: BLE001 - a finding, like every other failure here.
@@ -111,8 +111,11 @@ def _latency(client: HeadraceClient) -> str:
     return f"{1000 * (time.monotonic() - began):.0f} ms a call"
 
 
-def _n_models(client: HeadraceClient) -> int:
-    return sum(1 for _ in client.models.list())
+def _models(client: HeadraceClient) -> str:
+    """Counts models and the bytes of their files; models that share files count them once."""
+    models = list(client.models.list())
+    stored = {model.files_path: model.store_bytes for model in models if model.store_bytes}
+    return f"{len(models)} models, {formats.size(sum(stored.values()))} in the model store"
 
 
 def _clock(node: Node) -> Finding:

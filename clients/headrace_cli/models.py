@@ -192,6 +192,8 @@ def _print_model(settings: Settings, model: Model) -> None:
         "load options": json.dumps(dict(model.load_options)) if model.load_options else "",
         "labels": ", ".join(f"{key}={value}" for key, value in model.labels.items()),
         "files": model.files_path,
+        "in the store": formats.size(model.store_bytes) if model.store_bytes else "",
+        "last used": formats.time_of_day(model.last_used_time),
         "registered": formats.time_of_day(model.create_time),
     }
     print_value(settings, model, facts)

@@ -33,6 +33,15 @@ def up(
     models_root: Annotated[
         list[Path] | None, typer.Option(help="Folder models may be registered from; repeat.")
     ] = None,
+    models_quota_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of downloaded models.  (default: 50 GB)")
+    ] = None,
+    allow_pickle: Annotated[
+        list[str] | None, typer.Option(metavar="REPO", help="Hub repo whose pickled weights may be read; repeat.")
+    ] = None,
+    trust_remote_code: Annotated[
+        list[str] | None, typer.Option(metavar="REPO", help="Hub repo whose code may run here; repeat.")
+    ] = None,
     corpus_root: Annotated[
         list[Path] | None, typer.Option(help="Folder corpora may be registered from; repeat.")
     ] = None,
@@ -44,7 +53,11 @@ def up(
     settings = settings_of(context)
     folder = data_dir.expanduser().absolute()
     common = ["--grace-s", f"{grace_s:g}"]
-    registry = _registry(folder, registry_listen, [*common, *_repeated("--models-root", models_root)])
+    of_registry = [*common, *_repeated("--models-root", models_root)]
+    of_registry += ["--models-quota-bytes", str(models_quota_bytes)] if models_quota_bytes is not None else []
+    of_registry += [word for repo in allow_pickle or [] for word in ("--allow-pickle", repo)]
+    of_registry += [word for repo in trust_remote_code or [] for word in ("--trust-remote-code", repo)]
+    registry = _registry(folder, registry_listen, of_registry)
     options = [*common, *_repeated("--corpus-root", corpus_root)]
     options += ["--device", device] if device else []
     options += ["--cpu-bytes", str(cpu_bytes)] if cpu_bytes is not None else []

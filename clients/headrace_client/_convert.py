@@ -102,6 +102,8 @@ def model_from_pb(pb: model_pb.Model) -> v.Model:
         etag=pb.etag,
         create_time=_time(pb, "create_time"),
         update_time=_time(pb, "update_time"),
+        store_bytes=pb.store_bytes,
+        last_used_time=_time(pb, "last_used_time"),
     )
 
 

@@ -170,6 +170,8 @@ class Model:
     etag: str = ""
     create_time: datetime | None = None
     update_time: datetime | None = None
+    store_bytes: int = 0
+    last_used_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli import formats
 from headrace_cli.app import app, hoisted
 from headrace_cli.models import source_of
+from headrace_cli.progress import Bar, show_model
 from headrace_cli.serve import server_command
 from headrace_cli.settings import Defaults
+from headrace_client.values import ModelState, Transfer
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -60,6 +63,16 @@ def test_models_add_prepares_with_progress_on_stderr(headrace, scripted_registry
     assert model["load_options"] == {"dtype": "bfloat16"}
     assert "tiny downloading" in result.stderr
     assert len(scripted_registry.calls["PrepareModel"]) == 1
+
+
+def test_a_download_shows_bytes_rate_and_time_left(capsys, registered):
+    transfer = Transfer(
+        done_bytes=1024**2, total_bytes=4 * 1024**2, percent=25.0, rate_bytes_per_s=2 * 1024**2, eta_s=90.0
+    )
+    with Bar("tiny", terminal=False) as bar:
+        show_model(bar, replace(registered, state=ModelState.DOWNLOADING, transfer=transfer))
+
+    assert capsys.readouterr().err == "tiny downloading 25 % · 1.0 MiB of 4.0 MiB · 2.0 MiB/s · 1:30 left\n"
 
 
 def test_models_add_can_leave_the_files_for_later(headrace, scripted_registry):
@@ -291,11 +304,14 @@ def test_the_token_comes_from_the_file_or_the_environment(headrace, scripted_reg
     assert seen == ["Bearer from-env", "Bearer from-file"]
 
 
-def test_doctor_finds_all_well(headrace, tmp_path):
+def test_doctor_finds_all_well(headrace, registered, scripted_registry, tmp_path):
+    scripted_registry.models["tiny"].store_bytes = 3 * 1024**2
+    scripted_registry.models["tiny"].files_path = "/store/tiny"
     findings = {one["subject"]: one for one in answer(headrace("--json", "doctor", "--data-dir", tmp_path))}
 
     assert {"registry", "database", "extractor", "clock", "disk", "versions"} <= findings.keys()
     assert "127.0.0.1" in findings["extractor"]["text"]
+    assert findings["database"]["text"] == "answers; 1 models, 3.0 MiB in the model store"
 
 
 def test_doctor_names_what_is_bad_and_what_to_do(headrace, scripted_registry, extractor_host, tmp_path):

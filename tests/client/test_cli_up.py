@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 CLI = [sys.executable, "-m", "headrace_cli", "--json"]
+REGISTRY_FLAGS = [("--models-quota-bytes", "1000000"), ("--allow-pickle", "a/b"), ("--trust-remote-code", "c/d")]
 
 
 @pytest.fixture
@@ -18,6 +21,7 @@ def running(tmp_path):
     """`headrace up` on free ports, ready; its events so far and the process."""
     command = [*CLI, "up", "--data-dir", str(tmp_path), "--registry-listen", "127.0.0.1:0", "--grace-s", "5"]
     command += ["--extractor-listen", "127.0.0.1:0", "--device", "cpu"]
+    command += [word for flag, value in REGISTRY_FLAGS for word in (flag, value)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     yield process
     if process.poll() is None:
@@ -49,6 +53,7 @@ def test_up_starts_both_restarts_a_killed_one_and_stops_both(running):
     registry = next_event(running, "registry", r"ready at (.+)")[1]
     extractor_pid = int(next_event(running, "extractor", r"process (\d+)")[1])
     first = next_event(running, "extractor", r"ready at (.+)")[1]
+    words = Path(f"/proc/{registry_pid}/cmdline").read_text().split("\0")
 
     os.kill(extractor_pid, signal.SIGKILL)
     extractor_pid = int(next_event(running, "extractor", r"starting, process (\d+)")[1])
@@ -59,6 +64,7 @@ def test_up_starts_both_restarts_a_killed_one_and_stops_both(running):
 
     assert code == 0
     assert again == first
+    assert set(REGISTRY_FLAGS) <= set(pairwise(words))
     assert [(node["state"], node["address"]) for node in listed] == [("ALIVE", again)]
     assert not alive(registry_pid)
     assert not alive(extractor_pid)
