@@ -57,6 +57,7 @@ from registry_service.postgres.residency_upkeep import ResidencyUpkeep
 from registry_service.postgres.room_store import RoomStore
 from registry_service.postgres.set_store import SetStore
 from registry_service.postgres.upkeep_store import UpkeepStore
+from registry_service.postgres.validation_store import ValidationStore
 from registry_service.preparation import Preparer
 from registry_service.profiles import Profiles
 from registry_service.rpc.estimate import MemoryEstimates
@@ -172,6 +173,7 @@ class Registry:
             worker=uuid.uuid4().hex,
             reason_of=reason_of,
         )
+        validations = ValidationStore(database, wakeups, settings.policy)
         self._upkeep = Upkeep(
             leases=leases,
             nodes=nodes,
@@ -179,6 +181,7 @@ class Registry:
             rows=UpkeepStore(database),
             pins=pins,
             events=events,
+            validations=validations,
             heartbeat_interval_s=settings.heartbeat_interval_s,
         )
         self._models = ModelServicer(
@@ -186,6 +189,7 @@ class Registry:
             deletions=Deletions(models=models, wakeups=wakeups),
             preparations=self.preparations,
             preparer=self._preparer,
+            validations=validations,
             roots=roots,
             allowances=settings.allowances,
             commits=hub,
@@ -211,6 +215,7 @@ class Registry:
             nodes=nodes,
             residencies=residencies,
             preparations=self.preparations,
+            validations=validations,
             wakeups=wakeups,
             shutdown=shutdown,
             heartbeat_interval_s=settings.heartbeat_interval_s,

@@ -9,8 +9,6 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from registry_service.errors import NotImplementedYet
-
 
 class ModelState(StrEnum):
     """Where a model's files stand; a name ending in -ING resolves by itself."""
@@ -103,6 +101,24 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFidelity:
+    """How far the residual stream behind a layer is from the unquantized model's, over all positions."""
+
+    layer: int
+    cosine: float
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """What quantization changed, on a fixed text."""
+
+    reference_dtype: str
+    n_tokens: int
+    layers: tuple[LayerFidelity, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """One registered (source, commit, quantization, load options)."""
 
@@ -124,6 +140,7 @@ class Model:
     files_path: str = ""
     tokenizer_digest: str = ""
     store_bytes: int = 0
+    fidelity: Fidelity | None = None
     last_used_time: datetime | None = None
     revision: int = 1
     event_seq: int = 0
@@ -159,12 +176,3 @@ class ModelEvent:
     time: datetime
     model: Model
     message: str = ""
-
-
-def checked_quantization(quantization: Quantization) -> Quantization:
-    """Refuses what no runner can load yet, rather than registering a model that never becomes resident."""
-    if quantization is not Quantization.NONE:
-        raise NotImplementedYet(
-            f"quantization {quantization} is not available in this version; register the model with NONE"
-        )
-    return quantization

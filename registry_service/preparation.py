@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -24,6 +25,7 @@ from registry_service.hub.events import Event, Job
 from registry_service.models import Failure, Model, SourceKind, Transfer
 from registry_service.paths import ModelRoots
 from registry_service.postgres.preparation_store import BuildState, ClaimLost, PreparationStore
+from registry_service.quantizing import is_quantized, merged, quantized_folder
 from registry_service.storekeeper import Storekeeper
 from registry_service.wakeups import Wakeups
 
@@ -151,6 +153,10 @@ class Preparer:
         await self._finish(model, inspection.digest, folder, inspection)
 
     async def _hub(self, model: Model) -> None:
+        if model.commit_sha and (base := await self._base_of(model, model.commit_sha)):
+            self._tokens.pop(model.id, None)
+            await self._finish(model, model.commit_sha, base, await self._inspect(model, base, None))
+            return
         revision = model.commit_sha or model.source.revision
         job = Job(
             repo_id=model.source.location,
@@ -191,25 +197,39 @@ class Preparer:
         digest = await self._read(model, "reading the file", lambda reading: _gguf_digest(source, reading))
         target = self._storekeeper.folders.root / f"{model.id}-{digest[:12]}"
         await self._progress(model, Transfer(), "file read", commit_sha=f"sha256:{digest}")
-        if not (target / "config.json").is_file():
+        base = await self._base_of(model, f"sha256:{digest}")
+        if base is not None:
+            target = base
+        elif not (target / "config.json").is_file():
             size_bytes = (await asyncio.to_thread(source.stat)).st_size
             # What is packed in less than half of float32 grows by more; the quota then holds from the next time on.
             await self._make_room(model, str(target), _UNPACKED * size_bytes, make=False)
             await self._build(model, target)
         await self._finish(model, f"sha256:{digest}", target, await self._inspect(model, target, None))
 
-    async def _build(self, model: Model, target: Path) -> None:
-        """Has a node convert; waits for one to come, gives the build to another when one is lost."""
+    async def _base_of(self, model: Model, commit_sha: str) -> Path | None:
+        """Unquantized files of the same commit that are here already."""
+        path = await self._store.take_base(model, self.worker, commit_sha=commit_sha)
+        whole = bool(path) and await asyncio.to_thread(os.path.isfile, f"{path}/config.json")
+        return Path(path) if whole else None
+
+    async def _build(self, model: Model, target: Path, source: Path | None = None) -> BuildState:
+        """Has a node convert, or quantize what is in `source`.
+
+        Waits for a node to come, gives the build to another when one is lost.
+        """
         while True:
             seen = self._wakeups.generation
             build = await self._store.build_state(model.id, self.worker)
             if build.done and build.target_path == str(target):
-                return
+                return build
             if build.failure is not None:
                 await self._fail(model, build.failure.reason or "LOAD_FAILED", build.failure.message)
                 raise ClaimLost
             if _needs_node(build, str(target)):
-                await self._store.assign_build(model.id, self.worker, target_path=str(target))
+                await self._store.assign_build(
+                    model.id, self.worker, target_path=str(target), source_path=str(source or "")
+                )
             await self._wakeups.wait(seen)
 
     async def _inspect(self, model: Model, folder: Path, check: Callable[[Path], None] | None) -> Inspection:
@@ -239,7 +259,14 @@ class Preparer:
     async def _progress(self, model: Model, transfer: Transfer, message: str, commit_sha: str = "") -> None:
         await self._store.progress(model.id, self.worker, message=message, transfer=transfer, commit_sha=commit_sha)
 
-    async def _finish(self, model: Model, commit_sha: str, folder: Path, inspection: Inspection) -> None:
+    async def _finish(self, model: Model, commit_sha: str, base: Path, inspection: Inspection) -> None:
+        folder, fidelity = base, None
+        if is_quantized(model):
+            folder = quantized_folder(self._storekeeper.folders.root, model, commit_sha)
+            await self._progress(model, Transfer(), "files ready to quantize", commit_sha=commit_sha)
+            await self._make_room(model, str(folder), inspection.weights.weight_bytes, make=False)
+            fidelity = (await self._build(model, folder, base)).fidelity
+            inspection = merged(inspection, await self._inspect(model, folder, None))
         await self._store.finish(
             model.id,
             self.worker,
@@ -247,6 +274,8 @@ class Preparer:
             files_path=str(folder),
             inspection=inspection,
             store_bytes=await self._storekeeper.bytes_of(str(folder)),
+            base_path=str(base) if folder != base else "",
+            fidelity=fidelity,
         )
         log.info("model %s is ready in %s", model.id, folder)
 

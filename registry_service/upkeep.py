@@ -15,6 +15,7 @@ from registry_service.postgres.node_store import NodeStore
 from registry_service.postgres.pin_store import PinStore
 from registry_service.postgres.residency_upkeep import ResidencyUpkeep
 from registry_service.postgres.upkeep_store import UpkeepStore
+from registry_service.postgres.validation_store import ValidationStore
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Upkeep:
         rows: UpkeepStore,
         pins: PinStore,
         events: EventStore,
+        validations: ValidationStore,
         heartbeat_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,6 +64,7 @@ class Upkeep:
         self._rows = rows
         self._pins = pins
         self._events = events
+        self._validations = validations
         self._silent_s = heartbeat_interval_s * MISSED_HEARTBEATS
         self._tick_s = min(_TICK_S, heartbeat_interval_s / 2)
         self._listening = Listening(longest_gap_s=self._tick_s + heartbeat_interval_s)
@@ -88,6 +91,7 @@ class Upkeep:
             for node_id in await self._nodes.lose_silent(self._silent_s):
                 log.warning("node %s is silent", node_id)
         await self._pins.purge()
+        await self._validations.tidy()
         await self._residencies.tidy()
         if self._clock() - self._purged > _PURGE_EVERY_S:
             await self._rows.purge()

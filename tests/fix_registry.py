@@ -180,7 +180,7 @@ class FakeNode:
                 act = self._unload if residency.state == STATES.RESIDENCY_STATE_UNLOADING else self._load
                 self._start(f"{residency.id} {act.__name__}", act(residency))
             for build in message.builds:
-                self._start(f"build {build.model.id}", self._build(build))
+                self._start(f"build {build.target_path}", self._build(build))
 
     def _start(self, key: str, work: object) -> None:
         if key in self._tasks:

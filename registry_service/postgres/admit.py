@@ -55,9 +55,9 @@ async def admit(conn: Connection, wish: Wish, policy: Policy, avoid: Mapping[Pla
 
     Raises what refuses it. `avoid` are the places where the caller has seen it fail.
     """
-    model = await _ready_model(conn, wish.model_id)
-    nodes = await _lock_nodes(conn, wish)
-    spaces = await _spaces(conn, model, wish, nodes, avoid or {})
+    model = await ready_model(conn, wish.model_id)
+    nodes = await lock_living(conn, wish)
+    spaces = await read_spaces(conn, model, wish, nodes, avoid or {})
     if not spaces:
         raise NodeNotFound("/".join(part for part in (wish.node_id, wish.device_id) if part))
     decision = decide_placement(model.id, spaces, policy)
@@ -96,7 +96,8 @@ async def _line_up(
     return await read_residency(conn, residency_id)
 
 
-async def _ready_model(conn: Connection, model_id: str) -> Model:
+async def ready_model(conn: Connection, model_id: str) -> Model:
+    """Reads a model and keeps it until the transaction ends. Raises ModelNotFound and ModelNotReady."""
     row = await (await conn.execute(queries.MODEL_KEEP, {"id": model_id})).fetchone()
     model = model_of(row) if row is not None else await read_model(conn, model_id)
     if model.state is not ModelState.READY:
@@ -119,7 +120,7 @@ async def _check_resident(conn: Connection, wish: Wish, decision: Decision) -> N
     )
 
 
-async def _lock_nodes(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
+async def lock_living(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
     """Locks the nodes that the wish allows; returns those that live."""
     place = {"node_id": wish.node_id, "device_id": wish.device_id}
     rows = await (await conn.execute(admission.NODES_OF_PLACE, place)).fetchall()
@@ -137,13 +138,14 @@ async def _lock_nodes(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
     return nodes
 
 
-async def _spaces(
+async def read_spaces(
     conn: Connection,
     model: Model,
     wish: Wish,
     nodes: Mapping[str, LockedNode],
     avoid: Mapping[Place, Failure],
 ) -> Sequence[Space]:
+    """The devices that the wish allows, with what the model would take there."""
     learned = await LearnedSizes.read(conn, model)
     backoffs = {place: Backoff(left_s=0.0, failure=failure) for place, failure in avoid.items()}
     backoffs |= await read_backoffs(conn, model.id)

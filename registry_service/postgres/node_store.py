@@ -11,30 +11,50 @@ Locks are taken in the order node, device, residency.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from registry_service.errors import EpochStale
 from registry_service.models import Model
 from registry_service.nodes import Announcement, Device, Node, NodeState, Pulse
 from registry_service.paging import Page
-from registry_service.postgres import queries
+from registry_service.postgres import queries, validation_queries
 from registry_service.postgres.pool import Connection, Database
-from registry_service.postgres.rows import device_of, model_of, node_of, residency_of
+from registry_service.postgres.rows import Row, device_of, model_of, node_of, residency_of
 from registry_service.residency import Residency
 from registry_service.wakeups import Wakeups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """Files a node shall make: quantized from the folder `source_path`, or converted if that is empty."""
+
+    model: Model
+    target_path: str
+    source_path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """A model a node shall try, with the options to try."""
+
+    attempt_id: str
+    model: Model
+    device_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
-    """All a node shall hold and build."""
+    """All a node shall hold, build and try."""
 
     assignments: tuple[tuple[Residency, Model], ...]
-    builds: tuple[tuple[Model, str], ...]
+    builds: tuple[Build, ...] = ()
+    validations: tuple[Validation, ...] = ()
 
     def key(self) -> tuple[object, ...]:
         """Equal keys ask the same of the node."""
         held = tuple((residency.id, residency.fence, residency.state) for residency, _ in self.assignments)
-        return held, tuple((model.id, target) for model, target in self.builds)
+        builds = tuple((build.model.id, build.target_path, build.source_path) for build in self.builds)
+        return held, builds, tuple(validation.attempt_id for validation in self.validations)
 
 
 class NodeStore:
@@ -115,9 +135,15 @@ class NodeStore:
             found = await (await conn.execute(queries.MODELS_OF_IDS, {"ids": ids})).fetchall()
             models = {row["id"]: model_of(row) for row in found}
             builds = await (await conn.execute(queries.BUILDS_OF_NODE, {"node_id": node_id})).fetchall()
+            parameters = {"node_id": node_id, "epoch": epoch}
+            trials = await (await conn.execute(validation_queries.ATTEMPTS_OF_NODE, parameters)).fetchall()
             return DesiredState(
                 assignments=tuple((r, models[r.model_id]) for r in residencies if r.model_id in models),
-                builds=tuple((model_of(row), row["target_path"]) for row in builds),
+                builds=tuple(
+                    Build(model=model_of(row), target_path=row["target_path"], source_path=row["source_path"])
+                    for row in builds
+                ),
+                validations=tuple(_validation_of(row) for row in trials),
             )
 
         return await self._database.run(work)
@@ -206,6 +232,11 @@ async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Dev
             "ordinal": ordinal,
         }
         await conn.execute(queries.DEVICE_UPSERT, values)
+
+
+def _validation_of(row: Row) -> Validation:
+    model = replace(model_of(row), load_options=row["attempt_options"])
+    return Validation(attempt_id=row["attempt_id"], model=model, device_id=row["attempt_device_id"])
 
 
 def _check_epoch(node_id: str, epoch: int, current: int | None) -> None:

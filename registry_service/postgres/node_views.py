@@ -64,5 +64,6 @@ def _device_of(row: dict[str, Any]) -> DeviceView:
         id=row["id"],
         kind=DeviceKind(row["kind"]),
         capacity_bytes=row["capacity_bytes"],
-        lost_bytes=row["lost_bytes"],
+        # Held by trials, too: nobody can be evicted for them.
+        lost_bytes=row["lost_bytes"] + row["validating_bytes"],
     )

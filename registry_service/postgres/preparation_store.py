@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 from registry_service.errors import StateConflict
 from registry_service.files import Inspection
-from registry_service.models import Failure, Model, ModelState, SourceKind, Transfer
+from registry_service.models import Failure, Fidelity, Model, ModelState, SourceKind, Transfer
 from registry_service.postgres import queries, store_queries
 from registry_service.postgres.model_store import change_model, lock_model, read_model
 from registry_service.postgres.node_store import hear
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
-from registry_service.postgres.rows import failure_of, json_of
+from registry_service.postgres.rows import failure_of, fidelity_of, json_of
 from registry_service.wakeups import Wakeups
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class BuildState:
     failure: Failure | None
     node_alive: bool
     silent_s: float
+    fidelity: Fidelity | None = None
 
 
 class PreparationStore:
@@ -141,6 +142,8 @@ class PreparationStore:
         files_path: str,
         inspection: Inspection,
         store_bytes: int = 0,
+        base_path: str = "",
+        fidelity: Fidelity | None = None,
     ) -> None:
         """Makes the model READY. Raises ClaimLost."""
         weights = inspection.weights
@@ -156,6 +159,8 @@ class PreparationStore:
             "parameters_by_dtype": json_of(weights.parameters_by_dtype),
             "tokenizer_digest": inspection.tokenizer_digest,
             "store_bytes": store_bytes,
+            "base_path": base_path,
+            "fidelity": json_of(fidelity),
         }
         await self._end(model_id, worker, "ready", columns)
 
@@ -179,11 +184,37 @@ class PreparationStore:
                 failure=failure_of(row["failure"]),
                 node_alive=row["node_state"] == "ALIVE",
                 silent_s=row["silent_s"] or 0.0,
+                fidelity=fidelity_of(row["fidelity"]),
             )
 
         return await self._database.run(work)
 
-    async def assign_build(self, model_id: str, worker: str, *, target_path: str) -> str:
+    async def take_base(self, model: Model, worker: str, *, commit_sha: str) -> str:
+        """Returns a folder with the same unquantized files that another model brought, kept until the end; or nothing.
+
+        Raises ClaimLost.
+        """
+
+        async def work(conn: Connection) -> str:
+            await conn.execute(store_queries.STORE_LOCK)
+            await hold_claim(conn, model.id, worker)
+            parameters = {
+                "model_id": model.id,
+                "quantization": model.quantization,
+                "source_kind": model.source.kind,
+                "location": model.source.location,
+                "commit_sha": commit_sha,
+            }
+            row = await (await conn.execute(store_queries.BASE_FIND, parameters)).fetchone()
+            if row is None:
+                return ""
+            await conn.execute(store_queries.BASE_TAKE, {"model_id": model.id, "path": row["path"]})
+            path: str = row["path"]
+            return path
+
+        return await self._database.run(work)
+
+    async def assign_build(self, model_id: str, worker: str, *, target_path: str, source_path: str = "") -> str:
         """Gives the build to the living node with the fewest; returns its id, or nothing if none lives."""
 
         async def work(conn: Connection) -> str:
@@ -192,10 +223,16 @@ class PreparationStore:
             node_id = row["id"] if row is not None else None
             if node_id is None and held["node_id"] is None and held["target_path"] == target_path:
                 return ""  # It waits already; saying so again would be an event each second.
-            parameters = {"model_id": model_id, "node_id": node_id, "target_path": target_path}
+            parameters = {
+                "model_id": model_id,
+                "node_id": node_id,
+                "target_path": target_path,
+                "source_path": source_path,
+            }
             await conn.execute(queries.BUILD_ASSIGN, parameters)
-            message = f"node {node_id} converts" if node_id else "waits for a node; start an extractor"
-            await change_model(conn, model_id, message, {"transfer": json_of(Transfer())})
+            message = _at_work(node_id, source_path) if node_id else "waits for a node; start an extractor"
+            state = ModelState.QUANTIZING if source_path else ModelState.CONVERTING
+            await change_model(conn, model_id, message, {"state": state, "transfer": json_of(Transfer())})
             return node_id or ""
 
         assigned = await self._database.run(work)
@@ -212,17 +249,24 @@ class PreparationStore:
         done: bool,
         transfer: Transfer | None,
         failure: Failure | None,
+        fidelity: Fidelity | None = None,
     ) -> None:
         """Stores a node's word on its build. One that is no longer its build is ignored: there is nothing to undo."""
 
         async def work(conn: Connection) -> None:
             await hear(conn, node_id, epoch)
             await conn.execute(queries.MODEL_LOCK, {"id": model_id})
-            parameters = {"model_id": model_id, "node_id": node_id, "done": done, "failure": json_of(failure)}
+            parameters = {
+                "model_id": model_id,
+                "node_id": node_id,
+                "done": done,
+                "failure": json_of(failure),
+                "fidelity": json_of(fidelity),
+            }
             row = await (await conn.execute(queries.BUILD_REPORT, parameters)).fetchone()
             if row is not None and not done and failure is None:
                 columns = {"transfer": json_of(transfer or Transfer())}
-                await change_model(conn, model_id, f"node {node_id} converts", columns)
+                await change_model(conn, model_id, _at_work(node_id, row["source_path"]), columns)
 
         await self._change(work)
 
@@ -240,6 +284,10 @@ class PreparationStore:
         result = await self._database.run(work)
         self._wakeups.wake()
         return result
+
+
+def _at_work(node_id: str, source_path: str) -> str:
+    return f"node {node_id} {'quantizes' if source_path else 'converts'}"
 
 
 async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:

@@ -83,7 +83,8 @@ WHERE %(worker)s::text IS NULL OR claimed_by = %(worker)s
 """
 BUILD_ASSIGN = """
 UPDATE preparations
-SET node_id = %(node_id)s, target_path = %(target_path)s, done = false, failure = NULL, report_time = registry_now()
+SET node_id = %(node_id)s, target_path = %(target_path)s, source_path = %(source_path)s, done = false, failure = NULL,
+    fidelity = NULL, report_time = registry_now()
 WHERE model_id = %(model_id)s
 """
 BUILD_CHOOSE_NODE = """
@@ -98,14 +99,15 @@ FROM preparations p LEFT JOIN nodes n ON n.id = p.node_id
 WHERE p.model_id = %(model_id)s AND p.claimed_by = %(worker)s
 """
 BUILDS_OF_NODE = """
-SELECT m.*, p.target_path FROM preparations p JOIN models m ON m.id = p.model_id
+SELECT m.*, p.target_path, p.source_path FROM preparations p JOIN models m ON m.id = p.model_id
 WHERE p.node_id = %(node_id)s AND p.target_path <> '' AND NOT p.done AND p.failure IS NULL
 ORDER BY p.create_time, m.id
 """
 BUILD_REPORT = """
-UPDATE preparations SET done = %(done)s, failure = %(failure)s, report_time = registry_now()
+UPDATE preparations
+SET done = %(done)s, failure = %(failure)s, fidelity = COALESCE(%(fidelity)s, fidelity), report_time = registry_now()
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s
-RETURNING model_id
+RETURNING model_id, source_path
 """
 
 # Nodes ---------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,10 @@ WHERE present AND (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s
 # All devices of a node at once: its limits count over all of them. No join with nodes here: after a wait for the lock,
 # Postgres reads the locked row anew, but not the joined one.
 DEVICES_OF_NODES_LOCK = """
-SELECT * FROM devices WHERE node_id = ANY(%(node_ids)s) ORDER BY node_id, id FOR UPDATE
+SELECT d.*, COALESCE((
+    SELECT sum(a.reserved_bytes) FROM validation_attempts a
+    WHERE a.node_id = d.node_id AND a.device_id = d.id AND NOT a.done), 0)::bigint AS validating_bytes
+FROM devices d WHERE d.node_id = ANY(%(node_ids)s) ORDER BY d.node_id, d.id FOR UPDATE OF d
 """
 # Leases are granted under the residency's lock alone; what is read of them after this stays true.
 RESIDENCIES_OF_NODES_LOCK = """
@@ -166,7 +169,7 @@ SET device_kind = excluded.device_kind, estimated_bytes = excluded.estimated_byt
 LEARNED = """
 SELECT node_id, device_id, device_kind, load_dtype, estimated_bytes, measured_bytes FROM learned_sizes
 WHERE model_id = %(model_id)s AND quantization = %(quantization)s
-ORDER BY time DESC
+ORDER BY time DESC, node_id, device_id
 """
 
 # Leases --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,18 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from registry_service.leases import Lease
-from registry_service.models import Architecture, Failure, Model, ModelState, Quantization, Source, SourceKind, Transfer
+from registry_service.models import (
+    Architecture,
+    Failure,
+    Fidelity,
+    LayerFidelity,
+    Model,
+    ModelState,
+    Quantization,
+    Source,
+    SourceKind,
+    Transfer,
+)
 from registry_service.nodes import Device, DeviceKind, Node, NodeState
 from registry_service.pins import Pin
 from registry_service.residency import Occupant, Residency, ResidencyState
@@ -37,6 +48,7 @@ def model_of(row: Row) -> Model:
         parameters_by_dtype=row["parameters_by_dtype"],
         files_path=row["files_path"],
         tokenizer_digest=row["tokenizer_digest"],
+        fidelity=fidelity_of(row.get("fidelity")),
         store_bytes=row.get("store_bytes", 0),  # Events of earlier versions lack it and the next.
         last_used_time=_optional_time(row.get("last_used_time")),
         revision=row["revision"],
@@ -164,7 +176,14 @@ def failure_of(value: dict[str, Any] | None) -> Failure | None:
     return Failure(**value) if value else None
 
 
-def json_of(value: Transfer | Failure | Architecture | Mapping[str, Any] | None) -> Jsonb | None:
+def fidelity_of(value: dict[str, Any] | None) -> Fidelity | None:
+    """A JSON column."""
+    if not value:
+        return None
+    return Fidelity(**{**value, "layers": tuple(LayerFidelity(**layer) for layer in value["layers"])})
+
+
+def json_of(value: Transfer | Failure | Architecture | Fidelity | Mapping[str, Any] | None) -> Jsonb | None:
     """For a JSON column."""
     if value is None:
         return None

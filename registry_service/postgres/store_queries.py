@@ -17,12 +17,14 @@ UPDATE store_folders f SET doom_time = registry_now(), reserved_bytes = 0
 WHERE (f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)) AND f.doom_time IS NULL
   AND NOT EXISTS (SELECT 1 FROM models o WHERE o.id <> %(id)s
                   AND (o.files_path = f.path OR (o.source_kind = 'folder' AND o.location = f.path)))
+  AND NOT EXISTS (SELECT 1 FROM preparations p WHERE p.model_id <> %(id)s AND p.source_path = f.path)
 """
 FOLDERS_DOOM_ORPHANS = """
 UPDATE store_folders SET doom_time = registry_now(), reserved_bytes = 0
 WHERE path IN (
     SELECT f.path FROM store_folders f
     WHERE f.doom_time IS NULL AND NOT EXISTS (SELECT 1 FROM models m WHERE m.id = f.model_id)
+      AND NOT EXISTS (SELECT 1 FROM preparations p WHERE p.source_path = f.path)
       AND NOT EXISTS (SELECT 1 FROM models m
                       WHERE m.files_path = f.path OR (m.source_kind = 'folder' AND m.location = f.path))
     LIMIT %(limit)s
@@ -44,7 +46,8 @@ SELECT f.path, u.ids AS models, u.gguf,
             THEN f.reserved_bytes ELSE 0 END AS reserved_bytes,
        extract(epoch FROM COALESCE(u.last_used, f.create_time))::float8 AS last_used,
        EXISTS (SELECT 1 FROM preparations p
-               WHERE p.model_id = f.model_id OR p.target_path = f.path OR p.model_id = ANY(u.ids))
+               WHERE p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path)
+                  OR p.model_id = ANY(u.ids))
     OR EXISTS (SELECT 1 FROM residencies r WHERE r.model_id = ANY(u.ids)
                AND (r.state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR r.state_when_lost IS NOT NULL))
     OR EXISTS (SELECT 1 FROM pins p WHERE p.model_id = ANY(u.ids)
@@ -74,3 +77,14 @@ FROM (
 ) used
 WHERE m.id = used.id
 """
+# Files of the same commit that another model, of another quantization, is loaded or was made from.
+BASE_FIND = """
+SELECT f.path FROM models m
+JOIN store_folders f ON f.path = CASE WHEN m.quantization = 'NONE' THEN m.files_path ELSE m.base_path END
+WHERE m.id <> %(model_id)s AND m.state = 'READY' AND f.doom_time IS NULL
+  AND m.source_kind = %(source_kind)s AND m.commit_sha = %(commit_sha)s
+  AND (m.source_kind = 'gguf' OR m.location = %(location)s)
+  AND (m.quantization <> 'NONE' OR %(quantization)s <> 'NONE')
+ORDER BY m.create_time, m.id LIMIT 1
+"""
+BASE_TAKE = "UPDATE preparations SET source_path = %(path)s WHERE model_id = %(model_id)s"

@@ -15,7 +15,7 @@ from chassis.watch import HEARTBEAT_INTERVAL_S, watch
 from registry_service.allowances import Allowances
 from registry_service.commits import Commits, with_commit
 from registry_service.deletion import Deletions
-from registry_service.errors import FieldInvalid, NotImplementedYet
+from registry_service.errors import FieldInvalid
 from registry_service.filters import parse_filter
 from registry_service.identifiers import checked_id, checked_labels, checked_request_id, checked_text
 from registry_service.load_options import trusts_remote_code
@@ -25,10 +25,13 @@ from registry_service.paths import ModelRoots
 from registry_service.postgres.model_store import ModelStore, require_update
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.requests import Request
+from registry_service.postgres.validation_store import ValidationStore
 from registry_service.preparation import Preparer
 from registry_service.rpc.catalog import list_catalog
 from registry_service.rpc.convert import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
 from registry_service.rpc.estimate import MemoryEstimates
+from registry_service.rpc.validations import attempt_to_pb, step_messages
+from registry_service.validations import watch_attempt
 from registry_service.wakeups import Wakeups
 
 _DEFAULT_PAGE = 50
@@ -44,6 +47,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         deletions: Deletions,
         preparations: PreparationStore,
         preparer: Preparer,
+        validations: ValidationStore,
         roots: ModelRoots,
         allowances: Allowances,
         commits: Commits,
@@ -56,6 +60,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._deletions = deletions
         self._preparations = preparations
         self._preparer = preparer
+        self._validations = validations
         self._roots = roots
         self._allowances = allowances
         self._commits = commits
@@ -179,13 +184,33 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     async def ValidateModel(
         self, request: pb.ValidateModelRequest, context: Any
     ) -> AsyncGenerator[pb.ValidateModelResponse, None]:
-        """Not in this version."""
-        raise NotImplementedYet("ValidateModel is not available in this version; LoadModel shows whether a model loads")
-        yield
+        """Each step when it changes, and the attempt."""
+        model = await self._models.get(_model_id(request.model_id))
+        options = load_options_from_pb(request.load_options) if request.HasField("load_options") else None
+        self._allowances.check(model.source, options or {})
+        attempt = await self._validations.start(
+            model.id,
+            node_id=checked_id(request.node_id, field="node_id") if request.node_id else "",
+            device_id=checked_text(request.device_id, field="device_id", max_length=63),
+            load_options=options,
+        )
+        stream = step_messages(watch_attempt(self._validations, self._wakeups, attempt))
+        async with aclosing(self._shutdown.watching(stream)) as messages:
+            async for message in messages:
+                yield message
 
     async def ListAttempts(self, request: pb.ListAttemptsRequest, context: Any) -> pb.ListAttemptsResponse:
-        """Not in this version."""
-        raise NotImplementedYet("ListAttempts is not available in this version; nothing is validated yet")
+        """Lists a page, the newest first."""
+        model_id = _model_id(request.model_id)
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("attempts", model_id, str(request.passed_only)),
+            default=_DEFAULT_PAGE,
+            key_length=2,
+        )
+        found, token = await self._validations.page(model_id, passed_only=request.passed_only, page=page)
+        return pb.ListAttemptsResponse(attempts=[attempt_to_pb(each) for each in found], next_page_token=token)
 
     async def ListCatalog(self, request: pb.ListCatalogRequest, context: Any) -> pb.ListCatalogResponse:
         """Lists a page of the catalog."""

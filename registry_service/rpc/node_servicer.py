@@ -11,20 +11,23 @@ from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import node_service_pb2_grpc
 
 from chassis.shutdown import Shutdown
-from registry_service.errors import FieldInvalid, NotImplementedYet
+from registry_service.errors import FieldInvalid
 from registry_service.identifiers import checked_id, checked_text
 from registry_service.nodes import Announcement, Pulse
 from registry_service.postgres.node_store import DesiredState, NodeStore
 from registry_service.postgres.preparation_store import PreparationStore
 from registry_service.postgres.residency_store import ResidencyReport, ResidencyStore
+from registry_service.postgres.validation_store import ValidationStore
 from registry_service.rpc.convert import (
     device_from_pb,
     failure_from_pb,
+    fidelity_from_pb,
     model_to_pb,
     residency_state_from_pb,
     residency_to_pb,
     transfer_from_pb,
 )
+from registry_service.rpc.validations import validation_report_from_pb
 from registry_service.wakeups import Wakeups
 
 # As the contract says; a node that missed a change is right again after it.
@@ -40,6 +43,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         nodes: NodeStore,
         residencies: ResidencyStore,
         preparations: PreparationStore,
+        validations: ValidationStore,
         wakeups: Wakeups,
         shutdown: Shutdown,
         heartbeat_interval_s: float,
@@ -48,6 +52,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         self._nodes = nodes
         self._residencies = residencies
         self._preparations = preparations
+        self._validations = validations
         self._wakeups = wakeups
         self._shutdown = shutdown
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -129,12 +134,14 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             done=request.done,
             transfer=transfer_from_pb(request.transfer) if request.HasField("transfer") else None,
             failure=failure_from_pb(request.failure) if request.HasField("failure") else None,
+            fidelity=fidelity_from_pb(request.fidelity) if request.HasField("fidelity") else None,
         )
         return pb.ReportBuildResponse()
 
     async def ReportValidation(self, request: pb.ReportValidationRequest, context: Any) -> pb.ReportValidationResponse:
-        """Not in this version."""
-        raise NotImplementedYet("ReportValidation is not available in this version; nothing is validated yet")
+        """Stores what a node says of a validation."""
+        await self._validations.report(validation_report_from_pb(request))
+        return pb.ReportValidationResponse()
 
 
 def _desired_to_pb(state: DesiredState) -> pb.WatchAssignmentsResponse:
@@ -143,7 +150,14 @@ def _desired_to_pb(state: DesiredState) -> pb.WatchAssignmentsResponse:
             pb.Assignment(residency=residency_to_pb(residency), model=model_to_pb(model))
             for residency, model in state.assignments
         ],
-        builds=[pb.Build(model=model_to_pb(model), target_path=target) for model, target in state.builds],
+        builds=[
+            pb.Build(model=model_to_pb(build.model), target_path=build.target_path, source_path=build.source_path)
+            for build in state.builds
+        ],
+        validations=[
+            pb.Validation(attempt_id=each.attempt_id, model=model_to_pb(each.model), device_id=each.device_id)
+            for each in state.validations
+        ],
     )
 
 
