@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -72,11 +74,22 @@ def _memory(device_id: str, kind: str, capacity_bytes: int) -> Device:
     return Device(
         id=device_id,
         kind=kind,
-        name=platform.processor() or platform.machine(),
+        name=_cpu_name(),
         capacity_bytes=capacity_bytes or int(memory.total * DEFAULT_CPU_SHARE),
         free_bytes=memory.available,
         total_bytes=memory.total,
     )
+
+
+@functools.cache
+def _cpu_name() -> str:
+    """Such as `AMD EPYC 9454`; where the system does not tell, the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _cuda_devices() -> tuple[Device, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,7 +50,7 @@ def devices(
     if nodes:
         typer.echo()
         rows = [_device_row(node, device, found) for node in nodes for device in node.devices]
-        print_rows(settings, nodes, _DEVICES, rows, empty="no devices")
+        print_rows(settings, nodes, *_filled(_DEVICES, rows), empty="no devices")
     if found:
         typer.echo()
         print_rows(settings, found, residencies.HEADINGS, map(residencies.row, found), empty="")
@@ -75,7 +76,7 @@ def _device_row(node: Node, device: Device, found: tuple[Residency, ...]) -> tup
         device.id,
         device.name,
         device.capability,
-        "yes" if device.flash_attention else "no",
+        ("yes" if device.flash_attention else "no") if device.kind == "cuda" else "",
         _known(device.total_bytes),
         formats.size(device.capacity_bytes),
         formats.size(device.reserved_bytes),
@@ -83,6 +84,12 @@ def _device_row(node: Node, device: Device, found: tuple[Residency, ...]) -> tup
         _known(device.lost_bytes),
         ", ".join(_held_by(one) for one in there if one.state != "QUEUED"),
     )
+
+
+def _filled(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Leaves out columns that are empty in every row: without a GPU there are several, and terminals are narrow."""
+    kept = [n for n in range(len(headings)) if any(row[n] for row in rows)]
+    return tuple(headings[n] for n in kept), [tuple(row[n] for n in kept) for row in rows]
 
 
 def _held_by(one: Residency) -> str:

@@ -172,6 +172,7 @@ def test_devices_tell_who_holds_what(headrace, scripted_registry):
     node = scripted_registry.nodes[0]
     node.memory_bytes, node.max_loads, node.max_residents = 64 << 30, 2, 3
     device = node.devices[0]
+    device.kind = residency_pb.DEVICE_KIND_CUDA
     device.name, device.capability, device.flash_attention = "NVIDIA H200", "9.0", True
     device.total_bytes, device.lost_bytes = 140 << 30, 2 << 30
     scripted_registry.residencies = [
@@ -193,3 +194,11 @@ def test_devices_tell_who_holds_what(headrace, scripted_registry):
         assert part in shown
     assert found["nodes"][0]["devices"][0]["lost_bytes"] == 2 << 30
     assert found["nodes"][0]["memory_bytes"] == 64 << 30
+
+
+def test_columns_that_say_nothing_are_left_out(headrace):
+    shown = headrace("devices").stdout
+
+    assert "a CPU" in shown
+    for heading in ("capability", "flash attention", "lost"):
+        assert heading not in shown

@@ -91,3 +91,10 @@ def test_the_limits_are_flags(capsys):
     with pytest.raises(SystemExit):
         extractor.parse(["--data-dir", "d", "--max-loads", "-1"])
     assert "0 (no limit) to 10000" in capsys.readouterr().err
+
+
+def test_a_cpu_has_a_name_for_people():
+    (device,) = device_lister("cpu", 0)()
+
+    assert device.name.strip()
+    assert len(device.name) <= 255
