@@ -100,8 +100,8 @@ def choose_victims(candidates: Sequence[Occupant], missing_bytes: int) -> tuple[
     return tuple(chosen)
 
 
-def _by_use(occupant: Occupant) -> tuple[bool, float, str]:
-    return (occupant.in_use, -occupant.idle_s, occupant.residency_id)
+def _by_use(occupant: Occupant) -> tuple[bool, float, int, str]:
+    return (occupant.in_use, -occupant.idle_s, occupant.queue_seq, occupant.residency_id)
 
 
 @dataclass
