@@ -220,6 +220,16 @@ class World:
         self.now += seconds
         self.sync.execute("UPDATE test_clock SET now = now + make_interval(secs => %s)", (seconds,))
 
+    def go_on(self, seconds: float, *waiting: Attempt) -> None:
+        """Lets time pass with nodes heard and callers polling."""
+        while seconds > 0:
+            self.advance(min(5.0, seconds))
+            seconds -= 5.0
+            for node in self.epochs:
+                self.heartbeat(node)
+            for attempt in waiting:
+                self.poll(attempt)
+
     def tick(self) -> None:
         """A round of upkeep."""
         self.run(self.leases.expire())
@@ -240,7 +250,11 @@ class World:
 
     def poll(self, attempt: Attempt) -> Lease | None:
         """One step; the lease once there is one. Raises what the caller would be told."""
-        admission = self.run(attempt.advance(self.now))
+        try:
+            admission = self.run(attempt.advance(self.now))
+        except ServiceError:
+            self.run(attempt.give_up())
+            raise
         return admission.lease if admission is not None else None
 
     def acquire(self, model: str, **fields: Any) -> Lease:
