@@ -19,6 +19,9 @@ from headrace.registry.v1 import model_pb2, node_service_pb2, residency_pb2
 from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_service_pb2 as residency_service
 
+from registry_service.architecture import architecture_from
+from registry_service.memory import estimated_bytes
+
 GIB = 1024**3
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}
 STATES = residency_pb2.ResidencyState
@@ -35,6 +38,9 @@ LLAMA = {
     "vocab_size": 32,
     "tie_word_embeddings": True,
 }
+# What the model of `write_model` is estimated to take on a CPU, in its own process; a device that holds one of them.
+TINY_BYTES = estimated_bytes({"F32": 256, "BF16": 80}, "float32", architecture=architecture_from(LLAMA))
+ROOM_FOR_ONE = TINY_BYTES * 3 // 2
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 
 from registry_service.postgres.event_store import EventStore
+from registry_service.postgres.migrations import migrate, packaged_migrations
 from registry_service.postgres.pool import Database
 from registry_service.postgres.queries import RESIDENCY_EVENT
 
@@ -228,3 +229,27 @@ async def test_a_lost_listening_connection_is_opened_again(database_url, tmp_pat
         await read_until(call, r.RESIDENCY_STATE_RESIDENT)
         call.cancel()
         await node.stop()
+
+
+async def test_events_of_an_earlier_version_keep_their_numbers(empty_database_url):
+    migrations = packaged_migrations()
+    await migrate(empty_database_url, [each for each in migrations if each.version < 3])
+    async with await psycopg.AsyncConnection.connect(empty_database_url, autocommit=True) as conn:
+        for statement in (
+            "INSERT INTO models (id, identity, source_kind, location) VALUES ('m', 'i', 'hub', 'a/b')",
+            "INSERT INTO nodes (id, address, epoch, boot_nonce, state) VALUES ('n', 'a:1', 1, 'x', 'ALIVE')",
+            "INSERT INTO devices (node_id, id, kind, capacity_bytes) VALUES ('n', 'cpu', 'CPU', 1)",
+            """INSERT INTO residencies (id, model_id, node_id, device_id, state, reserved_bytes, load_dtype, node_epoch,
+               reason, actor) VALUES ('r', 'm', 'n', 'cpu', 'RESIDENT', 1, 'float32', 1, 'x', 'x')""",
+            """INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)
+               SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM residencies r, generate_series(1, 3)""",
+        ):
+            await conn.execute(statement)
+        await migrate(empty_database_url, migrations)
+        await conn.execute(RESIDENCY_EVENT, {"id": "r"})
+    database = Database(empty_database_url)
+    await database.open()
+    reading = await EventStore(database).after(1, "")
+    await database.close()
+
+    assert [(event.seq, event.residency.id) for event in reading.events] == [(2, "r"), (3, "r"), (4, "r")]

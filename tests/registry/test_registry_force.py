@@ -6,7 +6,16 @@ import asyncio
 
 import psycopg
 from fix_postgres import refused
-from fix_registry import acquire, cpu, lease_request, new_request_id, ready_model, residency_of, until_residency
+from fix_registry import (
+    ROOM_FOR_ONE,
+    acquire,
+    cpu,
+    lease_request,
+    new_request_id,
+    ready_model,
+    residency_of,
+    until_residency,
+)
 from headrace.registry.v1 import model_service_pb2 as models
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
@@ -17,8 +26,6 @@ from registry_service.postgres.model_store import ModelStore
 from registry_service.postgres.pool import Database
 from registry_service.postgres.requests import Request
 from registry_service.wakeups import Wakeups
-
-ROOM_FOR_ONE = 300_000_000
 
 
 def deletion(**fields: object) -> models.DeleteModelRequest:

@@ -8,12 +8,19 @@ import datetime as dt
 import psycopg
 import pytest
 from fix_postgres import refused
-from fix_registry import cpu, new_request_id, ready_model, register_folder, until, until_residency, write_model
+from fix_registry import (
+    ROOM_FOR_ONE,
+    cpu,
+    new_request_id,
+    ready_model,
+    register_folder,
+    until,
+    until_residency,
+    write_model,
+)
 from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
-
-ROOM_FOR_ONE = 300_000_000
 
 
 def in_s(seconds: float) -> Timestamp:
