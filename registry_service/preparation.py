@@ -25,7 +25,7 @@ from registry_service.hub.events import Event, Job
 from registry_service.models import Failure, Model, SourceKind, Transfer
 from registry_service.paths import ModelRoots
 from registry_service.postgres.preparation_store import BuildState, ClaimLost, PreparationStore
-from registry_service.quantizing import is_quantized, merged, quantized_folder
+from registry_service.quantizing import is_quantized, merged, quantized_folder, unpickled_folder
 from registry_service.storekeeper import Storekeeper
 from registry_service.wakeups import Wakeups
 
@@ -169,8 +169,18 @@ class Preparer:
         )
         last = await self._download(model, job)
         self._tokens.pop(model.id, None)
-        folder = Path(last.path)
+        folder = await self._unpickled(model, Path(last.path)) if last.pickled else Path(last.path)
         await self._finish(model, last.commit_sha, folder, await self._inspect(model, folder, None))
+        if last.pickled:
+            await self._storekeeper.give_up(last.path)
+
+    async def _unpickled(self, model: Model, pickled: Path) -> Path:
+        """Has a node write safetensors from pickled weights, once."""
+        target = unpickled_folder(pickled)
+        if not await asyncio.to_thread((target / "config.json").is_file):
+            await self._make_room(model, str(target), await self._storekeeper.bytes_of(str(pickled)), make=False)
+            await self._build(model, target, pickled)
+        return target
 
     async def _download(self, model: Model, job: Job) -> Event:
         """Brings the files to disk, with room made for them; returns the last event."""
@@ -214,7 +224,7 @@ class Preparer:
         return Path(path) if whole else None
 
     async def _build(self, model: Model, target: Path, source: Path | None = None) -> BuildState:
-        """Has a node convert, or quantize what is in `source`.
+        """Has a node convert, or quantize what is in `source`, or unpickle it.
 
         Waits for a node to come, gives the build to another when one is lost.
         """

@@ -1,4 +1,4 @@
-"""What a quantized model's files are: made once by a node from unquantized ones, which models of one source share."""
+"""What files a node makes from others: quantized once from unquantized ones, safetensors from pickled ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from registry_service.files import Inspection
 from registry_service.models import Model, Quantization
+
+_UNPICKLED = "-unpickled"
 
 
 def is_quantized(model: Model) -> bool:
@@ -18,6 +20,16 @@ def quantized_folder(root: Path, model: Model, commit_sha: str) -> Path:
     """Where the weights of one model, commit and quantization lie."""
     digest = commit_sha.removeprefix("sha256:")[:12]
     return root / f"{model.id}-{digest}-{model.quantization.lower()}"
+
+
+def unpickled_folder(pickled: Path) -> Path:
+    """Where the safetensors of a repo lie that has only pickled weights."""
+    return pickled.with_name(pickled.name + _UNPICKLED)
+
+
+def quantizes(target_path: str, source_path: str) -> bool:
+    """True if a build quantizes what is in its source; else it converts."""
+    return bool(source_path) and not target_path.endswith(_UNPICKLED)
 
 
 def merged(base: Inspection, quantized: Inspection) -> Inspection:

@@ -38,6 +38,10 @@ class Storekeeper:
         """Bytes of a folder in the store; 0 for folders elsewhere."""
         return await asyncio.to_thread(tree_bytes, Path(path)) if self.folders.owns(path) else 0
 
+    async def give_up(self, path: str) -> None:
+        """Has a folder removed unless somebody needs it."""
+        await self._store.doom_unused(path)
+
     async def run(self) -> None:
         """Runs until cancelled."""
         started, round_number = False, 0

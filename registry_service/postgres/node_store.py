@@ -14,19 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from registry_service.errors import EpochStale
-from registry_service.models import Model
+from registry_service.models import Model, Quantization
 from registry_service.nodes import Announcement, Device, Node, NodeState, Pulse
 from registry_service.paging import Page
 from registry_service.postgres import queries, validation_queries
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.rows import Row, device_of, model_of, node_of, residency_of
+from registry_service.quantizing import quantizes
 from registry_service.residency import Residency
 from registry_service.wakeups import Wakeups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """Files a node shall make: quantized from the folder `source_path`, or converted if that is empty."""
+    """Files a node shall make, quantized from the folder `source_path`; converted if the model is not quantized."""
 
     model: Model
     target_path: str
@@ -139,10 +140,7 @@ class NodeStore:
             trials = await (await conn.execute(validation_queries.ATTEMPTS_OF_NODE, parameters)).fetchall()
             return DesiredState(
                 assignments=tuple((r, models[r.model_id]) for r in residencies if r.model_id in models),
-                builds=tuple(
-                    Build(model=model_of(row), target_path=row["target_path"], source_path=row["source_path"])
-                    for row in builds
-                ),
+                builds=tuple(_build_of(row) for row in builds),
                 validations=tuple(_validation_of(row) for row in trials),
             )
 
@@ -232,6 +230,13 @@ async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Dev
             "ordinal": ordinal,
         }
         await conn.execute(queries.DEVICE_UPSERT, values)
+
+
+def _build_of(row: Row) -> Build:
+    model, target_path, source_path = model_of(row), row["target_path"], row["source_path"]
+    if not quantizes(target_path, source_path):
+        model = replace(model, quantization=Quantization.NONE)
+    return Build(model=model, target_path=target_path, source_path=source_path)
 
 
 def _validation_of(row: Row) -> Validation:

@@ -18,6 +18,7 @@ from registry_service.postgres.node_store import hear
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.requests import Request, recall, remember
 from registry_service.postgres.rows import failure_of, fidelity_of, json_of
+from registry_service.quantizing import quantizes
 from registry_service.wakeups import Wakeups
 
 T = TypeVar("T")
@@ -230,8 +231,8 @@ class PreparationStore:
                 "source_path": source_path,
             }
             await conn.execute(queries.BUILD_ASSIGN, parameters)
-            message = _at_work(node_id, source_path) if node_id else "waits for a node; start an extractor"
-            state = ModelState.QUANTIZING if source_path else ModelState.CONVERTING
+            message = _at_work(node_id, target_path, source_path) if node_id else "waits for a node; start an extractor"
+            state = ModelState.QUANTIZING if quantizes(target_path, source_path) else ModelState.CONVERTING
             await change_model(conn, model_id, message, {"state": state, "transfer": json_of(Transfer())})
             return node_id or ""
 
@@ -266,7 +267,7 @@ class PreparationStore:
             row = await (await conn.execute(queries.BUILD_REPORT, parameters)).fetchone()
             if row is not None and not done and failure is None:
                 columns = {"transfer": json_of(transfer or Transfer())}
-                await change_model(conn, model_id, _at_work(node_id, row["source_path"]), columns)
+                await change_model(conn, model_id, _at_work(node_id, row["target_path"], row["source_path"]), columns)
 
         await self._change(work)
 
@@ -286,8 +287,8 @@ class PreparationStore:
         return result
 
 
-def _at_work(node_id: str, source_path: str) -> str:
-    return f"node {node_id} {'quantizes' if source_path else 'converts'}"
+def _at_work(node_id: str, target_path: str, source_path: str) -> str:
+    return f"node {node_id} {'quantizes' if quantizes(target_path, source_path) else 'converts'}"
 
 
 async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:

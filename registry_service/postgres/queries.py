@@ -107,7 +107,7 @@ BUILD_REPORT = """
 UPDATE preparations
 SET done = %(done)s, failure = %(failure)s, fidelity = COALESCE(%(fidelity)s, fidelity), report_time = registry_now()
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s
-RETURNING model_id, source_path
+RETURNING model_id, target_path, source_path
 """
 
 # Nodes ---------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,14 @@ class RoomStore:
 
         await self._database.run(work)
 
+    async def doom_unused(self, path: str) -> None:
+        """Marks a folder that nobody loads from, or is about to; others stay."""
+
+        async def work(conn: Connection) -> None:
+            await conn.execute(queries.FOLDER_DOOM_UNUSED, {"path": path})
+
+        await self._database.run(work)
+
     async def doom_orphans(self) -> list[str]:
         """Marks folders whose model is gone, as after a kill; returns them."""
 

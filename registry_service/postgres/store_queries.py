@@ -12,6 +12,14 @@ SET model_id = excluded.model_id, reserved_bytes = excluded.reserved_bytes, doom
 """
 FOLDER_IS_DOOMED = "SELECT doom_time IS NOT NULL AS doomed FROM store_folders WHERE path = %(path)s FOR UPDATE"
 FOLDER_DOOM = "UPDATE store_folders SET doom_time = registry_now(), reserved_bytes = 0 WHERE path = %(path)s"
+FOLDER_DOOM_UNUSED = """
+UPDATE store_folders f SET doom_time = registry_now(), reserved_bytes = 0
+WHERE f.path = %(path)s AND f.doom_time IS NULL
+  AND NOT EXISTS (SELECT 1 FROM models m
+                  WHERE m.files_path = f.path OR (m.source_kind = 'folder' AND m.location = f.path))
+  AND NOT EXISTS (SELECT 1 FROM preparations p
+                  WHERE p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path))
+"""
 FOLDERS_DOOM_OF_MODEL = """
 UPDATE store_folders f SET doom_time = registry_now(), reserved_bytes = 0
 WHERE (f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)) AND f.doom_time IS NULL

@@ -11,11 +11,12 @@ import psycopg
 import pytest
 from fix_hub import SHA, Fault, Hub
 from fix_postgres import RegistryStubs, refused, running_registry
-from fix_registry import until, until_state
-from headrace.registry.v1 import model_pb2
+from fix_registry import FakeNode, cpu, until, until_state, write_model
+from headrace.registry.v1 import model_pb2, node_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from test_registry_hub import WEIGHTS, download_children
 
+from registry_service.allowances import Allowances
 from registry_service.postgres.embedded import EmbeddedPostgres
 
 STATES = model_pb2.ModelState
@@ -190,6 +191,40 @@ async def test_a_repo_of_pickles_is_refused_with_the_remedy(hub: Hub, database_u
 
     assert failed.failure.reason == "NOT_ALLOWED"
     assert "--allow-pickle owner/tiny" in failed.failure.message
+
+
+@pytest.mark.parametrize("quantization", [model_pb2.QUANTIZATION_NONE, model_pb2.QUANTIZATION_INT8])
+async def test_pickles_that_are_allowed_are_converted_by_a_node_and_removed(
+    hub: Hub, database_url, tmp_path, quantization
+):
+    (hub.folder / WEIGHTS).rename(hub.folder / "pytorch_model.bin")
+    allowances = Allowances(pickle_repos=frozenset({"owner/tiny"}))
+    builds = []
+
+    def build(wanted: node_service_pb2.Build) -> None:
+        builds.append((wanted.source_path, wanted.target_path, wanted.model.quantization))
+        write_model(Path(wanted.target_path))
+
+    async with running_registry(
+        database_url, tmp_path / "data", environment=hub.environment, allowances=allowances
+    ) as registry:
+        node = FakeNode(registry.stubs, "node-a", [cpu()])
+        node.convert = build
+        await node.start()
+        source = model_pb2.ModelSource(hub=model_pb2.HubSource(repo_id="owner/tiny"))
+        model = model_pb2.Model(id="tiny", source=source, quantization=quantization)
+        await registry.stubs.models.RegisterModel(pb.RegisterModelRequest(model=model), timeout=20)
+        await prepare(registry.stubs)
+        ready = await outcome(registry.stubs)
+        pickled = tmp_path / "data" / "models" / f"tiny-{SHA[:12]}"
+        await until(lambda: not pickled.exists())
+        await node.stop()
+
+    unpickled = f"{pickled}-unpickled"
+    assert builds[0] == (str(pickled), unpickled, model_pb2.QUANTIZATION_NONE)
+    assert builds[1:] == [] or builds[1:] == [(unpickled, f"{pickled}-int8", model_pb2.QUANTIZATION_INT8)]
+    assert ready.files_path == builds[-1][1]
+    assert (ready.state, ready.commit_sha, ready.n_parameters) == (STATES.MODEL_STATE_READY, SHA, 336)
 
 
 @pytest.mark.fault
