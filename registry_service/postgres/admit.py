@@ -100,6 +100,8 @@ async def ready_model(conn: Connection, model_id: str) -> Model:
     """Reads a model and keeps it until the transaction ends. Raises ModelNotFound and ModelNotReady."""
     row = await (await conn.execute(queries.MODEL_KEEP, {"id": model_id})).fetchone()
     model = model_of(row) if row is not None else await read_model(conn, model_id)
+    if row is not None and row["deleting"]:
+        raise ModelNotReady(f"model {model_id!r} is being deleted; use another one", resource=("model", model_id))
     if model.state is not ModelState.READY:
         raise ModelNotReady(
             f"model {model_id!r} is {model.state}; PrepareModel and wait until it is READY",

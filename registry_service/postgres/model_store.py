@@ -227,7 +227,8 @@ async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -
 
 
 async def _sent_off(conn: Connection, model_id: str, actor: str) -> tuple[str, ...]:
-    """Unloads the model everywhere; returns the places whose memory is not back yet."""
+    """Unloads the model everywhere and keeps others from loading it; returns the places that still hold its memory."""
+    await conn.execute(queries.MODEL_DELETING, {"id": model_id})
     await send_off(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
     parameters = {"model_id": model_id, "node_id": ""}
     rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()

@@ -15,7 +15,11 @@ VALUES (%(request_id)s, %(method)s, %(arguments)s, %(response)s)
 
 MODEL_READ = "SELECT * FROM models WHERE id = %(id)s"
 MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR UPDATE"
-MODEL_KEEP = "SELECT * FROM models WHERE id = %(id)s FOR SHARE"
+MODEL_KEEP = """
+SELECT *, COALESCE(deleting_until > registry_now(), false) AS deleting FROM models WHERE id = %(id)s FOR SHARE
+"""
+# Longer than a deletion waits for memory.
+MODEL_DELETING = "UPDATE models SET deleting_until = registry_now() + interval '30 s' WHERE id = %(id)s"
 IDENTITY_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(identity)s, 1))"
 MODEL_OF_IDENTITY = "SELECT * FROM models WHERE identity = %(identity)s ORDER BY create_time, id LIMIT 1"
 MODEL_INSERT = """

@@ -173,9 +173,7 @@ def fidelity_from_pb(message: model_pb2.Fidelity) -> m.Fidelity:
         reference_dtype=clean_text(message.reference_dtype, 63),
         n_tokens=message.n_tokens,
         layers=tuple(
-            m.LayerFidelity(
-                layer=each.layer, cosine=finite(each.cosine), relative_error=finite(each.relative_error)
-            )
+            m.LayerFidelity(layer=each.layer, cosine=finite(each.cosine), relative_error=finite(each.relative_error))
             for each in message.layers
         ),
     )

@@ -180,3 +180,17 @@ async def test_residencies_say_who_holds_them_and_where_they_are_in_line(registr
 
 async def _await(call: object) -> object:
     return await call  # type: ignore[misc]
+
+
+async def test_a_model_that_is_being_deleted_is_not_loaded_again(registry, tmp_path, start_node):
+    await ready_model(registry.stubs, tmp_path, "tiny")
+    node = await start_node(slow_unload=True)
+    lease = await acquire(registry.stubs, "tiny")
+    deleting = asyncio.create_task(_await(registry.stubs.models.DeleteModel(deletion(force=True), timeout=20)))
+    await until_residency(registry.stubs, lease.residency_id, r.RESIDENCY_STATE_UNLOADING)
+    again = await refused(registry.stubs.residencies.LoadModel(pb.LoadModelRequest(model_id="tiny"), timeout=20))
+    node.unload_gate.set()
+    await deleting
+
+    assert again.reason == "MODEL_NOT_READY"
+    assert "being deleted" in again.message
