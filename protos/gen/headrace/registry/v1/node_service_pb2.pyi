@@ -228,11 +228,11 @@ class Build(_message.Message):
     target_path: _builtins.str
     """Folder to make; made under another name and renamed when complete."""
     source_path: _builtins.str
-    """Folder with the unquantized files; empty for a conversion."""
+    """Folder with the unquantized, or the pickled, files; empty for a GGUF file."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
-        """The model. With a `quantization` the files under `source_path` are quantized into `target_path`; else
-        `source.gguf.path` is converted into it.
+        """The model. With a `quantization` the files under `source_path` are quantized into `target_path`; else the pickled
+        weights under `source_path`, or without one `source.gguf.path`, are converted into it.
         """
 
     def __init__(
