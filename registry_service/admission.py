@@ -37,11 +37,13 @@ class Attempt:
     async def advance(self, now: float) -> Admission | None:
         """One step; returns how the wish stands if that changed. Raises AdmissionTimeout, or what refuses it."""
         admission = await self._residencies.step(self._wish, self._terms, self._waiter_id, last=self._last)
+        if admission.lease is not None:
+            return admission
         changed = _differs(admission, self._last)
         self._last = admission
-        if admission.lease is None and not changed and self.left_s(now) <= 0:
+        if self.left_s(now) <= 0:
             raise await self._timeout(admission)
-        return admission if changed or admission.lease is not None else None
+        return admission if changed else None
 
     async def give_up(self) -> None:
         """Takes back the lease and the place in line."""
@@ -52,6 +54,7 @@ class Attempt:
 
     async def _timeout(self, admission: Admission) -> AdmissionTimeout:
         residency = admission.residency
+        assert residency is not None
         holders = ", ".join(await self._residencies.in_the_way(residency.id)) if admission.position else ""
         behind = f" at position {admission.position}, behind {holders}" if holders else ""
         return AdmissionTimeout(
@@ -98,9 +101,9 @@ class Admissions:
 
 
 def _differs(admission: Admission, last: Admission | None) -> bool:
-    if last is None:
+    now, before = admission.residency, last.residency if last is not None else None
+    if last is None or now is None or before is None:
         return True
-    now, before = admission.residency, last.residency
     return (now.id, now.state, now.transfer, admission.position) != (
         before.id,
         before.state,

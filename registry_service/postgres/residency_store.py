@@ -43,7 +43,7 @@ class Admission:
     `avoid` are the places where it failed on the way.
     """
 
-    residency: Residency
+    residency: Residency | None = None
     position: int = 0
     lease: Lease | None = None
     avoid: Mapping[Place, Failure] = field(default_factory=dict)
@@ -101,17 +101,18 @@ class ResidencyStore:
         async def work(conn: Connection) -> tuple[Admission, bool]:
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
             if known is not None:
-                return Admission(residency=await read_residency(conn, known.residency_id), lease=known), False
+                return Admission(lease=known), False
             lease = await grant_resident(conn, wish, terms, lease_id=waiter_id)
             if lease is not None:
-                await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
-                return Admission(residency=await read_residency(conn, lease.residency_id), lease=lease), False
+                if last is not None:
+                    await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
+                return Admission(lease=lease), False
             admitted, avoid = await self._admit(conn, wish, last)
             residency = admitted.residency
             if residency.state is ResidencyState.RESIDENT:
                 lease = await grant_lease(conn, residency.id, terms, lease_id=waiter_id)
                 await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
-                return Admission(residency=residency, lease=lease), admitted.changed
+                return Admission(lease=lease), admitted.changed
             await wait_in_line(conn, Waiter.calling(waiter_id, wish), residency.id, self._policy)
             position = await _position(conn, residency)
             return Admission(residency=residency, position=position, avoid=avoid), admitted.changed
@@ -124,7 +125,7 @@ class ResidencyStore:
     async def _admit(
         self, conn: Connection, wish: Wish, last: Admission | None
     ) -> tuple[Admitted, Mapping[Place, Failure]]:
-        failed = await _failed(conn, last.residency.id) if last is not None else None
+        failed = await _failed(conn, last.residency.id) if last is not None and last.residency is not None else None
         avoid = dict(last.avoid) if last is not None else {}
         if failed is None:
             return await admit(conn, wish, self._policy, avoid), avoid

@@ -211,6 +211,7 @@ def _admission_to_pb(admission: Admission) -> pb.AcquireLeaseResponse:
     if admission.lease is not None:
         return pb.AcquireLeaseResponse(granted=pb.LeaseGranted(lease=lease_to_pb(admission.lease)))
     residency = admission.residency
+    assert residency is not None
     if residency.state is ResidencyState.QUEUED:
         return pb.AcquireLeaseResponse(queued=pb.LeaseQueued(position=admission.position))
     transfer = transfer_to_pb(residency.transfer or Transfer())
