@@ -208,6 +208,7 @@ def _corrected(parts: Bytes, measured_bytes: int) -> Bytes:
     return Bytes(
         weight_bytes=weight_bytes,
         buffer_bytes=buffer_bytes,
+        load_bytes=0,
         runtime_bytes=measured_bytes - weight_bytes - buffer_bytes,
         workload_bytes=parts.workload_bytes,
     )

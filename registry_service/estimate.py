@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from registry_service.models import Architecture, Quantization
 from registry_service.nodes import DeviceKind
 from registry_service.shapes import shapes_of
-from registry_service.tensors import NEVER_QUANTIZED, Form, Tally
+from registry_service.tensors import ITEM_BYTES, NEVER_QUANTIZED, Form, Tally
 from registry_service.workload import Workload, workload_bytes
 
 # An empty runner, until the node has measured its own: interpreter, torch and transformers in main memory; on a GPU the
 # context, kernels and workspaces.
 _RUNTIME_BYTES = {DeviceKind.CPU: 400_000_000, DeviceKind.CUDA: 600_000_000, DeviceKind.MPS: 400_000_000}
+
+# Beside the weights a load leaves in main memory the family's code, and the library that quantizes; measured.
+_CODE_BYTES = 10_000_000
+_QUANTIZER_BYTES = 80_000_000
 
 # The most exact first; which of the two half-precision dtypes is, depends on how the files are stored.
 FORMS = (
@@ -24,6 +28,7 @@ FORMS = (
     Form(quantization=Quantization.INT4, dtype="bfloat16"),
 )
 
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 # Queries, keys, values, output and a gated MLP.
 _MATRICES_PER_LAYER = 7
@@ -47,13 +52,14 @@ class Bytes:
 
     weight_bytes: int
     buffer_bytes: int
+    load_bytes: int  # What loading leaves behind.
     runtime_bytes: int
     workload_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.weight_bytes + self.buffer_bytes + self.runtime_bytes + self.workload_bytes
+        return self.weight_bytes + self.buffer_bytes + self.load_bytes + self.runtime_bytes + self.workload_bytes
 
 
 def estimate(
@@ -69,9 +75,21 @@ def estimate(
     return Bytes(
         weight_bytes=profile.tally.weight_bytes(form),
         buffer_bytes=buffer_bytes(profile.network),
+        load_bytes=_load_bytes(profile, form, kind),
         runtime_bytes=runtime_bytes or _RUNTIME_BYTES[kind],
         workload_bytes=work,
     )
+
+
+def _load_bytes(profile: Profile, form: Form, kind: DeviceKind) -> int:
+    if kind is not DeviceKind.CPU:
+        return 0
+    if form.quantization is Quantization.NONE:
+        return _CODE_BYTES
+    # Quantized weights stay mapped, and with them what was converted from the same file to another dtype.
+    stored = _STORED.get(profile.stored_dtype, form.dtype)
+    copies = 0 if stored == form.dtype else profile.tally.n_kept * ITEM_BYTES[stored]
+    return _CODE_BYTES + _QUANTIZER_BYTES + copies
 
 
 def buffer_bytes(network: Architecture) -> int:

@@ -16,6 +16,8 @@ _MAX_HOOKPOINTS = 4096
 _GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "granite", "olmo"}
 # Activations of GPT-2's kind are computed in eight steps, each with a result of its own.
 _STEPWISE = {"gpt2", "gpt_neo", "gptj", "phi", "bloom", "codegen"}
+# transformers has no fused attention for these.
+_EAGER_ONLY = {"gemma2", "gpt_neo", "gptj", "bloom", "codegen"}
 # Rows go to the log as fp32 at the widest.
 _ROW_BYTES = 4
 # Norms compute in fp32 whatever the dtype: the input, its square and the result.
@@ -75,7 +77,8 @@ def _attention_bytes(network: Architecture, item: int, workload: Workload, *, ea
     pairs = workload.batch_size * workload.context_size**2
     mask = pairs * (1 + item)
     # Scores, their scaled and masked copies, and their softmax in fp32.
-    scores = pairs * network.n_heads * (2 * item + 8) if eager else 0
+    is_eager = eager or network.model_type in _EAGER_ONLY
+    scores = pairs * network.n_heads * (2 * item + 8) if is_eager else 0
     return heads + mask + scores
 
 
