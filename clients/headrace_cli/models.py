@@ -15,12 +15,16 @@ from headrace_cli.exits import reported
 from headrace_cli.output import note, print_json, print_rows, print_value
 from headrace_cli.progress import Bar, show_model
 from headrace_cli.settings import Settings, settings_of
+from headrace_cli.validations import attempts, validate
 
 if TYPE_CHECKING:
+    from headrace_client.fidelity import Fidelity
     from headrace_client.values import Model
 
 app = typer.Typer(help="Registered models and their files.", no_args_is_help=True, rich_markup_mode=None)
 app.command("catalog")(catalog)
+app.command("validate")(validate)
+app.command("attempts")(attempts)
 _REPO = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -32,7 +36,7 @@ def add(
     source: Annotated[str, typer.Argument(help="Hub repo, name in the catalog, folder, or .gguf file.")],
     model_id: Annotated[str, typer.Option("--id", help="Id of the model; derived from the source if not given.")] = "",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub repo.")] = "",
-    quantization: Annotated[str, typer.Option(help="none, int8, int4 or int2.")] = "none",
+    quantization: Annotated[str, typer.Option(help="none, int8, int4 or int2; also FP16, Q8, Q4, Q2.")] = "none",
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16 or float16.")] = "",
     load_option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE, VALUE as JSON or text; may be repeated.")
@@ -98,7 +102,10 @@ def show(context: typer.Context, model_id: Annotated[str, typer.Argument(metavar
     """Show a model."""
     settings = settings_of(context)
     with settings.connect() as client:
-        _print_model(settings, client.models.get(model_id))
+        model = client.models.get(model_id)
+    _print_model(settings, model)
+    if model.fidelity and not settings.json:
+        _print_fidelity(settings, model.fidelity)
 
 
 @app.command()
@@ -174,6 +181,12 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _print_fidelity(settings: Settings, fidelity: Fidelity) -> None:
+    note(f"\nresidual stream against the unquantized model in {fidelity.reference_dtype}, {fidelity.n_tokens} tokens")
+    rows = [(str(each.layer), f"{each.cosine:.6f}", f"{each.relative_error:.4f}") for each in fidelity.layers]
+    print_rows(settings, fidelity.layers, ("layer", "cosine", "relative error"), rows, empty="no layers")
 
 
 def _print_model(settings: Settings, model: Model) -> None:

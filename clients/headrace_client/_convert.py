@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.common.v1 import dtype_pb2, transfer_pb2
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
@@ -21,6 +22,7 @@ from headrace.registry.v1 import residency_service_pb2 as residencies_pb
 
 from headrace_client import values as v
 from headrace_client.errors import InvalidArgument
+from headrace_client.fidelity import Fidelity, LayerFidelity
 
 UPLOAD_PIECE_BYTES = 512 * 1024  # The server takes at most 1 MiB in one message.
 
@@ -49,7 +51,8 @@ def _choice(enum: _EnumNames, prefix: str, number: int, kind: type[_E], default:
     return kind[name] if name in kind.__members__ else default
 
 
-def _time(message: Any, field: str) -> datetime | None:
+def time_from_pb(message: Any, field: str) -> datetime | None:
+    """A field that holds a time."""
     if not message.HasField(field):
         return None
     stamp: Timestamp = getattr(message, field)
@@ -69,7 +72,8 @@ def _transfer(message: Any) -> v.Transfer | None:
     )
 
 
-def _failure(message: Any) -> v.Failure | None:
+def failure_from_pb(message: Any) -> v.Failure | None:
+    """The field `failure`."""
     if not message.HasField("failure"):
         return None
     pb = message.failure
@@ -86,12 +90,10 @@ def model_from_pb(pb: model_pb.Model) -> v.Model:
         source=_source_from_pb(pb.source),
         state=_state(model_pb.ModelState, "MODEL_STATE_", pb.state, v.ModelState),
         commit_sha=pb.commit_sha,
-        quantization=_choice(
-            model_pb.Quantization, "QUANTIZATION_", pb.quantization, v.Quantization, v.Quantization.NONE
-        ),
+        quantization=quantization_from_pb(pb.quantization),
         load_options=MessageToDict(pb.load_options),
         labels=dict(pb.labels),
-        failure=_failure(pb),
+        failure=failure_from_pb(pb),
         transfer=_transfer(pb),
         architecture=_architecture_from_pb(pb.architecture) if pb.HasField("architecture") else None,
         n_parameters=pb.n_parameters,
@@ -100,11 +102,31 @@ def model_from_pb(pb: model_pb.Model) -> v.Model:
         files_path=pb.files_path,
         tokenizer_digest=pb.tokenizer_digest,
         etag=pb.etag,
-        create_time=_time(pb, "create_time"),
-        update_time=_time(pb, "update_time"),
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
+        fidelity=_fidelity_from_pb(pb.fidelity) if pb.HasField("fidelity") else None,
         store_bytes=pb.store_bytes,
-        last_used_time=_time(pb, "last_used_time"),
+        last_used_time=time_from_pb(pb, "last_used_time"),
     )
+
+
+def struct_of(options: Mapping[str, Any]) -> Struct:
+    """A JSON object."""
+    struct = Struct()
+    struct.update(dict(options))
+    return struct
+
+
+def quantization_from_pb(number: int) -> v.Quantization:
+    """A quantization; NONE for one that this client does not know."""
+    return _choice(model_pb.Quantization, "QUANTIZATION_", number, v.Quantization, v.Quantization.NONE)
+
+
+def _fidelity_from_pb(pb: model_pb.Fidelity) -> Fidelity:
+    layers = tuple(
+        LayerFidelity(layer=each.layer, cosine=each.cosine, relative_error=each.relative_error) for each in pb.layers
+    )
+    return Fidelity(reference_dtype=pb.reference_dtype, n_tokens=pb.n_tokens, layers=layers)
 
 
 def _source_from_pb(pb: model_pb.ModelSource) -> v.ModelSource:
@@ -151,7 +173,11 @@ def model_event_from_pb(pb: models_pb.WatchModelResponse) -> v.ModelEvent | None
     if pb.heartbeat:
         return None
     return v.ModelEvent(
-        seq=pb.seq, model=model_from_pb(pb.model), message=pb.message, snapshot=pb.snapshot, time=_time(pb, "time")
+        seq=pb.seq,
+        model=model_from_pb(pb.model),
+        message=pb.message,
+        snapshot=pb.snapshot,
+        time=time_from_pb(pb, "time"),
     )
 
 
@@ -167,7 +193,7 @@ def node_from_pb(pb: residency_pb.Node) -> v.Node:
         state=_state(residency_pb.NodeState, "NODE_STATE_", pb.state, v.NodeState),
         devices=tuple(_device_from_pb(device) for device in pb.devices),
         version=pb.version,
-        heartbeat_time=_time(pb, "heartbeat_time"),
+        heartbeat_time=time_from_pb(pb, "heartbeat_time"),
         memory_bytes=pb.memory_bytes,
         memory_free_bytes=pb.memory_free_bytes,
         runtime_bytes=pb.runtime_bytes,
@@ -205,10 +231,10 @@ def residency_from_pb(pb: residency_pb.Residency) -> v.Residency:
         reason=pb.reason,
         actor=pb.actor,
         transfer=_transfer(pb),
-        failure=_failure(pb),
-        create_time=_time(pb, "create_time"),
-        update_time=_time(pb, "update_time"),
-        last_used_time=_time(pb, "last_used_time"),
+        failure=failure_from_pb(pb),
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
+        last_used_time=time_from_pb(pb, "last_used_time"),
         queue_position=pb.queue_position,
         pinned=pb.pinned,
         holders=tuple(pb.holders),
@@ -220,7 +246,7 @@ def residency_event_from_pb(pb: residencies_pb.WatchResidenciesResponse) -> v.Re
     if pb.heartbeat:
         return None
     return v.ResidencyEvent(
-        seq=pb.seq, residency=residency_from_pb(pb.residency), snapshot=pb.snapshot, time=_time(pb, "time")
+        seq=pb.seq, residency=residency_from_pb(pb.residency), snapshot=pb.snapshot, time=time_from_pb(pb, "time")
     )
 
 
@@ -231,8 +257,8 @@ def pin_from_pb(pb: residency_pb.Pin) -> v.Pin:
         owner=pb.owner,
         node_id=pb.node_id,
         reason=pb.reason,
-        expire_time=_time(pb, "expire_time"),
-        create_time=_time(pb, "create_time"),
+        expire_time=time_from_pb(pb, "expire_time"),
+        create_time=time_from_pb(pb, "create_time"),
     )
 
 
@@ -257,8 +283,8 @@ def set_from_pb(pb: sets_pb.ActivationSet) -> v.ActivationSet:
         complete=pb.complete,
         retention=pb.retention,
         path=pb.path,
-        create_time=_time(pb, "create_time"),
-        update_time=_time(pb, "update_time"),
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
     )
 
 
@@ -274,7 +300,7 @@ def corpus_from_pb(pb: corpora_pb.Corpus) -> v.Corpus:
         size_bytes=pb.size_bytes,
         tokenized=pb.tokenized,
         origin=pb.origin,
-        create_time=_time(pb, "create_time"),
+        create_time=time_from_pb(pb, "create_time"),
     )
 
 
@@ -415,7 +441,7 @@ def extraction_from_pb(pb: extraction_pb.Extraction) -> v.Extraction:
         retention=retention_from_pb(pb.spec.retention),
         max_rows=pb.spec.max_rows,
         state=extraction_state_from_pb(pb.state),
-        failure=_failure(pb),
+        failure=failure_from_pb(pb),
         n_rows=pb.n_rows,
         n_rows_expected=pb.n_rows_expected or None,
         n_rows_exact=pb.n_rows_exact,
@@ -430,8 +456,8 @@ def extraction_from_pb(pb: extraction_pb.Extraction) -> v.Extraction:
         path=pb.path,
         cached=pb.cached,
         n_non_finite=pb.n_non_finite,
-        create_time=_time(pb, "create_time"),
-        update_time=_time(pb, "update_time"),
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
     )
 
 

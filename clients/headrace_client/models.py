@@ -8,11 +8,13 @@ from typing import Any
 
 from headrace_client import _convert as convert
 from headrace_client._convert_memory import advice_from_pb, catalog_entry_from_pb
+from headrace_client._convert_validation import attempt_from_pb, step_from_pb
 from headrace_client._nodes import pages
 from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
 from headrace_client._watch import watch
 from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError, InvalidArgument
 from headrace_client.memory import CatalogEntry, MemoryAdvice
+from headrace_client.validation import ValidationAttempt, ValidationStep
 from headrace_client.values import Model, ModelEvent, ModelSource, ModelState, Quantization, choice
 
 
@@ -111,6 +113,47 @@ class Models:
             )
 
         return watch(connect, convert.model_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+
+    def validate(
+        self,
+        model_id: str,
+        *,
+        load_options: Mapping[str, Any] | None = None,
+        node_id: str = "",
+        device_id: str = "",
+        on_step: Callable[[ValidationStep], None] | None = None,
+        deadline_s: float = 3600.0,
+    ) -> ValidationAttempt:
+        """Runs the test profile with these load options, or the model's own; returns the attempt, passed or not.
+
+        Leaving it, also by an error, stops it.
+        """
+        fields: dict[str, Any] = {"model_id": model_id, "node_id": node_id, "device_id": device_id}
+        if load_options is not None:
+            fields["load_options"] = convert.struct_of(load_options)
+        attempt: ValidationAttempt | None = None
+        # A load says nothing for as long as it takes.
+        stream = self._registry.stream("ModelService.ValidateModel", silence_s=deadline_s, life_s=deadline_s, **fields)
+        with stream as messages:
+            for message in messages:
+                if message.HasField("attempt"):
+                    attempt = attempt_from_pb(message.attempt)
+                elif on_step is not None:
+                    on_step(step_from_pb(message.detail))
+        if attempt is None:
+            raise DeadlineExceeded(f"the validation of {model_id} was not over within {deadline_s:.0f} s")
+        return attempt
+
+    def attempts(self, model_id: str, *, passed_only: bool = False) -> Iterator[ValidationAttempt]:
+        """Iterates over the attempts to validate a model, the newest first, all pages."""
+        return pages(
+            self._registry,
+            "ModelService.ListAttempts",
+            "attempts",
+            attempt_from_pb,
+            model_id=model_id,
+            passed_only=passed_only,
+        )
 
     def wait_ready(
         self, model_id: str, on_progress: Callable[[Model], None] | None = None, deadline_s: float = 3600.0

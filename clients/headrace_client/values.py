@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from headrace_client.errors import InvalidArgument
+from headrace_client.fidelity import Fidelity
 
 PROVENANCE_COLUMNS = ("token_id", "document", "position")
 _MIB = 1024 * 1024
@@ -34,6 +35,13 @@ class Quantization(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
     INT2 = "int2"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Quantization | None:
+        """Takes any case, and the names by bits: FP16, Q8, Q4, Q2."""
+        name = str(value).lower()
+        by_bits = {"fp32": "none", "bf16": "none", "fp16": "none", "q8": "int8", "q4": "int4", "q2": "int2"}
+        return next((member for member in cls if member.value == by_bits.get(name, name)), None)
 
 
 class ResidencyState(StrEnum):
@@ -171,6 +179,7 @@ class Model:
     create_time: datetime | None = None
     update_time: datetime | None = None
     store_bytes: int = 0
+    fidelity: Fidelity | None = None
     last_used_time: datetime | None = None
 
 

@@ -174,8 +174,12 @@ def attempt_of(row: Row) -> Attempt:
 
 
 def _choose(model: Model, spaces: Sequence[Space], policy: Policy) -> Space:
-    """The best place with room for the trial now; that the model failed somewhere is a reason to try it there."""
-    best = decide_placement(_TRIAL, [replace(space, backoff=None) for space in spaces], policy)
+    """The best place with room for the trial now.
+
+    That the model failed somewhere is a reason to try it there, and how many may be resident is no matter.
+    """
+    trials = [replace(s, backoff=None, node=replace(s.node, max_loads=0, max_residents=0)) for s in spaces]
+    best = decide_placement(_TRIAL, trials, policy)
     if best.action is Action.LOAD:
         return best.space
     if best.action.refuses:
