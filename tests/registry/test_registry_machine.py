@@ -238,16 +238,21 @@ class Residencies(RuleBasedStateMachine):
             for attempt in list(self.waiting):
                 self._poll(attempt)
             self.world.check()
-        # With nobody left, nothing is stuck on its way.
-        self._pass(11.0, heard=sorted(NODES))
-        for _ in range(4):
+        # With nobody left, everything on its way arrives; LoadModel's models may still follow each other for a while.
+        stuck = self._on_the_way()
+        for _ in range(30):
+            self._pass(4.0, heard=sorted(NODES))
             self.world.obey()
-            self._pass(1.0, heard=sorted(NODES))
-        stuck = self.world.sync.execute(
+            stuck = self._on_the_way()
+            if not stuck:
+                break
+        assert not stuck, f"never arrives: {stuck}"
+
+    def _on_the_way(self) -> list[dict[str, object]]:
+        return self.world.sync.execute(
             "SELECT model_id, state, reason FROM residencies r WHERE state IN ('LOADING', 'DRAINING', 'UNLOADING')"
             " OR (state = 'QUEUED' AND NOT EXISTS (SELECT 1 FROM waiters w WHERE w.residency_id = r.id))"
         ).fetchall()
-        assert not stuck
 
     def _ask(self, model: str, node: str, wait_s: float) -> None:
         attempt = self.world.ask(model, node=node, wait_s=wait_s, ttl_s=40.0)
