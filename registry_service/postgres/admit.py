@@ -85,7 +85,7 @@ async def _line_up(
         "node_id": space.node.id,
         "device_id": space.device.id,
         "reserved_bytes": space.required_bytes,
-        "estimated_bytes": _estimate(model, space.device.kind),
+        "estimated_bytes": _estimate(model, space.device.kind, node),
         "load_dtype": load_dtype(model.load_options, space.device.kind),
         "node_epoch": node.epoch,
         "reason": "asked for",
@@ -153,7 +153,7 @@ async def read_spaces(
     backoffs |= await read_backoffs(conn, model.id)
 
     def required_bytes(node: LockedNode, device: DeviceView) -> int:
-        estimate = _estimate(model, device.kind)
+        estimate = _estimate(model, device.kind, node)
         dtype = load_dtype(model.load_options, device.kind)
         return learned.required_bytes(estimate, node_id=node.view.id, device=device, dtype=dtype)
 
@@ -170,11 +170,12 @@ async def read_spaces(
     ]
 
 
-def _estimate(model: Model, kind: DeviceKind) -> int:
+def _estimate(model: Model, kind: DeviceKind, node: LockedNode) -> int:
     return estimated_bytes(
         model.parameters_by_dtype,
         load_dtype(model.load_options, kind),
         architecture=model.architecture,
         quantization=model.quantization,
         kind=kind,
+        runtime_bytes=node.runtime_bytes,
     )
