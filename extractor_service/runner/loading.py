@@ -44,6 +44,7 @@ class LoadedModel:
     device: torch.device
     files_path: Path
     measured_bytes: int
+    runtime_bytes: int = 0  # Of them, what the process took before.
 
 
 def load_model(
@@ -68,6 +69,7 @@ def load_model(
     estimated_bytes = sum(_estimate(path, compute_dtype.itemsize) for path in weights)
     _check_room(target, estimated_bytes, max_bytes_of(load_options, target))
     total_bytes = sum(path.stat().st_size for path in weights)
+    runtime_bytes = own_bytes(target)
     on_progress(0, total_bytes)
     warm_page_cache(weights, total_bytes, on_progress)
     with out_of_memory_as_typed(target, estimated_bytes), load_errors(files_path, stored):
@@ -75,7 +77,13 @@ def load_model(
         model = _from_pretrained(files_path, arguments, quantization)
         check_identity(model)
     on_progress(total_bytes, total_bytes)
-    return LoadedModel(model=model, device=target, files_path=files_path, measured_bytes=measured_bytes(model))
+    return LoadedModel(
+        model=model,
+        device=target,
+        files_path=files_path,
+        measured_bytes=measured_bytes(model, runtime_bytes),
+        runtime_bytes=runtime_bytes,
+    )
 
 
 def from_pretrained_arguments(
@@ -110,22 +118,23 @@ def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress
                 on_progress(done, total_bytes)
 
 
-def empty_bytes(device: str) -> int:
-    """Bytes this process alone takes of main memory; 0 for other devices, where it takes nothing yet."""
-    return int(psutil.Process().memory_full_info().uss) if device == "cpu" else 0
+def own_bytes(device: torch.device) -> int:
+    """Main memory that would come back if this process ended; 0 for other devices, where it takes nothing yet."""
+    return int(psutil.Process().memory_full_info().uss) if device.type == "cpu" else 0
 
 
-def measured_bytes(model: PreTrainedModel) -> int:
-    """Bytes that come back when this process ends: on an accelerator the allocator's, on a CPU the process's own.
+def measured_bytes(model: PreTrainedModel, runtime_bytes: int) -> int:
+    """Bytes the model takes: on an accelerator the allocator's, on a CPU the process's own.
 
-    Weights that lie in the page cache count too, since a pass needs them in memory.
+    Weights in the dtype they are stored in stay mapped, and pages that nothing has read yet are not the process's own;
+    a pass reads them. So a process takes at least what it took empty, and its tensors.
     """
     device = model.device
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    return max(int(psutil.Process().memory_full_info().uss), tensor_bytes(model))
+    return max(own_bytes(device), runtime_bytes + tensor_bytes(model))
 
 
 def tensor_bytes(model: PreTrainedModel) -> int:

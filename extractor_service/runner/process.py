@@ -133,9 +133,8 @@ class Runner:
 
     def _load(self, command: Load) -> None:
         self._check_empty()
-        from extractor_service.runner.loading import empty_bytes, load_model  # noqa: PLC0415 -- torch
+        from extractor_service.runner.loading import load_model  # noqa: PLC0415 -- torch
 
-        runtime_bytes = empty_bytes(command.device)
         self._loaded = load_model(
             Path(command.files_path),
             command.device,
@@ -144,7 +143,7 @@ class Runner:
             self._progress(lambda done, total: Loading(done_bytes=done, total_bytes=total)),
             quantization=command.quantization or "none",
         )
-        self._emit(Loaded(measured_bytes=self._loaded.measured_bytes, runtime_bytes=runtime_bytes))
+        self._emit(Loaded(measured_bytes=self._loaded.measured_bytes, runtime_bytes=self._loaded.runtime_bytes))
 
     def _extract(self, command: Extract, gate: Gate) -> None:
         if self._loaded is None:

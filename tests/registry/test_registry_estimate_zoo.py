@@ -249,19 +249,15 @@ def process_bytes(start_runner, folder, form):
 
 def compare_processes(start_runner, in_form, folders):
     """The empty process is measured each time: how many pages of its libraries it shares depends on who else runs."""
-    comparisons, kept = [], []
+    comparisons = []
     for folder in folders:
         profile = read_headers(folder).profile()
-        kept.append(profile.tally.n_kept)
         for form in FORMS:
             runtime_bytes, taken = process_bytes(start_runner, in_form(folder, form), form)
             parts = estimate(profile, form, kind=DeviceKind.CPU, runtime_bytes=runtime_bytes)
             comparisons.append(Comparison(folder.name, name_of(form), parts.total_bytes, taken))
     show("a runner's process at rest: estimated with its node's figure of an empty runner, measured", comparisons)
-    # Weights loaded in the dtype they are stored in stay mapped; embeddings are not in memory before a pass reads them.
-    check_bar([each for each in comparisons if each.form != "float32"])
-    for each, n_kept in zip(comparisons[:: len(FORMS)], kept, strict=True):
-        assert -0.05 * each.measured <= each.estimated - each.measured <= 4 * n_kept + 0.1 * each.measured
+    check_bar(comparisons)
 
 
 @pytest.mark.timeout(180)
