@@ -172,7 +172,8 @@ class Preparer:
         folder = await self._unpickled(model, Path(last.path)) if last.pickled else Path(last.path)
         await self._finish(model, last.commit_sha, folder, await self._inspect(model, folder, None))
         if last.pickled:
-            await self._storekeeper.give_up(last.path)
+            # The preparation is over, so that whoever looks after those at work may cancel this one now.
+            await asyncio.shield(self._storekeeper.give_up(last.path))
 
     async def _unpickled(self, model: Model, pickled: Path) -> Path:
         """Has a node write safetensors from pickled weights, once."""

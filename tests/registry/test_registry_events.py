@@ -34,7 +34,7 @@ async def unload(stubs, model_id: str = "tiny") -> None:
     await stubs.residencies.UnloadModel(pb.UnloadModelRequest(model_id=model_id), timeout=20)
 
 
-async def read_until(call, state: STATE.ValueType) -> list[pb.WatchResidenciesResponse]:
+async def read_until(call, state: STATE.ValueType | None) -> list[pb.WatchResidenciesResponse]:
     events = [await call.read()]
     while events[-1].residency.state != state:
         events.append(await call.read())
@@ -172,9 +172,10 @@ async def test_a_deleted_model_leaves_the_story_of_its_residencies(registry, clu
 
 async def test_a_watch_ends_with_the_server_and_refuses_a_bad_seq(registry, cluster):
     refusal = await refused(watching(registry.stubs, after_seq=-1))
+    await load(registry.stubs)
     call = watching(registry.stubs)
-    pending = asyncio.create_task(refused(call))
-    await asyncio.sleep(0)
+    await read_until(call, r.RESIDENCY_STATE_RESIDENT)  # The server has it.
+    pending = asyncio.create_task(refused(read_until(call, None)))
     registry.shutdown.begin()
     ended = await pending
 
