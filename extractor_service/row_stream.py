@@ -1,7 +1,7 @@
 """Rows of an extraction for one reader: what is committed at once, the rest as it comes.
 
-The reader's own pace is the only one here: the next run is read when the last one has been sent, so a slow reader holds
-nothing but its place.
+The reader's own pace is the only one here: the next run is read when the last one is on its way, so a slow reader holds
+nothing but its place and one run.
 """
 
 from __future__ import annotations

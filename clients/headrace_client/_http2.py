@@ -89,9 +89,7 @@ def connect(address: str, ca_pem: bytes | None) -> socket.socket:
     """
     try:
         if address.startswith("unix:"):
-            sock, host = socket.socket(socket.AF_UNIX), "localhost"
-            sock.settimeout(CONNECT_DEADLINE_S)
-            sock.connect("/" + address.removeprefix("unix:").lstrip("/"))
+            sock, host = _unix_socket("/" + address.removeprefix("unix:").lstrip("/")), "localhost"
         else:
             host, port = _host_and_port(address)
             sock = socket.create_connection((host, port), CONNECT_DEADLINE_S)
@@ -104,6 +102,17 @@ def connect(address: str, ca_pem: bytes | None) -> socket.socket:
         sock.settimeout(None)
     except (OSError, ValueError) as exc:
         raise CallFailed("UNAVAILABLE", f"can't connect: {exc}") from exc
+    return sock
+
+
+def _unix_socket(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(CONNECT_DEADLINE_S)
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
