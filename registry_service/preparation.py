@@ -76,6 +76,7 @@ class Preparer:
         self._allowances = allowances
         self._downloader = downloader
         self._reason_of = reason_of
+        self._clearing: set[asyncio.Task[None]] = set()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._readers = asyncio.Semaphore(_MAX_READERS)
         self._tokens: dict[str, str] = {}
@@ -102,6 +103,7 @@ class Preparer:
                         log.exception("a round of preparations failed")
                     await self._wakeups.wait(seen)
         finally:
+            await asyncio.gather(*self._clearing, return_exceptions=True)
             try:
                 await self._store.release(self.worker)
             except DatabaseUnavailable:
@@ -173,7 +175,10 @@ class Preparer:
         await self._finish(model, last.commit_sha, folder, await self._inspect(model, folder, None))
         if last.pickled:
             # The preparation is over, so that whoever looks after those at work may cancel this one now.
-            await asyncio.shield(self._storekeeper.give_up(last.path))
+            clearing = asyncio.create_task(self._storekeeper.give_up(last.path), name=f"clear-{model.id}")
+            self._clearing.add(clearing)
+            clearing.add_done_callback(self._clearing.discard)
+            await asyncio.shield(clearing)
 
     async def _unpickled(self, model: Model, pickled: Path) -> Path:
         """Has a node write safetensors from pickled weights, once."""
