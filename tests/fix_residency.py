@@ -82,7 +82,7 @@ INVARIANTS = {
             WHERE i.node_id = d.node_id AND i.device_id = d.id AND i.state IN ('LOADING', 'RESIDENT')
               AND EXISTS (SELECT 1 FROM pins p WHERE p.model_id = i.model_id AND p.node_id IN ('', i.node_id)
                           AND (p.expire_time IS NULL OR p.expire_time > registry_now() + interval '1 hour'))), 0)""",
-    "more loads or models than the node's limits": """
+    "more loads or models than a node allows": """
         SELECT n.id FROM nodes n JOIN residencies r ON r.node_id = n.id
         WHERE r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')
         GROUP BY n.id
@@ -93,15 +93,17 @@ INVARIANTS = {
 }
 
 
+# One statement for all of them: a check follows every step.
+_BROKEN = " UNION ALL ".join(
+    f"SELECT '{name}' AS name, to_jsonb(found) AS row FROM ({statement}) AS found"
+    for name, statement in INVARIANTS.items()
+)
+
+
 def broken_invariants(conn: psycopg.Connection[Any], policy: Policy, *, seen: int = 0) -> list[str]:
     """Names what does not hold; events up to `seen` were looked at before."""
     parameters = {"seen": seen, "min_residency_s": policy.min_residency_s}
-    found = []
-    for name, statement in INVARIANTS.items():
-        rows = conn.execute(statement, parameters).fetchall()
-        if rows:
-            found.append(f"{name}: {rows}")
-    return found
+    return [f"{row['name']}: {row['row']}" for row in conn.execute(_BROKEN, parameters).fetchall()]
 
 
 class DirectDatabase:
@@ -376,13 +378,13 @@ class World:
     def check(self) -> None:
         """Raises AssertionError naming what does not hold."""
         broken = broken_invariants(self.sync, self.policy, seen=self._seen)
-        for place, runners in self.runners.items():
-            row = self.sync.execute(
-                "SELECT capacity_bytes, lost_bytes FROM devices WHERE node_id = %s AND id = %s", place
-            ).fetchone()
-            if row is not None and runners.in_use() > row["capacity_bytes"]:
+        devices = self.sync.execute("SELECT node_id, id, capacity_bytes, lost_bytes FROM devices").fetchall()
+        for row in devices:
+            place = (row["node_id"], row["id"])
+            runners = self.runners[place]
+            if runners.in_use() > row["capacity_bytes"]:
                 broken.append(f"1 the memory of {place} is over-committed in truth: {runners}")
-            if row is not None and runners.lost_bytes > row["lost_bytes"]:
+            if runners.lost_bytes > row["lost_bytes"]:
                 broken.append(f"7 {place} lost {runners.lost_bytes} bytes, the registry knows of {row['lost_bytes']}")
         assert not broken, "\n".join(broken)
         last = self.sync.execute("SELECT COALESCE(max(id), 0) AS id FROM residency_events").fetchone()

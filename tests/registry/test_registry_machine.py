@@ -92,12 +92,12 @@ class Residencies(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(pick=PICK)
     def release(self, pick: int) -> None:
-        self.world.release(self.held.pop(_pick(sorted(self.held), pick)))
+        self.world.release(self.held.pop(_pick(list(self.held), pick)))
 
     @precondition(lambda self: self.held)
     @rule(pick=PICK)
     def renew(self, pick: int) -> None:
-        lease = self.held[_pick(sorted(self.held), pick)]
+        lease = self.held[_pick(list(self.held), pick)]
         self.held[lease.id] = self.world.run(self.world.leases.renew(lease.id, lease.fence))
 
     # Operators
@@ -218,10 +218,11 @@ class Residencies(RuleBasedStateMachine):
         super().check_invariants(settings, *args, **kwargs)  # type: ignore[arg-type]
         type(self).n_steps += 1
         self.world.check()
-        for lease in self.held.values():
-            row = self.world.sync.execute("SELECT state FROM leases WHERE id = %s", (lease.id,)).fetchone()
-            assert row is not None
-            assert row["state"] == "HELD", f"a lease was taken away: {lease} is {row}"
+        rows = self.world.sync.execute(
+            "SELECT id FROM leases WHERE id = ANY(%s) AND state = 'HELD'", (list(self.held),)
+        ).fetchall()
+        taken = set(self.held) - {row["id"] for row in rows}
+        assert not taken, f"leases were taken away: {taken}"
 
     def teardown(self) -> None:
         """Nobody is lost: once nodes answer and time passes, every call ends."""
