@@ -7,8 +7,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import orjson
 import psycopg
 from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -56,6 +58,7 @@ class Database:
             # Give up a reconnection soon: the next call starts another one, without the pool's growing back-off.
             reconnect_timeout=0.5,
             check=AsyncConnectionPool.check_connection,
+            configure=_configure,
             kwargs=connection_arguments(statement_timeout_s=deadline_s),
             name="registry",
         )
@@ -126,6 +129,11 @@ class Database:
         if not task.done():
             self._left_behind.add(task)
             task.add_done_callback(self._left_behind.discard)
+
+
+async def _configure(conn: Connection) -> None:
+    """JSON columns are half of what a page of models costs; the standard library's parser takes four times as long."""
+    set_json_loads(orjson.loads, conn)
 
 
 def connection_arguments(*, statement_timeout_s: float) -> dict[str, object]:

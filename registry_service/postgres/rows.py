@@ -29,17 +29,24 @@ from registry_service.sets import ActivationSet, SetReport
 
 Row = Mapping[str, Any]
 
+# Looked up, not called: that shows in pages of a thousand models.
+_SOURCE_KINDS = {str(kind): kind for kind in SourceKind}
+_QUANTIZATIONS = {str(quantization): quantization for quantization in Quantization}
+_MODEL_STATES = {str(state): state for state in ModelState}
+
 
 def model_of(row: Row) -> Model:
     """A row of `models`, or its JSON."""
     return Model(
         id=row["id"],
-        source=Source(kind=SourceKind(row["source_kind"]), location=row["location"], revision=row["source_revision"]),
+        source=Source(
+            kind=_SOURCE_KINDS[row["source_kind"]], location=row["location"], revision=row["source_revision"]
+        ),
         commit_sha=row["commit_sha"],
-        quantization=Quantization(row["quantization"]),
+        quantization=_QUANTIZATIONS[row["quantization"]],
         load_options=row["load_options"],
         labels=row["labels"],
-        state=ModelState(row["state"]),
+        state=_MODEL_STATES[row["state"]],
         failure=failure_of(row["failure"]),
         transfer=transfer_of(row["transfer"]),
         architecture=Architecture(**row["architecture"]) if row["architecture"] else None,

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from google.protobuf import json_format, struct_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.common.v1 import transfer_pb2
 from headrace.registry.v1 import activation_set_service_pb2 as set_pb
-from headrace.registry.v1 import model_pb2, model_service_pb2, residency_pb2, residency_service_pb2
+from headrace.registry.v1 import model_pb2, residency_pb2, residency_service_pb2
 
 from registry_service import models as m
 from registry_service.errors import FieldInvalid
-from registry_service.identifiers import checked_id, checked_labels, checked_repo
 from registry_service.leases import Lease
-from registry_service.load_options import checked_load_options
 from registry_service.nodes import Device, DeviceKind, Node, NodeState
-from registry_service.paths import ModelRoots
 from registry_service.pins import Pin
 from registry_service.residency import Residency, ResidencyState
 from registry_service.residency_events import ResidencyEvent
@@ -25,15 +21,10 @@ from registry_service.sets import ActivationSet, SetReport
 
 T = TypeVar("T")
 
-_MODEL_STATES = {state: model_pb2.ModelState.Value(f"MODEL_STATE_{state}") for state in m.ModelState}
-_QUANTIZATIONS = {q: model_pb2.Quantization.Value(f"QUANTIZATION_{q}") for q in m.Quantization}
 _RESIDENCY_STATES = {s: residency_pb2.ResidencyState.Value(f"RESIDENCY_STATE_{s}") for s in ResidencyState}
 _DEVICE_KINDS = {kind: residency_pb2.DeviceKind.Value(f"DEVICE_KIND_{kind}") for kind in DeviceKind}
 _NODE_STATES = {state: residency_pb2.NodeState.Value(f"NODE_STATE_{state}") for state in NodeState}
 
-_QUANTIZATION_FROM = {number: value for value, number in _QUANTIZATIONS.items()} | {
-    model_pb2.QUANTIZATION_UNSPECIFIED: m.Quantization.NONE
-}
 _RESIDENCY_STATE_FROM: dict[int, ResidencyState] = {number: value for value, number in _RESIDENCY_STATES.items()}
 _DEVICE_KIND_FROM = {number: value for value, number in _DEVICE_KINDS.items()}
 
@@ -41,10 +32,18 @@ _DEVICE_KIND_FROM = {number: value for value, number in _DEVICE_KINDS.items()}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+def fill_time(stamp: Timestamp, value: datetime) -> None:
+    """An aware datetime, into a message's field."""
+    since = value - _EPOCH  # Four times as fast as FromDatetime, which shows in pages of a thousand models.
+    stamp.seconds = since.days * 86_400 + since.seconds
+    stamp.nanos = since.microseconds * 1000
+
+
 def time_to_pb(value: datetime) -> Timestamp:
     """An aware datetime."""
-    since = value - _EPOCH  # Four times as fast as FromDatetime, which shows in pages of a thousand models.
-    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
+    stamp = Timestamp()
+    fill_time(stamp, value)
+    return stamp
 
 
 def transfer_to_pb(transfer: m.Transfer) -> transfer_pb2.Transfer:
@@ -77,137 +76,6 @@ def failure_to_pb(failure: m.Failure) -> model_pb2.Failure:
 def failure_from_pb(message: model_pb2.Failure) -> m.Failure:
     """Cut to what is worth keeping; NUL can't be stored."""
     return m.Failure(reason=clean_text(message.reason, 63), message=clean_text(message.message, 2000))
-
-
-def source_to_pb(source: m.Source) -> model_pb2.ModelSource:
-    """Total."""
-    if source.kind is m.SourceKind.HUB:
-        return model_pb2.ModelSource(hub=model_pb2.HubSource(repo_id=source.location, revision=source.revision))
-    if source.kind is m.SourceKind.FOLDER:
-        return model_pb2.ModelSource(folder=model_pb2.FolderSource(path=source.location))
-    return model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=source.location))
-
-
-def source_from_pb(message: model_pb2.ModelSource, roots: ModelRoots) -> m.Source:
-    """Checks repo or path. Paths become real paths under the roots."""
-    kind = message.WhichOneof("source")
-    if kind == "hub":
-        return checked_repo(message.hub.repo_id, message.hub.revision)
-    if kind == "folder":
-        path = roots.folder(message.folder.path, field="model.source.folder.path")
-        return m.Source(kind=m.SourceKind.FOLDER, location=path)
-    if kind == "gguf":
-        path = roots.file(message.gguf.path, field="model.source.gguf.path")
-        return m.Source(kind=m.SourceKind.GGUF, location=path)
-    raise FieldInvalid("model.source", "set one of `hub`, `folder`, `gguf`")
-
-
-def new_model_from_pb(message: model_pb2.Model, roots: ModelRoots) -> m.NewModel:
-    """What RegisterModel reads of a model."""
-    quantization = _QUANTIZATION_FROM.get(message.quantization)
-    if quantization is None:
-        raise FieldInvalid("model.quantization", f"{message.quantization} is no quantization of this version")
-    return m.NewModel(
-        id=checked_id(message.id, field="model.id") if message.id else "",
-        source=source_from_pb(message.source, roots),
-        quantization=quantization,
-        load_options=load_options_from_pb(message.load_options),
-        labels=checked_labels(message.labels),
-    )
-
-
-def load_options_from_pb(message: struct_pb2.Struct) -> dict[str, Any]:
-    """Known options only."""
-    return checked_load_options(json_format.MessageToDict(message))
-
-
-def model_to_pb(model: m.Model) -> model_pb2.Model:
-    """Total."""
-    message = model_pb2.Model(
-        id=model.id,
-        source=source_to_pb(model.source),
-        commit_sha=model.commit_sha,
-        quantization=_QUANTIZATIONS[model.quantization],
-        state=_MODEL_STATES[model.state],
-        failure=failure_to_pb(model.failure) if model.failure else None,
-        transfer=transfer_to_pb(model.transfer) if model.transfer else None,
-        architecture=architecture_to_pb(model.architecture) if model.architecture else None,
-        n_parameters=model.n_parameters,
-        weight_bytes=model.weight_bytes,
-        parameters_by_dtype=model.parameters_by_dtype,
-        files_path=model.files_path,
-        tokenizer_digest=model.tokenizer_digest,
-        labels=model.labels,
-        etag=model.etag,
-        create_time=time_to_pb(model.create_time),
-        update_time=time_to_pb(model.update_time),
-        fidelity=fidelity_to_pb(model.fidelity) if model.fidelity else None,
-        store_bytes=model.store_bytes,
-        last_used_time=time_to_pb(model.last_used_time) if model.last_used_time else None,
-    )
-    if model.load_options:
-        message.load_options.update(model.load_options)
-    return message
-
-
-def quantization_to_pb(quantization: m.Quantization) -> model_pb2.Quantization.ValueType:
-    """Total."""
-    return _QUANTIZATIONS[quantization]
-
-
-def fidelity_to_pb(fidelity: m.Fidelity) -> model_pb2.Fidelity:
-    """Total."""
-    return model_pb2.Fidelity(
-        reference_dtype=fidelity.reference_dtype,
-        n_tokens=fidelity.n_tokens,
-        layers=[
-            model_pb2.LayerFidelity(layer=each.layer, cosine=each.cosine, relative_error=each.relative_error)
-            for each in fidelity.layers
-        ],
-    )
-
-
-def fidelity_from_pb(message: model_pb2.Fidelity) -> m.Fidelity:
-    """Numbers as the node says them; what is not finite can't be stored."""
-    return m.Fidelity(
-        reference_dtype=clean_text(message.reference_dtype, 63),
-        n_tokens=message.n_tokens,
-        layers=tuple(
-            m.LayerFidelity(layer=each.layer, cosine=finite(each.cosine), relative_error=finite(each.relative_error))
-            for each in message.layers
-        ),
-    )
-
-
-def architecture_to_pb(architecture: m.Architecture) -> model_pb2.Architecture:
-    """Total."""
-    return model_pb2.Architecture(
-        model_type=architecture.model_type,
-        class_name=architecture.class_name,
-        n_layers=architecture.n_layers,
-        d_model=architecture.d_model,
-        n_heads=architecture.n_heads,
-        n_kv_heads=architecture.n_kv_heads,
-        d_head=architecture.d_head,
-        d_mlp=architecture.d_mlp,
-        vocab_size=architecture.vocab_size,
-        context_window=architecture.context_window,
-        tied_embeddings=architecture.tied_embeddings,
-    )
-
-
-def model_event_to_pb(
-    event: m.ModelEvent, *, snapshot: bool = False, heartbeat: bool = False
-) -> model_service_pb2.WatchModelResponse:
-    """Total."""
-    return model_service_pb2.WatchModelResponse(
-        seq=event.seq,
-        time=time_to_pb(event.time),
-        model=model_to_pb(event.model),
-        message=event.message,
-        snapshot=snapshot,
-        heartbeat=heartbeat,
-    )
 
 
 def device_from_pb(message: residency_pb2.Device) -> Device:

@@ -28,8 +28,13 @@ from registry_service.postgres.requests import Request
 from registry_service.postgres.validation_store import ValidationStore
 from registry_service.preparation import Preparer
 from registry_service.rpc.catalog import list_catalog
-from registry_service.rpc.convert import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
 from registry_service.rpc.estimate import MemoryEstimates
+from registry_service.rpc.model_convert import (
+    load_options_from_pb,
+    model_event_to_pb,
+    model_to_pb,
+    new_model_from_pb,
+)
 from registry_service.rpc.validations import attempt_to_pb, step_messages
 from registry_service.validations import watch_attempt
 from registry_service.wakeups import Wakeups

@@ -21,12 +21,11 @@ from registry_service.postgres.validation_store import ValidationStore
 from registry_service.rpc.convert import (
     device_from_pb,
     failure_from_pb,
-    fidelity_from_pb,
-    model_to_pb,
     residency_state_from_pb,
     residency_to_pb,
     transfer_from_pb,
 )
+from registry_service.rpc.model_convert import fidelity_from_pb, model_to_pb
 from registry_service.rpc.validations import validation_report_from_pb
 from registry_service.wakeups import Wakeups
 

@@ -18,9 +18,9 @@ from registry_service.rpc.convert import (
     failure_from_pb,
     failure_to_pb,
     finite,
-    quantization_to_pb,
     time_to_pb,
 )
+from registry_service.rpc.model_convert import quantization_to_pb
 
 _STATES = {state: model_pb2.ValidationStepState.Value(f"VALIDATION_STEP_STATE_{state}") for state in v.StepState}
 _STATE_FROM: dict[int, v.StepState] = {number: state for state, number in _STATES.items()}
