@@ -215,6 +215,10 @@ class World:
     def unpin(self, model: str) -> None:
         self.sync.execute("DELETE FROM pins WHERE model_id = %s", (model,))
 
+    def pinned(self, model: str) -> bool:
+        statement = "SELECT 1 FROM pins WHERE model_id = %s AND (expire_time IS NULL OR expire_time > registry_now())"
+        return self.sync.execute(statement, (model,)).fetchone() is not None
+
     # Time ------------------------------------------------------------------------------------------------------------
 
     def advance(self, seconds: float) -> None:

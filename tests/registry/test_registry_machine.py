@@ -111,12 +111,14 @@ class Residencies(RuleBasedStateMachine):
         if dice > 1:
             return
         leased = [lease for lease in self.held.values() if lease.model_id == model]
+        in_use = leased or self.world.pinned(model)
         try:
-            self.world.unload(model, force=force)
+            ended = self.world.unload(model, force=force)
         except ModelInUse:
-            assert leased
+            assert in_use
+            assert not force
             return
-        assert force or not leased
+        assert force or not in_use or not ended
         for lease in leased:
             del self.held[lease.id]
 
