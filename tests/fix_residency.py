@@ -116,6 +116,9 @@ class DirectDatabase:
         async with self._conn.transaction():
             return await work(self._conn)
 
+    async def single(self, work: Callable[[Connection], Awaitable[T]], *, deadline_s: float | None = None) -> T:
+        return await work(self._conn)
+
 
 @dataclass
 class FakeRunners:

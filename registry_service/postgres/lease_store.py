@@ -65,8 +65,7 @@ class LeaseStore:
             return str(row["node_id"])
 
         node_id = await self._database.run(work)
-        if node_id:
-            await self._database.run(lambda conn: settle_if_awaited(conn, node_id, self._policy))
+        if node_id and await settle_if_awaited(self._database, node_id, self._policy):
             self._wakeups.wake()
 
     async def expire(self) -> int:
@@ -84,14 +83,16 @@ class LeaseStore:
 
 
 async def grant_resident(conn: Connection, wish: Wish, terms: LeaseTerms, *, lease_id: str) -> Lease | None:
-    """Grants at once if the model is resident where the wish allows it; takes no lock but the residency's."""
+    """Grants at once if the model is resident where the wish allows it; takes no lock but the residency's.
+
+    One statement, unless the terms name a request.
+    """
     values = {"model_id": wish.model_id, "node_id": wish.node_id, "device_id": wish.device_id}
     if terms.request_id:
         await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": terms.request_id})
     granted = await conn.execute(admission.LEASE_GRANT_RESIDENT, {**values, **_terms(terms, lease_id)})
-    if granted.rowcount == 0:
-        return None
-    return await _read(conn, lease_id)
+    row = await granted.fetchone()
+    return lease_of(row) if row is not None else None
 
 
 async def grant_lease(conn: Connection, residency_id: str, terms: LeaseTerms, *, lease_id: str) -> Lease:

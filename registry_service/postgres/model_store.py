@@ -69,7 +69,7 @@ class ModelStore:
 
     async def get(self, model_id: str) -> Model:
         """Raises ModelNotFound."""
-        return await self._database.read(lambda conn: read_model(conn, model_id))
+        return await self._database.single(lambda conn: read_model(conn, model_id))
 
     async def page(self, terms: Sequence[Term], page: Page) -> tuple[list[Model], str]:
         """Returns one page ordered by id, and the token of the next."""
@@ -79,7 +79,7 @@ class ModelStore:
             cursor = await conn.execute(query, parameters)
             return [model_of(row) for row in await cursor.fetchall()]
 
-        models = await self._database.read(work)
+        models = await self._database.single(work)
         more = len(models) > page.size
         models = models[: page.size]
         return models, page.token_after((models[-1].id,)) if more else ""

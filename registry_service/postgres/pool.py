@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import orjson
 import psycopg
@@ -32,6 +34,8 @@ _CHECKOUT_TIMEOUT_S = 2.0
 _MAX_CONNECTIONS = 10
 _MAX_WAITING = 500
 _RETRY_AFTER_S = 1.0
+# One that answered so recently is taken for alive; should it not be, the transaction is run again.
+_ALIVE_FOR_S = 0.5
 
 
 class Database:
@@ -48,6 +52,7 @@ class Database:
         self._deadline_s = deadline_s
         self._on_lost = on_lost
         self._left_behind: set[asyncio.Task[object]] = set()
+        self._used_s: WeakKeyDictionary[Connection, float] = WeakKeyDictionary()
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             url,
             open=False,
@@ -57,7 +62,7 @@ class Database:
             timeout=_CHECKOUT_TIMEOUT_S,
             # Give up a reconnection soon: the next call starts another one, without the pool's growing back-off.
             reconnect_timeout=0.5,
-            check=AsyncConnectionPool.check_connection,
+            check=self._check,
             configure=_configure,
             kwargs=connection_arguments(statement_timeout_s=deadline_s),
             name="registry",
@@ -77,8 +82,8 @@ class Database:
         """Runs `work` in one transaction, again if the connection was lost. Raises DatabaseUnavailable in time."""
         return await self._run(work, deadline_s, autocommit=False)
 
-    async def read(self, work: Callable[[Connection], Awaitable[T]], *, deadline_s: float | None = None) -> T:
-        """Like `run` for one statement that only reads: it needs no transaction, nor the two round trips of one."""
+    async def single(self, work: Callable[[Connection], Awaitable[T]], *, deadline_s: float | None = None) -> T:
+        """Like `run` for one statement, which is a transaction by itself: it saves the two round trips around it."""
         return await self._run(work, deadline_s, autocommit=True)
 
     async def _run(
@@ -116,12 +121,19 @@ class Database:
             async with self._pool.connection() as conn:
                 if conn.autocommit is not autocommit:
                     await conn.set_autocommit(autocommit)  # A flag of the client's; the server hears nothing.
-                return await work(conn)
+                result = await work(conn)
+                self._used_s[conn] = time.monotonic()
+                return result
         except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
             raise
         except TRANSIENT:
             self._on_lost()
             raise
+
+    async def _check(self, conn: Connection) -> None:
+        """Asks a connection whether it is alive, unless it was a moment ago: a round trip that every call would pay."""
+        if time.monotonic() - self._used_s.get(conn, 0.0) > _ALIVE_FOR_S:
+            await AsyncConnectionPool.check_connection(conn)
 
     async def _give_up(self, task: asyncio.Task[T]) -> None:
         task.cancel()

@@ -364,6 +364,7 @@ INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s
 SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
        registry_now() + make_interval(secs => %(ttl_s)s)
 FROM granted
+ON CONFLICT (id) DO UPDATE SET fence = excluded.fence, expire_time = excluded.expire_time
 """
 LEASE_RENEW = """
 UPDATE leases l SET expire_time = registry_now() + make_interval(secs => l.ttl_s)

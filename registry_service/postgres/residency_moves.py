@@ -9,7 +9,7 @@ from registry_service.policy import Policy
 from registry_service.postgres import queries
 from registry_service.postgres import residency_queries as admission
 from registry_service.postgres.node_views import lock_nodes, read_nodes
-from registry_service.postgres.pool import Connection
+from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.rows import residency_of
 from registry_service.residency import Residency, ResidencyState
 from registry_service.scheduling import NodeView, Outcome, Step, plan
@@ -58,13 +58,21 @@ async def settle(conn: Connection, node_id: str, policy: Policy, *, awaited: str
     return bool(due.steps)
 
 
-async def settle_if_awaited(conn: Connection, node_id: str, policy: Policy) -> bool:
-    """Does what is due on a node where somebody waits for memory; elsewhere the next round of upkeep is soon enough."""
-    row = await (await conn.execute(admission.NODE_IS_AWAITED, {"node_id": node_id})).fetchone()
-    if row is None or not row["awaited"]:
-        return False
-    await lock_nodes(conn, (node_id,))
-    return await settle(conn, node_id, policy)
+async def settle_if_awaited(database: Database, node_id: str, policy: Policy) -> bool:
+    """Does what is due on a node where somebody waits for memory; elsewhere the next round of upkeep is soon enough.
+
+    Call it after the commit of what may make it due. Returns True if anything changed.
+    """
+
+    async def look(conn: Connection) -> bool:
+        row = await (await conn.execute(admission.NODE_IS_AWAITED, {"node_id": node_id})).fetchone()
+        return row is not None and bool(row["awaited"])
+
+    async def work(conn: Connection) -> bool:
+        await lock_nodes(conn, (node_id,))
+        return await settle(conn, node_id, policy)
+
+    return await database.single(look) and await database.run(work)
 
 
 async def read_residency(conn: Connection, residency_id: str) -> Residency:

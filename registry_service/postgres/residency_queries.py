@@ -183,11 +183,14 @@ WITH chosen AS (
     ORDER BY r.queue_seq LIMIT 1 FOR UPDATE
 ), granted AS (
     UPDATE residencies r SET lease_fence = r.lease_fence + 1, last_used_time = registry_now()
-    FROM chosen WHERE r.id = chosen.id RETURNING r.id, r.model_id, r.lease_fence
+    FROM chosen WHERE r.id = chosen.id RETURNING r.id, r.model_id, r.node_id, r.lease_fence
+), leased AS (
+    INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s, expire_time)
+    SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
+           registry_now() + make_interval(secs => %(ttl_s)s)
+    FROM granted
+    ON CONFLICT (id) DO UPDATE SET fence = excluded.fence, expire_time = excluded.expire_time
+    RETURNING id, residency_id, model_id, holder, fence, ttl_s, expire_time
 )
-INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s, expire_time)
-SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
-       registry_now() + make_interval(secs => %(ttl_s)s)
-FROM granted
-RETURNING residency_id
+SELECT l.*, g.node_id, n.address AS node_address FROM leased l, granted g JOIN nodes n ON n.id = g.node_id
 """

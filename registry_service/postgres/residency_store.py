@@ -117,6 +117,10 @@ class ResidencyStore:
             position = await _position(conn, residency)
             return Admission(residency=residency, position=position, avoid=avoid), admitted.changed
 
+        if last is None and not terms.request_id:
+            lease = await self._database.single(lambda conn: grant_resident(conn, wish, terms, lease_id=waiter_id))
+            if lease is not None:
+                return Admission(lease=lease)
         answer, changed = await self._database.run(work)
         if changed:
             self._wakeups.wake()
@@ -152,7 +156,7 @@ class ResidencyStore:
 
         node_id = await self._database.run(work)
         if node_id:
-            await self._database.run(lambda conn: settle_if_awaited(conn, node_id, self._policy))
+            await settle_if_awaited(self._database, node_id, self._policy)
             self._wakeups.wake()
 
     async def in_the_way(self, residency_id: str) -> tuple[str, ...]:
