@@ -36,6 +36,10 @@ class _CorpusFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CorpusFo
     """Comma-separated values with a header line."""
     CORPUS_FORMAT_PARQUET: _CorpusFormat.ValueType  # 4
     """Parquet."""
+    CORPUS_FORMAT_TOKEN_IDS: _CorpusFormat.ValueType  # 5
+    """Token ids: a NumPy array of integers (`.npy`), one document a row; or JSON lines or Parquet whose `text_column` holds
+    lists of ids.
+    """
 
 class CorpusFormat(_CorpusFormat, metaclass=_CorpusFormatEnumTypeWrapper):
     """CorpusFormat is how a file is cut into documents."""
@@ -50,6 +54,10 @@ CORPUS_FORMAT_CSV: CorpusFormat.ValueType  # 3
 """Comma-separated values with a header line."""
 CORPUS_FORMAT_PARQUET: CorpusFormat.ValueType  # 4
 """Parquet."""
+CORPUS_FORMAT_TOKEN_IDS: CorpusFormat.ValueType  # 5
+"""Token ids: a NumPy array of integers (`.npy`), one document a row; or JSON lines or Parquet whose `text_column` holds
+lists of ids.
+"""
 Global___CorpusFormat: _TypeAlias = CorpusFormat  # noqa: Y015
 
 class _TextSplit:
@@ -95,6 +103,7 @@ class CorpusSpec(_message.Message):
     TEXT_COLUMN_FIELD_NUMBER: _builtins.int
     TEXT_SPLIT_FIELD_NUMBER: _builtins.int
     FILE_NAME_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$`."""
     format: Global___CorpusFormat.ValueType
@@ -105,6 +114,8 @@ class CorpusSpec(_message.Message):
     """For TXT."""
     file_name: _builtins.str
     """Name of the file, for its ending and for people."""
+    chat: _builtins.bool
+    """Documents are conversations: `text_column` holds lists of messages with `role` and `content`."""
     def __init__(
         self,
         *,
@@ -113,10 +124,11 @@ class CorpusSpec(_message.Message):
         text_column: _builtins.str = ...,
         text_split: Global___TextSplit.ValueType = ...,
         file_name: _builtins.str = ...,
+        chat: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_name", b"file_name", "format", b"format", "id", b"id", "text_column", b"text_column", "text_split", b"text_split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "file_name", b"file_name", "format", b"format", "id", b"id", "text_column", b"text_column", "text_split", b"text_split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,6 +171,7 @@ class Corpus(_message.Message):
     TOKENIZED_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id."""
     digest: _builtins.str
@@ -171,6 +184,8 @@ class Corpus(_message.Message):
     """True when it holds token ids instead of text."""
     origin: _builtins.str
     """File name or path it came from."""
+    chat: _builtins.bool
+    """True when its documents are conversations."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was ingested."""
@@ -185,10 +200,11 @@ class Corpus(_message.Message):
         tokenized: _builtins.bool = ...,
         origin: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        chat: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "id", b"id", "n_documents", b"n_documents", "origin", b"origin", "size_bytes", b"size_bytes", "tokenized", b"tokenized"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "create_time", b"create_time", "digest", b"digest", "id", b"id", "n_documents", b"n_documents", "origin", b"origin", "size_bytes", b"size_bytes", "tokenized", b"tokenized"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,6 +320,8 @@ class HubDatasetSource(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
+    MAX_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    HUB_TOKEN_FIELD_NUMBER: _builtins.int
     repo_id: _builtins.str
     """`owner/name`."""
     revision: _builtins.str
@@ -312,6 +330,10 @@ class HubDatasetSource(_message.Message):
     """Configuration of the dataset."""
     split: _builtins.str
     """Split."""
+    max_documents: _builtins.int
+    """Stop after so many documents; 0: all."""
+    hub_token: _builtins.str
+    """Token for gated datasets; never stored, never logged. Empty: the node's own, if any."""
     def __init__(
         self,
         *,
@@ -319,14 +341,76 @@ class HubDatasetSource(_message.Message):
         revision: _builtins.str = ...,
         config: _builtins.str = ...,
         split: _builtins.str = ...,
+        max_documents: _builtins.int = ...,
+        hub_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "repo_id", b"repo_id", "revision", b"revision", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "hub_token", b"hub_token", "max_documents", b"max_documents", "repo_id", b"repo_id", "revision", b"revision", "split", b"split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HubDatasetSource: _TypeAlias = HubDatasetSource  # noqa: Y015
+
+@_typing.final
+class MixPart(_message.Message):
+    """MixPart is one corpus of a mixture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CORPUS_ID_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    corpus_id: _builtins.str
+    """Corpus on this node."""
+    weight: _builtins.float
+    """Its share of the documents, relative to the others'; more than 0."""
+    def __init__(
+        self,
+        *,
+        corpus_id: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MixPart: _TypeAlias = MixPart  # noqa: Y015
+
+@_typing.final
+class MixSource(_message.Message):
+    """MixSource mixes corpora into a new one, drawing each document's corpus by weight; each corpus gives its documents in
+    order, and the mixture ends when one that is drawn has none left.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MAX_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """Of the draws."""
+    max_documents: _builtins.int
+    """Stop after so many documents; 0: until a corpus is exhausted."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MixPart]:
+        """At least two."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___MixPart] | None = ...,
+        seed: _builtins.int = ...,
+        max_documents: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_documents", b"max_documents", "parts", b"parts", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MixSource: _TypeAlias = MixSource  # noqa: Y015
 
 @_typing.final
 class RegisterCorpusRequest(_message.Message):
@@ -339,6 +423,7 @@ class RegisterCorpusRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HUB_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID4; repeating it answers with the first call's result."""
     @_builtins.property
@@ -357,6 +442,10 @@ class RegisterCorpusRequest(_message.Message):
     def hub(self) -> Global___HubDatasetSource:
         """A hub dataset."""
 
+    @_builtins.property
+    def mix(self) -> Global___MixSource:
+        """Other corpora."""
+
     def __init__(
         self,
         *,
@@ -365,12 +454,13 @@ class RegisterCorpusRequest(_message.Message):
         path: Global___PathSource | None = ...,
         token_ids: Global___TokenIdsSource | None = ...,
         hub: Global___HubDatasetSource | None = ...,
+        mix: Global___MixSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hub", b"hub", "path", b"path", "source", b"source", "spec", b"spec", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hub", b"hub", "mix", b"mix", "path", b"path", "source", b"source", "spec", b"spec", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub", b"hub", "path", b"path", "request_id", b"request_id", "source", b"source", "spec", b"spec", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub", b"hub", "mix", b"mix", "path", b"path", "request_id", b"request_id", "source", b"source", "spec", b"spec", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["path", "token_ids", "hub"]  # noqa: Y015
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["path", "token_ids", "hub", "mix"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
 

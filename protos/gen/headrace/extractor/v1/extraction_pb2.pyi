@@ -98,6 +98,30 @@ EOS_POLICY_DOCUMENT: EosPolicy.ValueType  # 2
 """After each document."""
 Global___EosPolicy: _TypeAlias = EosPolicy  # noqa: Y015
 
+class _LongDocuments:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LongDocumentsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LongDocuments.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LONG_DOCUMENTS_UNSPECIFIED: _LongDocuments.ValueType  # 0
+    """SPLIT for PACKED, TRUNCATE for ONE_DOCUMENT."""
+    LONG_DOCUMENTS_SPLIT: _LongDocuments.ValueType  # 1
+    """It goes on in the next sequence, with its positions starting at 0 again."""
+    LONG_DOCUMENTS_TRUNCATE: _LongDocuments.ValueType  # 2
+    """What exceeds `context_size` is left out."""
+
+class LongDocuments(_LongDocuments, metaclass=_LongDocumentsEnumTypeWrapper):
+    """LongDocuments says what happens to a document that exceeds a sequence."""
+
+LONG_DOCUMENTS_UNSPECIFIED: LongDocuments.ValueType  # 0
+"""SPLIT for PACKED, TRUNCATE for ONE_DOCUMENT."""
+LONG_DOCUMENTS_SPLIT: LongDocuments.ValueType  # 1
+"""It goes on in the next sequence, with its positions starting at 0 again."""
+LONG_DOCUMENTS_TRUNCATE: LongDocuments.ValueType  # 2
+"""What exceeds `context_size` is left out."""
+Global___LongDocuments: _TypeAlias = LongDocuments  # noqa: Y015
+
 class _RetentionKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -171,6 +195,32 @@ EXTRACTION_STATE_RECOVERING: ExtractionState.ValueType  # 8
 Global___ExtractionState: _TypeAlias = ExtractionState  # noqa: Y015
 
 @_typing.final
+class TokenWindow(_message.Message):
+    """TokenWindow picks positions of each document, inserted tokens counted; negative numbers count from its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """First position that becomes a row; -1 is the last one."""
+    end: _builtins.int
+    """One past the last position that becomes a row; 0 means the document's end."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenWindow: _TypeAlias = TokenWindow  # noqa: Y015
+
+@_typing.final
 class Recipe(_message.Message):
     """Recipe says how documents become rows. All of it is part of the set's identity."""
 
@@ -185,6 +235,9 @@ class Recipe(_message.Message):
     DROP_FIRST_POSITIONS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     STORAGE_DTYPE_FIELD_NUMBER: _builtins.int
+    LONG_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     context_size: _builtins.int
     """Tokens in one sequence, 2 to 131072; 0 means 256."""
     packing: Global___Packing.ValueType
@@ -202,7 +255,17 @@ class Recipe(_message.Message):
     batch_size: _builtins.int
     """Sequences in one forward pass, 1 to 1024; 0 means 4. Numbers depend on it in the last bits, hence it is here."""
     storage_dtype: _dtype_pb2.Dtype.ValueType
-    """Dtype of hookpoint columns in the log; unspecified means float32."""
+    """Dtype of hookpoint columns in the log; unspecified means float32.
+    FLOAT8_E4M3 and INT8 store a float32 scale per row beside them, in the column `<hookpoint>.scale`.
+    """
+    long_documents: Global___LongDocuments.ValueType
+    """What happens to documents that exceed a sequence."""
+    chat_template: _builtins.bool
+    """True: documents are conversations, and the tokenizer's chat template turns them into tokens."""
+    @_builtins.property
+    def window(self) -> Global___TokenWindow:
+        """Rows only for these positions of each document; unset: all."""
+
     def __init__(
         self,
         *,
@@ -215,10 +278,13 @@ class Recipe(_message.Message):
         drop_first_positions: _builtins.int = ...,
         batch_size: _builtins.int = ...,
         storage_dtype: _dtype_pb2.Dtype.ValueType = ...,
+        long_documents: Global___LongDocuments.ValueType = ...,
+        window: Global___TokenWindow | None = ...,
+        chat_template: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attend_across_documents", b"attend_across_documents", "batch_size", b"batch_size", "bos", b"bos", "context_size", b"context_size", "drop_first_positions", b"drop_first_positions", "drop_special_tokens", b"drop_special_tokens", "eos", b"eos", "packing", b"packing", "storage_dtype", b"storage_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attend_across_documents", b"attend_across_documents", "batch_size", b"batch_size", "bos", b"bos", "chat_template", b"chat_template", "context_size", b"context_size", "drop_first_positions", b"drop_first_positions", "drop_special_tokens", b"drop_special_tokens", "eos", b"eos", "long_documents", b"long_documents", "packing", b"packing", "storage_dtype", b"storage_dtype", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,7 +343,10 @@ class ExtractionSpec(_message.Message):
     """Keep NaN and infinite values instead of failing with NON_FINITE; they are counted."""
     @_builtins.property
     def hookpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hookpoints, such as `blocks.14.hook_resid_post`; at least one."""
+        """Hookpoints, such as `blocks.14.hook_resid_post`; at least one. TransformerLens names, canonical bridge names such as
+        `blocks.14.hook_out`, and module paths such as `model.layers.14.mlp:out`; `*` stands for anything between dots, and
+        `blocks.4-7.hook_resid_post` for a range of layers. They come back in TransformerLens spelling.
+        """
 
     @_builtins.property
     def recipe(self) -> Global___Recipe:
@@ -385,6 +454,68 @@ class ReaderStatus(_message.Message):
 Global___ReaderStatus: _TypeAlias = ReaderStatus  # noqa: Y015
 
 @_typing.final
+class ColumnParity(_message.Message):
+    """ColumnParity compares one column with what transformers computes by itself for the same tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MAX_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    MIN_COSINE_FIELD_NUMBER: _builtins.int
+    MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Column."""
+    max_difference: _builtins.float
+    """Largest absolute difference."""
+    min_cosine: _builtins.float
+    """Smallest cosine of a row with its reference."""
+    max_relative_error: _builtins.float
+    """Largest relative error of a row, by norms; what an 8-bit column loses shows here."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        max_difference: _builtins.float = ...,
+        min_cosine: _builtins.float = ...,
+        max_relative_error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_difference", b"max_difference", "max_relative_error", b"max_relative_error", "min_cosine", b"min_cosine", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColumnParity: _TypeAlias = ColumnParity  # noqa: Y015
+
+@_typing.final
+class ParityReceipt(_message.Message):
+    """ParityReceipt is the proof of a set's numbers, made on rows sampled while extracting."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    N_ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    n_rows: _builtins.int
+    """Rows compared."""
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnParity]:
+        """One per hookpoint column."""
+
+    def __init__(
+        self,
+        *,
+        n_rows: _builtins.int = ...,
+        columns: _abc.Iterable[Global___ColumnParity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "n_rows", b"n_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParityReceipt: _TypeAlias = ParityReceipt  # noqa: Y015
+
+@_typing.final
 class Extraction(_message.Message):
     """Extraction is the job that appends rows of some columns to a set."""
 
@@ -411,6 +542,7 @@ class Extraction(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     N_NON_FINITE_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, server-made."""
     set_id: _builtins.str
@@ -467,6 +599,10 @@ class Extraction(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """Last change."""
 
+    @_builtins.property
+    def receipt(self) -> Global___ParityReceipt:
+        """Unset until rows were compared."""
+
     def __init__(
         self,
         *,
@@ -491,10 +627,11 @@ class Extraction(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         n_non_finite: _builtins.int = ...,
+        receipt: Global___ParityReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "spec", b"spec", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "receipt", b"receipt", "spec", b"spec", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "create_time", b"create_time", "eta_s", b"eta_s", "failure", b"failure", "id", b"id", "n_non_finite", b"n_non_finite", "n_rows", b"n_rows", "n_rows_computed", b"n_rows_computed", "n_rows_exact", b"n_rows_exact", "n_rows_expected", b"n_rows_expected", "path", b"path", "queue_position", b"queue_position", "readers", b"readers", "rows_per_s", b"rows_per_s", "set_id", b"set_id", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "transfer", b"transfer", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "create_time", b"create_time", "eta_s", b"eta_s", "failure", b"failure", "id", b"id", "n_non_finite", b"n_non_finite", "n_rows", b"n_rows", "n_rows_computed", b"n_rows_computed", "n_rows_exact", b"n_rows_exact", "n_rows_expected", b"n_rows_expected", "path", b"path", "queue_position", b"queue_position", "readers", b"readers", "receipt", b"receipt", "rows_per_s", b"rows_per_s", "set_id", b"set_id", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "transfer", b"transfer", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

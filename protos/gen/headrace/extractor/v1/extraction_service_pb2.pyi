@@ -45,6 +45,34 @@ TRANSPORT_MAPPED: Transport.ValueType  # 2
 """As row ranges; the client maps the set's files itself."""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
+class _ReadOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReadOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReadOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    READ_ORDER_UNSPECIFIED: _ReadOrder.ValueType  # 0
+    """Same as SEQUENTIAL."""
+    READ_ORDER_SEQUENTIAL: _ReadOrder.ValueType  # 1
+    """By row number, as rows are committed."""
+    READ_ORDER_SHUFFLED: _ReadOrder.ValueType  # 2
+    """Blocks in an order that depends on `seed`, `epoch`, `block_rows` and the number of rows alone; rows within a block in
+    theirs. Begins once the extraction has all its rows.
+    """
+
+class ReadOrder(_ReadOrder, metaclass=_ReadOrderEnumTypeWrapper):
+    """ReadOrder is the order in which blocks of rows are sent."""
+
+READ_ORDER_UNSPECIFIED: ReadOrder.ValueType  # 0
+"""Same as SEQUENTIAL."""
+READ_ORDER_SEQUENTIAL: ReadOrder.ValueType  # 1
+"""By row number, as rows are committed."""
+READ_ORDER_SHUFFLED: ReadOrder.ValueType  # 2
+"""Blocks in an order that depends on `seed`, `epoch`, `block_rows` and the number of rows alone; rows within a block in
+theirs. Begins once the extraction has all its rows.
+"""
+Global___ReadOrder: _TypeAlias = ReadOrder  # noqa: Y015
+
 @_typing.final
 class EstimateExtractionRequest(_message.Message):
     """Request of EstimateExtraction."""
@@ -80,6 +108,8 @@ class EstimateExtractionResponse(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     N_TOKENS_FIELD_NUMBER: _builtins.int
     N_ROWS_CACHED_FIELD_NUMBER: _builtins.int
+    NEW_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     n_rows: _builtins.int
     """Rows of the set."""
     size_bytes: _builtins.int
@@ -90,6 +120,10 @@ class EstimateExtractionResponse(_message.Message):
     """Tokens through the model."""
     n_rows_cached: _builtins.int
     """Rows that exist already and would not be computed."""
+    new_bytes: _builtins.int
+    """Bytes that would be written."""
+    available_bytes: _builtins.int
+    """Bytes that the node could take now, what may be evicted counted; negative while unknown."""
     def __init__(
         self,
         *,
@@ -98,10 +132,12 @@ class EstimateExtractionResponse(_message.Message):
         seconds: _builtins.float = ...,
         n_tokens: _builtins.int = ...,
         n_rows_cached: _builtins.int = ...,
+        new_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["n_rows", b"n_rows", "n_rows_cached", b"n_rows_cached", "n_tokens", b"n_tokens", "seconds", b"seconds", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "n_rows", b"n_rows", "n_rows_cached", b"n_rows_cached", "n_tokens", b"n_tokens", "new_bytes", b"new_bytes", "seconds", b"seconds", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,12 +422,18 @@ class StreamActivationsRequest(_message.Message):
     READER_FIELD_NUMBER: _builtins.int
     EXPLICIT_RELEASE_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SHARD_INDEX_FIELD_NUMBER: _builtins.int
+    SHARD_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_ROWS_FIELD_NUMBER: _builtins.int
     extraction_id: _builtins.str
     """Extraction whose set is read."""
     start_row: _builtins.int
-    """First row wanted."""
+    """First row wanted; for shards and SHUFFLED a place in the reading order, counted from 0."""
     end_row: _builtins.int
-    """One past the last row wanted; 0: all the extraction will have."""
+    """One past the last row wanted, counted alike; 0: all the extraction will have."""
     chunk_bytes: _builtins.int
     """Payload bytes aimed at in one message; 0 means 1 MiB. Up to 3.5 MiB unless `allow_large_chunks`, then up to 16 MiB."""
     allow_large_chunks: _builtins.bool
@@ -402,6 +444,20 @@ class StreamActivationsRequest(_message.Message):
     """For WINDOW sets: rows are kept until ReleaseRows, instead of until sent."""
     transport: Global___Transport.ValueType
     """How rows travel."""
+    order: Global___ReadOrder.ValueType
+    """In which order."""
+    seed: _builtins.int
+    """For SHUFFLED."""
+    epoch: _builtins.int
+    """For SHUFFLED: each epoch has an order of its own."""
+    shard_index: _builtins.int
+    """This reader's shard, 0 to `shard_count` - 1."""
+    shard_count: _builtins.int
+    """Number of shards; 0 or 1: all rows. Of more, each gets every `shard_count`-th block of the reading order, and all the
+    same number of whole blocks: what is left over is nobody's.
+    """
+    block_rows: _builtins.int
+    """Rows in a block of shards and SHUFFLED; 0 means 1024."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Columns wanted: hookpoints, `token_id`, `document`, `position`. Empty: all."""
@@ -418,10 +474,16 @@ class StreamActivationsRequest(_message.Message):
         reader: _builtins.str = ...,
         explicit_release: _builtins.bool = ...,
         transport: Global___Transport.ValueType = ...,
+        order: Global___ReadOrder.ValueType = ...,
+        seed: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        shard_index: _builtins.int = ...,
+        shard_count: _builtins.int = ...,
+        block_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_large_chunks", b"allow_large_chunks", "chunk_bytes", b"chunk_bytes", "columns", b"columns", "end_row", b"end_row", "explicit_release", b"explicit_release", "extraction_id", b"extraction_id", "reader", b"reader", "start_row", b"start_row", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_large_chunks", b"allow_large_chunks", "block_rows", b"block_rows", "chunk_bytes", b"chunk_bytes", "columns", b"columns", "end_row", b"end_row", "epoch", b"epoch", "explicit_release", b"explicit_release", "extraction_id", b"extraction_id", "order", b"order", "reader", b"reader", "seed", b"seed", "shard_count", b"shard_count", "shard_index", b"shard_index", "start_row", b"start_row", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,6 +499,7 @@ class Column(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     SCALE_COLUMN_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name."""
     dtype: _dtype_pb2.Dtype.ValueType
@@ -445,6 +508,10 @@ class Column(_message.Message):
     """Elements in one row."""
     scale_column: _builtins.str
     """For 8-bit columns: name of the float32 column of the same rows that values are to be multiplied by."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape of one row, such as heads and elements per head; its product is `width`. Empty: [width]."""
+
     def __init__(
         self,
         *,
@@ -452,10 +519,11 @@ class Column(_message.Message):
         dtype: _dtype_pb2.Dtype.ValueType = ...,
         width: _builtins.int = ...,
         scale_column: _builtins.str = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "scale_column", b"scale_column", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "scale_column", b"scale_column", "shape", b"shape", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -521,18 +589,26 @@ class StreamHeader(_message.Message):
     STATISTICS_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    BLOCK_ROWS_FIELD_NUMBER: _builtins.int
     set_id: _builtins.str
     """The set."""
     first_row: _builtins.int
-    """First row that will come."""
+    """First row that will come; for shards and SHUFFLED a place in the reading order."""
     end_row: _builtins.int
-    """One past the last row that will come; 0 while unknown."""
+    """One past the last row that will come, counted alike; 0 while unknown."""
     reader: _builtins.str
     """Name of this reader."""
     path: _builtins.str
     """Folder of the set on the node, for the mapped transport."""
     transport: Global___Transport.ValueType
     """How rows travel."""
+    nonce: _builtins.str
+    """For the mapped transport: what the file `nonce` in the set's folder says. A client that reads something else there
+    sees another folder and must ask for INLINE.
+    """
+    block_rows: _builtins.int
+    """Rows in a block of the reading order; 0 for one sequential shard."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """Columns in the order of `ActivationChunk.column_offsets`."""
@@ -552,10 +628,12 @@ class StreamHeader(_message.Message):
         statistics: _abc.Iterable[Global___ColumnStatistics] | None = ...,
         path: _builtins.str = ...,
         transport: Global___Transport.ValueType = ...,
+        nonce: _builtins.str = ...,
+        block_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "end_row", b"end_row", "first_row", b"first_row", "path", b"path", "reader", b"reader", "set_id", b"set_id", "statistics", b"statistics", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_rows", b"block_rows", "columns", b"columns", "end_row", b"end_row", "first_row", b"first_row", "nonce", b"nonce", "path", b"path", "reader", b"reader", "set_id", b"set_id", "statistics", b"statistics", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -571,6 +649,7 @@ class ActivationChunk(_message.Message):
     N_ROWS_FIELD_NUMBER: _builtins.int
     COLUMN_OFFSETS_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     first_row: _builtins.int
     """Row of the first one."""
@@ -578,6 +657,8 @@ class ActivationChunk(_message.Message):
     """Rows in it, at least 1."""
     padding: _builtins.bytes
     """Zeros, 0 to 127 of them, that put `payload` on a multiple of 64 from the start of the message."""
+    position: _builtins.int
+    """For shards and SHUFFLED: place of the first row in the reading order. A chunk lies within one block."""
     payload: _builtins.bytes
     """The rows. Empty with the mapped transport."""
     @_builtins.property
@@ -593,11 +674,12 @@ class ActivationChunk(_message.Message):
         n_rows: _builtins.int = ...,
         column_offsets: _abc.Iterable[_builtins.int] | None = ...,
         padding: _builtins.bytes = ...,
+        position: _builtins.int = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["column_offsets", b"column_offsets", "first_row", b"first_row", "n_rows", b"n_rows", "padding", b"padding", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column_offsets", b"column_offsets", "first_row", b"first_row", "n_rows", b"n_rows", "padding", b"padding", "payload", b"payload", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -638,7 +720,7 @@ class StreamEnd(_message.Message):
     NEXT_ROW_FIELD_NUMBER: _builtins.int
     N_ROWS_FIELD_NUMBER: _builtins.int
     next_row: _builtins.int
-    """One past the last row sent."""
+    """One past the last row sent; for shards and SHUFFLED a place in the reading order."""
     n_rows: _builtins.int
     """Rows of the set."""
     def __init__(
@@ -777,22 +859,32 @@ class Hookpoint(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """TransformerLens spelling."""
     width: _builtins.int
     """Elements in one row."""
     unavailable: _builtins.str
     """Why it can't be captured; empty when it can."""
+    module: _builtins.str
+    """Where it is taken: a module path with `:in` or `:out`; empty where no single module has it."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape of one row; its product is `width`. Empty: [width]."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         width: _builtins.int = ...,
         unavailable: _builtins.str = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        module: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "unavailable", b"unavailable", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["module", b"module", "name", b"name", "shape", b"shape", "unavailable", b"unavailable", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

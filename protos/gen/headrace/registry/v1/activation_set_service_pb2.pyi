@@ -37,6 +37,8 @@ class ActivationSet(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Digest of everything that determines the numbers."""
     node_id: _builtins.str
@@ -67,6 +69,14 @@ class ActivationSet(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """Last report."""
 
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """Last read or extended."""
+
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetPin]:
+        """Living pins."""
+
     def __init__(
         self,
         *,
@@ -82,14 +92,48 @@ class ActivationSet(_message.Message):
         path: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        pins: _abc.Iterable[Global___SetPin] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "complete", b"complete", "corpus_id", b"corpus_id", "create_time", b"create_time", "id", b"id", "model_id", b"model_id", "n_rows", b"n_rows", "node_id", b"node_id", "path", b"path", "retention", b"retention", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "complete", b"complete", "corpus_id", b"corpus_id", "create_time", b"create_time", "id", b"id", "last_used_time", b"last_used_time", "model_id", b"model_id", "n_rows", b"n_rows", "node_id", b"node_id", "path", b"path", "pins", b"pins", "retention", b"retention", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActivationSet: _TypeAlias = ActivationSet  # noqa: Y015
+
+@_typing.final
+class SetPin(_message.Message):
+    """SetPin keeps a set from eviction."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    """Who."""
+    reason: _builtins.str
+    """Why."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when; unset for ever."""
+
+    def __init__(
+        self,
+        *,
+        owner: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "owner", b"owner", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPin: _TypeAlias = SetPin  # noqa: Y015
 
 @_typing.final
 class ListActivationSetsRequest(_message.Message):
@@ -337,12 +381,27 @@ class ReportActivationSetResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PINNED_FIELD_NUMBER: _builtins.int
+    PINNED_UNTIL_FIELD_NUMBER: _builtins.int
+    DELETE_FIELD_NUMBER: _builtins.int
+    pinned: _builtins.bool
+    """True while somebody pins the set: the node must not evict it."""
+    delete: _builtins.bool
+    """True when the set shall go: DeleteActivationSet was called."""
+    @_builtins.property
+    def pinned_until(self) -> _timestamp_pb2.Timestamp:
+        """Until when, at most; unset for ever."""
+
     def __init__(
         self,
+        *,
+        pinned: _builtins.bool = ...,
+        pinned_until: _timestamp_pb2.Timestamp | None = ...,
+        delete: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pinned_until", b"pinned_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delete", b"delete", "pinned", b"pinned", "pinned_until", b"pinned_until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
