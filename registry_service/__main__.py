@@ -155,7 +155,7 @@ class Registry:
         models = ModelStore(database, wakeups)
         nodes = NodeStore(database, wakeups)
         leases = LeaseStore(database, wakeups, settings.policy)
-        residencies = ResidencyStore(database, wakeups, settings.policy)
+        residencies = ResidencyStore(database, wakeups, settings.policy, settings.allowances)
         pins, events = PinStore(database, wakeups), EventStore(database)
         self._listener = Listener(url, database, wakeups)
         roots = ModelRoots(settings.model_roots or (settings.data_dir,))
@@ -177,7 +177,7 @@ class Registry:
         self._upkeep = Upkeep(
             leases=leases,
             nodes=nodes,
-            residencies=ResidencyUpkeep(database, wakeups, settings.policy),
+            residencies=ResidencyUpkeep(database, wakeups, settings.policy, settings.allowances),
             rows=UpkeepStore(database),
             pins=pins,
             events=events,

@@ -52,6 +52,7 @@ def add(
     if dtype:
         options["dtype"] = dtype
     named = source_of(source)
+    hub_token = hub_token_file.read_text().strip() if hub_token_file else ""
     with settings.connect() as client:
         if "hub" in named and "/" not in source:
             named = {"hub": repo_of(client, source)}
@@ -62,9 +63,10 @@ def add(
             quantization=quantization,
             load_options=options,
             labels=dict(_pairs("--label", label or [])),
+            hub_token=hub_token,
         )
         if prepare and model.state != "READY":
-            client.models.prepare(model.id, hub_token=hub_token_file.read_text().strip() if hub_token_file else "")
+            client.models.prepare(model.id, hub_token=hub_token)
             with Bar(model.id) as bar:
                 model = client.models.wait_ready(model.id, lambda now: show_model(bar, now), deadline_s=wait_s)
     _print_model(settings, model)

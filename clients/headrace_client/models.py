@@ -35,6 +35,7 @@ class Models:
         quantization: str = Quantization.NONE,
         load_options: Mapping[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
+        hub_token: str = "",
     ) -> Model:
         """Registers a model from exactly one of: a hub repo, a folder, a GGUF file. No files move.
 
@@ -48,7 +49,9 @@ class Models:
             load_options=dict(load_options or {}),
             labels=dict(labels or {}),
         )
-        answer = self._registry.unary("ModelService.RegisterModel", request_id=new_request_id(), model=pb)
+        answer = self._registry.unary(
+            "ModelService.RegisterModel", request_id=new_request_id(), model=pb, hub_token=hub_token
+        )
         return convert.model_from_pb(answer.model)
 
     def get(self, model_id: str) -> Model:

@@ -66,11 +66,11 @@ class HubClient:
         self._silence_s = silence_s
         self._resolving = asyncio.Semaphore(_RESOLVES_AT_ONCE)
 
-    async def resolve(self, repo_id: str, revision: str) -> str:
+    async def resolve(self, repo_id: str, revision: str, *, token: str = "") -> str:
         """Returns the commit a revision is now, or nothing if the hub does not tell within a few seconds."""
         if self._environment.get("HF_HUB_OFFLINE", "").upper() in _OFFLINE:
             return ""
-        job = self._job(Job(repo_id=repo_id, revision=revision, resolve_only=True))
+        job = self._job(Job(repo_id=repo_id, revision=revision, token=token, resolve_only=True))
         try:
             async with (
                 asyncio.timeout(_RESOLVE_S),

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from registry_service.allowances import Allowances
 from registry_service.errors import ModelNotReady, NodeLost, NodeNotFound
 from registry_service.memory import estimated_bytes, load_dtype
 from registry_service.models import Failure, Model, ModelState
@@ -50,10 +51,17 @@ class Admitted:
     changed: bool
 
 
-async def admit(conn: Connection, wish: Wish, policy: Policy, avoid: Mapping[Place, Failure] | None = None) -> Admitted:
+async def admit(
+    conn: Connection,
+    wish: Wish,
+    policy: Policy,
+    allowances: Allowances,
+    avoid: Mapping[Place, Failure] | None = None,
+) -> Admitted:
     """Finds the residency that will serve the wish; the caller then makes itself one of its waiters.
 
-    Raises what refuses it. `avoid` are the places where the caller has seen it fail.
+    Raises what refuses it, NotAllowed if code that its load would run is not allowed any more. `avoid` are the places
+    where the caller has seen it fail.
     """
     model = await ready_model(conn, wish.model_id)
     nodes = await lock_living(conn, wish)
@@ -69,6 +77,7 @@ async def admit(conn: Connection, wish: Wish, policy: Policy, avoid: Mapping[Pla
         queued = decision.action is not Action.JOIN
         changed = queued and await settle(conn, decision.space.node.id, policy, awaited=decision.joined)
         return Admitted(residency=await read_residency(conn, decision.joined), changed=changed)
+    allowances.check(model.source, model.load_options)
     node = nodes[decision.space.node.id]
     residency = await _line_up(conn, model, decision.space, actor=wish.actor, node=node, policy=policy)
     return Admitted(residency=residency, changed=True)

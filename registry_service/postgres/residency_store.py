@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from registry_service.allowances import NOTHING_ALLOWED, Allowances
 from registry_service.errors import LeaseLost, LoadFailed
 from registry_service.leases import Lease, LeaseTerms
 from registry_service.models import Failure, Transfer
@@ -67,10 +68,17 @@ class ResidencyReport:
 class ResidencyStore:
     """What ResidencyService and ReportResidency need of the tables."""
 
-    def __init__(self, database: Database, wakeups: Wakeups, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        wakeups: Wakeups,
+        policy: Policy | None = None,
+        allowances: Allowances = NOTHING_ALLOWED,
+    ) -> None:
         self._database = database
         self._wakeups = wakeups
         self._policy = policy or Policy()
+        self._allowances = allowances
 
     async def load(self, wish: Wish, request: Request) -> Residency:
         """Makes the model resident or sees to it that it will be; idempotent."""
@@ -81,7 +89,7 @@ class ResidencyStore:
                 known = await (await conn.execute(queries.RESIDENCY_READ, {"id": answered})).fetchone()
                 if known is not None:
                     return residency_of(known)
-            residency = (await admit(conn, wish, self._policy)).residency
+            residency = (await admit(conn, wish, self._policy, self._allowances)).residency
             if residency.state is ResidencyState.QUEUED:
                 place_kept = Waiter.standing_for(residency.id, wish)
                 await wait_in_line(conn, place_kept, residency.id, self._policy)
@@ -132,13 +140,13 @@ class ResidencyStore:
         failed = await _failed(conn, last.residency.id) if last is not None and last.residency is not None else None
         avoid = dict(last.avoid) if last is not None else {}
         if failed is None:
-            return await admit(conn, wish, self._policy, avoid), avoid
+            return await admit(conn, wish, self._policy, self._allowances, avoid), avoid
         if same_everywhere(failed):
             raise load_error(failed)
         assert failed.failure is not None
         avoid[failed.node_id, failed.device_id] = failed.failure
         try:
-            return await admit(conn, wish, self._policy, avoid), avoid
+            return await admit(conn, wish, self._policy, self._allowances, avoid), avoid
         except LoadFailed:
             raise load_error(failed) from None
 

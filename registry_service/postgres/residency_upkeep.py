@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from chassis.errors import ServiceError
+from registry_service.allowances import NOTHING_ALLOWED, Allowances
 from registry_service.errors import DatabaseUnavailable
 from registry_service.models import Failure
 from registry_service.policy import Policy
@@ -29,10 +30,13 @@ _MAX_STANDING = 64
 class ResidencyUpkeep:
     """One round at a time, each node in a transaction of its own."""
 
-    def __init__(self, database: Database, wakeups: Wakeups, policy: Policy) -> None:
+    def __init__(
+        self, database: Database, wakeups: Wakeups, policy: Policy, allowances: Allowances = NOTHING_ALLOWED
+    ) -> None:
         self._database = database
         self._wakeups = wakeups
         self._policy = policy
+        self._allowances = allowances
 
     async def tidy(self) -> None:
         """Does what is due on every living node."""
@@ -60,7 +64,7 @@ class ResidencyUpkeep:
         wish = Wish(model_id=row["model_id"], node_id=row["node_id"], device_id=row["device_id"], actor=row["actor"])
 
         async def work(conn: Connection) -> bool:
-            residency = (await admit(conn, wish, self._policy)).residency
+            residency = (await admit(conn, wish, self._policy, self._allowances)).residency
             if residency.id == row["residency_id"]:
                 return False
             await conn.execute(admission.WAITER_MOVE, {"id": row["id"], "residency_id": residency.id})

@@ -82,7 +82,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
         self._allowances.check(new.source, new.load_options)
         if await self._models.registered(new) is None:
-            new = await with_commit(new, self._commits)
+            token = checked_text(request.hub_token, field="hub_token", max_length=1024)
+            new = await with_commit(new, self._commits, token=token)
         return pb.RegisterModelResponse(model=model_to_pb(await self._models.register(new, remembered)))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
@@ -192,7 +193,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Each step when it changes, and the attempt."""
         model = await self._models.get(_model_id(request.model_id))
         options = load_options_from_pb(request.load_options) if request.HasField("load_options") else None
-        self._allowances.check(model.source, options or {})
+        self._allowances.check(model.source, model.load_options if options is None else options)
         attempt = await self._validations.start(
             model.id,
             node_id=checked_id(request.node_id, field="node_id") if request.node_id else "",

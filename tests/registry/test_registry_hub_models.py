@@ -24,10 +24,12 @@ TOKEN = "hf_0123456789secret"
 LATER = "f" * 40
 
 
-async def register(stubs: RegistryStubs, model_id: str = "tiny", *, revision: str = "") -> model_pb2.Model:
+async def register(
+    stubs: RegistryStubs, model_id: str = "tiny", *, revision: str = "", **fields: str
+) -> model_pb2.Model:
     source = model_pb2.ModelSource(hub=model_pb2.HubSource(repo_id="owner/tiny", revision=revision))
     model = model_pb2.Model(id=model_id, source=source)
-    return (await stubs.models.RegisterModel(pb.RegisterModelRequest(model=model), timeout=20)).model
+    return (await stubs.models.RegisterModel(pb.RegisterModelRequest(model=model, **fields), timeout=20)).model
 
 
 async def prepare(stubs: RegistryStubs, model_id: str = "tiny", **fields: str) -> None:
@@ -80,7 +82,8 @@ async def test_a_token_is_neither_stored_nor_logged(hub: Hub, database_url, tmp_
     hub.token = TOKEN
     hub.faults += [Fault(on=WEIGHTS, status=503), Fault(on=WEIGHTS, cut_after=50_000)]
     async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
-        await register(registry.stubs)
+        unknown = await register(registry.stubs)
+        known = await register(registry.stubs, "other", hub_token=TOKEN)
         await prepare(registry.stubs)
         closed = await outcome(registry.stubs)
         await prepare(registry.stubs, hub_token=TOKEN)
@@ -95,6 +98,7 @@ async def test_a_token_is_neither_stored_nor_logged(hub: Hub, database_url, tmp_
         texts = [str(row[0]) for table in tables for row in conn.execute(f'SELECT t::text FROM "{table}" t').fetchall()]
     files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
+    assert (unknown.commit_sha, known.commit_sha) == ("", SHA)
     assert (closed.failure.reason, ready.commit_sha) == ("HUB_GATED", SHA)
     assert too_long.fields == ("hub_token",)
     assert any("tiny" in text for text in texts)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import psycopg
 import pytest
 from fix_postgres import refused, running_registry
-from fix_registry import register_folder, write_model
-from headrace.registry.v1 import model_pb2
+from fix_registry import GIB, FakeNode, cpu, ready_model, register_folder, write_model
+from headrace.registry.v1 import model_pb2, residency_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +122,24 @@ def test_code_is_trusted_for_the_repos_named_and_no_others():
     ):
         with pytest.raises(NotAllowed, match="--trust-remote-code"):
             allowances.check(source, trusting)
+
+
+async def test_code_that_is_not_allowed_any_more_is_not_loaded(database_url, tmp_path):
+    trusting = "UPDATE models SET load_options = '{\"trust_remote_code\": true}' WHERE id = 'tiny'"
+    async with running_registry(database_url, tmp_path / "data", roots=(tmp_path,)) as registry:
+        await ready_model(registry.stubs, write_model(tmp_path / "tiny"), "tiny")
+        with psycopg.connect(database_url, autocommit=True) as conn:
+            conn.execute(trusting)  # As if registered while --trust-remote-code named it.
+        node = FakeNode(registry.stubs, "alpha", [cpu(GIB)])
+        await node.start()
+        request = residency_service_pb2.LoadModelRequest(model_id="tiny")
+        load = await refused(registry.stubs.residencies.LoadModel(request, timeout=20))
+        validate = registry.stubs.models.ValidateModel(pb.ValidateModelRequest(model_id="tiny"), timeout=20)
+        trial = await refused(validate)
+        await node.stop()
+
+    assert (load.reason, trial.reason) == ("NOT_ALLOWED", "NOT_ALLOWED")
+    assert "--trust-remote-code" in load.message
 
 
 async def test_foreign_code_is_refused_at_registration_and_at_a_change(database_url, tmp_path):

@@ -39,6 +39,8 @@ class ActivationSet(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    DELETING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Digest of everything that determines the numbers."""
     node_id: _builtins.str
@@ -57,6 +59,8 @@ class ActivationSet(_message.Message):
     """`RETAIN` or `WINDOW`."""
     path: _builtins.str
     """Folder on the node."""
+    deleting: _builtins.bool
+    """True once DeleteActivationSet was called: the node removes it as soon as nobody reads it."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Columns, hookpoints and the three of provenance."""
@@ -77,6 +81,10 @@ class ActivationSet(_message.Message):
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetPin]:
         """Living pins."""
 
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who reads or extends it, as the node said last: names of readers and ids of extractions, 20 at most."""
+
     def __init__(
         self,
         *,
@@ -94,10 +102,12 @@ class ActivationSet(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         pins: _abc.Iterable[Global___SetPin] | None = ...,
+        holders: _abc.Iterable[_builtins.str] | None = ...,
+        deleting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "complete", b"complete", "corpus_id", b"corpus_id", "create_time", b"create_time", "id", b"id", "last_used_time", b"last_used_time", "model_id", b"model_id", "n_rows", b"n_rows", "node_id", b"node_id", "path", b"path", "pins", b"pins", "retention", b"retention", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "complete", b"complete", "corpus_id", b"corpus_id", "create_time", b"create_time", "deleting", b"deleting", "holders", b"holders", "id", b"id", "last_used_time", b"last_used_time", "model_id", b"model_id", "n_rows", b"n_rows", "node_id", b"node_id", "path", b"path", "pins", b"pins", "retention", b"retention", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -144,22 +154,26 @@ class ListActivationSetsRequest(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Only of this model; empty: all."""
     page_size: _builtins.int
     """At most so many; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
+    node_id: _builtins.str
+    """Only on this node; empty: all."""
     def __init__(
         self,
         *,
         model_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        node_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "node_id", b"node_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,7 +274,7 @@ class PinActivationSetRequest(_message.Message):
     """Why."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when; unset for ever."""
+        """Until when; unset for ever. A time that is past ends the owner's pin; one that is not there is no error."""
 
     def __init__(
         self,
@@ -349,12 +363,15 @@ class ReportActivationSetRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SET_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
+    EVICT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node."""
     epoch: _builtins.int
     """Its epoch."""
     deleted: _builtins.bool
     """True when the node no longer holds it."""
+    evict: _builtins.bool
+    """True when the node asks to evict it: unless the answer says `pinned`, it is off the list, and the node removes it."""
     @_builtins.property
     def set(self) -> Global___ActivationSet:
         """What it holds."""
@@ -366,10 +383,11 @@ class ReportActivationSetRequest(_message.Message):
         epoch: _builtins.int = ...,
         set: Global___ActivationSet | None = ...,
         deleted: _builtins.bool = ...,
+        evict: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["set", b"set"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "epoch", b"epoch", "node_id", b"node_id", "set", b"set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "epoch", b"epoch", "evict", b"evict", "node_id", b"node_id", "set", b"set"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

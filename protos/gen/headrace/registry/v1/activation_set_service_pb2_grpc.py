@@ -81,14 +81,16 @@ class ActivationSetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinActivationSet(self, request, context):
-        """Keeps a set from eviction until `expire_time`.
+        """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
+        an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteActivationSet(self, request, context):
-        """Deletes a set on all nodes.
+        """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
+        STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,13 @@ class ActivationSetServiceStub:
     GetActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.GetActivationSetRequest, _activation_set_service_pb2.GetActivationSetResponse]
     """Reads one set. SET_NOT_FOUND."""
     PinActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.PinActivationSetRequest, _activation_set_service_pb2.PinActivationSetResponse]
-    """Keeps a set from eviction until `expire_time`."""
+    """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
+    an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+    """
     DeleteActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.DeleteActivationSetRequest, _activation_set_service_pb2.DeleteActivationSetResponse]
-    """Deletes a set on all nodes."""
+    """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
+    STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+    """
     ReportActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.ReportActivationSetRequest, _activation_set_service_pb2.ReportActivationSetResponse]
     """For nodes: tells what a node's set holds now; replaces the node's earlier report of that set."""
 
@@ -54,9 +58,13 @@ class ActivationSetServiceAsyncStub(ActivationSetServiceStub):
     GetActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.GetActivationSetRequest, _activation_set_service_pb2.GetActivationSetResponse]  # type: ignore[assignment]
     """Reads one set. SET_NOT_FOUND."""
     PinActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.PinActivationSetRequest, _activation_set_service_pb2.PinActivationSetResponse]  # type: ignore[assignment]
-    """Keeps a set from eviction until `expire_time`."""
+    """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
+    an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+    """
     DeleteActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.DeleteActivationSetRequest, _activation_set_service_pb2.DeleteActivationSetResponse]  # type: ignore[assignment]
-    """Deletes a set on all nodes."""
+    """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
+    STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+    """
     ReportActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.ReportActivationSetRequest, _activation_set_service_pb2.ReportActivationSetResponse]  # type: ignore[assignment]
     """For nodes: tells what a node's set holds now; replaces the node's earlier report of that set."""
 
@@ -85,7 +93,9 @@ class ActivationSetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _activation_set_service_pb2.PinActivationSetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_activation_set_service_pb2.PinActivationSetResponse, _abc.Awaitable[_activation_set_service_pb2.PinActivationSetResponse]]:
-        """Keeps a set from eviction until `expire_time`."""
+        """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
+        an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+        """
 
     @_abc_1.abstractmethod
     def DeleteActivationSet(
@@ -93,7 +103,9 @@ class ActivationSetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _activation_set_service_pb2.DeleteActivationSetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_activation_set_service_pb2.DeleteActivationSetResponse, _abc.Awaitable[_activation_set_service_pb2.DeleteActivationSetResponse]]:
-        """Deletes a set on all nodes."""
+        """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
+        STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+        """
 
     @_abc_1.abstractmethod
     def ReportActivationSet(

@@ -67,8 +67,13 @@ class RegisterModelRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    HUB_TOKEN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID4; repeating it answers with the first call's result. Empty: not idempotent."""
+    hub_token: _builtins.str
+    """Token for private and gated repos, to learn what the revision is; never stored, never logged. Empty: the registry's
+    own, if any.
+    """
     @_builtins.property
     def model(self) -> _model_pb2.Model:
         """`id`, `source`, `quantization`, `load_options` and `labels` are read. An empty id is derived from the source."""
@@ -78,10 +83,11 @@ class RegisterModelRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         model: _model_pb2.Model | None = ...,
+        hub_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub_token", b"hub_token", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
