@@ -57,8 +57,8 @@ def devices(
 
 
 def _node_row(node: Node) -> tuple[str, ...]:
-    limits = [f"{node.max_loads} loads"] if node.max_loads else []
-    limits += [f"{node.max_residents} models"] if node.max_residents else []
+    limits = [formats.things(node.max_loads, "load")] if node.max_loads else []
+    limits += [formats.things(node.max_residents, "model")] if node.max_residents else []
     return (
         node.id,
         node.state.value,

@@ -115,7 +115,7 @@ def _models(client: HeadraceClient) -> str:
     """Counts models and the bytes of their files; models that share files count them once."""
     models = list(client.models.list())
     stored = {model.files_path: model.store_bytes for model in models if model.store_bytes}
-    return f"{len(models)} models, {formats.size(sum(stored.values()))} in the model store"
+    return f"{formats.things(len(models), 'model')}, {formats.size(sum(stored.values()))} in the model store"
 
 
 def _clock(node: Node) -> Finding:

@@ -24,6 +24,11 @@ def size(n_bytes: float) -> str:
     raise AssertionError("the last unit returns")
 
 
+def things(n: int, noun: str) -> str:
+    """`1 model`, `2 models`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def parse_size(text: str) -> int:
     """Reads `1048576`, `256MiB`, `1.5g` (powers of 1024) or `200MB` (of 1000). ValueError otherwise."""
     match = _SIZE.match(text)

@@ -32,8 +32,6 @@ NAMES = ("int8", "int4", "int2")
 
 # Activations beyond this are computed without quantization, column by column; the value of the LLM.int8 paper.
 _OUTLIER_THRESHOLD = 6.0
-# A block of 64 weights shares one scale, itself kept in 8 bits: about 0.127 bits a weight on top of four.
-_NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
 class Quantizer(Protocol):
@@ -41,9 +39,6 @@ class Quantizer(Protocol):
 
     def probe(self) -> None:
         """Raises ExtraMissing, naming what to install, where this can't work."""
-
-    def estimate(self, n_quantized: int) -> int:
-        """Bytes that so many quantized weights take, scales included."""
 
     def quantize(self, source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
         """Writes the base model in `source_path` to a new folder: config.json and safetensors."""
@@ -118,20 +113,12 @@ class Int8(BitsAndBytes):
     else is in its batch; batches are a function of corpus and recipe, so sets stay reproducible.
     """
 
-    def estimate(self, n_quantized: int) -> int:
-        """One byte each; the scales of rows are less than a hundredth of that."""
-        return n_quantized + n_quantized // 100
-
     def _config(self) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=_OUTLIER_THRESHOLD)
 
 
 class Int4(BitsAndBytes):
     """NF4: sixteen levels spaced like a normal distribution, in blocks of 64 with doubly quantized scales."""
-
-    def estimate(self, n_quantized: int) -> int:
-        """Half a byte each, and the scales."""
-        return int(n_quantized * _NF4_BYTES)
 
     def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         """As for all; and has the product computed as on every other machine.
