@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from headrace_client import HeadraceClient
     from headrace_client.memory import CatalogEntry
 
+# The columns of memory.
+_FORMS = ("bfloat16", "int8", "int4")
+
 
 @reported
 def catalog(
@@ -34,7 +37,7 @@ def catalog(
         raise typer.BadParameter(str(exc), param_hint="--fits") from None
     with settings.connect() as client:
         entries = list(client.models.catalog(fits_bytes=fits_bytes, category=category))
-    headings = ("name", "repo", "parameters", "layers", "width", "context", "probe", "memory", "batch", "")
+    headings = ("name", "size", "layers", "width", "context", "probe", *_FORMS, "batch", "repo", "")
     print_rows(
         settings,
         entries,
@@ -61,20 +64,17 @@ def repo_of(client: HeadraceClient, name: str) -> str:
 
 
 def _row(entry: CatalogEntry, fits_bytes: int) -> tuple[str, ...]:
+    sizes = {form_name(each.quantization.value, each.dtype): formats.size(each.total_bytes) for each in entry.memory}
     return (
         entry.name,
-        entry.repo_id,
-        formats.count(entry.n_parameters),
+        formats.short_count(entry.n_parameters),
         str(entry.n_layers),
         str(entry.d_model),
         formats.count(entry.context_window),
         ", ".join(map(str, entry.probe_layers)),
-        ", ".join(
-            f"{form_name(each.quantization.value, each.dtype)} {formats.size(each.total_bytes)}"
-            for each in entry.memory
-            if each.dtype == "bfloat16"
-        ),
+        *(sizes.get(form, "") for form in _FORMS),
         _batch(entry, fits_bytes),
+        entry.repo_id,
         "gated" if entry.gated else "",
     )
 
@@ -86,4 +86,4 @@ def _batch(entry: CatalogEntry, fits_bytes: int) -> str:
         return ""
     chosen = within[-1] if fits_bytes else within[0]
     form = form_name(chosen.quantization.value, "bfloat16")
-    return f"{chosen.batch_size} in {chosen.memory_bytes // 10**9} GB ({form})"
+    return f"{chosen.batch_size} in {chosen.memory_bytes // 10**9} GB" + (f" {form}" if form != "bfloat16" else "")

@@ -59,6 +59,15 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def short_count(number: float) -> str:
+    """A count in three digits: `912`, `124M`, `1.56B`."""
+    rounded = float(f"{number:.3g}")
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= size:
+            return f"{rounded / size:.3g}{unit}"
+    return f"{rounded:.0f}"
+
+
 def time_of_day(when: datetime | None) -> str:
     """A time in the local time zone."""
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""

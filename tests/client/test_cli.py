@@ -417,3 +417,11 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(registry_host, scripted_extr
     assert process.returncode == 130
     assert f"headrace watch {EXTRACTION_ID}" in rest
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(912, "912"), (999_999, "1M"), (124_439_808, "124M"), (1_557_611_200, "1.56B"), (70_553_706_496, "70.6B")],
+)
+def test_counts_in_three_digits(number, text):
+    assert formats.short_count(number) == text

@@ -128,8 +128,8 @@ def test_catalog_shows_all_pages_and_the_batch_for_the_memory_asked_for(headrace
     lines = headrace("models", "catalog", "--fits", "24GB").stdout.splitlines()
 
     assert [one.split()[0] for one in lines] == ["name", "gpt2", "gpt2-xl", "gemma-2-2b"]
-    assert "64 in 24 GB (bfloat16)" in lines[1]
-    assert "124,439,808" in lines[1]
+    assert "64 in 24 GB " in lines[1]
+    assert lines[1].split()[1] == "124M"
     assert lines[3].endswith("gated")
 
 
