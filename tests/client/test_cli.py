@@ -142,6 +142,18 @@ def test_extract_waits_and_prints_the_extraction(headrace, scripted_extractor):
     assert (spec.recipe.context_size, spec.retention.window_bytes) == (64, 2 << 20)
 
 
+def test_extract_takes_windows_and_long_documents(headrace, scripted_extractor):
+    options = ["-h", HOOKPOINT, "--no-wait", "--long-documents", "truncate", "--token-window", "-1:"]
+    answer(headrace("--json", "extract", "tiny", "docs", *options))
+    wrong = headrace("extract", "tiny", "docs", "-h", HOOKPOINT, "--token-window", "5")
+
+    recipe = scripted_extractor.calls["StartExtraction"][0].spec.recipe
+    assert recipe.long_documents == ex_pb.LONG_DOCUMENTS_TRUNCATE
+    assert (recipe.window.start, recipe.window.end) == (-1, 0)
+    assert wrong.exit_code != 0
+    assert "START:END" in wrong.stderr
+
+
 def test_extract_without_waiting_or_only_estimating(headrace, scripted_extractor):
     started = answer(headrace("--json", "extract", "tiny", "docs", "-h", HOOKPOINT, "--no-wait"))
     estimated = answer(headrace("--json", "extract", "tiny", "docs", "-h", HOOKPOINT, "--estimate"))
@@ -311,7 +323,7 @@ def test_doctor_finds_all_well(headrace, registered, scripted_registry, tmp_path
 
     assert {"registry", "database", "extractor", "clock", "disk", "versions"} <= findings.keys()
     assert "127.0.0.1" in findings["extractor"]["text"]
-    assert findings["database"]["text"] == "answers; 1 models, 3.0 MiB in the model store"
+    assert findings["database"]["text"] == "answers; 1 model, 3.0 MiB in the model store"
 
 
 def test_doctor_names_what_is_bad_and_what_to_do(headrace, scripted_registry, extractor_host, tmp_path):
