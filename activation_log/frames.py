@@ -19,6 +19,7 @@ _FIRST_ROW = (1 << 3) | 0
 _N_ROWS = (2 << 3) | 0
 _COLUMN_OFFSETS = (3 << 3) | 2
 _PADDING = (4 << 3) | 2
+_POSITION = (5 << 3) | 0
 _PAYLOAD = (15 << 3) | 2
 
 _ZEROS = bytes(ALIGNMENT)
@@ -30,12 +31,16 @@ class FrameError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A parsed chunk; `payload` is a view of the message it came in."""
+    """A parsed chunk; `payload` is a view of the message it came in.
+
+    `position` is the place of the first row in the reading order; for one sequential shard it stays 0.
+    """
 
     first_row: int
     n_rows: int
     column_offsets: tuple[int, ...]
     payload: memoryview
+    position: int = 0
 
     @property
     def end_row(self) -> int:
@@ -51,8 +56,11 @@ class Chunk:
         return view
 
 
-def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview]) -> bytes:
-    """Frames rows as one message: the only copy of the columns on the way to the transport."""
+def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview], position: int = 0) -> bytes:
+    """Frames rows as one message: the only copy of the columns on the way to the transport.
+
+    Without columns it is a range of rows that the client maps itself.
+    """
     offsets, parts, payload_bytes = _lay_out(columns)
     head = bytearray()
     if first_row:
@@ -69,6 +77,9 @@ def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview]) -> 
         _put_varint(head, len(packed))
         head += packed
     tail = bytearray()
+    if position:
+        tail.append(_POSITION)
+        _put_varint(tail, position)
     if payload_bytes:
         tail.append(_PAYLOAD)
         _put_varint(tail, payload_bytes)
@@ -93,7 +104,7 @@ def decode_chunk(message: bytes | memoryview) -> Chunk | None:
 
 
 def _decode_fields(message: bytes | memoryview, at: int) -> Chunk:
-    first_row = n_rows = 0
+    first_row = n_rows = position = 0
     offsets: list[int] = []
     payload = memoryview(b"")
     while at < len(message):
@@ -102,6 +113,7 @@ def _decode_fields(message: bytes | memoryview, at: int) -> Chunk:
             value, at = _get_varint(message, at)
             first_row = value if tag == _FIRST_ROW else first_row
             n_rows = value if tag == _N_ROWS else n_rows
+            position = value if tag == _POSITION else position
             offsets += [value] if tag == _COLUMN_OFFSETS & ~7 else []  # Not packed: allowed to writers.
             continue
         start, end = _bounds(message, tag, at)
@@ -110,7 +122,7 @@ def _decode_fields(message: bytes | memoryview, at: int) -> Chunk:
         elif tag == _COLUMN_OFFSETS:
             offsets += _get_varints(message, start, end)
         at = end
-    return Chunk(first_row, n_rows, tuple(offsets), payload)
+    return Chunk(first_row, n_rows, tuple(offsets), payload, position)
 
 
 def _bounds(message: bytes | memoryview, tag: int, at: int) -> tuple[int, int]:

@@ -116,6 +116,20 @@ class SetReader:
         views = tuple(column.view(row - first_row, n_rows) for column in self._mapped)
         return RowRun(row, n_rows, views)
 
+    def sealed_after(self, row: int) -> int:
+        """Rows from `row` to the end of its segment if that is sealed in all columns, else 0. Nothing is mapped.
+
+        Raises RowsExpired.
+        """
+        if row >= self._sealed_rows:
+            self.refresh()
+        if row < self.first_row:
+            raise RowsExpired(row, first_available_row=self.first_row)
+        if row >= self._sealed_rows:
+            return 0
+        record = self._index.find(row)
+        return record.end_row - row if record else 0
+
     def forget_open_segment(self) -> None:
         """Drops the mapping: the writer died, and its open segment will be written anew in another file."""
         self._unmap()

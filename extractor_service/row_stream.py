@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from activation_log import errors as log_errors
 from activation_log.reader import RowRun, SetReader
@@ -17,11 +17,16 @@ from extractor_service.errors import DigestMismatch, FieldInvalid, HookpointNotF
 from extractor_service.extraction import ExtractionJob, rows_expired
 from extractor_service.readers import Reader
 from extractor_service.values import ExtractionState
+from extractor_service.ways import OrderRequest, way_of
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
+# A range costs the same however many rows it has; the client lets rows of a WINDOW set go range by range.
+DEFAULT_RANGE_BYTES = 4 * 1024 * 1024
 MAX_CHUNK_BYTES = 3_500_000
 MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
 HEARTBEAT_S = 15.0
+# A reader that has all there is hears so after this while: then it knows for whom it waits.
+CAUGHT_UP_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,8 @@ class StreamRequest:
     allow_large_chunks: bool = False
     reader: str = ""
     explicit_release: bool = False
+    mapped: bool = False
+    order: OrderRequest = field(default_factory=OrderRequest)
 
     def __post_init__(self) -> None:
         limit = MAX_LARGE_CHUNK_BYTES if self.allow_large_chunks else MAX_CHUNK_BYTES
@@ -76,8 +83,16 @@ class RowStream:
         self._job = job
         self._shutdown = shutdown or Shutdown()  # One that never begins.
         self._request = request
+        self._way = way_of(job, request.order)
+        self.mapped = request.mapped
+        if request.mapped and job.value.spec.retention.is_window and not request.explicit_release:
+            raise FieldInvalid(
+                "A WINDOW set lets rows go when they are sent, before a client has mapped them; ask for "
+                "explicit_release, or for TRANSPORT_INLINE.",
+                field="explicit_release",
+            )
         columns = check_columns(request.columns, job.columns)
-        self._attached: Reader = job.attach(request.reader, request.start_row)
+        self._attached: Reader = job.attach(request.reader, self._way.first_row_needed(request.start_row))
         try:
             self._reader = SetReader(job.folder, columns)
         except BaseException:
@@ -85,8 +100,9 @@ class RowStream:
             raise
         self._generation = job.generation
         self.next_row = request.start_row
-        chunk_bytes = request.chunk_bytes or DEFAULT_CHUNK_BYTES
-        self._chunk_rows = max(1, chunk_bytes // self._reader.row_bytes)
+        row_bytes = self._reader.row_bytes
+        self._chunk_rows = max(1, (request.chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
+        self._range_rows = max(1, (request.chunk_bytes or DEFAULT_RANGE_BYTES) // row_bytes)
 
     @property
     def name(self) -> str:
@@ -99,32 +115,40 @@ class RowStream:
         return self._reader
 
     @property
+    def block_rows(self) -> int:
+        """Rows in a block of the reading order; 0 where places are rows."""
+        return self._way.block_rows
+
+    @property
     def end_row(self) -> int:
-        """One past the last row that will come; 0 while unknown."""
-        known, wanted = self._job.end_row, self._request.end_row
+        """One past the last place that will come; 0 while unknown."""
+        known, wanted = self._way.end, self._request.end_row
         return min(known, wanted) if known and wanted else known or wanted
 
     async def events(self) -> AsyncGenerator[RowRun | Pause | End, None]:
-        """Yields runs of rows in order without gaps, pauses, and an end; use a run before asking for the next.
+        """Yields runs of rows in reading order without gaps, pauses, and an end; use a run before asking for the next.
 
-        Raises what the extraction ended with if it ends before the rows wanted exist, and ShuttingDown. Rows that are
-        there cost no task and no turn of the event loop: at a thousand chunks a second these are what a chunk costs.
+        While a run is out, `next_row` is its place. A run without columns is a range of sealed rows for a client that
+        maps them; rows that are not sealed come with their columns in either transport. Raises what the extraction
+        ended with if it ends before the rows wanted exist, and ShuttingDown. Rows that are there cost no task and no
+        turn of the event loop: at a thousand chunks a second these are what a chunk costs.
         """
-        quiet_until = time.monotonic() + HEARTBEAT_S
+        quiet_until, told = time.monotonic() + CAUGHT_UP_S, self._job.value.state
         while not self._at_end():
             self._shutdown.check()
-            if self.next_row < self._job.value.n_rows:
+            if self.next_row < self._way.n_there:
                 run = self._read()
                 yield run
-                self.next_row = run.end_row
+                self.next_row += run.n_rows
                 if not self._request.explicit_release:
-                    self._job.release_reader(self._attached, self.next_row)
-                quiet_until = time.monotonic() + HEARTBEAT_S
+                    self._job.release_reader(self._attached, self._way.first_row_needed(self.next_row))
+                quiet_until = time.monotonic() + CAUGHT_UP_S
             elif self._job.value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
                 raise self._job.failure_error()
-            elif time.monotonic() >= quiet_until:  # A change that brings no row, such as loading, is silence.
-                yield Pause(self._job.value.n_rows, self._job.value.state)
-                quiet_until = time.monotonic() + HEARTBEAT_S
+            elif time.monotonic() >= quiet_until or self._job.value.state is not told:
+                told = self._job.value.state
+                yield Pause(self._job.value.n_rows, told)
+                quiet_until = time.monotonic() + HEARTBEAT_S  # A change that brings no row is silence too.
             else:
                 await self._shutdown.race(self._job.changed(quiet_until - time.monotonic()))
         yield End(self.next_row, self._job.value.n_rows)
@@ -144,10 +168,13 @@ class RowStream:
         if self._generation != self._job.generation:
             self._reader.forget_open_segment()
             self._generation = self._job.generation
-        n_rows = self._job.value.n_rows
-        end_row = min(n_rows, self.end_row) if self.end_row else n_rows
+        n_rows, end = self._job.value.n_rows, self.end_row
+        row, together = self._way.stretch(self.next_row)
+        end_row = min(n_rows, row + together, row + end - self.next_row) if end else min(n_rows, row + together)
         try:
-            return self._reader.read(self.next_row, self._chunk_rows, end_row=end_row)
+            if self.mapped and (n_sealed := self._reader.sealed_after(row)):
+                return RowRun(row, min(n_sealed, self._range_rows, end_row - row), ())
+            return self._reader.read(row, self._chunk_rows, end_row=end_row)
         except log_errors.RowsExpired as exc:
             raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
         except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:

@@ -17,7 +17,6 @@ from extractor_service.corpora.spec import Corpus, CorpusFormat, CorpusSpec, Tex
 from extractor_service.errors import FieldInvalid
 from extractor_service.held_set import HeldSet
 from extractor_service.recipe import ONE_DOCUMENT, PACKED, Recipe
-from extractor_service.row_stream import StreamRequest
 from extractor_service.values import (
     Assignment,
     Build,
@@ -198,19 +197,6 @@ def extraction_to_pb(value: Extraction) -> extraction_pb2.Extraction:
         create_time=timestamp(value.create_time),
         update_time=timestamp(value.update_time),
         n_non_finite=value.n_non_finite,
-    )
-
-
-def stream_request_from_pb(message: extraction_service_pb2.StreamActivationsRequest) -> StreamRequest:
-    """Raises FieldInvalid."""
-    return StreamRequest(
-        start_row=message.start_row,
-        end_row=message.end_row,
-        columns=tuple(message.columns),
-        chunk_bytes=message.chunk_bytes,
-        allow_large_chunks=message.allow_large_chunks,
-        reader=message.reader,
-        explicit_release=message.explicit_release,
     )
 
 

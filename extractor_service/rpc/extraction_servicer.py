@@ -18,13 +18,15 @@ from chassis.metrics import Metrics
 from chassis.shutdown import Shutdown
 from chassis.watch import watch
 from extractor_service import hookpoints
-from extractor_service.errors import FieldInvalid, ModelNotReady, NotImplementedYet
+from extractor_service.errors import FieldInvalid, ModelNotReady
 from extractor_service.estimate import Estimate
 from extractor_service.extraction import ExtractionJob
 from extractor_service.extractions import Extractions
+from extractor_service.nonces import Nonces
 from extractor_service.ports import Models
 from extractor_service.row_stream import End, Pause, RowStream
 from extractor_service.rpc import convert
+from extractor_service.rpc.stream_convert import header_to_bytes, stream_request_from_pb
 from extractor_service.values import ExtractionSpec, ModelInfo
 
 MAX_TOKEN_IDS = 100_000
@@ -55,6 +57,7 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         self._decode_tokens = decode_tokens
         self._metrics = metrics
         self._shutdown = shutdown
+        self._nonces = Nonces()
 
     async def EstimateExtraction(
         self, request: extraction_service_pb2.EstimateExtractionRequest, context: Context
@@ -118,11 +121,9 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         self, request: extraction_service_pb2.StreamActivationsRequest, context: Context
     ) -> AsyncIterator[Any]:  # Framed messages: `bytes`.
         job = self._extractions.get(request.extraction_id)
-        if request.transport == extraction_service_pb2.TRANSPORT_MAPPED:
-            raise NotImplementedYet("The mapped transport is not there yet; ask for TRANSPORT_INLINE.")
-        stream = RowStream(job, convert.stream_request_from_pb(request), self._shutdown)
+        stream = RowStream(job, stream_request_from_pb(request), self._shutdown)
         try:
-            yield _header(job, stream)
+            yield self._header(job, stream)
             async with aclosing(self._frames(stream)) as frames, aclosing(_one_ahead(frames)) as messages:
                 async for message in messages:
                     yield message
@@ -163,12 +164,18 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
 
     async def _frames(self, stream: RowStream) -> AsyncGenerator[bytes, None]:
         async with aclosing(stream.events()) as events:
+            ordered = bool(stream.block_rows)
             async for event in events:
-                yield self._frame(event)
+                yield self._frame(event, stream.next_row if ordered else 0)
 
-    def _frame(self, event: RowRun | Pause | End) -> bytes:
+    def _header(self, job: ExtractionJob, stream: RowStream) -> bytes:
+        nonce = self._nonces.of(job.folder) if stream.mapped else ""
+        stream.mapped = bool(nonce)
+        return header_to_bytes(job, stream, nonce)
+
+    def _frame(self, event: RowRun | Pause | End, position: int) -> bytes:
         if isinstance(event, RowRun):
-            message = encode_chunk(event.first_row, event.n_rows, event.columns)
+            message = encode_chunk(event.first_row, event.n_rows, event.columns, position)
             self._metrics.sent(STREAM_METHOD, len(message), event.n_rows)
             return message
         if isinstance(event, Pause):
@@ -216,19 +223,6 @@ def _event(
     return extraction_service_pb2.WatchExtractionResponse(
         seq=job.seq, extraction=convert.extraction_to_pb(job.value), snapshot=snapshot, heartbeat=heartbeat
     )
-
-
-def _header(job: ExtractionJob, stream: RowStream) -> bytes:
-    header = extraction_service_pb2.StreamHeader(
-        set_id=job.value.set_id,
-        columns=[convert.column_to_pb(column) for column in stream.set_reader.columns],
-        first_row=stream.next_row,
-        end_row=stream.end_row,
-        reader=stream.name,
-        path=str(job.folder),
-        transport=extraction_service_pb2.TRANSPORT_INLINE,
-    )
-    return extraction_service_pb2.StreamActivationsResponse(header=header).SerializeToString()
 
 
 def page_size(asked: int) -> int:

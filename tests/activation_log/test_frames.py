@@ -29,9 +29,9 @@ def test_generated_stub_reads_what_frames_writes(first_row, n_rows, shapes, seed
     assert read == [bytes(c) for c in columns]
 
 
-@given(first_row=ROW_NUMBERS, n_rows=st.integers(1, 60), shapes=COLUMNS, seed=st.integers(0, 9))
-def test_frames_writes_the_very_bytes_a_generated_stub_writes(first_row, n_rows, shapes, seed):
-    message = encode_chunk(first_row, n_rows, columns_of(shapes, n_rows, seed))
+@given(first_row=ROW_NUMBERS, n_rows=st.integers(1, 60), shapes=COLUMNS, seed=st.integers(0, 9), position=ROW_NUMBERS)
+def test_frames_writes_the_very_bytes_a_generated_stub_writes(first_row, n_rows, shapes, seed, position):
+    message = encode_chunk(first_row, n_rows, columns_of(shapes, n_rows, seed), position)
 
     assert pb.StreamActivationsResponse.FromString(message).SerializeToString(deterministic=True) == message
 
@@ -41,11 +41,17 @@ def test_frames_writes_the_very_bytes_a_generated_stub_writes(first_row, n_rows,
     n_rows=st.integers(0, 2**31 - 1),
     offsets=st.lists(st.integers(0, 2**31 - 1), max_size=5),
     padding=st.binary(max_size=200),
+    position=ROW_NUMBERS,
     payload=st.binary(max_size=500),
 )
-def test_frames_reads_what_a_generated_stub_writes(first_row, n_rows, offsets, padding, payload):
+def test_frames_reads_what_a_generated_stub_writes(first_row, n_rows, offsets, padding, position, payload):
     chunk = pb.ActivationChunk(
-        first_row=first_row, n_rows=n_rows, column_offsets=offsets, padding=padding, payload=payload
+        first_row=first_row,
+        n_rows=n_rows,
+        column_offsets=offsets,
+        padding=padding,
+        position=position,
+        payload=payload,
     )
 
     parsed = decode_chunk(pb.StreamActivationsResponse(chunk=chunk).SerializeToString())
@@ -53,6 +59,7 @@ def test_frames_reads_what_a_generated_stub_writes(first_row, n_rows, offsets, p
     assert parsed is not None
     assert (parsed.first_row, parsed.n_rows, parsed.column_offsets) == (first_row, n_rows, tuple(offsets))
     assert parsed.payload == payload
+    assert parsed.position == position
 
 
 @given(first_row=ROW_NUMBERS, n_rows=st.integers(1, 60), shapes=COLUMNS.filter(bool), seed=st.integers(0, 9))
