@@ -18,8 +18,13 @@ MIN_WINDOW_SEGMENTS = 8
 _NOT_NUMERIC = frozenset({"device_map", "max_memory", "low_cpu_mem_usage", "use_fast"})
 
 
-def identity_of(spec: ExtractionSpec, model: ModelInfo, *, corpus_digest: str, compute_dtype: str) -> dict[str, Any]:
-    """Everything row values depend on. `max_rows`, hookpoints and retention don't change a value and stay out."""
+def identity_of(
+    spec: ExtractionSpec, model: ModelInfo, *, corpus_digest: str, compute_dtype: str, chat_template_digest: str = ""
+) -> dict[str, Any]:
+    """Everything row values depend on. `max_rows`, hookpoints and retention don't change a value and stay out.
+
+    `chat_template_digest` is empty, and stays out, unless the recipe asks for the template.
+    """
     options = {key: value for key, value in model.load_options.items() if key not in _NOT_NUMERIC}
     return {
         "model": {"source": model.source, "commit_sha": model.commit_sha, "quantization": model.quantization},
@@ -28,6 +33,7 @@ def identity_of(spec: ExtractionSpec, model: ModelInfo, *, corpus_digest: str, c
         "tokenizer_digest": model.tokenizer_digest,
         "corpus_digest": corpus_digest,
         "recipe": spec.recipe.to_json(),
+        **({"chat_template_digest": chat_template_digest} if chat_template_digest else {}),
     }
 
 

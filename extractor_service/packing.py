@@ -4,9 +4,12 @@ Batches are a pure function of (documents, recipe, special tokens, start), where
 batches from `batch.next` on are the tail of the batches from the beginning, so a run resumes bit for bit.
 
 PACKED fills sequences of `context_size` without padding; a document that does not fit goes on as a further *piece* in
-the next sequence. ONE_DOCUMENT gives each document a sequence and a batch of its own and cuts off what exceeds the
-context. The EOS token counts as a document's last token, the BOS token precedes every piece. Documents without tokens
-of their own are skipped and keep their index.
+the next sequence. ONE_DOCUMENT gives each piece a sequence and a batch of its own. Of a document that exceeds a
+sequence, TRUNCATE leaves out what a sequence of its own would not hold, and SPLIT nothing. The EOS token counts as a
+document's last token, the BOS token precedes every piece. Documents without tokens of their own are skipped and keep
+their index.
+
+With a window of positions, sequences that hold no row are not given to the model at all.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extractor_service.errors import FieldInvalid
-from extractor_service.recipe import ONE_DOCUMENT, Recipe
+from extractor_service.recipe import ONE_DOCUMENT, TRUNCATE, Recipe
 
 Int32Array = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
@@ -66,6 +69,8 @@ class Cursor:
 
 _START = Cursor()
 _NOTHING = np.empty(0, dtype=np.int32)
+# After so many tokens that a window leaves out in a row, who counts or extracts is asked whether to stop.
+_MAX_LEFT_OUT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ class TokenBatch:
     """One forward pass: `[B, S]` arrays, row-major order is the order of rows in the log.
 
     `positions` counts a document's stream with inserted tokens, `position_ids` is what the model is given. Rows exist
-    where `keep` is true. `n_cut_off` counts own tokens that ONE_DOCUMENT left out.
+    where `keep` is true. `n_cut_off` counts own tokens that TRUNCATE left out, of documents that end here.
     """
 
     token_ids: Int32Array
@@ -99,7 +104,7 @@ class Counts:
 
     n_rows: int = 0
     n_tokens: int = 0  # through the model, inserted ones counted
-    n_cut_off: int = 0  # own tokens that ONE_DOCUMENT leaves out
+    n_cut_off: int = 0  # own tokens that TRUNCATE leaves out
     n_documents_cut: int = 0
 
 
@@ -113,12 +118,20 @@ class Packer:
         self._bos = _one(special.bos_id) if recipe.bos == "document" else _NOTHING
         self._eos = _one(special.eos_id) if recipe.eos == "document" else _NOTHING
         self._special = _lookup_table(special.ids)
+        self._alone = recipe.packing == ONE_DOCUMENT
+        self._longest = recipe.context_size - self._bos.size if recipe.long_documents == TRUNCATE else None
         self._held: tuple[int, Int32Array] = (-1, _NOTHING)  # the document at hand, which may span many sequences
 
-    def batches(self, start: Cursor = _START) -> Iterator[TokenBatch]:
-        """Yields the batches from `start` (the beginning, or `next` of a batch) to the end of the corpus."""
+    def batches(self, start: Cursor = _START, *, stop: Callable[[], bool] = lambda: False) -> Iterator[TokenBatch]:
+        """Yields the batches from `start` (the beginning, or `next` of a batch) to the end of the corpus.
+
+        `stop` is asked while a window leaves out many sequences in a row; when it returns true, this ends.
+        """
         for plan in self._plans(start):
-            yield self._batch(plan)
+            if plan.n_sequences:
+                yield self._batch(plan)
+            elif stop():
+                return
 
     def count(self, stop: Callable[[], bool] = lambda: False) -> Counts:
         """Counts the whole corpus, or less when `stop`, asked after each batch, returns true.
@@ -130,7 +143,7 @@ class Packer:
             n_tokens += sum(piece.length for piece in plan.pieces)
             n_rows += self._count_kept(plan)
             n_cut_off += plan.n_cut_off
-            n_documents_cut += plan.n_cut_off > 0
+            n_documents_cut += plan.n_documents_cut
             n_documents = plan.next.document
             if stop():
                 break
@@ -145,58 +158,67 @@ class Packer:
         )
 
     def _count_kept(self, plan: _Plan) -> int:
-        if self._recipe.drop_special_tokens:
+        if self._recipe.drop_special_tokens and plan.n_sequences:
             return self._batch(plan).n_rows
-        return sum(max(0, piece.length - self._recipe.drop_first_positions) for piece in plan.pieces)
+        return sum(max(0, piece.kept_end - piece.kept_start) for piece in plan.pieces)
 
     def _plans(self, start: Cursor) -> Iterator[_Plan]:
-        return self._plan_documents(start) if self._recipe.packing == ONE_DOCUMENT else self._plan_packed(start)
-
-    def _plan_documents(self, start: Cursor) -> Iterator[_Plan]:
-        for document in range(start.document, len(self._documents)):
-            own = self._own(document)
-            if own.size == 0:
-                continue
-            pieces, _ = self._fill(Cursor(document=document))
-            plan = _Plan(start, Cursor(document=document + 1), 1, pieces, own.size - pieces[0].own.size)
-            yield plan
-            start = plan.next
-
-    def _plan_packed(self, start: Cursor) -> Iterator[_Plan]:
-        """Full sequences in groups of `batch_size`; the shorter last sequence of the corpus is a batch of its own."""
-        pieces: list[_Piece] = []
-        n_full, cursor = 0, start
+        """Groups sequences: full ones by `batch_size`, the shorter last one of the corpus by itself."""
+        size = 1 if self._alone else self._recipe.batch_size
+        group = _Group(start)
         while True:
-            sequence, following = self._fill(cursor)
-            full = sum(piece.length for piece in sequence) == self._recipe.context_size
-            if full:
-                pieces += sequence
-                n_full, cursor = n_full + 1, following
-            if n_full == self._recipe.batch_size or (n_full and not full):
-                yield _Plan(start, cursor, n_full, pieces)
-                pieces, n_full, start = [], 0, cursor
-            if not full:
+            sequence, cursor, full = self._fill(start)
+            if not sequence:
                 break
-        if sequence:
-            yield _Plan(start, following, 1, sequence)
+            start = cursor
+            complete = full or self._alone
+            if group.n_sequences and not complete:
+                yield group.take()
+            group.add(sequence, cursor, needed=self._is_needed(sequence))
+            if self._longest is not None:
+                group.count_cut_off(sequence)
+            if group.n_sequences == size or group.n_left_out >= _MAX_LEFT_OUT or not complete:
+                yield group.take()
+        if group.n_sequences or group.n_left_out:
+            yield group.take()
 
-    def _fill(self, cursor: Cursor) -> tuple[list[_Piece], Cursor]:
-        """Cuts one sequence: one document's worth for ONE_DOCUMENT, else until it is full or the corpus ends."""
+    def _is_needed(self, sequence: list[_Piece]) -> bool:
+        return self._recipe.window is None or any(piece.kept_start < piece.kept_end for piece in sequence)
+
+    def _fill(self, cursor: Cursor) -> tuple[list[_Piece], Cursor, bool]:
+        """Cuts one sequence: one piece for ONE_DOCUMENT, else until it is full or the corpus ends.
+
+        Returns its pieces, where the next one starts, and whether it is full.
+        """
         pieces: list[_Piece] = []
         document, token, position = cursor.document, cursor.token, cursor.position
         room, n_documents, n_bos = self._recipe.context_size, len(self._documents), self._bos.size
+        first, window, longest = self._recipe.drop_first_positions, self._recipe.window, self._longest
         while room > 0 and document < n_documents:
             own = self._own(document)
             n_stream = own.size + self._eos.size if own.size else 0
+            n_cut_off = 0
+            if longest is not None and n_stream > longest:
+                n_stream, n_cut_off = longest, max(0, own.size - longest)
             if token < n_stream:
                 end = min(n_stream, token + room - n_bos)  # a room of one may hold a BOS and nothing else
-                pieces.append(_Piece(document, position, n_bos + end - token, own[token:end], end > own.size))
-                room, token, position = room - pieces[-1].length, end, position + pieces[-1].length
+                length, has_eos = n_bos + end - token, end > own.size
+                kept = (first, length) if window is None else self._kept(position, length, n_stream - token, room)
+                pieces.append(_Piece(document, position, length, own[token:end], has_eos, *kept, n_cut_off))
+                room, token, position = room - length, end, position + length
             if token == n_stream:
                 document, token, position = document + 1, 0, 0
-            if pieces and self._recipe.packing == ONE_DOCUMENT:
+            if pieces and self._alone:
                 break
-        return pieces, Cursor(document=document, token=token, position=position)
+        return pieces, Cursor(document=document, token=token, position=position), room == 0
+
+    def _kept(self, position: int, length: int, n_left: int, room: int) -> tuple[int, int]:
+        """Returns what the window keeps of a piece at `position`, with `n_left` tokens of its document not yet cut."""
+        assert self._recipe.window
+        n_bos, size = self._bos.size, self._recipe.context_size
+        n_more_pieces = -(-max(0, n_left - (room - n_bos)) // (size - n_bos))
+        start, end = self._recipe.window.bounds(position + n_left + n_bos * (1 + n_more_pieces))
+        return max(start - position, self._recipe.drop_first_positions), min(end - position, length)
 
     def _batch(self, plan: _Plan) -> TokenBatch:
         # A piece's values are repeated over its tokens; everything is built flat and reshaped at the end.
@@ -216,14 +238,19 @@ class Packer:
             position_ids=position_ids.astype(np.int32).reshape(shape),
             documents=documents.astype(np.int32).reshape(shape),
             positions=positions.astype(np.int32).reshape(shape),
-            keep=self._keep(token_ids, within).reshape(shape),
+            keep=self._keep(plan.pieces, lengths, token_ids, within).reshape(shape),
             start=plan.start,
             next=plan.next,
             n_cut_off=plan.n_cut_off,
         )
 
-    def _keep(self, token_ids: Int32Array, within: NDArray[np.int64]) -> BoolArray:
+    def _keep(
+        self, pieces: list[_Piece], lengths: NDArray[np.int64], token_ids: Int32Array, within: NDArray[np.int64]
+    ) -> BoolArray:
         keep = within >= self._recipe.drop_first_positions
+        if self._recipe.window:
+            keep &= within >= np.repeat(np.array([piece.kept_start for piece in pieces]), lengths)
+            keep &= within < np.repeat(np.array([piece.kept_end for piece in pieces]), lengths)
         if self._recipe.drop_special_tokens:
             keep &= ~self._special[np.minimum(token_ids, self._special.size - 1)]
         return keep
@@ -242,16 +269,57 @@ class _Piece(NamedTuple):
     length: int
     own: Int32Array
     has_eos: bool
+    kept_start: int  # of its positions from 0; beyond `kept_end` when none is kept
+    kept_end: int
+    n_cut_off: int  # of its document
 
 
 class _Plan(NamedTuple):
-    """A batch before its arrays are built."""
+    """A batch before its arrays are built; without sequences when a window left out all of them."""
 
     start: Cursor
     next: Cursor
     n_sequences: int
     pieces: list[_Piece]
-    n_cut_off: int = 0
+    n_cut_off: int
+    n_documents_cut: int
+
+
+class _Group:
+    """Sequences on their way to becoming a batch."""
+
+    def __init__(self, start: Cursor) -> None:
+        self._start = self._next = start
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pieces: list[_Piece] = []
+        self._n_cut_off = self._n_documents_cut = 0
+        self.n_sequences = 0
+        self.n_left_out = 0  # tokens
+
+    def add(self, sequence: list[_Piece], following: Cursor, *, needed: bool) -> None:
+        """Takes a sequence, or notes that it is left out; `following` is where the next one starts."""
+        self._next = following
+        if needed:
+            self._pieces += sequence
+            self.n_sequences += 1
+        else:
+            self.n_left_out += sum(piece.length for piece in sequence)
+
+    def count_cut_off(self, sequence: list[_Piece]) -> None:
+        """Counts what documents that end in the sequence added last are cut to."""
+        for piece in sequence:
+            if piece.n_cut_off and piece.document < self._next.document:
+                self._n_cut_off += piece.n_cut_off
+                self._n_documents_cut += 1
+
+    def take(self) -> _Plan:
+        """Returns what was added since the last time."""
+        plan = _Plan(self._start, self._next, self.n_sequences, self._pieces, self._n_cut_off, self._n_documents_cut)
+        self._start = self._next
+        self._clear()
+        return plan
 
 
 def count_rows(documents: Documents, recipe: Recipe, special: SpecialTokens) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from headrace_cli.progress import Bar, show_extraction
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
-    from headrace_client import HeadraceClient, Recipe
+    from headrace_client import HeadraceClient, Recipe, TokenWindow
     from headrace_client.values import Estimate, Extraction, Retention
 
 
@@ -43,6 +43,15 @@ def extract(
     eos: Annotated[str, typer.Option(help="End-of-sequence token: document or none.")] = "none",
     drop_special_tokens: Annotated[bool, typer.Option("--drop-special-tokens", help="No rows for them.")] = False,
     drop_first_positions: Annotated[int, typer.Option(help="No rows for a document's first so many positions.")] = 0,
+    long_documents: Annotated[
+        str, typer.Option(help="split or truncate.  (default: split when packed, else truncate)")
+    ] = "",
+    token_window: Annotated[
+        str, typer.Option(metavar="START:END", help="Rows only for these positions of each document; -1: is the last.")
+    ] = "",
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Documents are conversations; use the tokenizer's chat template.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Stored dtype: float32, float16 or bfloat16.")] = "float32",
     max_rows: Annotated[int, typer.Option(help="Stop after so many rows; 0: the whole corpus.")] = 0,
     window: Annotated[
@@ -65,6 +74,9 @@ def extract(
         drop_first_positions=drop_first_positions,
         batch_size=batch_size,
         storage_dtype=dtype,
+        long_documents=long_documents or None,
+        window=_token_window(token_window),
+        chat_template=chat_template,
     )
     what: dict[str, Any] = {"recipe": recipe, "retention": _retention(window), "max_rows": max_rows, "node": node}
     with settings.connect() as client:
@@ -119,6 +131,12 @@ def _follow(client: HeadraceClient, extraction_id: str, wait_s: float | None = N
     except KeyboardInterrupt:
         note(f"it goes on without you: `headrace watch {extraction_id}`, or end it: `headrace cancel {extraction_id}`")
         raise
+
+
+def _token_window(text: str) -> TokenWindow | None:
+    from headrace_client import TokenWindow  # noqa: PLC0415
+
+    return TokenWindow.parse(text) if text else None
 
 
 def _recipe(**fields: Any) -> Recipe:

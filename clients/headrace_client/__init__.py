@@ -34,6 +34,7 @@ from headrace_client.values import (
     TokenPolicy,
     Window,
 )
+from headrace_client.windows import LongDocuments, TokenWindow
 
 if TYPE_CHECKING:
     from headrace_client.tensors import ActivationStream
@@ -52,6 +53,7 @@ __all__ = [
     "HeadraceClient",
     "HeadraceError",
     "Hookpoint",
+    "LongDocuments",
     "Model",
     "ModelState",
     "Node",
@@ -64,6 +66,7 @@ __all__ = [
     "ResidencyEvent",
     "Retain",
     "TokenPolicy",
+    "TokenWindow",
     "Window",
 ]
 

@@ -21,6 +21,12 @@ from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace.registry.v1 import residency_service_pb2 as residencies_pb
 
 from headrace_client import values as v
+from headrace_client._convert_recipe import (
+    long_documents_from_pb,
+    long_documents_to_pb,
+    window_from_pb,
+    window_to_pb,
+)
 from headrace_client.errors import InvalidArgument
 from headrace_client.fidelity import Fidelity, LayerFidelity
 
@@ -365,6 +371,9 @@ def recipe_from_pb(pb: extraction_pb.Recipe) -> v.Recipe:
         drop_first_positions=pb.drop_first_positions,
         batch_size=pb.batch_size or 4,
         storage_dtype=_dtype(pb.storage_dtype, v.Dtype.FLOAT32),
+        long_documents=long_documents_from_pb(pb),
+        window=window_from_pb(pb),
+        chat_template=pb.chat_template,
     )
 
 
@@ -380,6 +389,9 @@ def recipe_to_pb(recipe: v.Recipe) -> extraction_pb.Recipe:
         drop_first_positions=recipe.drop_first_positions,
         batch_size=recipe.batch_size,
         storage_dtype=dtype_pb2.Dtype.Value(f"DTYPE_{recipe.storage_dtype.name}"),
+        long_documents=long_documents_to_pb(recipe.long_documents),
+        window=window_to_pb(recipe.window),
+        chat_template=recipe.chat_template,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from headrace_client.errors import InvalidArgument
 from headrace_client.fidelity import Fidelity
+from headrace_client.windows import LongDocuments, TokenWindow
 
 PROVENANCE_COLUMNS = ("token_id", "document", "position")
 _MIB = 1024 * 1024
@@ -300,6 +301,8 @@ class Recipe:
     """How documents become rows; all of it is part of a set's identity.
 
     `context_size` 2 to 131072 tokens, `batch_size` 1 to 1024 sequences a forward pass, `storage_dtype` a float dtype.
+    `long_documents` is by default SPLIT where documents are packed and TRUNCATE where they are not; `window` may be
+    given as `(start, end)`.
     """
 
     context_size: int = 256
@@ -311,11 +314,19 @@ class Recipe:
     drop_first_positions: int = 0
     batch_size: int = 4
     storage_dtype: Dtype = Dtype.FLOAT32
+    long_documents: LongDocuments | None = None
+    window: TokenWindow | None = None
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         # Plain strings are taken too: Recipe(packing="one_document").
         for name, kind in (("packing", Packing), ("bos", TokenPolicy), ("eos", TokenPolicy), ("storage_dtype", Dtype)):
             object.__setattr__(self, name, choice(kind, getattr(self, name), name))
+        default = LongDocuments.SPLIT if self.packing == Packing.PACKED else LongDocuments.TRUNCATE
+        long_documents = choice(LongDocuments, self.long_documents or default, "long_documents")
+        object.__setattr__(self, "long_documents", long_documents)
+        if isinstance(self.window, tuple):
+            object.__setattr__(self, "window", TokenWindow(*self.window))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,13 @@ from extractor_service.corpora.spec import Corpus, CorpusFormat, CorpusSpec, Tex
 from extractor_service.errors import FieldInvalid
 from extractor_service.held_set import HeldSet
 from extractor_service.recipe import ONE_DOCUMENT, PACKED, Recipe
+from extractor_service.rpc.convert_recipe import (
+    chat_template_from_pb,
+    long_documents_from_pb,
+    long_documents_to_pb,
+    window_from_pb,
+    window_to_pb,
+)
 from extractor_service.values import (
     Assignment,
     Build,
@@ -95,6 +102,9 @@ def recipe_from_pb(message: extraction_pb2.Recipe) -> Recipe:
         drop_first_positions=message.drop_first_positions,
         batch_size=message.batch_size or defaults.batch_size,
         storage_dtype=str(_DTYPES_BACK[message.storage_dtype]),
+        long_documents=long_documents_from_pb(message.long_documents),
+        window=window_from_pb(message),
+        chat_template=chat_template_from_pb(message),
     )
 
 
@@ -111,6 +121,9 @@ def recipe_to_pb(recipe: Recipe) -> extraction_pb2.Recipe:
         drop_first_positions=recipe.drop_first_positions,
         batch_size=recipe.batch_size,
         storage_dtype=_DTYPES[Dtype(recipe.storage_dtype)],
+        long_documents=long_documents_to_pb(recipe.long_documents),
+        window=window_to_pb(recipe.window),
+        chat_template=recipe.chat_template,
     )
 
 

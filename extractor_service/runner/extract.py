@@ -110,7 +110,7 @@ class _Job:
         return not self._is_over()
 
     def _passes(self, start: Cursor) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
-        for batch in self.packer.batches(start):
+        for batch in self.packer.batches(start, stop=self._is_over):
             if self._is_over():
                 return
             self.n_tokens += batch.token_ids.size

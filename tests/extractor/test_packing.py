@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extractor_service import packing
 from extractor_service.errors import FieldInvalid
 from extractor_service.packing import Cursor, Packer, SpecialTokens, TokenBatch, count_rows
-from extractor_service.recipe import Recipe
+from extractor_service.recipe import Recipe, TokenWindow
 
 BOS, EOS = 1, 2
 SPECIAL = SpecialTokens(bos_id=BOS, eos_id=EOS, ids=frozenset({0}))
@@ -24,6 +26,14 @@ specials = st.builds(
 
 
 @st.composite
+def windows(draw):
+    try:
+        return TokenWindow(start=draw(st.integers(-8, 8)), end=draw(st.integers(-8, 8)))
+    except FieldInvalid:  # It holds no position.
+        return None
+
+
+@st.composite
 def recipes(draw):
     context_size = draw(st.integers(2, 12))
     return Recipe(
@@ -35,6 +45,8 @@ def recipes(draw):
         drop_special_tokens=draw(st.booleans()),
         drop_first_positions=draw(st.integers(0, context_size - 1)),
         batch_size=draw(st.integers(1, 3)),
+        long_documents=draw(st.sampled_from(["", "split", "truncate"])),
+        window=draw(st.none() | windows()),
     )
 
 
@@ -68,41 +80,79 @@ def test_batches_from_any_boundary_are_the_tail_of_all_batches(lists, recipe, sp
 
 @relaxed
 @given(corpora, recipes(), specials)
-def test_every_own_token_comes_once_in_order_unless_cut_off(lists, recipe, special):
-    whole = list(Packer(documents(*lists), recipe, special).batches())
-    stream = [
-        (document, position, token)
-        for batch in whole
-        for document, position, token in zip(
-            batch.documents.ravel().tolist(),
-            batch.positions.ravel().tolist(),
-            batch.token_ids.ravel().tolist(),
-            strict=True,
-        )
-    ]
+def test_a_batch_is_made_again_from_its_own_start(lists, recipe, special):
+    for batch in Packer(documents(*lists), recipe, special).batches():
+        assert same(batch, next(Packer(documents(*lists), recipe, special).batches(batch.start)))
 
-    # A stream built the slow way: each piece gets its BOS, the document its EOS.
-    expected = []
-    n_cut = 0
-    room = recipe.context_size
+
+def sequences_the_slow_way(lists, recipe, special):
+    """Returns sequences of (document, position, token, index in its piece), and how many own tokens were cut off."""
     has_bos = recipe.bos == "document" and special.bos_id is not None
+    one_document = recipe.packing == "one_document"
+    sequences, n_cut = [[]], 0
     for i, own in enumerate(lists):
         tokens = [*own, EOS] if own and recipe.eos == "document" else list(own)
-        if recipe.packing == "one_document":
-            cut = ([BOS] * has_bos + tokens)[: recipe.context_size] if own else []
-            expected += [(i, position, token) for position, token in enumerate(cut)]
-            n_cut += max(0, len(own) - (recipe.context_size - has_bos)) if own else 0
-            continue
-        position, at_piece_start = 0, True
+        if recipe.long_documents == "truncate":
+            n_cut += max(0, len(own) - (recipe.context_size - has_bos))
+            tokens = tokens[: recipe.context_size - has_bos]
+        if one_document:
+            sequences.append([])
+        position, index = 0, 0
         while tokens:
-            value = BOS if has_bos and at_piece_start else tokens.pop(0)
-            expected.append((i, position, value))
-            position, at_piece_start = position + 1, False
-            room -= 1
-            if room == 0:
-                room, at_piece_start = recipe.context_size, True
-    assert stream == expected
-    assert sum(batch.n_cut_off for batch in whole) == n_cut
+            if len(sequences[-1]) == recipe.context_size:
+                sequences.append([])
+                index = 0
+            value = BOS if has_bos and index == 0 else tokens.pop(0)
+            sequences[-1].append((i, position, value, index))
+            position, index = position + 1, index + 1
+    return [sequence for sequence in sequences if sequence], n_cut
+
+
+def kept_the_slow_way(sequences, recipe, special):
+    """Returns the (document, position, token) that become rows, sequence by sequence."""
+    dropped = {0, EOS} | ({BOS} if special.bos_id else set()) if recipe.drop_special_tokens else set()
+    streams = {}
+    for document, position, *_ in itertools.chain(*sequences):
+        streams.setdefault(document, []).append(position)
+
+    def in_window(document, position):
+        window = recipe.window or TokenWindow()
+        return position in streams[document][slice(window.start, window.end or None)]
+
+    candidates = [
+        [each for each in sequence if each[3] >= recipe.drop_first_positions and in_window(each[0], each[1])]
+        for sequence in sequences
+    ]
+    rows = [[each[:3] for each in sequence if each[2] not in dropped] for sequence in candidates]
+    return rows, [bool(sequence) or recipe.window is None for sequence in candidates]
+
+
+def read(batch, row, where=slice(None)):
+    arrays = (batch.documents, batch.positions, batch.token_ids)
+    return list(zip(*(array[row][where].tolist() for array in arrays), strict=True))
+
+
+@relaxed
+@given(corpora, recipes(), specials)
+def test_sequences_and_rows_are_those_built_the_slow_way(lists, recipe, special):
+    packer = Packer(documents(*lists), recipe, special)
+    whole = list(packer.batches())
+    sequences, n_cut = sequences_the_slow_way(lists, recipe, special)
+    rows, needed = kept_the_slow_way(sequences, recipe, special)
+
+    got = [(batch, row) for batch in whole for row in range(batch.token_ids.shape[0])]
+    assert [read(*each) for each in got] == [
+        [token[:3] for token in sequence] for sequence, wanted in zip(sequences, needed, strict=True) if wanted
+    ]
+    assert [read(batch, row, batch.keep[row]) for batch, row in got] == [
+        kept for kept, wanted in zip(rows, needed, strict=True) if wanted
+    ]
+    counts = packer.count()
+    assert counts.n_rows == sum(map(len, rows))
+    assert counts.n_cut_off == n_cut
+    assert (counts.n_documents_cut > 0) == (n_cut > 0)
+    if all(needed):
+        assert sum(batch.n_cut_off for batch in whole) == n_cut
 
 
 @relaxed
@@ -118,7 +168,7 @@ def test_count_rows_is_exact(lists, recipe, special):
 
 @relaxed
 @given(corpora, recipes(), specials)
-def test_position_ids_and_kept_positions_follow_the_pieces(lists, recipe, special):
+def test_position_ids_follow_the_pieces(lists, recipe, special):
     for batch in Packer(documents(*lists), recipe, special).batches():
         for row in range(batch.token_ids.shape[0]):
             index_in_piece = [
@@ -126,12 +176,6 @@ def test_position_ids_and_kept_positions_follow_the_pieces(lists, recipe, specia
             ]
             expected = list(range(len(index_in_piece))) if recipe.attend_across_documents else index_in_piece
             assert batch.position_ids[row].tolist() == expected
-            dropped = {0, EOS} | ({BOS} if special.bos_id else set()) if recipe.drop_special_tokens else set()
-            kept = [
-                i >= recipe.drop_first_positions and token not in dropped
-                for i, token in zip(index_in_piece, batch.token_ids[row].tolist(), strict=True)
-            ]
-            assert batch.keep[row].tolist() == kept
 
 
 @relaxed
@@ -141,7 +185,8 @@ def test_shapes_are_full_batches_then_a_smaller_one_then_the_short_sequence(list
 
     if recipe.packing == "one_document":
         assert all(n == 1 and width <= recipe.context_size for n, width in shapes)
-        assert len(shapes) == sum(1 for own in lists if own)
+        if recipe.long_documents == "truncate" and not recipe.window:
+            assert len(shapes) == sum(1 for own in lists if own)
         return
     if shapes and shapes[-1][1] < recipe.context_size:
         assert shapes.pop()[0] == 1
@@ -180,6 +225,49 @@ def test_one_document_is_cut_to_the_context_and_the_cut_is_counted():
         .n_documents_cut
         == 1
     )
+
+
+def test_truncated_documents_are_packed_one_behind_the_other():
+    (batch,) = batches([[5, 6, 7, 8, 9], [3], [4, 4]], long_documents="truncate", context_size=4, batch_size=2)[:1]
+
+    assert batch.token_ids.tolist() == [[BOS, 5, 6, 7], [BOS, 3, BOS, 4]]
+    assert batch.n_cut_off == 2
+
+
+def test_a_split_document_takes_sequences_of_its_own():
+    first, last, other = batches([[5, 6, 7, 8], [9]], packing="one_document", long_documents="split", context_size=4)
+
+    assert first.token_ids.tolist() == [[BOS, 5, 6, 7]]
+    assert last.token_ids.tolist() == [[BOS, 8]]
+    assert last.positions.tolist() == [[4, 5]]
+    assert other.token_ids.tolist() == [[BOS, 9]]
+
+
+def test_the_last_position_of_each_document_is_the_window_from_minus_one():
+    window = TokenWindow(start=-1)
+    found = batches([[5, 6], [], [7], [3, 4, 8, 9, 5, 6]], context_size=4, batch_size=1, window=window)
+
+    assert [batch.token_ids[batch.keep].tolist() for batch in found] == [[6], [7], [6]]
+    assert found[2].positions[found[2].keep].tolist() == [8]  # BOS 3, BOS 4 8 9, BOS 5 6
+
+
+def test_sequences_without_rows_are_left_out_and_batches_stay_full():
+    long = list(range(3, 9)) * 10
+    found = batches([long, long], context_size=4, batch_size=2, bos="none", window=TokenWindow(start=0, end=2))
+
+    assert [batch.token_ids.tolist() for batch in found] == [[[3, 4, 5, 6], [3, 4, 5, 6]]]
+    assert count_rows(documents(long, long), Recipe(context_size=4, window=TokenWindow(end=2)), SPECIAL)[0] == 4
+
+
+def test_a_window_that_finds_nothing_can_be_stopped(monkeypatch):
+    monkeypatch.setattr(packing, "_MAX_LEFT_OUT", 8)
+    packer = Packer(documents(*[[5, 6, 7]] * 100), Recipe(context_size=4, window=TokenWindow(start=9)), SPECIAL)
+    asked = []
+
+    assert list(packer.batches(stop=lambda: len(asked) == 3 or asked.append(0))) == []
+    assert len(asked) == 3
+    assert packer.count(stop=lambda: True).n_documents == 2
+    assert packer.count().n_documents == 100
 
 
 def test_counting_stops_when_told_and_says_how_far_it_came():
@@ -257,6 +345,13 @@ def test_the_document_at_hand_is_fetched_once_a_piece_at_most():
         ("storage_dtype", "int8"),
         ("attend_across_documents", 1),
         ("nonsense", 1),
+        ("long_documents", "drop"),
+        ("long_documents", None),
+        ("chat_template", "yes"),
+        ("window", 3),
+        ("window", {"start": 1, "end": 1}),
+        ("window", {"start": -1, "end": -2}),
+        ("window", {"begin": 1}),
     ],
 )
 def test_a_recipe_out_of_range_names_its_field(field, value):
@@ -270,3 +365,18 @@ def test_a_recipe_out_of_range_names_its_field(field, value):
 @settings(max_examples=20, deadline=None)
 def test_a_recipe_round_trips_through_json(recipe):
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize("window", [{"start": 2**31}, {"end": -(2**31)}, {"start": 1.0}])
+def test_a_window_is_of_int32_numbers(window):
+    with pytest.raises(FieldInvalid, match="integer"):
+        Recipe.from_json({"window": window})
+
+
+def test_later_fields_at_their_default_are_not_in_the_json():
+    old = {field.name for field in fields(Recipe)} - {"long_documents", "window", "chat_template"}
+
+    assert set(Recipe().to_json()) == old
+    assert set(Recipe(packing="one_document", long_documents="truncate", window=TokenWindow()).to_json()) == old
+    assert Recipe(packing="one_document", long_documents="split").to_json()["long_documents"] == "split"
+    assert Recipe(window=TokenWindow(start=-1)).to_json()["window"] == {"start": -1, "end": 0}
