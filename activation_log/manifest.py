@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ def segment_rows_for(columns: Sequence[ColumnSpec], segment_bytes: int = SEGMENT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Identity, columns and extent of a set. `total_rows` is known once the corpus was exhausted."""
+    """Identity, columns and extent of a set. `total_rows` is known once the corpus was exhausted.
+
+    `statistics` and `receipt` have an entry for each column that has them; `docs/format.md` says what is in it.
+    """
 
     set_id: str
     identity: Mapping[str, Any]
@@ -46,6 +49,8 @@ class Manifest:
     segment_rows: int
     retention: str = "retain"
     total_rows: int | None = None
+    statistics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    receipt: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.segment_rows < 1:
@@ -91,6 +96,8 @@ class Manifest:
             "segment_rows": self.segment_rows,
             "retention": self.retention,
             "total_rows": self.total_rows,
+            "statistics": dict(self.statistics),
+            "receipt": dict(self.receipt),
         }
         write_atomically(folder / FILE_NAME, json.dumps(document, indent=2).encode() + b"\n")
 
@@ -118,6 +125,8 @@ class Manifest:
                 segment_rows=document["segment_rows"],
                 retention=document["retention"],
                 total_rows=document["total_rows"],
+                statistics=document.get("statistics", {}),  # Older sets lack both.
+                receipt=document.get("receipt", {}),
             )
         except (KeyError, TypeError, ValueError) as exc:
             raise SetCorrupt(f"{folder / FILE_NAME} is not a manifest: {exc}") from exc

@@ -44,7 +44,16 @@ def header_bytes(column: ColumnSpec, *, first_row: int, n_rows: int) -> bytes:
 class OpenSegment:
     """A segment file being written, mapped; `data` is the writable memory behind the header."""
 
-    def __init__(self, folder: Path, column: ColumnSpec, *, segment: int, first_row: int, capacity_rows: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        column: ColumnSpec,
+        *,
+        segment: int,
+        first_row: int,
+        capacity_rows: int,
+        spare_bytes: int = SPARE_BYTES,
+    ) -> None:
         self.column = column
         self._first_row = first_row
         self._path = open_segment_path(folder, column, segment)
@@ -54,7 +63,7 @@ class OpenSegment:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            _allocate(self._fd, self._path, size + SPARE_BYTES)
+            _allocate(self._fd, self._path, size + spare_bytes)
             self._map = mmap.mmap(self._fd, size)
         except BaseException:
             os.close(self._fd)

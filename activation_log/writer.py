@@ -17,7 +17,9 @@ from activation_log.files import fsync_folder
 from activation_log.index import SegmentIndex, SegmentRecord
 from activation_log.layout import OPEN_SUFFIX, ColumnSpec, column_folder
 from activation_log.manifest import Manifest
-from activation_log.segment import OpenSegment
+from activation_log.segment import SPARE_BYTES, OpenSegment
+from activation_log.statistics import Summarize
+from activation_log.statistics_writer import StatisticsWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,11 @@ class Reservation:
 
 
 class SetWriter:
-    """Appends rows of `columns` (all columns of the set by default)."""
+    """Appends rows of `columns` (all columns of the set by default), and their statistics with `summarize`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec], summarize: Summarize | None = None
+    ) -> None:
         self._folder = folder
         self._manifest = manifest
         self._columns = tuple(columns)
@@ -46,13 +50,15 @@ class SetWriter:
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self.next_row = self._index.n_rows([column.name for column in self._columns])
         _remove_leftovers(folder, self._columns, self._index)
+        self._statistics = StatisticsWriter(folder, manifest, self._columns, summarize)
+        self._statistics.remove_leftovers(self._index)
 
     @classmethod
-    def open(cls, folder: Path, columns: Sequence[str] | None = None) -> SetWriter:
+    def open(cls, folder: Path, columns: Sequence[str] | None = None, summarize: Summarize | None = None) -> SetWriter:
         """Opens a set whose manifest exists, behind the last row sealed in all of `columns`."""
         manifest = Manifest.load(folder)
         names = [column.name for column in manifest.columns] if columns is None else columns
-        return cls(folder, manifest, [manifest.column(name) for name in names])
+        return cls(folder, manifest, [manifest.column(name) for name in names], summarize)
 
     @property
     def resume(self) -> Mapping[str, Any] | None:
@@ -109,8 +115,12 @@ class SetWriter:
         """Seals what is open and marks the set complete at `next_row` rows."""
         self.seal()
         self._settle()
+        summary = self._statistics.summary(self._index)
         # Another process may have added columns to the manifest since.
-        Manifest.update(self._folder, lambda manifest: replace(manifest, total_rows=self.next_row))
+        Manifest.update(
+            self._folder,
+            lambda manifest: replace(manifest, total_rows=self.next_row, statistics={**manifest.statistics, **summary}),
+        )
 
     def close(self) -> None:
         """Waits for sealing to end and gives up rows that were not sealed. Raises what sealing raised."""
@@ -118,6 +128,7 @@ class SetWriter:
             self._settle()
         finally:
             self._sealer.shutdown()
+            self._statistics.close()
             for segment in self._open:
                 segment.discard()
             self._open = ()
@@ -162,13 +173,18 @@ class SetWriter:
             segment=self._open_segment,
             first_row=self._open_first_row,
             capacity_rows=self._capacity,
+            spare_bytes=SPARE_BYTES + self._statistics.spare_bytes(column),
         )
 
     def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
+        parts = self._statistics.start(segments, record.n_rows)
         digests = {segment.column.name: segment.seal(record.n_rows) for segment in segments}
         for segment in segments:
             fsync_folder(column_folder(self._folder, segment.column))
-        return self._index.append(self._folder, replace(record, digests=digests))
+        self._statistics.save(record.segment, parts, self._index)
+        index = self._index.append(self._folder, replace(record, digests=digests))
+        self._statistics.recorded(record.segment)
+        return index
 
     def _settle(self) -> None:
         """Waits for the segment being sealed, so that at most one is under way."""

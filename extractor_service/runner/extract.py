@@ -25,6 +25,7 @@ from extractor_service.runner.gate import Gate
 from extractor_service.runner.hookpoints import resolve
 from extractor_service.runner.loading import LoadedModel, out_of_memory_as_typed
 from extractor_service.runner.rows import RowSource, storage_dtype
+from extractor_service.runner.statistics import summarize
 from extractor_service.runner.throttle import Throttle
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Message
 
@@ -48,7 +49,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     with DocumentReader(Path(command.corpus_path)) as reader:
         tokenizer = Tokenizer.load(loaded.files_path, ids_only=reader.tokenized)
         packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
-        with SetWriter.open(Path(command.set_path), written) as writer:
+        with SetWriter.open(Path(command.set_path), written, summarize) as writer:
             job = _Job(
                 command=command,
                 gate=gate,

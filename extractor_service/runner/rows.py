@@ -16,14 +16,20 @@ from activation_log.writer import Reservation
 from extractor_service.errors import FieldInvalid, NonFinite, NotImplementedYet
 from extractor_service.runner.forward import BatchRows
 
-_TORCH_DTYPES = {Dtype.FLOAT32: torch.float32, Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16}
+TORCH_DTYPES = {
+    Dtype.FLOAT32: torch.float32,
+    Dtype.FLOAT16: torch.float16,
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.INT8: torch.int8,
+    Dtype.FLOAT8_E4M3: torch.float8_e4m3fn,
+}
 
 
 def storage_dtype(column: ColumnSpec) -> torch.dtype:
     """The dtype of a hookpoint's column; raises NotImplementedYet for 8-bit ones."""
-    if column.dtype not in _TORCH_DTYPES:
+    if column.dtype.itemsize == 1:
         raise NotImplementedYet(f"Column {column.name}: storing {column.dtype} is not in this version; use bfloat16.")
-    return _TORCH_DTYPES[column.dtype]
+    return TORCH_DTYPES[column.dtype]
 
 
 class RowSource:
