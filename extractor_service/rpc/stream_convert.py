@@ -8,6 +8,7 @@ from extractor_service.errors import FieldInvalid
 from extractor_service.extraction import ExtractionJob
 from extractor_service.row_stream import RowStream, StreamRequest
 from extractor_service.rpc import convert
+from extractor_service.rpc.statistics_convert import statistics_to_pb
 from extractor_service.ways import OrderRequest, ReadOrder
 
 _ORDERS = {
@@ -55,5 +56,6 @@ def header_to_bytes(job: ExtractionJob, stream: RowStream, nonce: str) -> bytes:
         transport=pb.TRANSPORT_MAPPED if nonce else pb.TRANSPORT_INLINE,
         nonce=nonce,
         block_rows=stream.block_rows,
+        statistics=statistics_to_pb(job.folder, stream.set_reader.columns),
     )
     return pb.StreamActivationsResponse(header=header).SerializeToString()

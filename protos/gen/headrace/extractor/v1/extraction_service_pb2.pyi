@@ -551,7 +551,9 @@ class ColumnStatistics(_message.Message):
     """Mean of the squares of the rows' Euclidean norms."""
     @_builtins.property
     def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Mean vector, `width` values."""
+        """Mean vector, `width` values. It and `m2` are left out from the column on where all vectors exceed 2 MiB; the set's
+        folder has them.
+        """
 
     @_builtins.property
     def m2(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -615,7 +617,7 @@ class StreamHeader(_message.Message):
 
     @_builtins.property
     def statistics(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnStatistics]:
-        """Statistics as of now."""
+        """Statistics of the rows sealed so far; none for a column without such rows."""
 
     def __init__(
         self,
