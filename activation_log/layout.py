@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,7 +56,7 @@ _SAFETENSORS_NAME = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSpec:
-    """One column: `width` elements of `dtype` a row.
+    """One column: `width` elements of `dtype` a row, of `shape` if that is given, such as heads x width of a head.
 
     An 8-bit column names in `scale_column` the float32 column of width 1 that its values are multiplied by.
     """
@@ -64,12 +65,15 @@ class ColumnSpec:
     dtype: Dtype
     width: int
     scale_column: str | None = None
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not _COLUMN_NAME.match(self.name):
             raise ValueError(f"{self.name!r} can't name a column: use letters, digits and _ . : -")
         if self.width < 1:
             raise ValueError(f"column {self.name} has width {self.width}; it must be at least 1")
+        if self.shape and (min(self.shape) < 1 or math.prod(self.shape) != self.width):
+            raise ValueError(f"column {self.name} has shape {list(self.shape)}, which is not {self.width} elements")
 
     @property
     def row_bytes(self) -> int:
@@ -84,7 +88,8 @@ class ColumnSpec:
     def to_json(self) -> dict[str, Any]:
         """Manifest entry."""
         entry: dict[str, Any] = {"name": self.name, "dtype": str(self.dtype), "width": self.width}
-        return entry | ({"scale_column": self.scale_column} if self.scale_column else {})
+        entry |= {"scale_column": self.scale_column} if self.scale_column else {}
+        return entry | ({"shape": list(self.shape)} if self.shape else {})
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> ColumnSpec:
@@ -94,7 +99,13 @@ class ColumnSpec:
             dtype=Dtype(entry["dtype"]),
             width=entry["width"],
             scale_column=entry.get("scale_column"),
+            shape=tuple(entry.get("shape", ())),
         )
+
+
+def scale_column(column: str) -> str:
+    """Name of the column with the scales of an 8-bit column."""
+    return f"{column}.scale"
 
 
 TOKEN_ID = ColumnSpec(name="token_id", dtype=Dtype.INT32, width=1)

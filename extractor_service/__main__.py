@@ -24,6 +24,7 @@ from chassis.flags import add_common_flags, options_from
 from chassis.metrics import Metrics
 from chassis.server import Server
 from chassis.shutdown import Shutdown
+from extractor_service import hookpoints
 from extractor_service.corpora.counting import count
 from extractor_service.corpora.store import CorpusStore
 from extractor_service.corpora.tokenizer import Tokenizer
@@ -108,8 +109,7 @@ class Estimator:
 
     async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
         """What a request would cost."""
-        widths = dict.fromkeys(spec.hookpoints, model.d_model)
-        manifest = new_manifest(spec, {}, widths)
+        manifest = new_manifest(spec, {}, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
         rate = self.extractions.rate_of(model.id) if self.extractions else 0.0
         counted = await self.count_rows(spec)
         return estimate(

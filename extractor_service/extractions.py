@@ -117,8 +117,9 @@ class Extractions:
                 resource=("Model", model.id),
             )
         self._corpora.get(spec.corpus_id)
-        offered = hookpoints.available(model.model_type, model.n_layers, model.d_model)
-        names = hookpoints.check(spec.hookpoints, offered)
+        catalogue = hookpoints.catalogue_of(model)
+        names = tuple(point.name for point in catalogue.resolve(spec.hookpoints))
+        hookpoints.check_isolation(spec.recipe, catalogue)
         if model.context_window and spec.recipe.context_size > model.context_window:
             raise FieldInvalid(
                 f"spec.recipe.context_size is {spec.recipe.context_size}; {model.id} reads at most "
@@ -216,8 +217,7 @@ class Extractions:
         self, spec: ExtractionSpec, model: ModelInfo, identity: dict[str, Any], request_id: str
     ) -> ExtractionJob:
         extraction_id = f"x{uuid.uuid4().hex[:12]}"
-        widths = dict.fromkeys(spec.hookpoints, model.d_model)
-        manifest = new_manifest(spec, identity, widths)
+        manifest = new_manifest(spec, identity, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
         folder = self._folder(identity)
         if spec.retention.is_window and not self._complete(folder, spec):
             folder = folder.with_name(f"{folder.name}.window-{extraction_id}")

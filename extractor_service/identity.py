@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
 from activation_log.manifest import Manifest, segment_rows_for, set_id_of
+from extractor_service.hookpoints import attention_of
 from extractor_service.values import ExtractionSpec, ModelInfo
 
 # A WINDOW set holds at least this many segments, so that readers and the forward pass don't wait for one another's.
@@ -29,7 +31,7 @@ def identity_of(
     return {
         "model": {"source": model.source, "commit_sha": model.commit_sha, "quantization": model.quantization},
         "compute_dtype": compute_dtype,
-        "load_options": options | {"dtype": compute_dtype},
+        "load_options": _attention(model) | options | {"dtype": compute_dtype},
         "tokenizer_digest": model.tokenizer_digest,
         "corpus_digest": corpus_digest,
         "recipe": spec.recipe.to_json(),
@@ -37,15 +39,24 @@ def identity_of(
     }
 
 
-def hookpoint_columns(spec: ExtractionSpec, widths: Mapping[str, int]) -> tuple[ColumnSpec, ...]:
-    """Columns of the hookpoints asked for."""
+def _attention(model: ModelInfo) -> dict[str, str]:
+    """Families that SDPA can't compute run with eager attention, whose numbers are others."""
+    attention = attention_of(model)
+    return {"attn_implementation": attention} if attention else {}
+
+
+def hookpoint_columns(spec: ExtractionSpec, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ColumnSpec, ...]:
+    """Columns of the hookpoints asked for; `shapes` are those of a row."""
     dtype = Dtype(spec.recipe.storage_dtype)
-    return tuple(ColumnSpec(name=name, dtype=dtype, width=widths[name]) for name in spec.hookpoints)
+    return tuple(
+        ColumnSpec(name=name, dtype=dtype, width=prod(shape), shape=shape if len(shape) > 1 else ())
+        for name, shape in ((name, shapes[name]) for name in spec.hookpoints)
+    )
 
 
-def new_manifest(spec: ExtractionSpec, identity: Mapping[str, Any], widths: Mapping[str, int]) -> Manifest:
+def new_manifest(spec: ExtractionSpec, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
     """Manifest of a set that does not exist yet."""
-    columns = (*PROVENANCE, *hookpoint_columns(spec, widths))
+    columns = (*PROVENANCE, *hookpoint_columns(spec, shapes))
     segment_rows = segment_rows_for(columns)
     if spec.retention.is_window:
         window_rows = spec.retention.window_bytes // sum(column.row_bytes for column in columns)

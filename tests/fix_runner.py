@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import signal
@@ -105,10 +106,16 @@ def make_corpus(tmp_path):
 
 @pytest.fixture
 def make_set(tmp_path):
-    def make(hookpoints, *, width=WIDTH, segment_rows=100, **recipe):
+    def make(hookpoints, *, width=WIDTH, segment_rows=100, shapes=None, **recipe):
         recipe = Recipe(**{"context_size": 64, "batch_size": 2} | recipe)
         folder = tmp_path / f"set-{time.monotonic_ns()}"
-        columns = [ColumnSpec(name=name, dtype=Dtype(recipe.storage_dtype), width=width) for name in hookpoints]
+        dtype, shapes = Dtype(recipe.storage_dtype), shapes or {}
+        columns = [
+            ColumnSpec(
+                name=name, dtype=dtype, width=math.prod(shapes.get(name, (width,))), shape=shapes.get(name, ())
+            )
+            for name in hookpoints
+        ]
         identity = {"recipe": recipe.to_json(), "made_for": str(folder)}
         Manifest(
             set_id=set_id_of(identity), identity=identity, columns=(*PROVENANCE, *columns), segment_rows=segment_rows

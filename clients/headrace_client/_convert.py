@@ -502,7 +502,13 @@ def estimate_from_pb(pb: extractions_pb.EstimateExtractionResponse) -> v.Estimat
 
 def hookpoint_from_pb(pb: extractions_pb.Hookpoint) -> v.Hookpoint:
     """Reads a hookpoint."""
-    return v.Hookpoint(name=pb.name, width=pb.width, unavailable=pb.unavailable)
+    return v.Hookpoint(
+        name=pb.name,
+        width=pb.width,
+        unavailable=pb.unavailable,
+        shape=tuple(pb.shape) or (pb.width,),
+        module=pb.module,
+    )
 
 
 # The stream
@@ -523,7 +529,13 @@ def header_from_pb(pb: extractions_pb.StreamHeader) -> v.StreamHeader:
 
 def _column_from_pb(pb: extractions_pb.Column) -> v.Column:
     name = _name(dtype_pb2.Dtype, pb.dtype).removeprefix("DTYPE_").lower()
-    return v.Column(name=pb.name, dtype=v.choice(v.Dtype, name, "dtype"), width=pb.width, scale_column=pb.scale_column)
+    return v.Column(
+        name=pb.name,
+        dtype=v.choice(v.Dtype, name, "dtype"),
+        width=pb.width,
+        scale_column=pb.scale_column,
+        shape=tuple(pb.shape),
+    )
 
 
 def _dtype(number: int, default: v.Dtype) -> v.Dtype:

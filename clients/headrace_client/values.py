@@ -419,11 +419,16 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hookpoint:
-    """A named place in the network; `unavailable` says why it can't be captured, empty when it can."""
+    """A named place in the network; `unavailable` says why it can't be captured, empty when it can.
+
+    `shape` is that of one row, such as (heads, width of a head); `module` is where it is taken, `<path>:in` or `:out`.
+    """
 
     name: str
     width: int
     unavailable: str = ""
+    shape: tuple[int, ...] = ()
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,6 +457,7 @@ class Column:
     dtype: Dtype
     width: int
     scale_column: str = ""
+    shape: tuple[int, ...] = ()  # Of one row; empty where it is (width,).
 
     @property
     def row_bytes(self) -> int:

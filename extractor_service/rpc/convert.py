@@ -216,7 +216,11 @@ def extraction_to_pb(value: Extraction) -> extraction_pb2.Extraction:
 def column_to_pb(column: ColumnSpec) -> extraction_service_pb2.Column:
     """One column of a stream's header."""
     return extraction_service_pb2.Column(
-        name=column.name, dtype=_DTYPES[column.dtype], width=column.width, scale_column=column.scale_column or ""
+        name=column.name,
+        dtype=_DTYPES[column.dtype],
+        width=column.width,
+        scale_column=column.scale_column or "",
+        shape=column.shape,
     )
 
 

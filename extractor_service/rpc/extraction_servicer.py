@@ -25,7 +25,7 @@ from extractor_service.extractions import Extractions
 from extractor_service.nonces import Nonces
 from extractor_service.ports import Models
 from extractor_service.row_stream import End, Pause, RowStream
-from extractor_service.rpc import convert
+from extractor_service.rpc import convert, convert_hookpoint
 from extractor_service.rpc.stream_convert import header_to_bytes, stream_request_from_pb
 from extractor_service.values import ExtractionSpec, ModelInfo
 
@@ -142,11 +142,9 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         model = await self._models.get_model(request.model_id)
         if not model.ready:
             raise ModelNotReady(f"Model {model.id} has no files yet; run PrepareModel and wait for READY.")
-        offered = hookpoints.available(model.model_type, model.n_layers, model.d_model)
+        offered = hookpoints.catalogue_of(model).offered
         return extraction_service_pb2.ListHookpointsResponse(
-            hookpoints=[
-                extraction_service_pb2.Hookpoint(name=h.name, width=h.width, unavailable=h.unavailable) for h in offered
-            ]
+            hookpoints=[convert_hookpoint.hookpoint_to_pb(point) for point in offered]
         )
 
     async def DecodeTokens(

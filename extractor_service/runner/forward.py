@@ -1,9 +1,10 @@
 """Forward passes over token batches, and their rows on the host.
 
-`position_ids` are passed and no attention mask. transformers then takes a step other than +1 between neighbouring
-position ids of a sequence for the start of a document and masks attention across it, in every sequence of the batch on
-its own; where no sequence has such a step, attention is plain causal. The packer numbers positions anew in each piece
-of a document, or through the whole sequence when documents may attend to one another, so its `position_ids` decide.
+`position_ids` are passed and, for most models, no attention mask. transformers then takes a step other than +1 between
+neighbouring position ids of a sequence for the start of a document and masks attention across it, in every sequence of
+the batch on its own; where no sequence has such a step, attention is plain causal (`isolation.py` has the models that
+need more). The packer numbers positions anew in each piece of a document, or through the whole sequence when documents
+may attend to one another, so its `position_ids` decide.
 """
 
 # ruff: noqa: N803, N806 -- capital suffixes are shapes
@@ -19,8 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from activation_log.layout import scale_column
 from extractor_service.packing import TokenBatch
 from extractor_service.runner.capture import Site, capture
+from extractor_service.runner.hookpoints import isolation
+from extractor_service.runner.quantized_rows import quantize_rows
 
 # One being filled by the device while the other is written to the log.
 _STAGING_BUFFERS = 2
@@ -47,9 +51,10 @@ def forward_rows(model: PreTrainedModel, batch: TokenBatch, sites: Sequence[Site
     """Runs the model over a batch as far as the deepest site; returns `[T, D]` a site, on the model's device."""
     token_ids_BS = torch.from_numpy(batch.token_ids).to(model.device, torch.int64)
     position_ids_BS = torch.from_numpy(batch.position_ids).to(model.device, torch.int64)
-    with capture(sites) as captured:
-        model(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False)
-    return {name: acts_BSD.flatten(0, 1) for name, acts_BSD in captured.items()}
+    with capture(sites) as captured, isolation(model, position_ids_BS) as how:
+        model(input_ids=token_ids_BS, position_ids=position_ids_BS, use_cache=False, **how)
+    n_tokens = token_ids_BS.numel()
+    return {name: acts.reshape(n_tokens, -1) for name, acts in captured.items()}
 
 
 def fetch_for(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Fetch:
@@ -95,7 +100,9 @@ class StagedFetch:
     ) -> tuple[BatchRows, torch.cuda.Event]:
         index = _kept(batch)
         on_device = None if index is None else index.to(self._device, non_blocking=True)
-        rows_RD = {name: self._for_log(name, acts_TD, on_device) for name, acts_TD in acts.items()}
+        rows_RD: dict[str, Tensor] = {}
+        for name, acts_TD in acts.items():
+            rows_RD |= self._for_log(name, acts_TD, on_device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             on_host = {name: _copy_to(buffer, name, acts_RD) for name, acts_RD in rows_RD.items()}
@@ -104,9 +111,14 @@ class StagedFetch:
             acts_RD.record_stream(self._stream)  # Its memory must not be reused before the copy is over.
         return BatchRows(batch=batch, activations=on_host, index=None), event
 
-    def _for_log(self, name: str, acts_TD: Tensor, index: Tensor | None) -> Tensor:
-        kept = acts_TD if index is None else acts_TD.index_select(0, index)
-        return kept.to(self._dtypes[name])
+    def _for_log(self, name: str, acts_TD: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        """Kept rows in the log's dtype; with their scales, if it has 8 bits."""
+        kept_RD = acts_TD if index is None else acts_TD.index_select(0, index)
+        dtype = self._dtypes[name]
+        if dtype.itemsize > 1:
+            return {name: kept_RD.to(dtype)}
+        values_RD, scale_R1 = quantize_rows(kept_RD, dtype)
+        return {name: values_RD, scale_column(name): scale_R1}
 
 
 def _arrived(rows: BatchRows, event: torch.cuda.Event) -> BatchRows:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
 
 from extractor_service.errors import FieldInvalid
 
@@ -39,7 +39,7 @@ def check_options(options: Mapping[str, Any], device: torch.device) -> None:
     unknown = sorted(set(options) - set(_KNOWN))
     if unknown:
         raise FieldInvalid(f"Load option {unknown[0]!r} is unknown; use {', '.join(_KNOWN)}.", field="load_options")
-    attention_of(options)
+    attention_of(options, supports_sdpa=True)
     if options.get("use_fast") is False:
         raise _refused(
             "use_fast", "token ids come from tokenizer.json, which only the fast tokenizers read; leave it out"
@@ -50,9 +50,23 @@ def check_options(options: Mapping[str, Any], device: torch.device) -> None:
     max_bytes_of(options, device)
 
 
-def attention_of(options: Mapping[str, Any]) -> str:
-    """Returns the attention implementation. Raises FieldInvalid."""
-    attention = options.get("attn_implementation", _ATTENTION[0])
+def supports_sdpa(config: PretrainedConfig) -> bool:
+    """True if transformers runs this architecture with SDPA; some need what only their own code computes."""
+    try:
+        kind = MODEL_MAPPING[type(config)]
+    except KeyError:  # Code from the model's folder.
+        return True
+    return bool(getattr(kind, "_supports_sdpa", False))
+
+
+def attention_of(options: Mapping[str, Any], *, supports_sdpa: bool) -> str:
+    """Returns the attention implementation: SDPA unless another is asked for or needed. Raises FieldInvalid."""
+    attention = options.get("attn_implementation", "sdpa" if supports_sdpa else "eager")
+    if attention == "sdpa" and not supports_sdpa:
+        raise _refused(
+            "attn_implementation",
+            "transformers has no sdpa for this architecture; leave it out, and eager is used",
+        )
     if attention not in _ATTENTION:
         raise _refused(
             "attn_implementation",

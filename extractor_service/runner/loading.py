@@ -27,7 +27,14 @@ from extractor_service.errors import (
     NotImplementedYet,
 )
 from extractor_service.runner.hookpoints import check_identity
-from extractor_service.runner.load_options import attention_of, check_options, config_of, max_bytes_of, trusts_code
+from extractor_service.runner.load_options import (
+    attention_of,
+    check_options,
+    config_of,
+    max_bytes_of,
+    supports_sdpa,
+    trusts_code,
+)
 from extractor_service.runner.progress import OnProgress
 from extractor_service.runner.quantizers import quantizer_for
 
@@ -94,7 +101,7 @@ def from_pretrained_arguments(
     return {
         "config": config,
         "dtype": dtype,
-        "attn_implementation": attention_of(load_options),
+        "attn_implementation": attention_of(load_options, supports_sdpa=supports_sdpa(config)),
         "device_map": None if device.type == "cpu" else {"": device},
         "local_files_only": True,
         "use_safetensors": True,

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from extractor_service import hookpoints as names
 from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.runner.capture import capture
-from extractor_service.runner.hookpoints import offered_sites, resolve
+from extractor_service.runner.hookpoints import n_layers_of, resolve
 from extractor_service.runner.sample_text import SAMPLE_TEXT
 
 MAX_TOKENS = 384
@@ -46,8 +45,7 @@ def sample_ids(files_path: Path, *, limit: int = MAX_TOKENS, longest: int | None
 
 def residuals(model: PreTrainedModel, token_ids: Sequence[int]) -> list[Tensor]:
     """Returns what leaves each block, `[T, D]` on the host in the dtype of the pass, in order."""
-    n_layers = 1 + max(names.depth(site.name) for site in offered_sites(model))
-    wanted = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+    wanted = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers_of(model))]
     ids = torch.tensor([list(token_ids)], device=model.device)
     positions = torch.arange(len(token_ids), device=model.device)[None]
     with torch.inference_mode(), capture(resolve(model, wanted)) as captured:

@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from chassis.errors import ServiceError
 from extractor_service.errors import LoadFailed, ModelUnsupported, NonFinite, reason_of
-from extractor_service.runner.hookpoints import offered_sites
+from extractor_service.runner.hookpoints import n_layers_of
 from extractor_service.runner.load_options import config_of, trusts_code
 from extractor_service.runner.loading import (
     LoadedModel,
@@ -203,7 +203,7 @@ def _parity(trial: _Trial) -> tuple[str, Figures]:
     command = trial.command
     files_path = Path(command.files_path)
     device, dtype = device_of(command.device), compute_dtype_of(command.device, command.dtype)
-    n_layers = 1 + max(int(site.name.split(".")[1]) for site in offered_sites(_held(trial).model))
+    n_layers = n_layers_of(_held(trial).model)
     trial.loaded = None
     gc.collect()
     if device.type == "cuda":

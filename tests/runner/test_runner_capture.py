@@ -81,3 +81,28 @@ def test_no_hook_outlives_the_block():
 
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in stack.blocks)
     assert [block.calls for block in stack.blocks] == [2, 1, 1]
+
+
+def test_what_a_site_takes_of_its_tensor_is_taken_at_once():
+    class Adder(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    model = nn.Sequential(nn.Identity(), Adder(), Adder())
+    kept = Site(name="kept", module=model[1], is_input=False, take=torch.clone)
+    last = Site(name="last", module=model[2], is_input=False)
+    with capture([last, kept]) as captured:
+        model(torch.zeros(2))
+
+    assert captured["kept"].tolist() == [1, 1]
+    assert captured["last"].tolist() == [2, 2]
+
+
+def test_a_module_that_returns_no_tensor_is_an_error():
+    class Silent(nn.Module):
+        def forward(self, x):
+            return None
+
+    model = Silent()
+    with pytest.raises(HookDidNotFireError, match="no tensor"), capture([Site(name="s", module=model, is_input=False)]):
+        model(torch.zeros(2))

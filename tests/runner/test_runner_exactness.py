@@ -11,12 +11,13 @@ from fix_runner import N_LAYERS, WIDTH, documents, load, read_rows, run_command
 from transformers import AutoModelForCausalLM
 
 from extractor_service.errors import CorpusEmpty, FieldInvalid, NonFinite
-from extractor_service.hookpoints import SITES
 from extractor_service.runner_protocol import Committed, Extract, Finished
 
 RESID_PRE = [f"blocks.{layer}.hook_resid_pre" for layer in range(N_LAYERS)]
 RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
+SITES = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
 ALL = [f"blocks.{layer}.{site}" for layer in range(N_LAYERS) for site in SITES]
+HEADS = [f"blocks.{layer}.attn.hook_{site}" for layer in range(N_LAYERS) for site in "qkvz"]
 
 
 @functools.cache
@@ -101,6 +102,21 @@ def test_sites_of_a_block_add_up(tiny_model, extract):
         np.testing.assert_allclose(pre + attn + mlp, post, rtol=0, atol=1e-5)
         assert np.abs(attn).max() > 1e-2
         assert np.abs(mlp).max() > 1e-2
+
+
+def test_rows_of_heads_give_the_attention_output_back(tiny_llama, make_set, make_corpus):
+    model = load(tiny_llama)
+    shapes = {"q": (4, 8), "k": (2, 8), "v": (2, 8), "z": (4, 8)}
+    folder = make_set([*HEADS, *ALL], shapes={name: shapes[name[-1]] for name in HEADS})
+    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(documents(5))))
+    rows = read_rows(folder, run_command(command, model)[-1].n_rows)
+
+    for layer, block in enumerate(model.model.layers):
+        z, k = (rows[f"blocks.{layer}.attn.hook_{site}"] for site in "zk")
+        assert (z.shape[1], k.shape[1]) == (32, 16)
+        with torch.inference_mode():
+            projected = block.self_attn.o_proj(torch.from_numpy(z)).numpy()
+        np.testing.assert_allclose(projected, rows[f"blocks.{layer}.hook_attn_out"], rtol=0, atol=1e-5)
 
 
 def test_dropped_tokens_have_no_rows_and_do_not_shift_others(tiny_model, extract):

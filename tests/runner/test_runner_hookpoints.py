@@ -2,55 +2,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fix_runner import N_LAYERS, VOCAB_SIZE, WIDTH, load
-from transformers import (
-    AutoModel,
-    Gemma2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from fix_runner import N_LAYERS, load
+from fix_zoo import random_model, zoo_config, zoo_model
+from transformers import GPTNeoXConfig
 
-from extractor_service.errors import HookpointNotFound, ModelUnsupported, NotImplementedYet
+from extractor_service.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
 from extractor_service.hookpoints import SITES
+from extractor_service.runner.capture import capture
 from extractor_service.runner.hookpoints import check_identity, offered_sites, resolve
-
-SHAPE = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": WIDTH,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-
-
-def random_model(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def test_hookpoints_are_listed_in_forward_order(tiny_model):
-    sites = offered_sites(load(tiny_model).model)
+    sites = [site.name for site in offered_sites(load(tiny_model).model)]
 
-    assert [site.name for site in sites] == [f"blocks.{layer}.{site}" for layer in range(N_LAYERS) for site in SITES]
-
-
-def test_wanted_hookpoints_come_in_forward_order(tiny_model):
-    wanted = ["blocks.2.hook_resid_pre", "blocks.0.hook_mlp_out"]
-
-    assert [site.name for site in resolve(load(tiny_model).model, wanted)] == wanted[::-1]
+    assert sites[1:-1] == [f"blocks.{layer}.{site}" for layer in range(N_LAYERS) for site in SITES]
+    assert (sites[0], sites[-1]) == ("hook_embed", "ln_final.hook_normalized")
 
 
-@pytest.mark.parametrize("name", ["blocks.4.hook_resid_post", "blocks.1.hook_resid_mid", "model.layers.1"])
+def test_wanted_hookpoints_are_found(tiny_model):
+    wanted = ["blocks.0.hook_mlp_out", "blocks.2.hook_resid_pre"]
+
+    assert [site.name for site in resolve(load(tiny_model).model, wanted)] == wanted
+
+
+@pytest.mark.parametrize("name", ["blocks.4.hook_resid_post", "blocks.1.hook_nothing", "model.layers.1"])
 def test_unknown_hookpoint_names_the_nearest(tiny_llama, name):
     with pytest.raises(HookpointNotFound) as caught:
         resolve(load(tiny_llama).model, [name])
@@ -58,31 +33,56 @@ def test_unknown_hookpoint_names_the_nearest(tiny_llama, name):
     assert caught.value.metadata["nearest"].startswith("blocks.")
 
 
-@pytest.mark.parametrize("config", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_identity_holds_in_models_shaped_like_llama(config, dtype):
-    check_identity(random_model(config(**SHAPE), dtype))
+def test_any_module_that_has_a_row_for_each_token_can_be_named(tiny_llama):
+    model = load(tiny_llama).model
+    names = ["layers.1.mlp.up_proj:out", "layers.1.self_attn.q_proj:in", "norm:out"]
+    with torch.inference_mode(), capture(resolve(model, names)) as captured:
+        model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+
+    assert [tuple(captured[name].shape) for name in names] == [(1, 3, 64), (1, 3, 32), (1, 3, 32)]
 
 
-def test_residual_stream_alone_is_offered_where_sublayers_are_normed_behind():
-    model = random_model(Gemma2Config(**SHAPE, head_dim=8))
-    check_identity(model)
+def test_a_module_whose_tensor_is_no_rows_is_refused():
+    model = zoo_model("gemma3")  # Its norm of queries sees [batch, heads, tokens, width].
 
-    assert {site.name.split(".")[2] for site in offered_sites(model)} == {"hook_resid_pre", "hook_resid_post"}
-    with pytest.raises(NotImplementedYet, match="normalise"):
-        resolve(model, ["blocks.0.hook_mlp_out"])
+    with pytest.raises(ModelUnsupported, match="no row"):
+        resolve(model, ["layers.1.self_attn.q_norm:out"])
+    with pytest.raises(HookpointNotFound):
+        resolve(model, ["layers.1.self_attn.absent:out"])
 
 
 def test_scaled_residual_passing_for_llama_is_refused():
-    model = random_model(GraniteConfig(**SHAPE, residual_multiplier=0.5))
+    model = random_model(zoo_config("granite"))
     model.config.model_type = "llama"
 
     with pytest.raises(ModelUnsupported, match="do not add up"):
         check_identity(model)
 
 
-def test_architecture_without_known_hookpoints_is_refused():
-    shape = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}
+def test_config_that_does_not_fit_the_code_is_refused():
+    model = random_model(zoo_config("llama"))
+    model.config.num_key_value_heads = 4
 
-    with pytest.raises(ModelUnsupported, match="GPTNeoXModel"):
-        check_identity(random_model(GPTNeoXConfig(**shape)))
+    with pytest.raises(ModelUnsupported, match=r"hook_k is 32 wide .* and 16 in the model"):
+        check_identity(model)
+
+
+def test_post_norm_opt_is_refused_with_the_reason():
+    with pytest.raises(ModelUnsupported, match="normalise the residual stream itself"):
+        check_identity(random_model(zoo_config("opt", do_layer_norm_before=False)))
+
+
+def test_sdpa_asked_for_where_there_is_none_is_refused():
+    with pytest.raises(FieldInvalid, match="eager is used"):
+        random_model(zoo_config("gemma2"), attention="sdpa")
+
+
+def test_eager_is_chosen_only_where_sdpa_can_not_compute_it():
+    chosen = {name: zoo_model(name).config._attn_implementation for name in ("gemma2", "gpt_neo", "gptj", "bloom")}
+
+    assert set(chosen.values()) == {"eager"}
+    assert zoo_model("llama").config._attn_implementation == "sdpa"
+    assert random_model(GPTNeoXConfig(**NEOX)).config._attn_implementation == "sdpa"
+
+
+NEOX = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}

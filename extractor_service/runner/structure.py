@@ -1,0 +1,215 @@
+"""Finds the hookpoints of a decoder that is not known, by its structure, and takes only what it can prove.
+
+A few tokens run through the model, and what passes every module below its blocks is looked at. `hook_attn_out` and
+`hook_mlp_out` are a pair of outputs, one of the attention or behind it, one of the MLP or behind it, that add up with
+the block's input to its output in every block; `hook_resid_mid` is an input that is the sum of the first two. Two
+documents in one sequence, and each alone, tell how the model keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from extractor_service.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
+from extractor_service.runner.isolation import isolated
+
+_N_TOKENS = 6
+_ATTENTION = ("attn", "attention", "mixer")
+_MLP = ("mlp", "ffn", "feed_forward", "feedforward", "ff", "moe", "experts", "fc")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What was proven: module paths below a block by site, and how documents are kept apart."""
+
+    path: str
+    blocks: nn.ModuleList
+    places: dict[str, str]
+    isolation: str
+    causal: bool
+
+    def module_of(self, layer: int, site: str) -> str:
+        """Where a site is, `<path>:in` or `:out`; empty if that could not be proven."""
+        below = self.places.get(site)
+        if below is None:
+            return ""
+        path, _, side = below.partition(":")
+        return ".".join(filter(None, (self.path, str(layer), path))) + f":{side}"
+
+    def why_not(self, site: str) -> str:
+        """Why a site has no place."""
+        part = "attention" if site == "hook_attn_out" else "MLP"
+        if site == "hook_resid_mid":
+            return "no module of its blocks was found that takes the residual stream between attention and MLP"
+        return f"no output of its {part} was found that adds up with the residual stream in every block"
+
+
+@dataclass(slots=True)
+class _Passed:
+    """What went into and came out of modules below a block, by path, in the order in which they ended."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def search(model: PreTrainedModel, n_layers: int) -> Found | None:
+    """Returns what can be proven of a model; None where not even its residual stream can."""
+    named = _blocks(model, n_layers)
+    if named is None:
+        return None
+    path, blocks = named
+    token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
+    with torch.inference_mode(), _watching(blocks) as passed:
+        model(input_ids=token_ids, use_cache=False)
+    if not _is_stream(passed):
+        return None
+    places = {"hook_resid_pre": ":in", "hook_resid_post": ":out"} | _sublayers(passed)
+    causal = _is_causal(model, blocks)
+    isolation = next((how for how in (BY_POSITIONS, BY_MASK) if _isolates(model, blocks, how, causal)), NOT_AT_ALL)
+    return Found(path=path, blocks=blocks, places=places, isolation=isolation, causal=causal)
+
+
+def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, nn.ModuleList] | None:
+    """The outermost list of as many modules as the config has layers."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(name, module) for name, module in lists if n_layers and len(module) == n_layers]
+    return min(fitting, key=lambda pair: pair[0].count(".")) if fitting else None
+
+
+@contextmanager
+def _watching(blocks: nn.ModuleList) -> Iterator[list[_Passed]]:
+    passed = [_Passed() for _ in blocks]
+    handles = []
+    for block, seen in zip(blocks, passed, strict=True):
+        for path, module in block.named_modules():
+            handles += [_watch_input(module, path, seen), _watch_output(module, path, seen)]
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_input(module: nn.Module, path: str, seen: _Passed) -> Any:
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
+            if isinstance(value, Tensor):
+                seen.inputs.setdefault(path, value.clone())
+                return
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _watch_output(module: nn.Module, path: str, seen: _Passed) -> Any:
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(value, Tensor):
+            seen.outputs.setdefault(path, value.clone())
+
+    return module.register_forward_hook(after)
+
+
+def _is_stream(passed: Sequence[_Passed]) -> bool:
+    """What leaves a block enters the next."""
+    if not all("" in seen.inputs and "" in seen.outputs for seen in passed):
+        return False
+    return all(torch.equal(a.outputs[""], b.inputs[""]) for a, b in pairwise(passed))
+
+
+def _sublayers(passed: Sequence[_Passed]) -> dict[str, str]:
+    """The pair that adds up, and what takes its first sum."""
+    for attention, mlp in _pairs(passed[0]):
+        if all(_adds_up(seen, attention, mlp) for seen in passed):
+            middle = [path for path in passed[0].inputs if all(_is_middle(seen, attention, path) for seen in passed)]
+            places = {"hook_attn_out": f"{attention}:out", "hook_mlp_out": f"{mlp}:out"}
+            return places | ({"hook_resid_mid": f"{middle[0]}:in"} if middle else {})
+    return {}
+
+
+def _pairs(seen: _Passed) -> Iterator[tuple[str, str]]:
+    """Outputs of attention or behind it, each with those of the MLP or behind it; the outermost first."""
+    paths = [path for path in seen.outputs if path]
+    attention = [path for path in paths if _is_part(path, _ATTENTION)]
+    mlp = [path for path in paths if _is_part(path, _MLP) and path not in attention]
+    if not attention or not mlp:
+        return
+    between = paths[paths.index(attention[-1]) + 1 : paths.index(mlp[0])]
+    behind = paths[paths.index(mlp[-1]) + 1 :]
+    first = sorted({*attention, *between}, key=lambda path: (path.count("."), -paths.index(path)))
+    second = sorted({*mlp, *behind} - {*first}, key=lambda path: (path.count("."), -paths.index(path)))
+    yield from ((one, other) for one in first for other in second)
+
+
+def _is_part(path: str, words: Sequence[str]) -> bool:
+    """Whether the block's own child on this path is named like one."""
+    child = path.split(".", maxsplit=1)[0].lower()
+    return "norm" not in child and "ln" not in child and any(word in child for word in words)
+
+
+def _adds_up(seen: _Passed, attention: str, mlp: str) -> bool:
+    parts = [seen.inputs[""], seen.outputs.get(attention), seen.outputs.get(mlp)]
+    return _same_sum(parts, seen.outputs[""])
+
+
+def _is_middle(seen: _Passed, attention: str, path: str) -> bool:
+    return path in seen.inputs and _same_sum([seen.inputs[""], seen.outputs[attention]], seen.inputs[path])
+
+
+def _same_sum(parts: Sequence[Tensor | None], whole: Tensor) -> bool:
+    flat = [part.float().flatten() for part in parts if part is not None and part.numel() == whole.numel()]
+    if len(flat) != len(parts):
+        return False
+    difference = (torch.stack(flat).sum(0) - whole.float().flatten()).abs()
+    allowed = 4 * torch.finfo(whole.dtype).eps * torch.stack(flat).abs().sum(0)
+    return bool((difference <= allowed).all())
+
+
+def _is_causal(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
+    """A later token changes nothing before it."""
+    ids = torch.arange(_N_TOKENS, device=model.device)[None]
+    other = ids.clone()
+    other[0, -1] = 0
+    one, two = (_last(model, blocks, each, None, BY_POSITIONS, causal=True) for each in (ids, other))
+    return _close(one[:, :-1], two[:, :-1])
+
+
+def _isolates(model: PreTrainedModel, blocks: nn.ModuleList, how: str, causal: bool) -> bool:
+    """Two documents in a sequence give what each gives alone."""
+    half = _N_TOKENS // 2
+    ids = torch.arange(_N_TOKENS, device=model.device)[None]
+    positions = torch.arange(half, device=model.device).repeat(2)[None]
+    try:
+        together = _last(model, blocks, ids, positions, how, causal=causal)
+        alone = [_last(model, blocks, part, positions[:, :half], how, causal=causal) for part in ids.split(half, 1)]
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # Its code does not take the arguments.
+    return _close(together, torch.cat(alone, 1))
+
+
+def _last(
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, positions: Tensor | None, how: str, *, causal: bool
+) -> Tensor:
+    """What leaves the last block."""
+    given = {} if positions is None else {"position_ids": positions}
+    where = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+    with (
+        torch.inference_mode(),
+        _watching(nn.ModuleList([blocks[-1]])) as passed,
+        isolated(model, where, how=how, causal=causal, blocks=blocks) as extra,
+    ):
+        model(input_ids=ids, use_cache=False, **given, **extra)
+    return passed[0].outputs[""]
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Far below what another document does, far above rounding."""
+    tolerance = 1e-3 if one.dtype == torch.float32 else 0.05
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
