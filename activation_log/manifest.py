@@ -69,6 +69,12 @@ class Manifest:
         return self.total_rows is not None
 
     @property
+    def hookpoints(self) -> tuple[ColumnSpec, ...]:
+        """Columns of hookpoints: those that neither say where a row comes from nor hold scales."""
+        scales = {column.scale_column for column in self.columns}
+        return tuple(column for column in self.columns if not column.is_provenance and column.name not in scales)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row over all columns."""
         return sum(column.row_bytes for column in self.columns)

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from activation_log.files import write_atomically
 from activation_log.index import SegmentIndex
 from activation_log.layout import ColumnSpec, column_folder
-from activation_log.manifest import Manifest
 
 SUFFIX = ".statistics"
 # A writer that seals meanwhile replaces the file; it does not do so many times in the moment between two looks.
@@ -58,11 +57,6 @@ class Summarize(Protocol):
 
     def __call__(self, column: ColumnSpec, rows: memoryview, scales: memoryview | None) -> ColumnStatistics:
         """`rows` are whole rows, at least one; `scales` has a float32 for each row of an 8-bit column."""
-
-
-def has_statistics(column: ColumnSpec, manifest: Manifest) -> bool:
-    """True for columns of hookpoints; rows' origins and scales have none."""
-    return not column.is_provenance and column.name not in {other.scale_column for other in manifest.columns}
 
 
 def statistics_path(folder: Path, column: ColumnSpec, segment: int) -> Path:

@@ -17,7 +17,6 @@ from activation_log.statistics import (
     ColumnStatistics,
     Summarize,
     file_bytes,
-    has_statistics,
     last_segment,
     read_statistics,
     save_statistics,
@@ -30,7 +29,7 @@ _MAX_THREADS = 4
 
 
 class StatisticsWriter:
-    """Statistics of `columns` of a set, as their segments are sealed; none without `summarize`.
+    """Statistics of those of `columns` that are of hookpoints, as their segments are sealed; none without `summarize`.
 
     A column has none for good once rows went, in a WINDOW set, that nobody had summarised.
     """
@@ -39,7 +38,7 @@ class StatisticsWriter:
         self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec], summarize: Summarize | None
     ) -> None:
         self._folder = folder
-        self._columns = tuple(c for c in columns if summarize and has_statistics(c, manifest))
+        self._columns = tuple(c for c in columns if summarize and c in manifest.hookpoints)
         self._manifest = manifest
         self._summarize = summarize
         self._so_far: dict[str, ColumnStatistics | None] = {}

@@ -107,7 +107,7 @@ class ExtractionJob:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of this extraction: provenance, then its hookpoints."""
-        return ("token_id", "document", "position", *self.value.spec.hookpoints)
+        return self.value.spec.columns
 
     @property
     def end_row(self) -> int:

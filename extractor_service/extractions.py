@@ -141,7 +141,7 @@ class Extractions:
         folder = self._folder(self._identity(spec, model))
         if not (folder / "manifest.json").exists():
             return 0
-        return SegmentIndex.load(folder).n_rows(["token_id", "document", "position", *spec.hookpoints])
+        return SegmentIndex.load(folder).n_rows(spec.columns)
 
     def recover(self) -> None:
         """Reads the records and carries on with what had not ended."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
+from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
 from activation_log.manifest import Manifest, segment_rows_for, set_id_of
 from extractor_service.hookpoints import attention_of
 from extractor_service.values import ExtractionSpec, ModelInfo
@@ -46,12 +46,15 @@ def _attention(model: ModelInfo) -> dict[str, str]:
 
 
 def hookpoint_columns(spec: ExtractionSpec, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ColumnSpec, ...]:
-    """Columns of the hookpoints asked for; `shapes` are those of a row."""
+    """Columns of the hookpoints asked for, 8-bit ones followed by their scales; `shapes` are those of a row."""
     dtype = Dtype(spec.recipe.storage_dtype)
-    return tuple(
-        ColumnSpec(name=name, dtype=dtype, width=prod(shape), shape=shape if len(shape) > 1 else ())
-        for name, shape in ((name, shapes[name]) for name in spec.hookpoints)
-    )
+    columns = []
+    for name in spec.hookpoints:
+        shape, scale = shapes[name], scale_column(name) if dtype.itemsize == 1 else None
+        declared = shape if len(shape) > 1 else ()
+        columns.append(ColumnSpec(name=name, dtype=dtype, width=prod(shape), scale_column=scale, shape=declared))
+        columns += [ColumnSpec(name=scale, dtype=Dtype.FLOAT32, width=1)] if scale else []
+    return tuple(columns)
 
 
 def new_manifest(spec: ExtractionSpec, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:

@@ -30,7 +30,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "bos": ("document", "none"),
     "eos": ("none", "document"),
     "long_documents": (SPLIT, TRUNCATE),
-    "storage_dtype": ("float32", "float16", "bfloat16"),
+    "storage_dtype": ("float32", "float16", "bfloat16", "float8_e4m3", "int8"),
 }
 
 

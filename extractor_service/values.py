@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from activation_log.layout import PROVENANCE, Dtype, scale_column
 from extractor_service.recipe import Recipe
 from extractor_service.runner_protocol import Step
+
+_ORIGINS = tuple(column.name for column in PROVENANCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +218,13 @@ class ExtractionSpec:
     retention: Retention = field(default_factory=Retention)
     max_rows: int = 0
     allow_non_finite: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of its rows: provenance, then its hookpoints, and behind an 8-bit one its scales."""
+        if Dtype(self.recipe.storage_dtype).itemsize > 1:
+            return (*_ORIGINS, *self.hookpoints)
+        return (*_ORIGINS, *(name for point in self.hookpoints for name in (point, scale_column(point))))
 
     def to_json(self) -> dict[str, Any]:
         """Inverse of `from_json`."""

@@ -24,7 +24,7 @@ from extractor_service.runner.forward import BatchRows, fetch_for, forward_rows
 from extractor_service.runner.gate import Gate
 from extractor_service.runner.hookpoints import resolve
 from extractor_service.runner.loading import LoadedModel, out_of_memory_as_typed
-from extractor_service.runner.rows import RowSource, storage_dtype
+from extractor_service.runner.rows import TORCH_DTYPES, RowSource
 from extractor_service.runner.statistics import summarize
 from extractor_service.runner.throttle import Throttle
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Message
@@ -43,7 +43,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     manifest = Manifest.load(Path(command.set_path))
     recipe = Recipe.from_json(manifest.identity["recipe"])
     written = command.columns or [column.name for column in manifest.columns]
-    columns = [column for column in map(manifest.column, written) if not column.is_provenance]
+    columns = [column for column in manifest.hookpoints if column.name in written]
     sites = resolve(loaded.model, [column.name for column in columns])
     _check_context(recipe, loaded.model)
     with DocumentReader(Path(command.corpus_path)) as reader:
@@ -100,7 +100,7 @@ class _Job:
 
     def _write_all(self) -> bool:
         start, skip_rows = _resume_point(self.writer.resume)
-        fetch = fetch_for(self.loaded.device, {column.name: storage_dtype(column) for column in self.columns})
+        fetch = fetch_for(self.loaded.device, {column.name: TORCH_DTYPES[column.dtype] for column in self.columns})
         with out_of_memory_as_typed(
             self.loaded.device, self.loaded.measured_bytes, "Use a smaller batch_size or context_size."
         ):

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from activation_log.layout import scale_column
 from extractor_service.packing import TokenBatch
 from extractor_service.runner.capture import Site, capture
 from extractor_service.runner.hookpoints import isolation
+from extractor_service.runner.quantized_rows import quantize_rows
 
 # One being filled by the device while the other is written to the log.
 _STAGING_BUFFERS = 2
@@ -98,7 +100,9 @@ class StagedFetch:
     ) -> tuple[BatchRows, torch.cuda.Event]:
         index = _kept(batch)
         on_device = None if index is None else index.to(self._device, non_blocking=True)
-        rows_RD = {name: self._for_log(name, acts_TD, on_device) for name, acts_TD in acts.items()}
+        rows_RD: dict[str, Tensor] = {}
+        for name, acts_TD in acts.items():
+            rows_RD |= self._for_log(name, acts_TD, on_device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             on_host = {name: _copy_to(buffer, name, acts_RD) for name, acts_RD in rows_RD.items()}
@@ -107,9 +111,14 @@ class StagedFetch:
             acts_RD.record_stream(self._stream)  # Its memory must not be reused before the copy is over.
         return BatchRows(batch=batch, activations=on_host, index=None), event
 
-    def _for_log(self, name: str, acts_TD: Tensor, index: Tensor | None) -> Tensor:
-        kept = acts_TD if index is None else acts_TD.index_select(0, index)
-        return kept.to(self._dtypes[name])
+    def _for_log(self, name: str, acts_TD: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        """Kept rows in the log's dtype; with their scales, if it has 8 bits."""
+        kept_RD = acts_TD if index is None else acts_TD.index_select(0, index)
+        dtype = self._dtypes[name]
+        if dtype.itemsize > 1:
+            return {name: kept_RD.to(dtype)}
+        values_RD, scale_R1 = quantize_rows(kept_RD, dtype)
+        return {name: values_RD, scale_column(name): scale_R1}
 
 
 def _arrived(rows: BatchRows, event: torch.cuda.Event) -> BatchRows:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from activation_log.layout import DOCUMENT, POSITION, TOKEN_ID, ColumnSpec, Dtype
 from activation_log.writer import Reservation
-from extractor_service.errors import FieldInvalid, NonFinite, NotImplementedYet
+from extractor_service.errors import FieldInvalid, NonFinite
 from extractor_service.runner.forward import BatchRows
+from extractor_service.runner.quantized_rows import quantize_rows
 
 TORCH_DTYPES = {
     Dtype.FLOAT32: torch.float32,
@@ -25,15 +26,8 @@ TORCH_DTYPES = {
 }
 
 
-def storage_dtype(column: ColumnSpec) -> torch.dtype:
-    """The dtype of a hookpoint's column; raises NotImplementedYet for 8-bit ones."""
-    if column.dtype.itemsize == 1:
-        raise NotImplementedYet(f"Column {column.name}: storing {column.dtype} is not in this version; use bfloat16.")
-    return TORCH_DTYPES[column.dtype]
-
-
 class RowSource:
-    """The kept rows of one batch, ready to be copied in parts."""
+    """The kept rows of one batch, ready to be copied in parts; `columns` are those of hookpoints."""
 
     def __init__(self, rows: BatchRows, columns: Sequence[ColumnSpec], *, allow_non_finite: bool) -> None:
         self._activations = rows.activations
@@ -59,10 +53,13 @@ class RowSource:
         for name, values in self._provenance.items():
             if name in reservation.columns:  # Not where columns are added to rows that exist.
                 np.frombuffer(reservation.columns[name], dtype=np.int32)[:] = values[first:end]
-        return sum(self._copy_column(column, reservation.columns[column.name], first, end) for column in self._columns)
+        return sum(self._copy_column(column, reservation, first, end) for column in self._columns)
 
-    def _copy_column(self, column: ColumnSpec, memory: memoryview, first: int, end: int) -> int:
-        stored_RD = torch.frombuffer(memory, dtype=storage_dtype(column)).view(end - first, column.width)
+    def _copy_column(self, column: ColumnSpec, reservation: Reservation, first: int, end: int) -> int:
+        memory = reservation.columns[column.name]
+        stored_RD = torch.frombuffer(memory, dtype=TORCH_DTYPES[column.dtype]).view(end - first, column.width)
+        if column.scale_column:
+            return self._copy_quantized(column, stored_RD, reservation.columns[column.scale_column], first, end)
         acts_RD = self._activations[column.name]
         if self._index is None:
             stored_RD.copy_(acts_RD[first:end])
@@ -71,6 +68,20 @@ class RowSource:
         else:
             stored_RD.copy_(acts_RD.index_select(0, self._index[first:end]))
         return self._count_non_finite(column, stored_RD, first)
+
+    def _copy_quantized(
+        self, column: ColumnSpec, stored_RD: Tensor, scale_memory: memoryview, first: int, end: int
+    ) -> int:
+        """Fills an 8-bit column and its scales; all values of a row count as not finite if one is."""
+        acts_RD = self._activations[column.name]
+        rows_RD = acts_RD[first:end] if self._index is None else acts_RD.index_select(0, self._index[first:end])
+        if rows_RD.dtype == stored_RD.dtype:  # Done on the device.
+            values_RD, scale_R1 = rows_RD, self._activations[str(column.scale_column)][first:end]
+        else:
+            values_RD, scale_R1 = quantize_rows(rows_RD, stored_RD.dtype)
+        stored_RD.copy_(values_RD)
+        torch.frombuffer(scale_memory, dtype=torch.float32).copy_(scale_R1.flatten())
+        return self._count_non_finite(column, scale_R1, first) * column.width
 
     def _count_non_finite(self, column: ColumnSpec, stored_RD: Tensor, first: int) -> int:
         """Looks at what was stored: a value may be finite before the conversion and not after it.

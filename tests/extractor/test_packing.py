@@ -342,7 +342,7 @@ def test_the_document_at_hand_is_fetched_once_a_piece_at_most():
         ("packing", "loose"),
         ("bos", ""),
         ("eos", "sometimes"),
-        ("storage_dtype", "int8"),
+        ("storage_dtype", "int4"),
         ("attend_across_documents", 1),
         ("nonsense", 1),
         ("long_documents", "drop"),
