@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from pathlib import Path
 
+from activation_log.files import fsync_folder
 from activation_log.index import SegmentIndex, dropped_rows, record_dropped
-from activation_log.layout import segment_path
+from activation_log.layout import OPEN_SUFFIX, segment_path
 from activation_log.manifest import Manifest
 
 
@@ -25,16 +27,34 @@ def drop_before(folder: Path, row: int) -> int:
 
 def size_bytes(folder: Path) -> int:
     """Bytes of all files of a set, the open segment's reservation included."""
-    total = 0
+    return sum(sizes(folder))
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of a set's files that will stay as they are, and of the open segment's reservation."""
+    kept = opened = 0
     for path in folder.rglob("*"):
         try:
-            total += path.stat().st_size if path.is_file() else 0
+            size = path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:  # Sealed or dropped while counting.
             continue
-    return total
+        kept, opened = (kept, opened + size) if path.suffix == OPEN_SUFFIX else (kept + size, opened)
+    return kept, opened
 
 
 def delete_set(folder: Path) -> None:
     """Removes a set; its manifest goes first, so that a crash in between leaves no set that looks whole."""
     (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def throw_away(folder: Path, trash: Path) -> Path:
+    """Takes a set out of the way in one step; returns where it lies until `shutil.rmtree`.
+
+    It is whole in its place, or gone from there, also after a crash. Files that are mapped stay readable.
+    """
+    trash.mkdir(exist_ok=True)
+    thrown = trash / f"{folder.name}.{uuid.uuid4().hex[:8]}"
+    folder.rename(thrown)
+    fsync_folder(folder.parent)
+    return thrown

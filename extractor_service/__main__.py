@@ -11,6 +11,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,22 +20,20 @@ import grpc
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 
 from chassis import logs
-from chassis.errors import ServiceError, StartError
+from chassis.errors import StartError
 from chassis.flags import add_common_flags, options_from
 from chassis.metrics import Metrics
 from chassis.server import Server
 from chassis.shutdown import Shutdown
 from extractor_service import hookpoints
+from extractor_service.cache import DEFAULT_IDLE_S, DEFAULT_QUOTA_BYTES, Limits
 from extractor_service.corpora.counting import count
 from extractor_service.corpora.store import CorpusStore
 from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
 from extractor_service.estimate import Estimate, RowCount, estimate
-from extractor_service.extraction import ExtractionJob
 from extractor_service.extractions import Extractions
-from extractor_service.held_set import HeldSet
 from extractor_service.identity import new_manifest
-from extractor_service.log_errors import log_errors_as_typed
 from extractor_service.node import Node
 from extractor_service.rpc.corpus_servicer import CorpusServicer
 from extractor_service.rpc.extraction_servicer import ExtractionServicer
@@ -42,6 +41,7 @@ from extractor_service.rpc.handlers import add_service
 from extractor_service.rpc.registry_client import RegistryClient
 from extractor_service.rpc.status import status_table
 from extractor_service.runner_process import RunnerProcess
+from extractor_service.set_reports import SetReports
 from extractor_service.values import ExtractionSpec, ModelInfo
 
 logger = logging.getLogger("extractor_service")
@@ -79,6 +79,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="most models resident at once (default 3 below 64 GB of device memory, else no limit; 0: no limit)",
     )
+    parser.add_argument(
+        "--sets-quota-bytes",
+        type=_amount,
+        default=DEFAULT_QUOTA_BYTES,
+        metavar="N",
+        help="most bytes of activation sets; the least recently used go first (default 100 GB; 0: no limit)",
+    )
+    parser.add_argument(
+        "--sets-idle-days",
+        type=float,
+        default=DEFAULT_IDLE_S / 86_400,
+        metavar="DAYS",
+        help="activation sets that nobody has used for so long go (default 30; 0: never)",
+    )
+    parser.add_argument(
+        "--disk-reserve-bytes",
+        type=_amount,
+        default=-1,
+        metavar="N",
+        help="bytes of the disk that activation sets leave free (default 1 GiB, at most 2 %% of the disk)",
+    )
     parser.add_argument("--registry-token-file", type=Path, metavar="F", help="bearer token for the registry")
     parser.add_argument("--registry-ca", type=Path, metavar="F", help="PEM root certificates; switches to TLS")
     add_common_flags(parser)
@@ -89,6 +110,13 @@ def _limit(text: str) -> int:
     number = int(text)
     if not 0 <= number <= 10_000:
         raise argparse.ArgumentTypeError("takes 0 (no limit) to 10000")
+    return number
+
+
+def _amount(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("takes a number of bytes, 0 or more")
     return number
 
 
@@ -112,13 +140,17 @@ class Estimator:
         manifest = new_manifest(spec, {}, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
         rate = self.extractions.rate_of(model.id) if self.extractions else 0.0
         counted = await self.count_rows(spec)
-        return estimate(
+        estimated = estimate(
             counted,
             max_rows=spec.max_rows,
             n_rows_cached=n_rows_cached,
             row_bytes=manifest.row_bytes,
             rows_per_s=rate,
         )
+        if self.extractions is None:
+            return estimated
+        new_bytes, available_bytes = await self.extractions.room_for(spec, model, estimated.n_rows)
+        return replace(estimated, new_bytes=new_bytes, available_bytes=available_bytes)
 
 
 @lru_cache(maxsize=4)
@@ -160,6 +192,12 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         node=node,
         count_rows=estimator.count_rows,
         device_id=devices()[0].id,
+        sets=registry,
+        limits=Limits(
+            quota_bytes=args.sets_quota_bytes,
+            idle_s=args.sets_idle_days * 86_400,
+            reserve_bytes=args.disk_reserve_bytes,
+        ),
     )
     estimator.extractions = extractions
     node.on_registered = extractions.report_all
@@ -190,17 +228,11 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     registry.node_address = args.advertise or server.address
     logger.info("listening", extra={"address": server.address, "data_dir": str(data_dir)})
 
-    async def report(job: ExtractionJob) -> None:
-        try:
-            with log_errors_as_typed():
-                held = await asyncio.to_thread(HeldSet.of, job.value)
-            await registry.report_set(node.epoch, held)
-        except ServiceError as exc:
-            logger.info("set %s could not be reported: %s", job.value.set_id, exc.message)
-
+    reports = SetReports(extractions, registry, epoch=lambda: node.epoch)
     background = [
         asyncio.create_task(node.run(), name="node"),
-        asyncio.create_task(extractions.report_changes(report), name="reports"),
+        asyncio.create_task(extractions.report_changes(reports.report), name="reports"),
+        asyncio.create_task(extractions.keeper.run(), name="sets"),
     ]
     waiting = asyncio.create_task(server.wait(), name="wait")
     try:

@@ -16,13 +16,15 @@ class RowCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Rows, bytes and seconds before any work; `seconds` is negative while no rate is known."""
+    """Rows, bytes and seconds before any work; negative: not known."""
 
     n_rows: int
     n_tokens: int
     n_rows_cached: int
     size_bytes: int
     seconds: float
+    new_bytes: int = -1
+    available_bytes: int = -1
 
 
 def estimate(count: RowCount, *, max_rows: int, n_rows_cached: int, row_bytes: int, rows_per_s: float) -> Estimate:

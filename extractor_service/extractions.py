@@ -1,6 +1,7 @@
 """All extractions of a node: starting, finding, listing, cancelling them, and carrying on after a restart.
 
-Each is recorded in `<data>/extractions/<id>.json`, so that a killed extractor takes up where it was.
+Each is recorded in `<data>/extractions`, so that a killed extractor takes up where it was. Those of one set share its
+passes; `keeper` sees to the room that the sets take.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from activation_log import retention
-from activation_log.errors import DiskFull
-from activation_log.files import write_atomically
 from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
-from chassis.errors import ServiceError
-from extractor_service import hookpoints
+from extractor_service import cache, hookpoints
+from extractor_service.cache import Limits
 from extractor_service.errors import (
     ExtractionNotFound,
     FieldInvalid,
@@ -34,8 +34,12 @@ from extractor_service.extraction import ExtractionJob, JobContext
 from extractor_service.identity import identity_of, new_manifest
 from extractor_service.log_errors import log_errors_as_typed
 from extractor_service.node import Node
-from extractor_service.ports import Corpora, Models
-from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, ModelInfo, Retention
+from extractor_service.ports import Corpora, Models, SetRegistry
+from extractor_service.records import Records
+from extractor_service.set_keeper import WINDOW_MARK, SetKeeper
+from extractor_service.set_notes import SetNotes, note_use
+from extractor_service.set_passes import PassContext, SetPasses
+from extractor_service.values import Extraction, ExtractionSpec, ModelInfo, Retention
 
 MAX_ACTIVE = 64
 # Ended extractions are kept for people to look at, the oldest forgotten first. Their rows stay.
@@ -58,18 +62,24 @@ class Extractions:
         node: Node,
         count_rows: Callable[[ExtractionSpec], Awaitable[RowCount]],
         device_id: str,
+        sets: SetRegistry,
+        limits: Limits | None = None,
     ) -> None:
-        self._records = data_dir / "extractions"
+        self._records = Records(data_dir / "extractions")
         self._sets = data_dir / "activations"
         self._models = models
         self._corpora = corpora
         self._device_id = device_id
         self._jobs: dict[str, ExtractionJob] = {}
-        self._set_locks: dict[Path, asyncio.Lock] = {}
+        self._passes: dict[Path, SetPasses] = {}
         self._starting = asyncio.Lock()
         self._reported: dict[str, int] = {}  # `seq` of the last report.
         self._rates: dict[str, float] = {}
-        self._context = JobContext(models=models, node=node, save=self._save_change, count_rows=count_rows)
+        self.keeper = SetKeeper(
+            self._sets, limits or Limits(), registry=sets, holders=self.holders, epoch=lambda: node.epoch
+        )
+        self._pass_context = PassContext(models=models, node=node, room=self.keeper, turns=WeakKeyDictionary())
+        self._context = JobContext(room=self.keeper, save=self._save_change, count_rows=count_rows)
 
     def get(self, extraction_id: str) -> ExtractionJob:
         """Raises ExtractionNotFound."""
@@ -143,18 +153,32 @@ class Extractions:
             return 0
         return SegmentIndex.load(folder).n_rows(spec.columns)
 
+    def holders(self, folder: Path) -> Sequence[str]:
+        """Who needs the set in a folder now: readers by name, extractions by id."""
+        jobs = [job for job in self._jobs.values() if job.folder == folder and job.holds_set]
+        readers = [reader.reader for job in jobs for reader in job.value.readers]
+        return readers + [job.value.id for job in jobs if not job.value.state.ended or not job.value.readers]
+
+    async def room_for(self, spec: ExtractionSpec, model: ModelInfo, n_rows: int) -> tuple[int, int]:
+        """Bytes that so many rows of a checked request would add to the disk, and bytes that could be added."""
+        identity = self._identity(spec, model)
+        folder, manifest = self._folder(identity), self._manifest_of(spec, model, identity)
+        index = SegmentIndex.load(folder)
+        wants = [(spec.columns, n_rows)]
+        new_bytes = cache.promised(manifest, index, wants)[0] - cache.promised(manifest, index, [])[0]
+        return new_bytes, await self.keeper.available_bytes(folder)
+
     def recover(self) -> None:
         """Reads the records and carries on with what had not ended."""
-        self._records.mkdir(parents=True, exist_ok=True)
         self._sets.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._records.glob("*.json")):
-            try:
-                job = self._read(json.loads(path.read_bytes()))
-            except (ServiceError, ValueError, KeyError, TypeError, FileNotFoundError) as exc:
-                logger.warning("%s is no extraction that can be carried on: %s", path.name, exc)
-                path.unlink()
+        for value, request_ids in self._records.load():
+            if not value.state.ended and not (Path(value.path) / "manifest.json").exists():
+                logger.warning("extraction %s can't be carried on: its set is gone", value.id)
+                self._records.forget(value.id)
                 continue
-            self._jobs[job.value.id] = job
+            self._jobs[value.id] = self._job(value, request_ids)
+        self.keeper.recover()
+        for job in self._jobs.values():
             if job.value.state.ended:
                 job.end_unread()
             else:
@@ -210,27 +234,30 @@ class Extractions:
             raise QueueFull(f"{active} extractions are under way, the most there can be.", retry_after_s=10.0)
         ended = [job for job in self.list() if job.value.state.ended]
         for job in ended[MAX_ENDED:]:
-            del self._jobs[job.value.id]
-            (self._records / f"{job.value.id}.json").unlink(missing_ok=True)
+            if not job.holds_set:
+                del self._jobs[job.value.id]
+                self._records.forget(job.value.id)
 
     def _new_job(
         self, spec: ExtractionSpec, model: ModelInfo, identity: dict[str, Any], request_id: str
     ) -> ExtractionJob:
         extraction_id = f"x{uuid.uuid4().hex[:12]}"
-        manifest = new_manifest(spec, identity, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
+        manifest = self._manifest_of(spec, model, identity)
         folder = self._folder(identity)
         if spec.retention.is_window and not self._complete(folder, spec):
-            folder = folder.with_name(f"{folder.name}.window-{extraction_id}")
+            folder = folder.with_name(f"{folder.name}{WINDOW_MARK}{extraction_id}")
         is_new = not (folder / "manifest.json").exists()
         if not is_new:
             Manifest.update(folder, lambda known: known.with_columns(manifest.columns))
         try:
             if is_new:
                 manifest.save(folder)
+                SetNotes(model_id=spec.model_id, corpus_id=spec.corpus_id).save(folder)
+            note_use(folder)
             value = Extraction(id=extraction_id, spec=spec, set_id=manifest.set_id, path=str(folder))
             job = self._job(value, ())
             self._remember(job, request_id)
-            self._save(job)
+            self._records.save(job.value, job.request_ids)
         except BaseException:
             if is_new:
                 retention.delete_set(folder)
@@ -246,13 +273,20 @@ class Extractions:
         return manifest.complete and index.n_rows(spec.hookpoints) == manifest.total_rows
 
     def _job(self, value: Extraction, request_ids: Iterable[str]) -> ExtractionJob:
-        if value.spec.retention.is_window and ".window-" not in value.path:
+        if value.spec.retention.is_window and WINDOW_MARK not in value.path:
             value = replace(value, spec=replace(value.spec, retention=Retention()))
-        folder = Path(value.path)
-        lock = self._set_locks.setdefault(folder, asyncio.Lock())
-        job = ExtractionJob(value, self._context, lock, corpus_path=self._corpora.path(value.spec.corpus_id))
+        job = ExtractionJob(value, self._context, self._passes_of(value))
         job.request_ids.update(request_ids)
         return job
+
+    def _passes_of(self, value: Extraction) -> SetPasses:
+        folder = Path(value.path)
+        if folder not in self._passes:
+            self._passes[folder] = SetPasses(folder, self._corpora.path(value.spec.corpus_id), self._pass_context)
+        return self._passes[folder]
+
+    def _manifest_of(self, spec: ExtractionSpec, model: ModelInfo, identity: dict[str, Any]) -> Manifest:
+        return new_manifest(spec, identity, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
 
     def _folder(self, identity: dict[str, Any]) -> Path:
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -267,49 +301,7 @@ class Extractions:
         )
 
     def _save_change(self, job: ExtractionJob) -> None:
-        """Saves a record again. On a full disk the old one stays: a restart carries on from there just as well."""
-        try:
-            self._save(job)
-        except DiskFull as exc:
-            logger.warning("the record of extraction %s stays as it was: %s", job.value.id, exc)
-
-    def _save(self, job: ExtractionJob) -> None:
-        value = job.value
-        record = {
-            "id": value.id,
-            "request_ids": sorted(job.request_ids),
-            "spec": value.spec.to_json(),
-            "set_id": value.set_id,
-            "path": value.path,
-            "state": str(value.state),
-            "failure": value.failure.to_json() if value.failure else None,
-            "n_rows": value.n_rows,
-            "n_rows_computed": value.n_rows_computed,
-            "size_bytes": value.size_bytes,
-            "cached": value.cached,
-            "create_time": value.create_time,
-        }
-        self._records.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._records / f"{value.id}.json", json.dumps(record).encode())
-
-    def _read(self, record: dict[str, Any]) -> ExtractionJob:
-        state = ExtractionState(record["state"])
-        value = Extraction(
-            id=record["id"],
-            spec=ExtractionSpec.from_json(record["spec"]),
-            set_id=record["set_id"],
-            path=record["path"],
-            state=state if state.ended else ExtractionState.RECOVERING,
-            failure=Failure(**record["failure"]) if record["failure"] else None,
-            n_rows=record["n_rows"],
-            n_rows_expected=record["n_rows"] if state.ended else 0,
-            n_rows_exact=state.ended,
-            n_rows_computed=record["n_rows_computed"],
-            size_bytes=record.get("size_bytes", 0),  # Older records lack it.
-            cached=record["cached"],
-            create_time=record["create_time"],
-        )
-        return self._job(value, record["request_ids"])
+        self._records.save_change(job.value, job.request_ids)
 
 
 def _check_numbers(spec: ExtractionSpec) -> None:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from activation_log import retention
 from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
-from extractor_service.values import Extraction
+from extractor_service.set_notes import SetNotes
+
+MAX_HOLDERS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetOrders:
+    """What the registry wants of a set. `pinned_until` is a Unix time; None: for ever."""
+
+    pinned: bool = False
+    pinned_until: float | None = None
+    delete: bool = False
+
+    def pinned_at(self, now: float) -> bool:
+        """True while it must not be evicted, as far as was heard."""
+        return self.pinned and (self.pinned_until is None or now < self.pinned_until)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,38 +42,35 @@ class HeldSet:
     size_bytes: int = 0
     complete: bool = False
     deleted: bool = False
+    last_used: float = 0.0
+    holders: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, extraction: Extraction) -> HeldSet:
-        """Reads the set that an extraction writes or wrote. Raises the log's errors if the folder can't be read.
+    def gone(cls, set_id: str, folder: Path) -> HeldSet:
+        """A set that is here no more."""
+        return cls(id=set_id, model_id="", corpus_id="", columns=(), retention="RETAIN", path=str(folder), deleted=True)
 
-        Rows of the extraction that are not sealed yet count if it has all columns of the set.
+    @classmethod
+    def at(cls, folder: Path, *, set_id: str, n_rows: int = 0, holders: Sequence[str] = ()) -> HeldSet:
+        """Reads the set in a folder. Raises the log's errors if it can't be read.
+
+        `n_rows` are rows that all columns have although they are not sealed yet.
         """
-        spec, folder = extraction.spec, Path(extraction.path)
-        gone = cls(
-            id=extraction.set_id,
-            model_id=spec.model_id,
-            corpus_id=spec.corpus_id,
-            columns=spec.hookpoints,
-            retention=spec.retention.kind.upper(),
-            path=extraction.path,
-            deleted=True,
-        )
         if not (folder / "manifest.json").exists():
-            return gone
-        manifest = Manifest.load(folder)
+            return cls.gone(set_id, folder)
+        manifest, notes = Manifest.load(folder), SetNotes.load(folder)
         columns = tuple(column.name for column in manifest.columns)
-        n_rows = SegmentIndex.load(folder).n_rows(columns)
-        if set(columns[3:]) <= set(spec.hookpoints):
-            n_rows = max(n_rows, extraction.n_rows)
+        n_rows = max(n_rows, SegmentIndex.load(folder).n_rows(columns))
         return cls(
-            id=gone.id,
-            model_id=gone.model_id,
-            corpus_id=gone.corpus_id,
+            id=manifest.set_id,
+            model_id=notes.model_id,
+            corpus_id=notes.corpus_id,
             columns=columns,
-            retention=gone.retention,
-            path=gone.path,
+            retention=manifest.retention.upper(),
+            path=str(folder),
             n_rows=n_rows,
             size_bytes=retention.size_bytes(folder),
             complete=manifest.complete and n_rows == manifest.total_rows,
+            last_used=notes.last_used or time.time(),
+            holders=tuple(holders)[:MAX_HOLDERS],
         )

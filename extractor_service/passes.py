@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from activation_log.index import SegmentIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What one extraction wants of a set: `max_rows` rows of `columns`; 0: as many as the corpus gives."""
+
+    columns: tuple[str, ...]
+    max_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,17 +24,42 @@ class Pass:
     max_rows: int
 
 
-def next_pass(index: SegmentIndex, columns: Sequence[str], max_rows: int) -> Pass:
-    """The columns with the fewest rows go on together, up to the next ones ahead of them.
+def next_pass(index: SegmentIndex, wants: Sequence[Want], total_rows: int | None = None) -> Pass | None:
+    """Of all columns that lack rows, those with the fewest go on together, up to the next ones ahead of them.
 
-    Segments that exist in other columns are filled to their end, also beyond `max_rows`: a segment has one row count.
+    Segments that exist in other columns are filled to their end, also beyond the rows wanted: a segment has one row
+    count. `total_rows` is the set's extent where that is known. None when nothing is missing.
     """
-    rows = {name: index.n_rows([name]) for name in columns}
-    least = min(rows.values())
-    behind = tuple(name for name in columns if rows[name] == least)
-    ahead = [n_rows for n_rows in rows.values() if n_rows > least]
-    limits = [*([min(ahead)] if ahead else []), *([max_rows] if max_rows else [])]
+    targets = {name: _farthest(wants, name) for name in _columns_of(wants)}
+    rows = {name: index.n_rows([name]) for name in targets}
+    lacking = [name for name in targets if not _has_all(rows[name], targets[name], total_rows)]
+    if not lacking:
+        return None
+    least = min(rows[name] for name in lacking)
+    behind = tuple(name for name in lacking if rows[name] == least)
+    ahead = [rows[name] for name in lacking if rows[name] > least]
+    limits = [*([min(ahead)] if ahead else []), *(targets[name] for name in behind if targets[name])]
     if not limits:
         return Pass(columns=behind, max_rows=0)
-    known = index.find(min(limits) - 1)
-    return Pass(columns=behind, max_rows=known.end_row if known else min(limits))
+    limit = min(limits)
+    known = index.find(limit - 1)
+    return Pass(columns=behind, max_rows=known.end_row if known else limit)
+
+
+def has_all(index: SegmentIndex, want: Want, total_rows: int | None) -> bool:
+    """True when every row that is wanted is sealed."""
+    return _has_all(index.n_rows(want.columns), want.max_rows, total_rows)
+
+
+def _has_all(n_rows: int, target: int, total_rows: int | None) -> bool:
+    return bool(target and n_rows >= target) or n_rows == total_rows
+
+
+def _columns_of(wants: Iterable[Want]) -> list[str]:
+    return list(dict.fromkeys(name for want in wants for name in want.columns))
+
+
+def _farthest(wants: Iterable[Want], name: str) -> int:
+    """The rows wanted of one column; 0: all."""
+    targets = [want.max_rows for want in wants if name in want.columns]
+    return 0 if 0 in targets else max(targets)

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from extractor_service.held_set import HeldSet
+from extractor_service.held_set import HeldSet, SetOrders
 from extractor_service.runner_protocol import Message
 from extractor_service.values import (
     DesiredState,
@@ -51,8 +51,15 @@ class NodeRegistry(Protocol):
     async def report_validation(self, epoch: int, report: ValidationReport) -> None:
         """Tells how a validation stands; StateConflict once it is over."""
 
-    async def report_set(self, epoch: int, held: HeldSet) -> None:
-        """Tells what a set of this node holds."""
+
+class SetRegistry(Protocol):
+    """Activation sets in the registry, as a node sees them. Every method may raise RegistryUnavailable."""
+
+    async def report_set(self, epoch: int, held: HeldSet, *, evict: bool = False) -> SetOrders:
+        """Tells what a set of this node holds; with `evict`, asks whether it may go. EpochStale."""
+
+    async def set_orders(self) -> Mapping[str, SetOrders]:
+        """What the registry wants of each set that it knows to be here, by id."""
 
 
 class Models(Protocol):
@@ -116,3 +123,21 @@ class RunnerFactory(Protocol):
 
     async def __call__(self, *, environment: Mapping[str, str]) -> Runner:
         """Starts one."""
+
+
+class Room(Protocol):
+    """Room on the disk for sets."""
+
+    async def reserve(
+        self, holder: str, folder: Path, *, columns: Sequence[str], n_rows: int, window_bytes: int = 0
+    ) -> None:
+        """Keeps room for so many rows of a set (or a window) until `release`; evicts what it must. Raises DiskFull."""
+
+    def release(self, holder: str) -> None:
+        """Gives back what a holder reserved and did not use."""
+
+    async def make_room(self, required_bytes: int) -> bool:
+        """The disk filled up while a set was written: evicts others; False if there was nothing to evict."""
+
+    def used(self, folder: Path) -> None:
+        """Notes that somebody uses the set now."""

@@ -1,15 +1,18 @@
-"""Activation sets as nodes report them; the data stay with the nodes."""
+"""Activation sets as nodes report them, and pins on them; the data stay with the nodes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 from registry_service.errors import FieldInvalid
 from registry_service.identifiers import checked_text
+from registry_service.pins import checked_owner
 
 RETENTIONS = ("RETAIN", "WINDOW")
 _MAX_COLUMNS = 10_000
+_MAX_HOLDERS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,8 @@ class SetReport:
     complete: bool
     retention: str
     path: str
+    last_used_time: datetime | None = None
+    holders: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -39,14 +44,54 @@ class SetReport:
             raise FieldInvalid("set.retention", f"{self.retention[:40]!r} must be one of {', '.join(RETENTIONS)}")
         if len(self.columns) > _MAX_COLUMNS:
             raise FieldInvalid("set.columns", f"more than {_MAX_COLUMNS}")
+        if len(self.holders) > _MAX_HOLDERS:
+            raise FieldInvalid("set.holders", f"more than {_MAX_HOLDERS}")
         for column in self.columns:
             checked_text(column, field="set.columns")
+        for holder in self.holders:
+            checked_text(holder, field="set.holders")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetPin:
+    """An owner's wish that a set is kept; one for each set and owner. No `expire_time`: for ever."""
+
+    set_id: str
+    owner: str
+    reason: str = ""
+    expire_time: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if not self.set_id:
+            raise FieldInvalid("set_id", "is empty")
+        checked_text(self.set_id, field="set_id")
+        checked_owner(self.owner, field="owner")
+        checked_text(self.reason, field="reason")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetOrders:
+    """What a node must know of a set: pinned, until when at most (None: for ever), and whether it shall go."""
+
+    pinned: bool = False
+    pinned_until: datetime | None = None
+    delete: bool = False
+
+    @classmethod
+    def of(cls, pins: Iterable[SetPin], *, delete: bool) -> SetOrders:
+        """From its living pins."""
+        ends = [pin.expire_time for pin in pins]
+        known = [end for end in ends if end is not None]
+        until = max(known) if known and len(known) == len(ends) else None
+        return cls(pinned=bool(ends), pinned_until=until, delete=delete and not ends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSet:
-    """A report with the times the registry gave it."""
+    """A report with what the registry adds: times, living pins, whether it is being deleted."""
 
     report: SetReport
     create_time: datetime
     update_time: datetime
+    pins: tuple[SetPin, ...] = ()
+    deleting: bool = False

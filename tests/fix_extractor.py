@@ -12,6 +12,7 @@ from extractor_service.corpora.store import CorpusStore
 from extractor_service.errors import ModelNotFound, error_for
 from extractor_service.estimate import RowCount
 from extractor_service.extractions import Extractions
+from extractor_service.held_set import SetOrders
 from extractor_service.node import Node
 from extractor_service.recipe import Recipe
 from extractor_service.row_stream import End, Pause, RowStream, StreamRequest
@@ -34,6 +35,7 @@ class FakeRegistry:
         self.assigned = {}
         self.reports = []
         self.sets = {}
+        self.orders = {}
         self.leases = set()
         self.unavailable = None
         self.devices, self.machine = (), None
@@ -80,8 +82,18 @@ class FakeRegistry:
     async def report_validation(self, epoch, report):
         pass
 
-    async def report_set(self, epoch, held):
-        self.sets[held.id] = held
+    async def report_set(self, epoch, held, *, evict=False):
+        self._check()
+        order = self.orders.get(held.id, SetOrders())
+        if held.deleted or (evict and not order.pinned):
+            self.sets.pop(held.id, None)
+        elif not evict:
+            self.sets[held.id] = held
+        return order
+
+    async def set_orders(self):
+        self._check()
+        return dict(self.orders)
 
     async def get_model(self, model_id):
         self._check()
@@ -146,6 +158,7 @@ class NodeInProcess:
         self.data_dir = data_dir
         self.registry = registry
         self.runners = []
+        self.limits = None
         self.corpora = None
         self._n_corpora = 0
 
@@ -159,6 +172,8 @@ class NodeInProcess:
             node=self.node,
             count_rows=self._count_rows,
             device_id="cpu",
+            sets=self.registry,
+            limits=self.limits,
         )
         self.extractions.recover()
         self.task = asyncio.create_task(self.node.run())

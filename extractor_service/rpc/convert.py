@@ -10,12 +10,11 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.common.v1 import dtype_pb2, transfer_pb2
 from headrace.extractor.v1 import corpus_service_pb2, extraction_pb2, extraction_service_pb2
-from headrace.registry.v1 import activation_set_service_pb2, model_pb2, node_service_pb2, residency_pb2
+from headrace.registry.v1 import model_pb2, node_service_pb2, residency_pb2
 
 from activation_log.layout import ColumnSpec, Dtype
 from extractor_service.corpora.spec import Corpus, CorpusFormat, CorpusSpec, TextSplit
 from extractor_service.errors import FieldInvalid
-from extractor_service.held_set import HeldSet
 from extractor_service.recipe import ONE_DOCUMENT, PACKED, Recipe
 from extractor_service.rpc.convert_recipe import (
     chat_template_from_pb,
@@ -345,22 +344,6 @@ def report_to_pb(node_id: str, epoch: int, report: ResidencyReport) -> node_serv
         measured_bytes=report.measured_bytes,
         failure=failure_to_pb(report.failure),
         lost_bytes=report.lost_bytes,
-    )
-
-
-def held_set_to_pb(held: HeldSet, node_id: str) -> activation_set_service_pb2.ActivationSet:
-    """What a node holds of a set."""
-    return activation_set_service_pb2.ActivationSet(
-        id=held.id,
-        node_id=node_id,
-        model_id=held.model_id,
-        corpus_id=held.corpus_id,
-        columns=held.columns,
-        n_rows=held.n_rows,
-        size_bytes=held.size_bytes,
-        complete=held.complete,
-        retention=held.retention,
-        path=held.path,
     )
 
 

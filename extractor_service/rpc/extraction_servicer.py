@@ -70,6 +70,8 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
             seconds=estimate.seconds,
             n_tokens=estimate.n_tokens,
             n_rows_cached=estimate.n_rows_cached,
+            new_bytes=estimate.new_bytes,
+            available_bytes=estimate.available_bytes,
         )
 
     async def StartExtraction(

@@ -22,8 +22,8 @@ from headrace.registry.v1 import (
 )
 
 from extractor_service.errors import ExtractorError, RegistryUnavailable, error_for
-from extractor_service.held_set import HeldSet
-from extractor_service.rpc import convert
+from extractor_service.held_set import HeldSet, SetOrders
+from extractor_service.rpc import convert, set_convert
 from extractor_service.values import (
     DesiredState,
     Device,
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class RegistryClient:
-    """Implements the ports NodeRegistry and Models over one channel."""
+    """Implements the ports NodeRegistry, SetRegistry and Models over one channel."""
 
     def __init__(
         self,
@@ -168,16 +168,32 @@ class RegistryClient:
         with self._errors():
             await self._nodes.ReportValidation(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
 
-    async def report_set(self, epoch: int, held: HeldSet) -> None:
-        """Tells what a set of this node holds."""
+    # -- SetRegistry --------------------------------------------------------------------------------------------------
+
+    async def report_set(self, epoch: int, held: HeldSet, *, evict: bool = False) -> SetOrders:
+        """Tells what a set of this node holds; with `evict`, asks whether it may go."""
         request = activation_set_service_pb2.ReportActivationSetRequest(
             node_id=self.node_id,
             epoch=epoch,
-            set=convert.held_set_to_pb(held, self.node_id),
+            set=set_convert.held_set_to_pb(held, self.node_id),
             deleted=held.deleted,
+            evict=evict,
         )
         with self._errors():
-            await self._sets.ReportActivationSet(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+            answer = await self._sets.ReportActivationSet(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        return set_convert.answer_from_pb(answer)
+
+    async def set_orders(self) -> dict[str, SetOrders]:
+        """What the registry wants of each set that it knows to be here, by id."""
+        orders: dict[str, SetOrders] = {}
+        request = activation_set_service_pb2.ListActivationSetsRequest(node_id=self.node_id, page_size=1000)
+        while True:
+            with self._errors():
+                page = await self._sets.ListActivationSets(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+            orders |= {each.id: set_convert.orders_from_pb(each) for each in page.sets}
+            if not page.next_page_token:
+                return orders
+            request.page_token = page.next_page_token
 
     # -- Models -------------------------------------------------------------------------------------------------------
 

@@ -397,27 +397,6 @@ WITH expired AS (
 SELECT count(*)::int AS n FROM expired
 """
 
-# Activation sets -----------------------------------------------------------------------------------------------------
-
-SET_UPSERT = """
-INSERT INTO activation_sets (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, retention, path)
-VALUES (%(id)s, %(node_id)s, %(model_id)s, %(corpus_id)s, %(columns)s, %(n_rows)s, %(size_bytes)s, %(complete)s,
-        %(retention)s, %(path)s)
-ON CONFLICT (id, node_id) DO UPDATE
-SET model_id = excluded.model_id, corpus_id = excluded.corpus_id, columns = excluded.columns,
-    n_rows = excluded.n_rows, size_bytes = excluded.size_bytes, complete = excluded.complete,
-    retention = excluded.retention, path = excluded.path, update_time = registry_now()
-"""
-SET_DELETE = "DELETE FROM activation_sets WHERE id = %(id)s AND node_id = %(node_id)s"
-SET_READ = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id"
-SETS_LIST = """
-SELECT * FROM activation_sets
-WHERE (%(model_id)s = '' OR model_id = %(model_id)s)
-  AND (%(after_time)s::timestamptz IS NULL
-       OR (create_time, id, node_id) < (%(after_time)s::timestamptz, %(after_id)s, %(after_node)s))
-ORDER BY create_time DESC, id DESC, node_id DESC LIMIT %(limit)s
-"""
-
 # Upkeep --------------------------------------------------------------------------------------------------------------
 
 # A day is longer than any client retries one request; a week of ended residencies answers "what happened".

@@ -25,7 +25,7 @@ from registry_service.models import (
 from registry_service.nodes import Device, DeviceKind, Node, NodeState
 from registry_service.pins import Pin
 from registry_service.residency import Occupant, Residency, ResidencyState
-from registry_service.sets import ActivationSet, SetReport
+from registry_service.sets import ActivationSet, SetPin, SetReport
 
 Row = Mapping[str, Any]
 
@@ -169,8 +169,20 @@ def pin_of(row: Row) -> Pin:
 def set_of(row: Row) -> ActivationSet:
     """A row of `activation_sets`."""
     names = ("id", "node_id", "model_id", "corpus_id", "n_rows", "size_bytes", "complete", "retention", "path")
-    report = SetReport(columns=tuple(row["columns"]), **{name: row[name] for name in names})
-    return ActivationSet(report=report, create_time=row["create_time"], update_time=row["update_time"])
+    report = SetReport(
+        columns=tuple(row["columns"]),
+        last_used_time=row["last_used_time"],
+        holders=tuple(row["holders"]),
+        **{name: row[name] for name in names},
+    )
+    return ActivationSet(
+        report=report, create_time=row["create_time"], update_time=row["update_time"], deleting=row["deleting"]
+    )
+
+
+def set_pin_of(row: Row) -> SetPin:
+    """A row of `set_pins`."""
+    return SetPin(set_id=row["set_id"], owner=row["owner"], reason=row["reason"], expire_time=row["expire_time"])
 
 
 def transfer_of(value: dict[str, Any] | None) -> Transfer | None:

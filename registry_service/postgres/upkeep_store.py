@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from registry_service.postgres import queries
+from registry_service.postgres import queries, set_queries
 from registry_service.postgres.pool import Connection, Database
 
 
@@ -13,10 +13,10 @@ class UpkeepStore:
         self._database = database
 
     async def purge(self) -> None:
-        """Removes answered requests, ended leases and ended residencies that are old."""
+        """Removes answered requests, ended leases, ended residencies and expired pins of sets that are old."""
 
         async def work(conn: Connection) -> None:
-            for statement in queries.PURGE:
+            for statement in (*queries.PURGE, set_queries.PURGE_PINS):
                 await conn.execute(statement)
 
         await self._database.run(work)

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.common.v1 import transfer_pb2
-from headrace.registry.v1 import activation_set_service_pb2 as set_pb
 from headrace.registry.v1 import model_pb2, residency_pb2, residency_service_pb2
 
 from registry_service import models as m
@@ -17,7 +16,6 @@ from registry_service.nodes import Device, DeviceKind, Node, NodeState
 from registry_service.pins import Pin
 from registry_service.residency import Residency, ResidencyState
 from registry_service.residency_events import ResidencyEvent
-from registry_service.sets import ActivationSet, SetReport
 
 T = TypeVar("T")
 
@@ -187,7 +185,7 @@ def pin_from_pb(message: residency_pb2.Pin) -> Pin:
         node_id=message.node_id,
         owner=message.owner,
         reason=message.reason,
-        expire_time=_time_from_pb(message.expire_time, field="pin.expire_time")
+        expire_time=time_from_pb(message.expire_time, field="pin.expire_time")
         if message.HasField("expire_time")
         else None,
     )
@@ -220,47 +218,13 @@ def lease_to_pb(lease: Lease) -> residency_pb2.Lease:
     )
 
 
-def set_report_from_pb(message: set_pb.ActivationSet, *, node_id: str) -> SetReport:
-    """What a node holds; the node is the caller."""
-    return SetReport(
-        id=message.id,
-        node_id=node_id,
-        model_id=message.model_id,
-        corpus_id=message.corpus_id,
-        columns=tuple(message.columns),
-        n_rows=message.n_rows,
-        size_bytes=message.size_bytes,
-        complete=message.complete,
-        retention=message.retention,
-        path=message.path,
-    )
-
-
-def set_to_pb(held: ActivationSet) -> set_pb.ActivationSet:
-    """Total."""
-    report = held.report
-    return set_pb.ActivationSet(
-        id=report.id,
-        node_id=report.node_id,
-        model_id=report.model_id,
-        corpus_id=report.corpus_id,
-        columns=report.columns,
-        n_rows=report.n_rows,
-        size_bytes=report.size_bytes,
-        complete=report.complete,
-        retention=report.retention,
-        path=report.path,
-        create_time=time_to_pb(held.create_time),
-        update_time=time_to_pb(held.update_time),
-    )
-
-
 def finite(value: float) -> float:
     """JSON has no NaN and no infinity."""
     return value if abs(value) < 1e300 else 0.0
 
 
-def _time_from_pb(stamp: Timestamp, *, field: str) -> datetime:
+def time_from_pb(stamp: Timestamp, *, field: str) -> datetime:
+    """A time as postgres can store it. Raises FieldInvalid."""
     try:
         return stamp.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError) as exc:

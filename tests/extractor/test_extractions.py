@@ -30,6 +30,10 @@ def n_rows_of(seed):
     return n_rows
 
 
+def held_of(job):
+    return HeldSet.at(job.folder, set_id=job.value.set_id)
+
+
 def rows_of(content):
     return len(content["document"]) // 4
 
@@ -51,14 +55,14 @@ async def test_a_set_is_reported_as_its_folder_is_not_as_its_last_extraction(ext
     extractor.add_corpus(documents(400, seed=61))
     whole = await extractor.extract()
     _, _, end = await extractor.read(whole)
-    alone = HeldSet.of(whole.value)
+    alone = held_of(whole)
 
     short = await extractor.extract(max_rows=50)
     await extractor.read(short)
-    again = HeldSet.of(short.value)
+    again = held_of(short)
     other = await extractor.extract(hookpoints=("blocks.0.hook_resid_post",), max_rows=50)
     await extractor.until(lambda: other.value.state.ended)
-    both = HeldSet.of(other.value)
+    both = held_of(other)
 
     assert alone.complete
     assert alone.n_rows == end.n_rows
@@ -78,7 +82,7 @@ async def test_a_deleted_set_is_reported_as_gone(extractor):
 
     retention.delete_set(job.folder)
 
-    held = HeldSet.of(job.value)
+    held = held_of(job)
     assert held.deleted
     assert (held.id, held.n_rows, held.size_bytes) == (job.value.set_id, 0, 0)
 
@@ -323,6 +327,7 @@ async def test_rows_that_went_by_are_out_of_range(extractor):
         ({"hookpoints": ("blocks.9.hook_resid_post",)}, errors.HookpointNotFound, "9"),
         ({"hookpoints": ()}, errors.FieldInvalid, "hookpoint"),
         ({"recipe": Recipe(context_size=1024)}, errors.FieldInvalid, "context_size"),
+        ({"recipe": Recipe(chat_template=True)}, errors.FieldInvalid, "chat_template"),
         ({"max_rows": -1}, errors.FieldInvalid, "max_rows"),
         ({"retention": Retention(kind="window", window_bytes=5)}, errors.FieldInvalid, "window_bytes"),
     ],
@@ -375,7 +380,7 @@ async def test_the_next_extraction_hears_nothing_of_a_cancelled_one(extractor):
     second = await extractor.extract()
 
     first.task.cancel()
-    first._stop = errors.ExtractionCancelled("test")
+    first.stop = errors.ExtractionCancelled("test")
     content, firsts, end = await extractor.read(second)
 
     assert end.n_rows == rows_of(content) == n_rows_of(22)

@@ -1,5 +1,5 @@
 from activation_log.index import SegmentIndex, SegmentRecord
-from extractor_service.passes import Pass, next_pass
+from extractor_service.passes import Pass, Want, next_pass
 
 
 def index(*segments):
@@ -15,30 +15,34 @@ def index(*segments):
     return SegmentIndex(records=tuple(records))
 
 
+def plan(index, columns, max_rows):
+    return next_pass(index, [Want(columns=tuple(columns), max_rows=max_rows)])
+
+
 def test_a_new_set_is_written_in_one_pass():
-    assert next_pass(index(), "pa", 0) == Pass(columns=("p", "a"), max_rows=0)
-    assert next_pass(index(), "pa", 30) == Pass(columns=("p", "a"), max_rows=30)
+    assert plan(index(), "pa", 0) == Pass(columns=("p", "a"), max_rows=0)
+    assert plan(index(), "pa", 30) == Pass(columns=("p", "a"), max_rows=30)
 
 
 def test_a_column_that_lags_catches_up_alone():
     there = index((10, "pa"), (7, "pa"))
 
-    assert next_pass(there, "pab", 0) == Pass(columns=("b",), max_rows=17)
+    assert plan(there, "pab", 0) == Pass(columns=("b",), max_rows=17)
 
 
 def test_columns_go_on_together_once_they_are_level():
     there = index((10, "pab"), (7, "pab"))
 
-    assert next_pass(there, "pab", 40) == Pass(columns=("p", "a", "b"), max_rows=40)
+    assert plan(there, "pab", 40) == Pass(columns=("p", "a", "b"), max_rows=40)
 
 
 def test_a_segment_that_exists_is_filled_beyond_the_rows_asked_for():
     there = index((10, "pa"), (7, "pa"))
 
-    assert next_pass(there, "pb", 12) == Pass(columns=("b",), max_rows=17)
+    assert plan(there, "pb", 12) == Pass(columns=("b",), max_rows=17)
 
 
 def test_the_one_furthest_behind_goes_first():
     there = index((10, "pab"), (7, "pa"), (5, "pa"))
 
-    assert next_pass(there, "pabc", 0) == Pass(columns=("c",), max_rows=10)
+    assert plan(there, "pabc", 0) == Pass(columns=("c",), max_rows=10)

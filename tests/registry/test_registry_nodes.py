@@ -272,8 +272,3 @@ async def test_sets_are_reported_listed_read_and_forgotten(registry):
     assert rest.next_page_token == ""
     assert [(each.node_id, each.n_rows, list(each.columns)) for each in found] == [("node-a", 9, ["x"])]
     assert (gone.reason, bad.fields) == ("SET_NOT_FOUND", ("set.n_rows",))
-    for call in (
-        stubs.PinActivationSet(sets_pb.PinActivationSetRequest()),
-        stubs.DeleteActivationSet(sets_pb.DeleteActivationSetRequest()),
-    ):
-        assert (await refused(call)).reason == "NOT_IMPLEMENTED"

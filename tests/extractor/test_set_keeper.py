@@ -1,0 +1,339 @@
+"""Sets on a node's disk: what is evicted for whom, what stays, and what is left of it."""
+
+import asyncio
+import os
+import time
+from dataclasses import replace
+
+import pytest
+from fix_runner import documents
+
+from extractor_service import errors
+from extractor_service.cache import Limits
+from extractor_service.estimate import RowCount
+from extractor_service.held_set import SetOrders
+from extractor_service.packing import SpecialTokens, count_rows
+from extractor_service.recipe import Recipe
+from extractor_service.row_stream import RowStream, StreamRequest
+from extractor_service.set_notes import LAST_USED_NAME
+from extractor_service.values import ExtractionState
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MIB = 1024 * 1024
+RECIPE = Recipe(context_size=64, batch_size=8)
+N_ROWS = count_rows(documents(200, seed=1), RECIPE, SpecialTokens(bos_id=1, eos_id=2))[0]
+ROW_BYTES = 32 * 4 + 12
+SET_BYTES = N_ROWS * ROW_BYTES  # about 900 KB, and some pages and papers
+LIMITS = Limits(quota_bytes=7 * MIB // 2, reserve_bytes=0)  # room for three such sets
+
+
+@pytest.fixture
+def node(extractor, monkeypatch):
+    """The module's node with the limits of these tests, no set of others, and a count of rows."""
+
+    async def count(spec):
+        return RowCount(n_rows=N_ROWS, n_tokens=N_ROWS, exact=True)
+
+    monkeypatch.setattr(extractor.extractions._context.__class__, "count_rows", property(lambda self: count))
+    keeper = extractor.extractions.keeper
+    monkeypatch.setattr(keeper, "_limits", LIMITS)
+    extractor.registry.orders.clear()
+    return extractor
+
+
+@pytest.fixture(autouse=True)
+async def empty(extractor):
+    """Every test begins with an empty disk."""
+    keeper = extractor.extractions.keeper
+    limits, keeper._limits = keeper._limits, Limits(quota_bytes=1, reserve_bytes=0)
+    extractor.registry.orders = {folder.name: SetOrders() for folder in folders(extractor)}
+    await keeper.follow_orders()
+    await keeper.keep_limits()
+    keeper._limits = limits
+    extractor.registry.orders.clear()
+    assert not folders(extractor)
+
+
+def folders(node):
+    return {path for path in (node.data_dir / "activations").iterdir() if not path.name.startswith(".")}
+
+
+async def make(node, seed=0, **changes):
+    """A finished set of about 900 KB."""
+    node.add_corpus([*documents(200, seed=1), [seed + 3]])
+    job = await node.extract(recipe=RECIPE, **changes)
+    await ended(job)
+    return job
+
+
+async def ended(job):
+    await asyncio.wait([job.task], timeout=30)
+    assert job.value.state.ended
+
+
+def use(job, seconds_ago):
+    at = time.time() - seconds_ago
+    os.utime(job.folder / LAST_USED_NAME, (at, at))
+
+
+async def test_the_least_recently_used_set_makes_room_for_a_new_one(node):
+    first, second, third = [await make(node, seed) for seed in range(3)]
+    for job, seconds_ago in ((first, 10), (second, 30), (third, 20)):
+        use(job, seconds_ago)
+
+    fourth = await make(node, 3)
+
+    assert fourth.value.state == ExtractionState.DONE
+    assert folders(node) == {first.folder, third.folder, fourth.folder}
+    assert second.value.set_id not in node.registry.sets
+    assert not list((node.data_dir / "activations" / ".trash").iterdir())
+
+
+async def test_reading_counts_as_use(node):
+    first, second, third = [await make(node, seed) for seed in range(3)]
+    for job in (first, second, third):
+        use(job, 30)
+    await node.read(second)
+    await node.read(first)
+
+    await make(node, 3)
+
+    assert not third.folder.exists()
+    assert first.folder.exists()
+
+
+async def test_last_use_survives_a_restart(start_extractor):
+    node = await start_extractor()
+    node.add_corpus(documents(20, seed=1))
+    job = await node.extract()
+    await ended(job)
+    use(job, 3600)
+    await node.stop()
+
+    await node.start()
+
+    (held,), _ = await node.extractions.keeper._look({})
+    assert 3590 < time.time() - held.last_used < 3700
+
+
+async def test_a_set_with_a_reader_or_a_pin_is_never_taken(node):
+    read, pinned, idle = [await make(node, seed) for seed in range(3)]
+    for job, seconds_ago in ((read, 30), (pinned, 20), (idle, 10)):
+        use(job, seconds_ago)
+    node.registry.orders[pinned.value.set_id] = SetOrders(pinned=True)
+    stream = RowStream(read, StreamRequest(columns=("position",)))
+    try:
+        fourth = await make(node, 3)
+        refused = await make(node, 4) if fourth.folder.exists() and use(fourth, 0) else None
+    finally:
+        stream.close()
+
+    assert refused is None
+    assert folders(node) == {read.folder, pinned.folder, fourth.folder}
+
+
+async def test_what_can_not_fit_now_is_refused_with_figures_and_remedy(node):
+    jobs = [await make(node, seed) for seed in range(3)]
+    for job in jobs:
+        node.registry.orders[job.value.set_id] = SetOrders(pinned=True)
+
+    refused = await make(node, 3)
+
+    failure = refused.value.failure
+    assert failure.reason == "DISK_FULL"
+    assert "unpin" in failure.message
+    assert int(failure.metadata["required_bytes"]) > int(failure.metadata["free_bytes"])
+    assert all(job.folder.exists() for job in jobs)
+
+
+async def test_what_can_never_fit_is_refused_before_any_work(node, monkeypatch):
+    monkeypatch.setattr(node.extractions.keeper, "_limits", replace(LIMITS, quota_bytes=MIB // 2))
+    runs = []
+    for runner in node.runners:
+        monkeypatch.setattr(runner, "run", lambda *args, **kwargs: runs.append(args))
+
+    refused = await make(node)
+
+    assert refused.value.failure.reason == "DISK_FULL"
+    assert "never fits" in refused.value.failure.message
+    assert not runs
+    assert refused.value.n_rows == 0
+
+
+async def test_two_extractions_do_not_count_on_the_same_room(node, monkeypatch):
+    monkeypatch.setattr(node.extractions.keeper, "_limits", replace(LIMITS, quota_bytes=2 * MIB))
+    jobs = []
+    for seed in (5, 6):
+        node.add_corpus([*documents(200, seed=1), [seed + 3]])
+        jobs.append(await node.extract(recipe=RECIPE))
+    await asyncio.gather(*(ended(job) for job in jobs))
+
+    states = [job.value.state for job in jobs]
+
+    assert sorted(states) == [ExtractionState.DONE, ExtractionState.FAILED]
+    again = await node.extract(recipe=RECIPE)
+    await ended(again)
+    assert again.value.state == ExtractionState.DONE
+
+
+async def test_rows_of_an_evicted_set_are_not_found_and_computed_anew_on_request(node):
+    job = await make(node)
+    before, _, _ = await node.read(job)
+    use(job, 1e9)
+    await node.extractions.keeper.keep_limits()
+    assert not job.folder.exists()
+
+    with pytest.raises(errors.SetNotFound, match="StartExtraction"):
+        RowStream(job, StreamRequest())
+    again = await node.extract(recipe=RECIPE)
+    after, _, _ = await node.read(again)
+    await ended(again)
+
+    assert again is not job
+    assert not again.value.cached
+    assert after == before
+    assert (await node.read(job))[0] == before  # The rows are the same, whoever had them computed.
+
+
+async def test_an_ended_extraction_whose_set_is_gone_says_so_after_a_restart(start_extractor):
+    node = await start_extractor()
+    node.add_corpus(documents(20, seed=1))
+    job = await node.extract()
+    await ended(job)
+    use(job, 1e9)
+    await node.extractions.keeper.keep_limits()
+    await node.stop()
+
+    await node.start()
+
+    with pytest.raises(errors.SetNotFound):
+        RowStream(node.extractions.get(job.value.id), StreamRequest())
+
+
+async def test_while_the_registry_is_away_nothing_goes_that_was_pinned_when_last_heard(node):
+    pinned, free, _ = [await make(node, seed) for seed in range(3)]
+    use(pinned, 1e9)
+    use(free, 1e9)
+    node.registry.orders[pinned.value.set_id] = SetOrders(pinned=True, pinned_until=time.time() + 60)
+    await node.extractions.keeper.follow_orders()
+    node.registry.unavailable = errors.RegistryUnavailable("away")
+    try:
+        await node.extractions.keeper.keep_limits()
+    finally:
+        node.registry.unavailable = None
+
+    assert pinned.folder.exists()
+    assert not free.folder.exists()
+
+
+async def test_a_pin_that_nobody_heard_of_yet_is_asked_for_before_an_eviction(node):
+    job = await make(node)
+    use(job, 1e9)
+    node.registry.orders[job.value.set_id] = SetOrders(pinned=True)
+
+    await node.extractions.keeper.keep_limits()
+
+    assert job.folder.exists()
+
+
+async def test_a_pin_that_has_ended_keeps_nothing(node):
+    job = await make(node)
+    use(job, 1e9)
+    node.registry.orders[job.value.set_id] = SetOrders(pinned=True, pinned_until=time.time() - 1)
+    await node.extractions.keeper.follow_orders()
+    node.registry.orders.clear()
+
+    await node.extractions.keeper.keep_limits()
+
+    assert not job.folder.exists()
+
+
+async def test_a_set_that_shall_go_does_so_once_nobody_reads_it(node):
+    job = await make(node)
+    node.registry.orders[job.value.set_id] = SetOrders(delete=True)
+    stream = RowStream(job, StreamRequest(columns=("position",)))
+    await node.extractions.keeper.follow_orders()
+    still_there = job.folder.exists()
+    stream.close()
+
+    await node.extractions.keeper.follow_orders()
+
+    assert still_there
+    assert not job.folder.exists()
+    assert job.value.set_id not in node.registry.sets
+
+
+async def test_a_crash_in_the_middle_of_a_removal_leaves_nothing(start_extractor):
+    node = await start_extractor()
+    node.add_corpus(documents(20, seed=1))
+    job = await node.extract()
+    await ended(job)
+    await node.stop()
+    sets = node.data_dir / "activations"
+    (sets / ".trash").mkdir(exist_ok=True)
+    job.folder.rename(sets / ".trash" / "half-removed")
+    (sets / "no-set" / "token_id").mkdir(parents=True)
+    (sets / "abc.window-gone").mkdir()
+
+    await node.start()
+
+    assert not list(sets.iterdir())
+
+
+async def test_a_disk_that_fills_up_has_idle_sets_evicted_and_the_extraction_goes_on(node, monkeypatch):
+    idle = await make(node)
+    node.add_corpus(documents(400, seed=2))
+    full = [errors.DiskFull("the disk is full", metadata={"required_bytes": "1000", "free_bytes": "0"})]
+    runner = node.runners[-1]
+    run = runner.run
+
+    def run_once_full(command, *, ends):
+        return failing() if full else run(command, ends=ends)
+
+    async def failing():
+        raise full.pop()
+        yield
+
+    monkeypatch.setattr(runner, "run", run_once_full)
+    job = await node.extract(recipe=RECIPE)
+    await ended(job)
+
+    assert job.value.state == ExtractionState.DONE
+    assert not idle.folder.exists()
+
+
+async def test_a_disk_that_stays_full_fails_the_extraction_which_goes_on_when_asked_again(node, monkeypatch):
+    node.add_corpus(documents(200, seed=3))
+    await make(node)  # Starts a runner.
+    await node.extractions.keeper.keep_limits()
+    node.registry.orders.update({path.name: SetOrders(pinned=True) for path in folders(node)})
+    runner = node.runners[-1]
+    with monkeypatch.context() as patch:
+
+        async def failing(command, *, ends):
+            raise errors.DiskFull("the disk is full", metadata={"required_bytes": "1000", "free_bytes": "0"})
+            yield
+
+        patch.setattr(runner, "run", failing)
+        node.add_corpus(documents(200, seed=4))
+        failed = await node.extract(recipe=RECIPE)
+        await ended(failed)
+
+    again = await node.extract(recipe=RECIPE)
+    await ended(again)
+
+    assert failed.value.failure.reason == "DISK_FULL"
+    assert again.value.state == ExtractionState.DONE
+
+
+async def test_an_estimate_tells_new_and_available_bytes(node):
+    job = await make(node)
+    spec, model = await node.extractions.check(replace(job.value.spec, hookpoints=("blocks.0.hook_resid_post",)))
+    other, available = await node.extractions.room_for(spec, model, N_ROWS)
+    same, _ = await node.extractions.room_for(job.value.spec, model, N_ROWS)
+
+    assert N_ROWS * 32 * 4 <= other < N_ROWS * 32 * 4 + 2 * 8192
+    assert same == 0
+    assert 0 < available <= LIMITS.quota_bytes
+    assert await asyncio.wait_for(node.extractions.keeper.available_bytes(job.folder), 5) == available
