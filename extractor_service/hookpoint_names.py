@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from extractor_service.places import EMBED, FINAL, SITES, Family
+from extractor_service.places import EMBED, FINAL, SITES, Family, Scaled
 
 Aliases = dict[str, str]
 
@@ -89,7 +89,7 @@ def relative_path(path: str, family: Family | None, n_layers: int) -> list[str]:
 def aliases_of(family: Family, n_layers: int) -> Aliases:
     """Returns what the bridge calls the hookpoints of a family: spelling to name, or to a module path."""
     of_block = _block_aliases(family)
-    found = {"embed.hook_out": EMBED}
+    found = {"embed_ln.hook_out" if "norm" in family.embed else "embed.hook_out": EMBED}
     for layer in range(n_layers):
         for spelled, target in of_block.items():
             is_site = target in SITES
@@ -113,18 +113,18 @@ def _block_aliases(family: Family) -> Aliases:
     }
     gated = "gate" in block["mlp.hook_pre"]
     found["mlp.gate.hook_out" if gated else "mlp.in.hook_out"] = "mlp.hook_pre"
-    found |= _output_aliases(block, "attn", "hook_attn_out", _ATTENTIONS)
-    found |= _output_aliases(block, "mlp", "hook_mlp_out", frozenset({"mlp:out"}))
+    found |= _output_aliases(family, "attn", "hook_attn_out", _ATTENTIONS)
+    found |= _output_aliases(family, "mlp", "hook_mlp_out", frozenset({"mlp:out"}))
     return found | _norm_aliases(block)
 
 
-def _output_aliases(block: Mapping[str, str], part: str, site: str, own: frozenset[str]) -> Aliases:
+def _output_aliases(family: Family, part: str, site: str, own: frozenset[str]) -> Aliases:
     """`attn.hook_out` is what the module returns, which is not always what is added to the residual stream."""
-    place = block[site]
-    if place in own:
+    place, scaled = family.block[site], isinstance(family.takes.get(site), Scaled)
+    if place in own and not scaled:
         return {f"{part}.hook_out": site}
-    if place.endswith("norm:out"):
-        module = block["attn.hook_q"].split(".")[0] if part == "attn" else "mlp"
+    if scaled or place.endswith("norm:out"):
+        module = family.block["attn.hook_q"].split(".")[0] if part == "attn" else "mlp"
         return {f"{part}.hook_out": f"{module}:out"}
     return {f"{part}.{'o' if part == 'attn' else 'out'}.hook_out": site}
 

@@ -135,7 +135,9 @@ def _of_found(catalogue: Catalogue, found: Found) -> Anatomy:
         if match and not point.unavailable:
             layer, site = int(match[1]), match[2]
             module = found.module_of(layer, site)
-            points[point.name] = replace(point, module=module, unavailable="" if module else found.why_not(site))
+            why = "" if module else found.why_not(site)
+            # Whether the network changes this tensor in place is not known either.
+            points[point.name] = replace(point, module=module, take=Copied(), unavailable=why)
         else:
             points[point.name] = point
     return Anatomy(

@@ -54,10 +54,20 @@ class Found:
 
 @dataclass(slots=True)
 class _Passed:
-    """What went into and came out of modules below a block, by path, in the order in which they ended."""
+    """What went into and came out of modules below a block, by path, in the order in which they ended.
+
+    A module that was passed twice is no place.
+    """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    twice: set[str] = field(default_factory=set)
+
+    def forget_twice(self) -> None:
+        """Drops what was passed twice."""
+        for path in self.twice:
+            self.inputs.pop(path, None)
+            self.outputs.pop(path, None)
 
 
 def search(model: PreTrainedModel, n_layers: int) -> Found | None:
@@ -69,6 +79,8 @@ def search(model: PreTrainedModel, n_layers: int) -> Found | None:
     token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
     with torch.inference_mode(), _watching(blocks) as passed:
         model(input_ids=token_ids, use_cache=False)
+    for seen in passed:
+        seen.forget_twice()
     if not _is_stream(passed):
         return None
     places = {"hook_resid_pre": ":in", "hook_resid_post": ":out"} | _sublayers(passed)
@@ -102,7 +114,9 @@ def _watch_input(module: nn.Module, path: str, seen: _Passed) -> Any:
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
             if isinstance(value, Tensor):
-                seen.inputs.setdefault(path, value.clone())
+                if path in seen.inputs:
+                    seen.twice.add(path)
+                seen.inputs[path] = value.clone()
                 return
 
     return module.register_forward_pre_hook(before, with_kwargs=True)
@@ -112,7 +126,7 @@ def _watch_output(module: nn.Module, path: str, seen: _Passed) -> Any:
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) and output else output
         if isinstance(value, Tensor):
-            seen.outputs.setdefault(path, value.clone())
+            seen.outputs[path] = value.clone()
 
     return module.register_forward_hook(after)
 

@@ -113,6 +113,7 @@ def test_wildcards_and_ranges_stand_for_what_there_is(asked, canonical):
         ({"model_type": "olmo2"}, "blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"),
         ({"model_type": "olmo2"}, "blocks.1.mlp.hook_in", "blocks.1.hook_resid_mid"),
         ({"model_type": "bloom"}, "blocks.1.attn.o.hook_out", "blocks.1.hook_attn_out"),
+        ({"model_type": "bloom"}, "embed_ln.hook_out", "hook_embed"),
         ({"model_type": "gpt2"}, "transformer.h.1.attn:out", "blocks.1.hook_attn_out"),
         ({"model_type": "gpt2"}, "blocks.1.mlp.in.hook_out", "blocks.1.mlp.hook_pre"),
         ({"model_type": "opt"}, "model.decoder.layers.1.fc2:in", "blocks.1.mlp.hook_post"),
@@ -267,6 +268,15 @@ def test_any_module_is_a_hookpoint_whose_width_its_weights_tell(files, asked, na
 
     assert (point.name, point.shape) == (name, shape)
     assert catalogue_of(model_info(files)).shapes([name]) == {name: shape}
+
+
+def test_what_a_module_returns_is_no_other_name_of_what_is_added_after_a_norm_or_a_factor(files):
+    for model_type in ("gemma2", "granite"):
+        config = json.loads((files / "config.json").read_text()) | {"model_type": model_type}
+        (files / "config.json").write_text(json.dumps(config))
+        (point,) = catalogue_of(model_info(files)).resolve(["blocks.1.attn.hook_out"])
+
+        assert point.name == "layers.1.self_attn:out"
 
 
 def test_a_module_that_the_files_do_not_have_is_not_found(files):

@@ -1,0 +1,141 @@
+"""Decoders whose hookpoints are not in any table: what is found must be proven."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fix_zoo import N_TOKENS_ZOO, ZOO, random_model, zoo_batch, zoo_config, zoo_model
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from extractor_service.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
+from extractor_service.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
+from extractor_service.runner.forward import forward_rows
+from extractor_service.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
+
+SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
+PARALLEL = {"falcon", "falcon-new", "gpt_neox", "gptj", "phi"}
+
+
+def stranger(name, **changes):
+    """A model of the zoo whose type is not known, so that it is searched."""
+    model = random_model(zoo_config(name, **changes))
+    model.config.model_type = "abacus"
+    return model
+
+
+# Scaled before it is added, or added inside a module: no module's output is what is added.
+NOT_FOUND = {"granite"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"bert"}))
+def test_what_is_found_is_what_the_table_says(name):
+    model, known = stranger(name), anatomy_of(zoo_model(name))
+    found = anatomy_of(model)
+    check_identity(model)
+
+    for layer in range(3):
+        for site in ("hook_resid_pre", "hook_resid_post", *(() if name in NOT_FOUND else SUBLAYERS)):
+            ours, theirs = (each.points[f"blocks.{layer}.{site}"] for each in (found, known))
+            assert ours.unavailable == "", site
+            assert same_numbers(model, ours, name, theirs), site
+
+
+def same_numbers(model, ours, name, theirs):
+    ids = zoo_batch([[5, 6, 7, 8, 9]])
+    one = forward_rows(model, ids, resolve(model, [ours.name]))[ours.name]
+    other = forward_rows(zoo_model(name), ids, resolve(zoo_model(name), [theirs.name]))[theirs.name]
+    return torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "opt", "starcoder2"])
+def test_the_middle_of_a_serial_block_is_found(name):
+    point = anatomy_of(stranger(name)).points["blocks.1.hook_resid_mid"]
+
+    assert point.module == anatomy_of(zoo_model(name)).points["blocks.1.hook_resid_mid"].module
+
+
+@pytest.mark.parametrize("name", sorted(PARALLEL))
+def test_a_parallel_block_has_no_middle(name):
+    assert "between" in anatomy_of(stranger(name)).points["blocks.1.hook_resid_mid"].unavailable
+
+
+def test_what_can_not_be_proven_is_refused_site_by_site():
+    model = stranger("granite")
+    check_identity(model)
+
+    with pytest.raises(HookpointNotFound, match="adds up with the residual stream"):
+        resolve(model, ["blocks.1.hook_attn_out"])
+    with pytest.raises(HookpointNotFound, match="abacus"):
+        resolve(model, ["blocks.1.attn.hook_q"])
+    assert [site.name for site in resolve(model, ["blocks.1.hook_resid_post"])] == ["blocks.1.hook_resid_post"]
+    assert resolve(model, ["layers.1.self_attn:out"])
+
+
+def test_how_documents_are_kept_apart_is_found_out():
+    ways = {name: anatomy_of(stranger(name)).isolation for name in ("llama", "gpt_neo", "opt", "falcon", "bloom")}
+
+    assert ways == {
+        "llama": BY_POSITIONS,
+        "gpt_neo": BY_POSITIONS,
+        "opt": BY_MASK,
+        "falcon": BY_MASK,
+        "bloom": NOT_AT_ALL,
+    }
+    model = stranger("bloom")
+    with pytest.raises(FieldInvalid, match="one_document"):
+        forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), resolve(model, ["blocks.1.hook_resid_post"]))
+
+
+class TallyConfig(PretrainedConfig):
+    model_type = "tally"
+
+
+class TallyBlock(nn.Module):
+    """Mixes tokens by a causal mean: no attention, no position, and nothing called an MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.token_mixer = nn.Linear(width, width)
+        self.channel_ffn = nn.Linear(width, width)
+
+    def forward(self, hidden_states):
+        counts = torch.arange(1, hidden_states.shape[1] + 1)[:, None]
+        hidden_states = hidden_states + self.token_mixer(hidden_states.cumsum(1) / counts)
+        return hidden_states + self.channel_ffn(hidden_states)
+
+
+class Tally(PreTrainedModel):
+    config_class = TallyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.stack = nn.ModuleList(TallyBlock(config.hidden_size) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    def forward(self, input_ids, use_cache=False):
+        hidden_states = self.wte(input_ids)
+        for block in self.stack:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+def test_a_network_of_another_kind_is_found_by_what_adds_up():
+    model = Tally(TallyConfig(hidden_size=16, num_hidden_layers=2, vocab_size=N_TOKENS_ZOO)).eval()
+    check_identity(model)
+    points = anatomy_of(model).points
+
+    assert points["blocks.1.hook_attn_out"].module == "stack.1.token_mixer:out"
+    assert points["blocks.1.hook_mlp_out"].module == "stack.1.channel_ffn:out"
+    assert points["blocks.1.hook_resid_mid"].module == "stack.1.channel_ffn:in"
+    assert anatomy_of(model).isolation == NOT_AT_ALL
+
+
+def test_a_model_without_a_list_of_blocks_is_refused():
+    config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)
+    model = random_model(config, attention="eager")
+    model.layers = nn.Sequential(*model.layers)
+
+    with pytest.raises(ModelUnsupported, match="could not be found"):
+        offered_sites(model)
