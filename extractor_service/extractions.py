@@ -23,6 +23,7 @@ from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
 from extractor_service import cache, hookpoints
 from extractor_service.cache import Limits
+from extractor_service.chat_template import ChatTemplate, check_chat
 from extractor_service.errors import (
     ExtractionNotFound,
     FieldInvalid,
@@ -126,7 +127,7 @@ class Extractions:
                 f"Model {model.id} has no files yet; run PrepareModel (`headrace models add` does) and wait for READY.",
                 resource=("Model", model.id),
             )
-        self._corpora.get(spec.corpus_id)
+        check_chat(spec.recipe, corpus_id=spec.corpus_id, is_chat=self._corpora.get(spec.corpus_id).chat)
         catalogue = hookpoints.catalogue_of(model)
         names = tuple(point.name for point in catalogue.resolve(spec.hookpoints))
         hookpoints.check_isolation(spec.recipe, catalogue)
@@ -298,6 +299,7 @@ class Extractions:
             model,
             corpus_digest=self._corpora.get(spec.corpus_id).digest,
             compute_dtype=model.compute_dtype(self._device_id),
+            chat_template_digest=ChatTemplate.load(model.files_path).digest if spec.recipe.chat_template else "",
         )
 
     def _save_change(self, job: ExtractionJob) -> None:

@@ -87,6 +87,10 @@ class HasDigest(Protocol):
     def digest(self) -> str:
         """SHA-256 over its documents."""
 
+    @property
+    def chat(self) -> bool:
+        """True when its documents are conversations."""
+
 
 class Corpora(Protocol):
     """Corpora on this node."""

@@ -1,29 +1,76 @@
-"""How many rows a corpus gives, without a forward pass."""
+"""How many rows a corpus gives, without a forward pass.
+
+`python -m extractor_service.corpora.counting` counts in a process of its own: a line of JSON in, one out. Chat
+templates are programs from model repos, and one that does not end must not take a thread of the server with it.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from extractor_service.corpora.documents import TokenizedDocuments
+from chassis.errors import ServiceError
+from extractor_service.corpora.documents import open_documents
 from extractor_service.corpora.reader import DocumentReader
-from extractor_service.corpora.tokenizer import Tokenizer
+from extractor_service.errors import WaitTimeout, error_for, reason_of
 from extractor_service.estimate import RowCount
 from extractor_service.packing import Packer
 from extractor_service.recipe import Recipe
 
 # Longer, and the rows of the leading documents stand for the rest.
 EXACT_WITHIN_S = 20.0
+# For starting a process, and for a block of documents that had begun by then.
+CHILD_DEADLINE_S = EXACT_WITHIN_S + 20.0
 
 
 def count(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowCount:
     """Counts rows and tokens; exactly if that takes no longer than `EXACT_WITHIN_S`, else by extrapolation."""
+    if recipe.chat_template:
+        return _count_in_child(corpus_path, files_path, recipe)
+    return _count(corpus_path, files_path, recipe)
+
+
+def _count(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowCount:
     deadline = time.monotonic() + EXACT_WITHIN_S
     with DocumentReader(corpus_path) as reader:
-        tokenizer = Tokenizer.load(files_path, ids_only=reader.tokenized)
-        packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
+        documents, special = open_documents(reader, files_path, recipe)
+        packer = Packer(documents, recipe, special)
         counts = packer.count(stop=lambda: time.monotonic() > deadline)
         counted_bytes = sum(reader.size_bytes(index) for index in range(counts.n_documents))
         exact = counts.n_documents >= len(reader)
         scale = 1.0 if exact or not counted_bytes else reader.corpus.size_bytes / counted_bytes
     return RowCount(n_rows=round(counts.n_rows * scale), n_tokens=round(counts.n_tokens * scale), exact=exact)
+
+
+def _count_in_child(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowCount:
+    job = {"corpus_path": str(corpus_path), "files_path": str(files_path), "recipe": recipe.to_json()}
+    command = [sys.executable, "-m", "extractor_service.corpora.counting"]
+    try:
+        done = subprocess.run(  # noqa: S603 -- our own module
+            command, input=json.dumps(job).encode(), capture_output=True, timeout=CHILD_DEADLINE_S, check=True
+        )
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired as exc:
+        raise WaitTimeout("Counting rows with the model's chat template took too long; does the template end?") from exc
+    if "reason" in answer:
+        raise error_for(answer["reason"], answer["message"], metadata=answer["metadata"])
+    return RowCount(**answer)
+
+
+def main() -> None:
+    """Counts what the line on standard input says."""
+    job = json.loads(sys.stdin.buffer.read())
+    try:
+        recipe = Recipe.from_json(job["recipe"])
+        answer = asdict(_count(Path(job["corpus_path"]), Path(job["files_path"]), recipe))
+    except ServiceError as exc:
+        answer = {"reason": reason_of(exc), "message": exc.message, "metadata": dict(exc.metadata)}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

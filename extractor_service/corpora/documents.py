@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from extractor_service.chat_template import ChatTemplate, check_chat
 from extractor_service.corpora.reader import DocumentReader
+from extractor_service.corpora.spec import DocumentKind
 from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.errors import CorpusMalformed, ModelUnsupported
-from extractor_service.packing import Int32Array
+from extractor_service.packing import Documents, Int32Array, SpecialTokens
+from extractor_service.recipe import Recipe
 
 BLOCK_DOCUMENTS = 64  # The tokenizer works on several documents at once.
 BLOCK_BYTES = 256 * 1024  # It takes a hundred bytes for each token meanwhile.
+
+
+def open_documents(reader: DocumentReader, files_path: Path | str, recipe: Recipe) -> tuple[Documents, SpecialTokens]:
+    """Returns what the packer reads of a corpus for the model in a folder; raises as its parts do."""
+    is_chat = reader.kind == DocumentKind.CHAT
+    check_chat(recipe, corpus_id=reader.corpus.id, is_chat=is_chat)
+    tokenizer = Tokenizer.load(files_path, ids_only=reader.tokenized)
+    if not is_chat:
+        return TokenizedDocuments(reader, tokenizer), tokenizer.special
+    template = ChatTemplate.load(files_path)
+    return ChatDocuments(reader, tokenizer, template, recipe), tokenizer.special
 
 
 class TokenizedDocuments:
@@ -36,15 +52,18 @@ class TokenizedDocuments:
         return self._checked(self._block[index - self._block_start], index)
 
     def _read_block(self, start: int) -> None:
-        texts = [self._reader.text(start)]
+        texts = [self._text(start)]
         size = self._reader.size_bytes(start)
         for index in range(start + 1, min(start + BLOCK_DOCUMENTS, len(self._reader))):
             size += self._reader.size_bytes(index)
             if size > BLOCK_BYTES:
                 break
-            texts.append(self._reader.text(index))
+            texts.append(self._text(index))
         self._block = self._tokenizer.encode_batch(texts)
         self._block_start = start
+
+    def _text(self, index: int) -> str:
+        return self._reader.text(index)
 
     def _checked(self, token_ids: Int32Array, index: int) -> Int32Array:
         largest = int(token_ids.max(initial=0))
@@ -60,3 +79,31 @@ class TokenizedDocuments:
             f"The tokenizer gives the id {largest} and the model's ids end before {self._tokenizer.vocab_size}; the"
             " tokenizer is not this model's."
         )
+
+
+class ChatDocuments(TokenizedDocuments):
+    """Conversations, as a model's chat template writes them.
+
+    Templates write special tokens themselves. A BOS first and an EOS last are left to the recipe where it inserts them,
+    so that there is one of each.
+    """
+
+    def __init__(self, reader: DocumentReader, tokenizer: Tokenizer, template: ChatTemplate, recipe: Recipe) -> None:
+        # Jinja is for those who have conversations.
+        from extractor_service.corpora.chat import ChatRenderer  # noqa: PLC0415
+
+        super().__init__(reader, tokenizer)
+        self._renderer = ChatRenderer(template)
+        self._bos = tokenizer.special.bos_id if recipe.bos == "document" else None
+        self._eos = tokenizer.special.eos_id if recipe.eos == "document" else None
+
+    def __getitem__(self, index: int, /) -> Int32Array:
+        """Returns a conversation's tokens, to be read only."""
+        own = super().__getitem__(index)
+        if own.size and own[0] == self._bos:
+            own = own[1:]
+        return own[:-1] if own.size and own[-1] == self._eos else own
+
+    def _text(self, index: int) -> str:
+        messages = self._reader.messages(index)
+        return self._renderer.render(messages, index) if messages else ""

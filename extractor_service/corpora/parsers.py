@@ -1,4 +1,4 @@
-"""Cuts files into documents: UTF-8 text, JSON lines, CSV; Parquet is in `parquet`.
+"""Cuts files into documents: UTF-8 text, JSON lines, CSV; Parquet is in `parquet`, arrays in `arrays`.
 
 Every parser is a generator of documents as UTF-8 bytes, reads the file once and forwards (Parquet seeks), and holds one
 document at a time. What it can't read raises CorpusMalformed with `line` (counted from 1) and, for broken UTF-8, `byte`
@@ -13,30 +13,57 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from extractor_service.corpora.spec import CorpusFormat, CorpusSpec, TextSplit
-from extractor_service.errors import CorpusMalformed
+from extractor_service.corpora import contents
+from extractor_service.corpora.arrays import NPY_MAGIC, parse_npy
+from extractor_service.corpora.contents import (
+    Content,
+    Place,
+    content_of,
+    json_type,
+    malformed,
+    missing_column,
+    too_large,
+)
+from extractor_service.corpora.spec import CorpusFormat, CorpusSpec, DocumentKind, TextSplit
 
-MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 # A JSON line may hold the text in escapes, and other fields; beyond this it is no line but a file without line ends.
-MAX_LINE_BYTES = 2 * MAX_DOCUMENT_BYTES
-MAX_COLUMNS_NAMED = 20  # in messages
+MAX_LINE_BYTES = 2 * contents.MAX_DOCUMENT_BYTES
+_PARQUET_MAGIC = b"PAR1"
 _BOM = b"\xef\xbb\xbf"
 
 
 def parse(file: BinaryIO, spec: CorpusSpec, file_name: str = "") -> Iterator[bytes]:
     """Yields the documents of an open file, in order; raises FieldInvalid when its format is unknown."""
+    kind = spec.kind(file_name)
+    content = content_of(kind)
     match spec.file_format(file_name):
         case CorpusFormat.TXT:
             return parse_txt(file, spec.text_split)
         case CorpusFormat.JSONL:
-            return parse_jsonl(file, spec.text_column)
+            return parse_jsonl(file, spec.text_column, content)
         case CorpusFormat.CSV:
             return parse_csv(file, spec.text_column)
         case CorpusFormat.PARQUET:
-            # pyarrow takes 40 MB and a fifth of a second, which only Parquet should cost.
-            from extractor_service.corpora.parquet import parse_parquet  # noqa: PLC0415
+            return _parse_parquet(file, spec.text_column, kind)
+        case CorpusFormat.TOKEN_IDS:
+            return _parse_token_ids(file, spec.text_column)
 
-            return parse_parquet(file, spec.text_column)
+
+def _parse_token_ids(file: BinaryIO, column: str) -> Iterator[bytes]:
+    magic = file.read(len(NPY_MAGIC))
+    file.seek(0)
+    if magic == NPY_MAGIC:
+        return parse_npy(file)
+    if magic.startswith(_PARQUET_MAGIC):
+        return _parse_parquet(file, column, DocumentKind.TOKEN_IDS)
+    return parse_jsonl(file, column, contents.token_content)
+
+
+def _parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[bytes]:
+    # pyarrow takes 40 MB and a fifth of a second, which only Parquet should cost.
+    from extractor_service.corpora.parquet import parse_parquet  # noqa: PLC0415
+
+    return parse_parquet(file, column, kind)
 
 
 def parse_txt(file: BinaryIO, split: TextSplit) -> Iterator[bytes]:
@@ -45,18 +72,21 @@ def parse_txt(file: BinaryIO, split: TextSplit) -> Iterator[bytes]:
     return (piece for piece in pieces if piece and not piece.isspace())
 
 
-def parse_jsonl(file: BinaryIO, key: str) -> Iterator[bytes]:
-    """Yields the string under `key` of every JSON object; blank lines are skipped."""
+def parse_jsonl(file: BinaryIO, key: str, content: Content) -> Iterator[bytes]:
+    """Yields what is under `key` of every JSON object; blank lines are skipped.
+
+    A key with dots that no object has leads into the objects within: `a.b` is `b` of `a`.
+    """
     for line in _lines(file):
         if line.content.isspace():
             continue
-        yield _text_bytes(_field(_json_object(line), key, line.number), key, line.number)
+        yield content(_field(_json_object(line), key, line.number), key, Place("line", line.number))
 
 
 def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
     """Yields the field under the header `column` of every record; empty lines are skipped."""
     # The limit belongs to the whole process; every caller sets the same.
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    csv.field_size_limit(contents.MAX_DOCUMENT_BYTES)
     records = csv.reader((line.content.decode() for line in _lines(file)), strict=True)
     header = _next_record(records)
     if header is None:
@@ -75,32 +105,7 @@ def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
                 " quotes or line ends in double quotes.",
                 line=number,
             )
-        yield _text_bytes(record[index], column, number)
-
-
-def malformed(message: str, **metadata: object) -> CorpusMalformed:
-    """Returns the error with its figures."""
-    return CorpusMalformed(message, metadata={name: str(value) for name, value in metadata.items()})
-
-
-def missing_column(column: str, available: Iterable[object], where: str, **metadata: object) -> CorpusMalformed:
-    """Returns the error for a text column that isn't there, which names those that are."""
-    names = [str(name)[:100] for name in available]
-    listed = ", ".join(names[:MAX_COLUMNS_NAMED]) or "none"
-    if len(names) > MAX_COLUMNS_NAMED:
-        listed += f" and {len(names) - MAX_COLUMNS_NAMED} more"
-    return malformed(
-        f"{where} has no column {column!r}; set spec.text_column to one of: {listed}.", columns=listed, **metadata
-    )
-
-
-def too_large(where: str, **metadata: object) -> CorpusMalformed:
-    """Returns the error for a document beyond the limit."""
-    return malformed(
-        f"{where} is larger than {MAX_DOCUMENT_BYTES} bytes, the most a document may have; split it.",
-        limit_bytes=MAX_DOCUMENT_BYTES,
-        **metadata,
-    )
+        yield contents.text_content(record[index], column, Place("line", number))
 
 
 class _Line(NamedTuple):
@@ -117,7 +122,7 @@ class _Gathered:
 
     def add(self, part: bytes, line: int) -> None:
         self._size += len(part)
-        if self._size > MAX_DOCUMENT_BYTES:
+        if self._size > contents.MAX_DOCUMENT_BYTES:
             raise too_large(f"The document that goes on in line {line}", line=line)
         self._parts.append(part)
 
@@ -161,7 +166,7 @@ def _paragraphs(lines: Iterable[_Line]) -> Iterator[bytes]:
 def _single_lines(lines: Iterable[_Line]) -> Iterator[bytes]:
     for line in lines:
         text = _without_line_end(line.content)
-        if len(text) > MAX_DOCUMENT_BYTES:
+        if len(text) > contents.MAX_DOCUMENT_BYTES:
             raise too_large(f"Line {line.number}", line=line.number)
         yield text
 
@@ -209,37 +214,20 @@ def _json_object(line: _Line) -> dict[str, Any]:
         raise malformed(f"Line {line.number} can't be read as JSON: {exc}.", line=line.number) from exc
     if not isinstance(value, dict):
         raise malformed(
-            f"Line {line.number} holds a JSON {_json_type(value)}; write one JSON object a line.", line=line.number
+            f"Line {line.number} holds a JSON {json_type(value)}; write one JSON object a line.", line=line.number
         )
     return value
 
 
-def _field(record: dict[str, Any], key: str, number: int) -> str:
-    if key not in record:
-        raise missing_column(key, record, f"Line {number}", line=number)
-    value = record[key]
-    if not isinstance(value, str):
-        raise malformed(
-            f"Line {number} holds a {_json_type(value)} under {key!r}; the text must be a string.", line=number
-        )
+def _field(record: dict[str, Any], key: str, number: int) -> Any:
+    if key in record:
+        return record[key]
+    value: Any = record
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise missing_column(key, record, f"Line {number}", line=number)
+        value = value[name]
     return value
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _text_bytes(text: str, column: str, number: int) -> bytes:
-    try:
-        data = text.encode()
-    except UnicodeEncodeError as exc:  # JSON can spell half of a surrogate pair
-        raise malformed(
-            f"Line {number} holds a lone surrogate in {column!r}, which is no character; repair the file.", line=number
-        ) from exc
-    if len(data) > MAX_DOCUMENT_BYTES:
-        raise too_large(f"The text in line {number}", line=number)
-    return data
 
 
 def _next_record(records: Any) -> list[str] | None:

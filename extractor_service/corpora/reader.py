@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from extractor_service.corpora.spec import Corpus
-from extractor_service.corpora.writer import CORPUS, DOCUMENTS, FORMAT, OFFSETS
+from extractor_service.corpora.spec import Corpus, DocumentKind
+from extractor_service.corpora.writer import CORPUS, DOCUMENTS, FORMAT, OFFSETS, digest_of
 from extractor_service.errors import CorpusNotFound, DigestMismatch
 from extractor_service.packing import Int32Array
 
@@ -38,6 +37,11 @@ class DocumentReader:
         return self.corpus.tokenized
 
     @property
+    def kind(self) -> DocumentKind:
+        """What its documents are."""
+        return self.corpus.kind
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the documents, hex."""
         return self.corpus.digest
@@ -52,20 +56,27 @@ class DocumentReader:
 
     def text(self, index: int) -> str:
         """Returns a document of a text corpus."""
-        if self.tokenized:
-            raise TypeError("a corpus of token ids has no text")
+        if self.kind != DocumentKind.TEXT:
+            raise TypeError(f"a corpus of {self.kind} has no text")
         return self._content(index).tobytes().decode()
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """Returns a conversation: messages with `role`, `content` and whatever else they came with."""
+        if self.kind != DocumentKind.CHAT:
+            raise TypeError(f"a corpus of {self.kind} has no conversations")
+        content = self._content(index).tobytes()
+        messages: list[dict[str, Any]] = json.loads(content) if content else []
+        return messages
 
     def token_ids(self, index: int) -> Int32Array:
         """Returns a document of a tokenized corpus, as a read-only view of the file."""
         if not self.tokenized:
-            raise TypeError("a corpus of text has no token ids")
+            raise TypeError(f"a corpus of {self.kind} has no token ids")
         return self._content(index).view("<i4")
 
     def verify(self) -> None:
         """Reads everything and raises DigestMismatch when it is not what was ingested."""
-        kind = b"tokens" if self.tokenized else b"text"
-        digest = hashlib.sha256(b"headrace corpus 1 " + kind + b"\n")
+        digest = digest_of(self.kind)
         for index in range(len(self)):
             content = self._content(index)
             digest.update(_LENGTH.pack(content.size))
@@ -77,6 +88,10 @@ class DocumentReader:
         """Lets go of the files; reading afterwards raises IndexError."""
         self._offsets = np.zeros(0, dtype=np.int64)
         self._data = np.zeros(0, dtype=np.uint8)
+
+    def content(self, index: int) -> bytes:
+        """Returns a document as it is stored."""
+        return self._content(index).tobytes()
 
     def _content(self, index: int) -> NDArray[np.uint8]:
         start, end = self._range(index)

@@ -21,6 +21,22 @@ class CorpusFormat(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
     PARQUET = "parquet"
+    TOKEN_IDS = "token_ids"  # noqa: S105
+
+
+class DocumentKind(StrEnum):
+    """What documents are."""
+
+    TEXT = "text"
+    TOKEN_IDS = "tokens"  # noqa: S105
+    CHAT = "chat"
+
+    @classmethod
+    def of(cls, *, tokenized: bool, chat: bool) -> DocumentKind:
+        """Returns the kind that two flags say."""
+        if tokenized:
+            return cls.TOKEN_IDS
+        return cls.CHAT if chat else cls.TEXT
 
 
 class TextSplit(StrEnum):
@@ -38,7 +54,10 @@ _BY_ENDING: Mapping[str, CorpusFormat] = {
     ".ndjson": CorpusFormat.JSONL,
     ".csv": CorpusFormat.CSV,
     ".parquet": CorpusFormat.PARQUET,
+    ".npy": CorpusFormat.TOKEN_IDS,
 }
+# Only these can hold lists of messages.
+_CHAT_FORMATS = (CorpusFormat.JSONL, CorpusFormat.PARQUET)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +69,7 @@ class CorpusSpec:
     text_column: str = "text"
     text_split: TextSplit = TextSplit.BLANK_LINES
     file_name: str = ""
+    chat: bool = False  # `text_column` holds lists of messages
 
     def __post_init__(self) -> None:
         check_id(self.id)
@@ -60,9 +80,21 @@ class CorpusSpec:
 
     def file_format(self, file_name: str = "") -> CorpusFormat:
         """Returns the format to read by; raises FieldInvalid when neither format nor file name tells."""
-        if self.format is not None:
-            return self.format
-        name = self.file_name or file_name
+        found = self.format or self._format_by_ending(self.file_name or file_name)
+        if self.chat and found not in _CHAT_FORMATS:
+            raise FieldInvalid(
+                f"Conversations can't be read from {found} files; write them as JSON lines or Parquet.",
+                field="spec.chat",
+            )
+        return found
+
+    def kind(self, file_name: str = "") -> DocumentKind:
+        """Returns what the documents of the file are; raises as `file_format` does."""
+        tokenized = self.file_format(file_name) == CorpusFormat.TOKEN_IDS
+        return DocumentKind.of(tokenized=tokenized, chat=self.chat)
+
+    @staticmethod
+    def _format_by_ending(name: str) -> CorpusFormat:
         for ending, known in _BY_ENDING.items():
             if name.lower().endswith(ending):
                 return known
@@ -84,10 +116,19 @@ class Corpus:
     tokenized: bool
     origin: str
     create_time: float  # seconds since 1970
+    chat: bool = False
+
+    @property
+    def kind(self) -> DocumentKind:
+        """What its documents are."""
+        return DocumentKind.of(tokenized=self.tokenized, chat=self.chat)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as a JSON object."""
-        return asdict(self)
+        """Returns it as a JSON object; versions before there were conversations read those without."""
+        value = asdict(self)
+        if not self.chat:
+            del value["chat"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Corpus:

@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from chassis.errors import ShuttingDown
-from extractor_service.corpora.parsers import MAX_DOCUMENT_BYTES, malformed, parse, too_large
+from extractor_service.corpora.contents import token_bytes
+from extractor_service.corpora.parsers import parse
 from extractor_service.corpora.quota import Quota, Share
 from extractor_service.corpora.reader import DocumentReader, check_files, read_corpus
-from extractor_service.corpora.spec import Corpus, CorpusSpec, check_id, is_id
+from extractor_service.corpora.spec import Corpus, CorpusSpec, DocumentKind, check_id, is_id
 from extractor_service.corpora.upload import CorpusUpload
 from extractor_service.corpora.writer import DocumentWriter, disk_errors, sync_folder
 from extractor_service.errors import AlreadyExists, CorpusNotFound, DigestMismatch, FieldInvalid, PathNotAllowed
@@ -34,7 +33,6 @@ from extractor_service.errors import AlreadyExists, CorpusNotFound, DigestMismat
 DEFAULT_MAX_BYTES = 1024**4
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-_TOKEN_LIMIT = 2**31
 
 
 class CorpusStore:
@@ -119,7 +117,7 @@ class CorpusStore:
 
         Raises CorpusMalformed, CorpusEmpty, AlreadyExists (the id holds other documents), DiskFull.
         """
-        return self._ingest(spec.id, parse(file, spec, origin), origin=origin, tokenized=False)
+        return self.ingest_documents(spec.id, parse(file, spec, origin), origin=origin, kind=spec.kind(origin))
 
     def ingest_path(self, spec: CorpusSpec, path: str) -> Corpus:
         """Ingests a file of this machine; raises PathNotAllowed unless it lies under an allowed root."""
@@ -130,14 +128,21 @@ class CorpusStore:
     def ingest_tokens(self, corpus_id: str, documents: Iterable[Sequence[int]], *, origin: str = "token ids") -> Corpus:
         """Ingests documents as token ids, which must be non-negative int32."""
         check_id(corpus_id)
-        contents = (_token_bytes(index, tokens) for index, tokens in enumerate(documents))
-        return self._ingest(corpus_id, contents, origin=origin, tokenized=True)
+        contents = (token_bytes(tokens, f"Document {i}", document=i) for i, tokens in enumerate(documents))
+        return self.ingest_documents(corpus_id, contents, origin=origin, kind=DocumentKind.TOKEN_IDS)
 
-    def _ingest(self, corpus_id: str, documents: Iterable[bytes], *, origin: str, tokenized: bool) -> Corpus:
+    def ingest_documents(
+        self, corpus_id: str, documents: Iterable[bytes], *, origin: str, kind: DocumentKind
+    ) -> Corpus:
+        """Ingests documents that are as `DocumentWriter` wants them; raises as `ingest` does, and what they raise."""
         folder = self._temporary("ingest")
         share = self._share()
+        tokenized, chat = kind == DocumentKind.TOKEN_IDS, kind == DocumentKind.CHAT
         try:
-            with disk_errors(self._root), DocumentWriter(folder, tokenized=tokenized, take=share.take) as writer:
+            with (
+                disk_errors(self._root),
+                DocumentWriter(folder, tokenized=tokenized, chat=chat, take=share.take) as writer,
+            ):
                 for document in documents:
                     writer.add(document)
                 corpus = writer.finish(corpus_id=corpus_id, origin=origin, create_time=self._now())
@@ -214,14 +219,6 @@ def _open_regular(path: Path) -> Iterator[BinaryIO]:
         raise FieldInvalid(f"{path} is no regular file; name a single file.", field="path.path")
     with os.fdopen(descriptor, "rb") as file:
         yield file
-
-
-def _token_bytes(index: int, tokens: Sequence[int]) -> bytes:
-    if len(tokens) * 4 > MAX_DOCUMENT_BYTES:
-        raise too_large(f"Document {index}", document=index)
-    if any(not 0 <= token < _TOKEN_LIMIT for token in tokens):
-        raise malformed(f"Document {index} holds a token id that is negative or beyond int32.", document=index)
-    return np.array(tokens, dtype="<i4").tobytes()
 
 
 def _disk_bytes(corpus: Corpus) -> int:

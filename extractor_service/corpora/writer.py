@@ -1,11 +1,12 @@
 """Writes a corpus folder, a document at a time, in bounded memory.
 
-    documents.bin   the documents one after another: UTF-8 text, or token ids as little-endian int32
+    documents.bin   the documents one after another: UTF-8 text, token ids as little-endian int32, or conversations as
+                    JSON lists of messages
     offsets.npy     int64, one more than documents: where each begins, and the end
     corpus.json     `Corpus` and the version of this format
 
-The digest is SHA-256 over a line that says text or token ids, then per document its bytes as a little-endian uint64 and
-its content. `corpus.json` is written last, and the whole folder is under a temporary name until then.
+The digest is SHA-256 over a line that says the `DocumentKind`, then per document its bytes as a little-endian uint64
+and its content. `corpus.json` is written last, and the whole folder is under a temporary name until then.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from extractor_service.corpora.spec import Corpus
+from extractor_service.corpora.spec import Corpus, DocumentKind
 from extractor_service.errors import CorpusEmpty, DiskFull
 
 FORMAT = 1
@@ -41,12 +42,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class DocumentWriter:
     """Fills `folder`, which it makes. `take` is called with every number of bytes before they are written."""
 
-    def __init__(self, folder: Path, *, tokenized: bool, take: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, *, tokenized: bool, chat: bool = False, take: Callable[[int], None]) -> None:
         folder.mkdir()
         self._folder = folder
-        self._tokenized = tokenized
+        self._kind = DocumentKind.of(tokenized=tokenized, chat=chat)
         self._take = take
-        self._hash = hashlib.sha256(b"headrace corpus 1 tokens\n" if tokenized else b"headrace corpus 1 text\n")
+        self._hash = digest_of(self._kind)
         self._size = 0
         self._n_documents = 0
         self._buffer = bytearray()
@@ -56,7 +57,7 @@ class DocumentWriter:
         self._offsets_file.write(bytes(_NPY_HEADER_BYTES))
 
     def add(self, document: bytes) -> None:
-        """Appends a document: UTF-8 text or little-endian int32 token ids."""
+        """Appends a document, as the kind of the corpus wants it."""
         self._hash.update(_LENGTH.pack(len(document)))
         self._hash.update(document)
         self._buffer += document
@@ -84,9 +85,10 @@ class DocumentWriter:
             digest=self._hash.hexdigest(),
             n_documents=self._n_documents,
             size_bytes=self._size,
-            tokenized=self._tokenized,
+            tokenized=self._kind == DocumentKind.TOKEN_IDS,
             origin=origin,
             create_time=create_time,
+            chat=self._kind == DocumentKind.CHAT,
         )
         self._write_json(corpus)
         sync_folder(self._folder)
@@ -122,6 +124,11 @@ class DocumentWriter:
             except OSError:
                 if kind is None:
                     raise
+
+
+def digest_of(kind: DocumentKind) -> hashlib._Hash:
+    """Starts the digest of a corpus."""
+    return hashlib.sha256(f"headrace corpus 1 {kind}\n".encode())
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from extractor_service.corpora.spec import Corpus, CorpusFormat, CorpusSpec, Tex
 from extractor_service.errors import FieldInvalid
 from extractor_service.recipe import ONE_DOCUMENT, PACKED, Recipe
 from extractor_service.rpc.convert_recipe import (
-    chat_template_from_pb,
     long_documents_from_pb,
     long_documents_to_pb,
     window_from_pb,
@@ -56,6 +55,7 @@ _FORMATS = {
     corpus_service_pb2.CORPUS_FORMAT_JSONL: CorpusFormat.JSONL,
     corpus_service_pb2.CORPUS_FORMAT_CSV: CorpusFormat.CSV,
     corpus_service_pb2.CORPUS_FORMAT_PARQUET: CorpusFormat.PARQUET,
+    corpus_service_pb2.CORPUS_FORMAT_TOKEN_IDS: CorpusFormat.TOKEN_IDS,
 }
 _SPLITS = {
     corpus_service_pb2.TEXT_SPLIT_UNSPECIFIED: TextSplit.BLANK_LINES,
@@ -103,7 +103,7 @@ def recipe_from_pb(message: extraction_pb2.Recipe) -> Recipe:
         storage_dtype=str(_DTYPES_BACK[message.storage_dtype]),
         long_documents=long_documents_from_pb(message.long_documents),
         window=window_from_pb(message),
-        chat_template=chat_template_from_pb(message),
+        chat_template=message.chat_template,
     )
 
 
@@ -236,6 +236,7 @@ def corpus_spec_from_pb(message: corpus_service_pb2.CorpusSpec) -> CorpusSpec:
         text_column=message.text_column or "text",
         text_split=_SPLITS[message.text_split],
         file_name=message.file_name,
+        chat=message.chat,
     )
 
 
@@ -249,6 +250,7 @@ def corpus_to_pb(corpus: Corpus) -> corpus_service_pb2.Corpus:
         tokenized=corpus.tokenized,
         origin=corpus.origin,
         create_time=timestamp(corpus.create_time),
+        chat=corpus.chat,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace.extractor.v1 import extraction_pb2
 
-from extractor_service.errors import FieldInvalid, NotImplementedYet
+from extractor_service.errors import FieldInvalid
 from extractor_service.recipe import SPLIT, TRUNCATE, TokenWindow
 
 _LONG_DOCUMENTS = {
@@ -38,10 +38,3 @@ def window_from_pb(message: extraction_pb2.Recipe) -> TokenWindow | None:
 def window_to_pb(window: TokenWindow | None) -> extraction_pb2.TokenWindow | None:
     """Inverse of `window_from_pb`."""
     return None if window is None else extraction_pb2.TokenWindow(start=window.start, end=window.end)
-
-
-def chat_template_from_pb(message: extraction_pb2.Recipe) -> bool:
-    """Refuses what is not there yet."""
-    if message.chat_template:
-        raise NotImplementedYet("Chat templates are not there yet; leave spec.recipe.chat_template out.")
-    return False

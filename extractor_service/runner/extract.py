@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from activation_log.layout import ColumnSpec
 from activation_log.manifest import Manifest
 from activation_log.writer import SetWriter
-from extractor_service.corpora.documents import TokenizedDocuments
+from extractor_service.corpora.documents import open_documents
 from extractor_service.corpora.reader import DocumentReader
-from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.errors import CorpusEmpty, FieldInvalid
 from extractor_service.packing import Cursor, Packer, TokenBatch
 from extractor_service.recipe import Recipe
@@ -47,8 +46,8 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     sites = resolve(loaded.model, [column.name for column in columns])
     _check_context(recipe, loaded.model)
     with DocumentReader(Path(command.corpus_path)) as reader:
-        tokenizer = Tokenizer.load(loaded.files_path, ids_only=reader.tokenized)
-        packer = Packer(TokenizedDocuments(reader, tokenizer), recipe, tokenizer.special)
+        documents, special = open_documents(reader, loaded.files_path, recipe)
+        packer = Packer(documents, recipe, special)
         with SetWriter.open(Path(command.set_path), written, summarize) as writer:
             job = _Job(
                 command=command,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extractor_service.corpora import contents, parsers
 from extractor_service.corpora import parquet as room
-from extractor_service.corpora import parsers
 from extractor_service.corpora.parsers import parse
 from extractor_service.corpora.spec import CorpusFormat, CorpusSpec, TextSplit
 from extractor_service.errors import CorpusMalformed, FieldInvalid
@@ -82,7 +82,7 @@ def test_broken_utf8_is_named_by_line_and_byte(format_, head):
 
 
 def test_a_document_beyond_the_limit_is_refused(monkeypatch):
-    monkeypatch.setattr(parsers, "MAX_DOCUMENT_BYTES", 8)
+    monkeypatch.setattr(contents, "MAX_DOCUMENT_BYTES", 8)
     monkeypatch.setattr(parsers, "MAX_LINE_BYTES", 32)
 
     assert documents(b"12345678\n", text_split=TextSplit.LINES, format_="txt") != []
