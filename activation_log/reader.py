@@ -36,8 +36,9 @@ class RowRun:
 
 
 class _MappedColumn:
-    def __init__(self, folder: Path, column: ColumnSpec, segment: int, n_rows: int) -> None:
+    def __init__(self, folder: Path, column: ColumnSpec, segment: int, n_rows: int, *, release_passed: bool) -> None:
         self._map = map_segment(folder, column, segment)
+        self._release_passed = release_passed
         self._row_bytes = column.row_bytes
         self._released = 0
         if len(self._map) < DATA_OFFSET + n_rows * column.row_bytes:
@@ -47,7 +48,8 @@ class _MappedColumn:
     def view(self, at: int, n_rows: int) -> memoryview:
         """Rows from `at` on, counted from the segment's first."""
         start = at * self._row_bytes
-        self._release_before(DATA_OFFSET + start)
+        if self._release_passed:
+            self._release_before(DATA_OFFSET + start)
         return self._data[start : start + n_rows * self._row_bytes]
 
     def _release_before(self, offset: int) -> None:
@@ -67,10 +69,14 @@ class _MappedColumn:
 
 
 class SetReader:
-    """Reads some columns of a set, sealed segments and the open one."""
+    """Reads some columns of a set, sealed segments and the open one.
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+    Unless `release_passed` is false, pages before the last run are given back: who still uses them reads them anew.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str], *, release_passed: bool = True) -> None:
         manifest = Manifest.load(folder)
+        self._release_passed = release_passed
         self._folder = folder
         self.columns = tuple(manifest.column(name) for name in columns)
         self._names = tuple(columns)
@@ -161,7 +167,10 @@ class SetReader:
         if segment == self._mapped_segment:
             return
         self._unmap()
-        self._mapped = tuple(_MappedColumn(self._folder, column, segment, n_rows) for column in self.columns)
+        self._mapped = tuple(
+            _MappedColumn(self._folder, column, segment, n_rows, release_passed=self._release_passed)
+            for column in self.columns
+        )
         self._mapped_segment = segment
 
     def _unmap(self) -> None:

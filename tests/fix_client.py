@@ -29,6 +29,7 @@ from headrace.registry.v1 import residency_service_pb2_grpc as residencies_grpc
 from headrace_client import HeadraceClient
 
 from activation_log import frames
+from activation_log.order import Sequential, Shard, Shuffled
 
 HOOKPOINT = "blocks.1.hook_resid_post"
 SECOND = "blocks.0.hook_resid_pre"
@@ -110,6 +111,10 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         self.progress_first = 0
         self.window_rows = 0  # For WINDOW sets: rows that may be sent beyond those released.
         self.released = 0
+        self.named = ""  # What it calls its readers; by default, what they ask for.
+        self.folder = None  # A set of the same rows, for clients that map it.
+        self.nonce = "n0nce"
+        self.statistics = []
         self.corpora = {}
         self.uploads = []
         self.end_state = ex_pb.EXTRACTION_STATE_DONE
@@ -152,39 +157,60 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         if unknown := [name for name in names if name not in (*PROVENANCE, HOOKPOINT, SECOND)]:
             reason, nearest = "HOOKPOINT_NOT_FOUND", {"nearest": HOOKPOINT}
             abort(context, grpc.StatusCode.NOT_FOUND, reason, f"no hookpoint {unknown[0]}", metadata=nearest)
-        end_row = request.end_row or self.n_rows
-        yield self._header(names, request.start_row, end_row, fault)
+        order = self._order(request)
+        end_row = request.end_row or (order.n_places if isinstance(order, Shuffled) else order.n_places(self.n_rows))
+        yield self._header(names, request, end_row, fault)
         for _ in range(self.progress_first):
             state = ex_pb.EXTRACTION_STATE_RUNNING
             yield service_pb.StreamActivationsResponse(progress=service_pb.StreamProgress(n_rows=0, state=state))
-        yield from self._rows(names, request, end_row, fault, context)
+        yield from self._rows(names, request, order, end_row, fault, context)
         if fault.kind != "no_end":
             end = service_pb.StreamEnd(next_row=end_row, n_rows=self.n_rows)
             yield service_pb.StreamActivationsResponse(end=end)
 
-    def _header(self, names, first_row, end_row, fault):
+    def _order(self, request):
+        shard = Shard(request.shard_index, request.shard_count or 1)
+        block_rows = request.block_rows or 1024
+        if request.order == service_pb.READ_ORDER_SHUFFLED:
+            numbers = {"n_rows": self.n_rows, "seed": request.seed, "epoch": request.epoch}
+            return Shuffled(block_rows=block_rows, shard=shard, **numbers)
+        return Sequential(block_rows=block_rows if shard.count > 1 else 1 << 40, shard=shard)
+
+    def _header(self, names, request, end_row, fault):
+        mapped = request.transport == service_pb.TRANSPORT_MAPPED and self.folder is not None
+        plain = request.order != service_pb.READ_ORDER_SHUFFLED and request.shard_count <= 1
         header = service_pb.StreamHeader(
             set_id="set-2" if fault.kind == "other_set" else "set-1",
             columns=[self._pb_column(name) for name in names],
-            first_row=first_row,
+            first_row=request.start_row,
             end_row=end_row,
-            reader="r",
+            reader=self.named or request.reader,
+            statistics=self.statistics,
+            path=str(self.folder or "/sets/set-1"),
+            transport=service_pb.TRANSPORT_MAPPED if mapped else service_pb.TRANSPORT_INLINE,
+            nonce=self.nonce if mapped else "",
+            block_rows=0 if plain else request.block_rows or 1024,
         )
         return service_pb.StreamActivationsResponse(header=header)
 
-    def _rows(self, names, request, end_row, fault, context):
+    def _rows(self, names, request, order, end_row, fault, context):
+        mapped = request.transport == service_pb.TRANSPORT_MAPPED and self.folder is not None
         columns = [self.column(name) for name in names]
         row, sent = request.start_row, 0
         while row < end_row:
             if fault.kind in ("cut", "hang", "no_end") and sent == fault.after:
                 self._break(fault, context)
                 return
-            stop = min(row + self.rows_per_chunk, end_row)
+            first, together = order.stretch(row)
+            stop = min(row + min(self.rows_per_chunk, together), end_row)
+            last = first + stop - row
             while self.window_rows and stop > self.released + self.window_rows and context.is_active():
                 time.sleep(0.005)
             if not (fault.kind == "gap" and sent == fault.after):
-                buffers = [memoryview(np.ascontiguousarray(column[row:stop])).cast("B") for column in columns]
-                yield service_pb.StreamActivationsResponse.FromString(frames.encode_chunk(row, stop - row, buffers))
+                buffers = [memoryview(np.ascontiguousarray(column[first:last])).cast("B") for column in columns]
+                place = 0 if request.order != service_pb.READ_ORDER_SHUFFLED and request.shard_count <= 1 else row
+                message = frames.encode_chunk(first, stop - row, () if mapped else buffers, place)
+                yield service_pb.StreamActivationsResponse.FromString(message)
             sent += 1
             row = row if fault.kind == "overlap" and sent == fault.after else stop
 
@@ -299,6 +325,7 @@ class ScriptedRegistry(
         self.nodes = []
         self.residencies = []
         self.residency_events = []
+        self.set_pins = []
         self.pins = []
         self.page = 2
         self.advice = models_pb.EstimateMemoryResponse(recommended=-1)
@@ -434,8 +461,25 @@ class ScriptedRegistry(
             abort(context, grpc.StatusCode.NOT_FOUND, "SET_NOT_FOUND", f"no set {request.set_id}")
         return sets_pb.GetActivationSetResponse(sets=[self._set()])
 
+    def PinActivationSet(self, request, context):
+        self.note("PinActivationSet", request, context)
+        self.set_pins = [pin for pin in self.set_pins if pin.owner != request.owner]
+        if not request.HasField("expire_time") or request.expire_time.seconds > time.time():
+            end = request.expire_time if request.HasField("expire_time") else None
+            pin = sets_pb.SetPin(owner=request.owner, reason=request.reason, expire_time=end)
+            self.set_pins.append(pin)
+        return sets_pb.PinActivationSetResponse()
+
+    def DeleteActivationSet(self, request, context):
+        self.note("DeleteActivationSet", request, context)
+        if self.set_pins:
+            abort(context, grpc.StatusCode.FAILED_PRECONDITION, "STATE_CONFLICT", "pinned by ann; unpin it first")
+        return sets_pb.DeleteActivationSetResponse()
+
     def _set(self):
         return sets_pb.ActivationSet(
+            pins=self.set_pins,
+            holders=["x1"],
             id="set-1",
             node_id="n1",
             model_id="tiny",

@@ -524,6 +524,9 @@ def header_from_pb(pb: extractions_pb.StreamHeader) -> v.StreamHeader:
         reader=pb.reader,
         statistics=tuple(_statistics_from_pb(one) for one in pb.statistics),
         path=pb.path,
+        mapped=pb.transport == extractions_pb.TRANSPORT_MAPPED,
+        nonce=pb.nonce,
+        block_rows=pb.block_rows,
     )
 
 

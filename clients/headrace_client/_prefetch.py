@@ -12,6 +12,7 @@ from typing import Protocol
 
 from activation_log import frames
 from headrace_client import _convert as convert
+from headrace_client._mapped import MappedRows, Unmappable
 from headrace_client._queue import ChunkQueue
 from headrace_client._watch import Backoff
 from headrace_client.chunk import ActivationChunk
@@ -23,7 +24,9 @@ from headrace_client.errors import (
     StreamLost,
     TooManyStreams,
     Unavailable,
+    Unimplemented,
 )
+from headrace_client.order import PLAIN, Reading
 from headrace_client.values import Column, ExtractionState, StreamHeader, StreamState
 
 JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
@@ -51,16 +54,23 @@ class Source(Protocol):
     def open(self, start_row: int, *, again: bool) -> AbstractContextManager[Messages]:
         """Connects; `again` after a failure, when the server may have moved."""
 
+    def greeted(self, header: StreamHeader) -> None:
+        """Takes the header of each connection. Raises Unmappable where rows are wanted from files only."""
+
+    def stop_mapping(self, why: Unmappable) -> None:
+        """Asks for rows in messages from now on. Raises where the caller wants them from files only."""
+
     def release(self, row: int) -> None:
         """Tells that rows before `row` may go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOptions:
-    """How to stream; `start_row` inclusive, `end_row` exclusive with 0 for all."""
+    """How to stream; `start_row` inclusive, `end_row` exclusive with 0 for all: places in the order of `reading`."""
 
     start_row: int = 0
     end_row: int = 0
+    reading: Reading = PLAIN
     queue_bytes: int = 64 * 1024 * 1024
     explicit_release: bool = False
     reconnect_deadline_s: float = 120.0
@@ -129,11 +139,14 @@ class Prefetcher:
         self.extraction_state: ExtractionState | None = None
         self.n_rows_committed = 0
         self.n_reconnects = 0
+        self.extractor_wait_s = 0.0
+        self.network_wait_s = 0.0
         self.header: StreamHeader | None = None
         self.header_ready = threading.Event()
         self._source = source
         self._options = options
         self._next_row = options.start_row
+        self._mapping: MappedRows | None = None
         self._stopping = threading.Event()
         self._messages: Messages | None = None
         self._lock = threading.Lock()
@@ -143,6 +156,11 @@ class Prefetcher:
         """Starts the thread."""
         _keep_freed_memory()
         self._thread.start()
+
+    @property
+    def mapped(self) -> bool:
+        """True while rows come from the set's files."""
+        return self._mapping is not None
 
     def stop(self) -> None:
         """Cancels the connection and waits for the thread, up to a deadline."""
@@ -170,6 +188,10 @@ class Prefetcher:
         while not self._stopping.is_set():
             try:
                 ended = self._connection(outage, again=again)
+            except Unmappable as exc:
+                self._source.stop_mapping(exc)
+                _LOG.info("stream at row %d: %s; rows come in messages instead", self._next_row, exc)
+                continue
             except HeadraceError as exc:
                 if self._stopping.is_set():
                     return
@@ -179,6 +201,8 @@ class Prefetcher:
                 if ended:
                     self.queue.finish()
                 return
+            finally:
+                self._unmap()
             self.state = StreamState.RECONNECTING
             self.n_reconnects += 1
             again = True
@@ -207,18 +231,35 @@ class Prefetcher:
     def _rows(self, chunk: frames.Chunk, messages: Messages, outage: Outage) -> bool:
         """Checks and queues a chunk; False when stopped."""
         assert self.header is not None
-        if chunk.first_row != self._next_row or chunk.n_rows < 1:
+        place = chunk.position if self.header.block_rows else chunk.first_row
+        if place != self._next_row or chunk.n_rows < 1:
             raise RowsNotContiguous(
-                f"rows {chunk.first_row} to {chunk.first_row + chunk.n_rows} came where row {self._next_row} was due",
-                metadata={"next_row": str(self._next_row), "first_row": str(chunk.first_row)},
+                f"rows {place} to {place + chunk.n_rows} came where row {self._next_row} was due",
+                metadata={"next_row": str(self._next_row), "first_row": str(place)},
             )
+        waited_since = outage.alive_at
         outage.row()
+        if self.state is StreamState.WAITING:
+            self.extractor_wait_s += outage.alive_at - waited_since
+        else:
+            self.network_wait_s += outage.alive_at - waited_since
         self.state = StreamState.STREAMING
-        going_on = self.queue.put(_cut(chunk, self.header.columns), while_full=messages.tend)
-        self._next_row = chunk.first_row + chunk.n_rows
-        self.n_rows_committed = max(self.n_rows_committed, self._next_row)
+        if self._mapping is None or chunk.column_offsets:
+            going_on = self.queue.put(_cut(chunk, place, self.header.columns), while_full=messages.tend)
+            self._next_row = place + chunk.n_rows
+        else:
+            going_on = self._mapped_rows(self._mapping, chunk, messages)
+        self.n_rows_committed = max(self.n_rows_committed, chunk.end_row)
         outage.alive()  # The wait for room in the queue was no silence.
         return going_on
+
+    def _mapped_rows(self, mapping: MappedRows, announced: frames.Chunk, messages: Messages) -> bool:
+        """Queues a range of rows from the set's files; False when stopped."""
+        for chunk in mapping.chunks(announced, self._next_row):
+            if not self.queue.put(chunk, while_full=messages.tend):
+                return False
+            self._next_row = chunk.end_place
+        return True
 
     def _event(self, message: memoryview, outage: Outage) -> bool:
         """Takes a header, a progress or an end; True for the end."""
@@ -227,7 +268,9 @@ class Prefetcher:
             case "header":
                 self._greet(convert.header_from_pb(event.header))
             case "progress":
+                waited_since = outage.alive_at
                 outage.alive()
+                self.extractor_wait_s += outage.alive_at - waited_since
                 self.state = StreamState.WAITING
                 self.n_rows_committed = event.progress.n_rows
                 self.extraction_state = convert.extraction_state_from_pb(event.progress.state)
@@ -248,8 +291,17 @@ class Prefetcher:
                 f"the stream went on with other data: set {header.set_id}, before {first.set_id}",
                 metadata={"next_row": str(self._next_row)},
             )
+        if bool(header.block_rows) == self._options.reading.plain:
+            raise Unimplemented("this server does not know reading orders and shards: update it")
+        self._source.greeted(header)
+        self._mapping = MappedRows(header) if header.mapped else None
         self.header = header
         self.header_ready.set()
+
+    def _unmap(self) -> None:
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
 
     def _check_end(self, next_row: int) -> None:
         if next_row != self._next_row:
@@ -276,10 +328,10 @@ def _decode(message: memoryview) -> frames.Chunk | None:
     if event.WhichOneof("event") != "chunk":
         return None
     pb = event.chunk  # Framed by somebody else, with its fields in another order.
-    return frames.Chunk(pb.first_row, pb.n_rows, tuple(pb.column_offsets), memoryview(pb.payload))
+    return frames.Chunk(pb.first_row, pb.n_rows, tuple(pb.column_offsets), memoryview(pb.payload), pb.position)
 
 
-def _cut(chunk: frames.Chunk, columns: tuple[Column, ...]) -> ActivationChunk:
+def _cut(chunk: frames.Chunk, place: int, columns: tuple[Column, ...]) -> ActivationChunk:
     if len(chunk.column_offsets) != len(columns):
         raise DataLoss(f"a chunk has {len(chunk.column_offsets)} columns, the stream's header {len(columns)}")
     try:
@@ -289,6 +341,7 @@ def _cut(chunk: frames.Chunk, columns: tuple[Column, ...]) -> ActivationChunk:
     return ActivationChunk(
         first_row=chunk.first_row,
         n_rows=chunk.n_rows,
+        place=place,
         columns=columns,
         buffers=buffers,
         size_bytes=len(chunk.payload),

@@ -24,10 +24,14 @@ _NUMPY_DTYPES: Mapping[Dtype, npt.DTypeLike] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationChunk:
-    """Rows `first_row` to `end_row` of some columns; `buffers` are read-only and go with the chunk."""
+    """Rows `first_row` to `end_row` of some columns; `buffers` are read-only and go with the chunk.
+
+    `place` is where the first row stands in the reading order: its number, unless rows are shuffled or sharded.
+    """
 
     first_row: int
     n_rows: int
+    place: int
     columns: tuple[Column, ...]
     buffers: tuple[memoryview, ...]
     size_bytes: int
@@ -36,6 +40,11 @@ class ActivationChunk:
     def end_row(self) -> int:
         """One past the last row."""
         return self.first_row + self.n_rows
+
+    @property
+    def end_place(self) -> int:
+        """One past the last place."""
+        return self.place + self.n_rows
 
     @property
     def dtypes(self) -> dict[str, str]:

@@ -15,13 +15,15 @@ from headrace_client._transport import DEADLINE_S, SILENCE_S, Endpoint, Security
 from headrace_client._watch import Backoff
 from headrace_client.corpora import Corpora
 from headrace_client.errors import InvalidArgument
-from headrace_client.extractions import Extractions, StreamRequest, default_columns, reader_name
+from headrace_client.extractions import Extractions, StreamRequest, default_columns, reader_name, with_scales
 from headrace_client.models import Models
+from headrace_client.order import Reading, ReadOrder, Transport
+from headrace_client.outliers import NormLimit
 from headrace_client.pins import Pins
 from headrace_client.residencies import Residencies
 from headrace_client.sets import Sets
 from headrace_client.stream import ChunkStream
-from headrace_client.values import Extraction, Hookpoint, Node, Progress, Window
+from headrace_client.values import Extraction, Hookpoint, Node, Progress, Window, choice
 
 if TYPE_CHECKING:
     import torch
@@ -120,12 +122,26 @@ class HeadraceClient:
         reconnect_deadline_s: float = 120.0,
         backoff: Backoff | None = None,
         reader: str = "",
+        order: ReadOrder | str = ReadOrder.SEQUENTIAL,
+        seed: int = 0,
+        epoch: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        block_rows: int = 0,
+        transport: Transport | str = Transport.AUTO,
     ) -> ChunkStream:
         """Streams rows as numpy views, chunk by chunk; see ChunkStream.
 
         `columns` None: the extraction's hookpoints. `end_row` 0: all the extraction will have. `queue_bytes` bounds
-        what is read ahead. A server that says nothing for `silence_s` is given up and connected again.
+        what is read ahead. A server that says nothing for `silence_s` is given up and connected again. For `order`,
+        `seed`, `epoch`, `shard` and `block_rows` see Reading: with them, rows are counted in places of that order.
         """
+        reading = Reading(
+            order=choice(ReadOrder, str(order), "order"),
+            seed=seed,
+            epoch=epoch,
+            shard=shard,
+            block_rows=block_rows,
+        )
         known = self.extractions.get(extraction) if isinstance(extraction, str) else extraction
         _check_rows(start_row, end_row)
         window = isinstance(known.retention, Window)
@@ -136,10 +152,14 @@ class HeadraceClient:
             reader=reader or reader_name(),
             explicit_release=window,
             silence_s=silence_s,
+            reading=reading,
+            transport=choice(Transport, str(transport), "transport"),
+            path=known.path,
         )
         options = StreamOptions(
             start_row=start_row,
             end_row=end_row,
+            reading=reading,
             queue_bytes=queue_bytes,
             explicit_release=window,
             reconnect_deadline_s=reconnect_deadline_s,
@@ -165,36 +185,58 @@ class HeadraceClient:
         queue_bytes: int = _QUEUE_BYTES,
         silence_s: float = SILENCE_S,
         reconnect_deadline_s: float = 120.0,
+        order: ReadOrder | str = ReadOrder.SEQUENTIAL,
+        seed: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        block_rows: int = 0,
+        mix_blocks: int = 0,
+        norm_limit: NormLimit | None = None,
+        transport: Transport | str = Transport.AUTO,
     ) -> ActivationStream:
-        """Streams rows as batches of torch tensors; see ActivationStream. `epochs` None: for ever."""
-        from headrace_client.tensors import ActivationStream  # noqa: PLC0415 - torch, for those who ask for tensors.
+        """Streams rows as batches of torch tensors; see ActivationStream. `epochs` None: for ever.
+
+        Shuffled rows (`order`) come in another order in each epoch. For data-parallel ranks, `shard` is (rank, world).
+        """
+        from headrace_client.tensors import (  # noqa: PLC0415 - torch, for those who ask for tensors.
+            ActivationStream,
+            BatchOptions,
+        )
 
         known = self.extractions.get(extraction) if isinstance(extraction, str) else extraction
-        wanted = default_columns(known, columns)
+        _check_rows(start_row, end_row)
+        options = BatchOptions(
+            columns=default_columns(known, columns),
+            batch_size=batch_size,
+            dtype=dtype,
+            start_row=start_row,
+            epochs=epochs,
+            drop_last=drop_last,
+            reading=Reading(
+                order=choice(ReadOrder, str(order), "order"), seed=seed, shard=shard, block_rows=block_rows
+            ),
+            mix_blocks=mix_blocks,
+            norm_limit=norm_limit,
+        )
 
-        def open_at(row: int) -> ChunkStream:
+        def open_at(row: int, reading: Reading) -> ChunkStream:
             return self.chunks(
                 known,
-                wanted,
+                with_scales(known, options.columns),
                 start_row=row,
                 end_row=end_row,
                 chunk_bytes=chunk_bytes,
                 queue_bytes=queue_bytes,
                 silence_s=silence_s,
                 reconnect_deadline_s=reconnect_deadline_s,
+                order=reading.order,
+                seed=reading.seed,
+                epoch=reading.epoch,
+                shard=reading.shard,
+                block_rows=reading.block_rows,
+                transport=transport,
             )
 
-        return ActivationStream(
-            open_at,
-            extraction=known,
-            columns=wanted,
-            batch_size=batch_size,
-            dtype=dtype,
-            start_row=start_row,
-            epochs=epochs,
-            drop_last=drop_last,
-            on_progress=on_progress,
-        )
+        return ActivationStream(open_at, known, options, on_progress)
 
     def close(self) -> None:
         """Closes all connections. Streams end; who reads on gets Cancelled."""

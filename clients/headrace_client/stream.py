@@ -12,13 +12,14 @@ from headrace_client._prefetch import Prefetcher, Releaser, Source, StreamOption
 from headrace_client.chunk import ActivationChunk
 from headrace_client.errors import Cancelled
 from headrace_client.values import Progress, StreamHeader, StreamState
+from headrace_client.waits import shared_out
 
 _RATE_WINDOW_S = 5.0
 _TAKE_S = 0.5
 
 
 class ChunkStream:
-    """An iterator of chunks, in row order, without gap or duplicate.
+    """An iterator of chunks, in reading order, without gap or duplicate.
 
     A thread reads ahead into a queue bounded in bytes. Lost connections and silent servers are replaced, going on at
     the next row, until no row came for `reconnect_deadline_s`: then StreamLost. Errors arrive in the consumer.
@@ -50,7 +51,7 @@ class ChunkStream:
 
     @property
     def next_row(self) -> int:
-        """One past the last row handed out: where to resume."""
+        """One past the last row handed out: where to resume. A place in the reading order if there is one."""
         return self._next_row
 
     @property
@@ -68,7 +69,7 @@ class ChunkStream:
         chunk = self._prefetcher.queue.take(wait_s)
         self._check_open()
         if chunk is not None:
-            self._next_row = chunk.end_row
+            self._next_row = chunk.end_place
             self._size_bytes += chunk.size_bytes
             self._unreleased_bytes += chunk.size_bytes
         return chunk
@@ -77,7 +78,9 @@ class ChunkStream:
         """How the stream goes, over the last seconds."""
         queue, behind = self._prefetcher.queue, self._prefetcher
         rows = self._next_row - self.options.start_row
-        rates = self._meter.rates(time.monotonic(), rows, queue.take_wait_s, queue.put_wait_s)
+        waits_s = queue.take_wait_s, queue.put_wait_s, behind.extractor_wait_s, behind.network_wait_s
+        rates = self._meter.rates(time.monotonic(), rows, *waits_s)
+        extractor_wait, network_wait = shared_out(min(1.0, rates[1]), rates[3], rates[4])
         end_row = self.options.end_row or (behind.header.end_row if behind.header else 0)
         return Progress(
             state=StreamState.ENDED if self.ended else behind.state,
@@ -92,6 +95,10 @@ class ChunkStream:
             stream_wait=min(1.0, rates[1]),
             consumer_wait=min(1.0, rates[2]),
             n_reconnects=behind.n_reconnects,
+            extractor_wait=extractor_wait,
+            network_wait=network_wait,
+            wait_s=queue.take_wait_s,
+            mapped=behind.mapped,
         )
 
     def close(self) -> None:
@@ -128,7 +135,7 @@ class ChunkStream:
             return
         quarter = self.options.queue_bytes // 4
         if self._unreleased_bytes >= quarter or self._prefetcher.queue.queued_bytes < quarter:
-            self._releaser.offer(self._next_row)
+            self._releaser.offer(self.options.reading.first_row_needed(self._next_row))
             self._unreleased_bytes = 0
 
 

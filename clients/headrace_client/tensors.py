@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 
+from headrace_client._mixing import Mixer
+from headrace_client._tables import Table, silence_read_only_warning
 from headrace_client.chunk import ActivationChunk
-from headrace_client.errors import DataLoss, InvalidArgument, RowsNotContiguous
+from headrace_client.errors import InvalidArgument, RowsNotContiguous
+from headrace_client.order import PLAIN, Reading
+from headrace_client.outliers import NormLimit
 from headrace_client.stream import ChunkStream
-from headrace_client.values import PROVENANCE_COLUMNS, Column, Dtype, Extraction, Progress, StreamHeader, Window
+from headrace_client.values import Extraction, Progress, StreamHeader, Window
 
 _TAKE_S = 0.2
 _PROGRESS_EVERY_S = 0.2
-_TORCH_SERIAL_ELEMENTS = 32_768  # torch shares out operations on more (at::internal::GRAIN_SIZE).
-_TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
-    Dtype.FLOAT32: torch.float32,
-    Dtype.FLOAT16: torch.float16,
-    Dtype.BFLOAT16: torch.bfloat16,
-    Dtype.INT32: torch.int32,
-    Dtype.FLOAT8_E4M3: torch.float8_e4m3fn,
-    Dtype.INT8: torch.int8,
-}
+_ALL = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """How rows become batches: see ActivationStream."""
+
+    columns: tuple[str, ...]
+    batch_size: int = 4096
+    dtype: torch.dtype | None = None
+    start_row: int = 0
+    epochs: int | None = 1
+    drop_last: bool = False
+    reading: Reading = PLAIN
+    mix_blocks: int = 0
+    norm_limit: NormLimit | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise _invalid("batch_size", self.batch_size, "is at least 1")
+        if not self.columns or len(set(self.columns)) != len(self.columns):
+            raise _invalid("columns", ", ".join(self.columns), "names at least one column, each once")
+        if self.epochs is not None and self.epochs < 1:
+            raise _invalid("epochs", self.epochs, "is at least 1, or None for ever")
+        if self.mix_blocks < 0:
+            raise _invalid("mix_blocks", self.mix_blocks, "is at least 1, or 0 for no mixing")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which row comes when, as JSON: a state goes with it."""
+        reading = self.reading
+        return {
+            "order": str(reading.order),
+            "seed": reading.seed,
+            "shard": list(reading.shard),
+            "block_rows": 0 if reading.plain and not self.mix_blocks else reading.rows_in_block,
+            "mix_blocks": self.mix_blocks,
+        }
 
 
 class ActivationStream:
@@ -38,58 +68,65 @@ class ActivationStream:
     change it in place. Hookpoint columns come in their stored dtype, or converted to `dtype` while copied. Batches do
     not span epochs; the last one of an epoch is shorter, or left out with `drop_last`. `next_row` and `state_dict()`
     count whole batches handed out, so that a checkpoint taken between two steps resumes without gap or duplicate.
+
+    `mix_blocks` mixes rows within windows of so many blocks, all columns alike, by the seed of `reading`; two windows
+    are in memory. `norm_limit` leaves out rows that are too long: then shards may come to different numbers of batches.
     `on_progress` is called in the consumer's thread, at most five times a second, also while it waits. `config` is
     JSON that says what the rows are.
     """
 
     def __init__(
         self,
-        open_at: Callable[[int], ChunkStream],
-        *,
+        open_at: Callable[[int, Reading], ChunkStream],
         extraction: Extraction,
-        columns: tuple[str, ...],
-        batch_size: int,
-        dtype: torch.dtype | None = None,
-        start_row: int = 0,
-        epochs: int | None = 1,
-        drop_last: bool = False,
+        options: BatchOptions,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        _check(extraction, columns, batch_size, epochs)
-        _silence_read_only_warning()
+        if options.epochs != 1 and isinstance(extraction.retention, Window):
+            raise InvalidArgument(
+                "a WINDOW extraction can be read once: take epochs=1, or retain the rows",
+                fields={"epochs": str(options.epochs)},
+            )
+        silence_read_only_warning()
         self._open_at = open_at
-        self._columns = columns
-        self._batch_size = batch_size
-        self._dtype = dtype
-        self._start_row = start_row
-        self._epochs = epochs
-        self._drop_last = drop_last
+        self._options = options
         self._on_progress = on_progress
         self._set_id = extraction.set_id
         self._epoch = 0
-        self._next_row = start_row
-        self._rows_before = 0
-        self._bytes_before = 0
+        self._next_row = options.start_row
+        self._rows_before = self._bytes_before = 0
+        self._wait_before_s = self._step_s = 0.0
+        self._n_dropped = 0
         self._stream: ChunkStream | None = None
         self._chunk: ActivationChunk | None = None
         self._offset = 0
-        self._batch: dict[str, torch.Tensor] = {}
-        self._filled = 0
+        self._place = options.start_row
+        self._batch: Table | None = None
+        self._limits: dict[str, float] | None = None
+        self._mixer: Mixer | None = None
+        self._mix_from = (options.start_row, 0)
+        self._any_in_epoch = False
+        self._handed_out_at: float | None = None
         self._told_at = 0.0
         self._ended = False
         self._header: StreamHeader | None = None
         self._last_progress: Progress | None = None
-        self.config: dict[str, Any] = _config(extraction, columns, batch_size, start_row)
+        self.config: dict[str, Any] = _config(extraction, options)
 
     @property
     def next_row(self) -> int:
-        """One past the last row handed out in this epoch."""
+        """Where to resume in this epoch's order: behind the last row handed out, or at the window being mixed."""
         return self._next_row
 
     @property
     def epoch(self) -> int:
         """Epochs completed."""
         return self._epoch
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows left out for their norm, before the last batch handed out."""
+        return self._n_dropped
 
     @property
     def header(self) -> StreamHeader:
@@ -100,18 +137,49 @@ class ActivationStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where to resume, as JSON."""
-        return {"next_row": self._next_row, "epoch": self._epoch, "set_id": self._set_id}
+        return {
+            "set_id": self._set_id,
+            "epoch": self._epoch,
+            "next_row": self._next_row,
+            "offset": self._mixer.offset if self._mixer else self._mix_from[1],
+            "n_dropped": self._n_dropped,
+            "norm_limits": self._limits,
+            **self._options.identity,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the batch after which `state` was taken. InvalidArgument if that was another set."""
-        if state["set_id"] != self._set_id:
-            raise InvalidArgument(
-                f"the state is of set {state['set_id']}, this stream reads {self._set_id}: take the same recipe",
-                fields={"set_id": str(state["set_id"])},
-            )
-        self._reset()
-        self._next_row, self._epoch = int(state["next_row"]), int(state["epoch"])
-        self._ended = self._epochs is not None and self._epoch >= self._epochs
+        """Goes on behind the batch after which `state` was taken. InvalidArgument if that was another set or order."""
+        for name, ours in {"set_id": self._set_id, **self._options.identity}.items():
+            theirs = state.get(name, ours)
+            if theirs != ours:
+                raise InvalidArgument(
+                    f"the state is of {name} {theirs}, this stream reads {ours}: take the same recipe and order",
+                    fields={name: str(theirs)},
+                )
+        self._seek(int(state["epoch"]), int(state["next_row"]), int(state.get("offset", 0)))
+        self._n_dropped = int(state.get("n_dropped", 0))
+        self._limits = state.get("norm_limits") or None
+
+    def skip_batches(self, n_batches: int) -> None:
+        """Goes on as if so many batches had been handed out; waits for the stream's header if there are several epochs.
+
+        Needs whole batches (`drop_last`) and no norm limit: then the place follows from the number.
+        """
+        options = self._options
+        if options.norm_limit is not None or not options.drop_last:
+            raise _invalid("n_batches", n_batches, "can be skipped only with drop_last, and without a norm limit")
+        epoch = 0
+        if options.epochs != 1:
+            end_row = self.header.end_row
+            if not end_row:
+                raise _invalid("n_batches", n_batches, "can be skipped over epochs once the extraction is done")
+            epoch, n_batches = divmod(n_batches, max(1, (end_row - options.start_row) // options.batch_size))
+        place, offset = options.start_row + n_batches * options.batch_size, 0
+        if options.mix_blocks:
+            window_rows = options.mix_blocks * options.reading.rows_in_block
+            start = max(options.start_row, place // window_rows * window_rows)
+            place, offset = start, place - start
+        self._seek(epoch, place, offset)
 
     def progress(self) -> Progress:
         """How the stream goes, all epochs together; how it went, once closed."""
@@ -123,6 +191,9 @@ class ActivationStream:
             rows=progress.rows + self._rows_before,
             size_bytes=progress.size_bytes + self._bytes_before,
             epoch=self._epoch,
+            wait_s=progress.wait_s + self._wait_before_s,
+            step_s=self._step_s,
+            n_dropped=self._n_dropped,
         )
         return self._last_progress
 
@@ -135,11 +206,16 @@ class ActivationStream:
         return self
 
     def __next__(self) -> Any:
+        if self._handed_out_at is not None:
+            self._step_s += time.monotonic() - self._handed_out_at
+            self._handed_out_at = None
         while not self._ended:
-            batch = self._fill()
+            batch = self._next_batch()
             if batch is not None:
                 self._tell()
-                return batch if len(self._columns) > 1 else batch[self._columns[0]]
+                self._handed_out_at = time.monotonic()
+                columns = self._options.columns
+                return {name: batch[name] for name in columns} if len(columns) > 1 else batch[columns[0]]
             self._end_epoch()
         raise StopIteration
 
@@ -151,85 +227,101 @@ class ActivationStream:
 
     def _opened(self) -> ChunkStream:
         if self._stream is None:
-            self._stream = self._open_at(self._next_row)
+            self._stream = self._open_at(self._place, self._options.reading.in_epoch(self._epoch))
         return self._stream
 
-    def _fill(self) -> dict[str, torch.Tensor] | None:
+    def _next_batch(self) -> dict[str, torch.Tensor] | None:
         """The next batch; None at the end of the epoch. What it has so far outlives an interrupt."""
-        while self._filled < self._batch_size:
-            if self._chunk is None and not self._take():
-                break
-            self._copy()
-        if not self._filled or (self._filled < self._batch_size and self._drop_last):
+        if self._batch is None:
+            self._batch = self._table(self._options.batch_size)
+        batch = self._batch
+        if self._options.mix_blocks:
+            self._mixing().fill(batch, self._pull)
+        else:
+            while not batch.full and self._pull(batch, _ALL, wait=True):
+                pass
+        if not batch.n_rows or (not batch.full and self._options.drop_last):
             return None
-        filled, self._filled = self._filled, 0
-        batch, self._batch = self._batch, {}
-        self._next_row += filled
-        return batch if filled == self._batch_size else {name: tensor[:filled] for name, tensor in batch.items()}
+        self._batch = None
+        self._count(batch)
+        return batch.cut()
 
-    def _take(self) -> bool:
-        """Takes the next chunk; False at the end."""
-        stream = self._opened()
-        while True:
-            chunk = stream.take(_TAKE_S)
-            if chunk is not None:
-                break
-            if stream.ended:
-                return False
-            self._tell()
-        due = self._next_row + self._filled
-        if chunk.first_row != due:
-            raise RowsNotContiguous(f"row {chunk.first_row} came where row {due} was due")
-        self._chunk, self._offset = chunk, 0
-        return True
+    def _count(self, batch: Table) -> None:
+        """Moves the state on behind a batch."""
+        self._any_in_epoch = True
+        if self._mixer is None:
+            self._next_row = self._place
+            self._n_dropped += batch.n_dropped
+        else:
+            self._next_row = self._mixer.place
+            self._n_dropped = self._mixer.n_dropped
 
-    def _copy(self) -> None:
-        """Moves rows from the chunk to the batch: the one copy on the way."""
+    def _mixing(self) -> Mixer:
+        if self._mixer is None:
+            window_rows = self._options.mix_blocks * self._options.reading.rows_in_block
+            self._mixer = Mixer(window_rows, self._options.reading.seed, self._table)
+            self._mixer.begin(self._epoch, *self._mix_from, self._n_dropped)
+        return self._mixer
+
+    def _table(self, capacity: int) -> Table:
+        if self._options.norm_limit is not None and self._limits is None:
+            self._limits = self._options.norm_limit.of(self.header, self._options.columns)
+        return Table(self._options.columns, capacity, self._options.dtype, self._limits)
+
+    def _pull(self, table: Table, most: int, *, wait: bool) -> int:
+        if self._chunk is None and not self._take(wait=wait):
+            return 0
         chunk = self._chunk
         assert chunk is not None
-        n_rows = min(self._batch_size - self._filled, chunk.n_rows - self._offset)
-        by_name = {column.name: at for at, column in enumerate(chunk.columns)}
-        for name in self._columns:
-            if name not in by_name:
-                raise DataLoss(f"the server left out column {name!r}")
-            column = chunk.columns[by_name[name]]
-            rows = _rows(chunk, by_name[name], self._offset, n_rows)
-            part = self._part(column)[self._filled : self._filled + n_rows]
-            _copy(part, rows)
-            if column.scale_column:
-                part.mul_(_scale(chunk, by_name, column, self._offset, n_rows))
-        self._filled += n_rows
+        n_rows = table.take(chunk, self._offset, most)
+        self._place += n_rows
         self._offset += n_rows
         if self._offset == chunk.n_rows:
             self._chunk = None
+        return n_rows
 
-    def _part(self, column: Column) -> torch.Tensor:
-        if column.name not in self._batch:
-            own = torch.float32 if column.scale_column else _TORCH_DTYPES[column.dtype]
-            provenance = column.name in PROVENANCE_COLUMNS
-            shape = (self._batch_size,) if provenance else (self._batch_size, column.width)
-            self._batch[column.name] = torch.empty(shape, dtype=own if provenance else self._dtype or own)
-        return self._batch[column.name]
+    def _take(self, *, wait: bool) -> bool:
+        """Takes the next chunk; False at the end, and without `wait` if none is at hand."""
+        stream = self._opened()
+        while True:
+            chunk = stream.take(_TAKE_S if wait else 0.0)
+            if chunk is not None:
+                break
+            if stream.ended or not wait:
+                return False
+            self._tell()
+        if chunk.place != self._place:
+            raise RowsNotContiguous(f"row {chunk.place} came where row {self._place} was due")
+        self._chunk, self._offset = chunk, 0
+        return True
 
     def _end_epoch(self) -> None:
-        if self._next_row == self._start_row and self._epochs != 1:  # More such epochs would spin.
-            raise InvalidArgument(
-                f"the rows from {self._start_row} on make no batch of {self._batch_size}: take a smaller batch_size",
-                fields={"batch_size": str(self._batch_size)},
-            )
+        options = self._options
+        if not self._any_in_epoch and self._next_row == options.start_row and options.epochs != 1:
+            # More such epochs would spin.
+            raise _invalid("batch_size", options.batch_size, f"is more than the rows from {options.start_row} on")
+        if self._mixer is not None:
+            self._n_dropped = self._mixer.n_dropped_in_all
+        elif self._batch is not None:
+            self._n_dropped += self._batch.n_dropped
         self._tell(now=True)
-        self._epoch += 1
+        self._seek(self._epoch + 1, options.start_row, 0)
+
+    def _seek(self, epoch: int, place: int, offset: int) -> None:
         self._reset()
-        self._next_row = self._start_row
-        self._ended = self._epochs is not None and self._epoch >= self._epochs
+        self._epoch, self._next_row, self._place = epoch, place, place
+        self._mix_from = (place, offset)
+        self._any_in_epoch = False
+        self._ended = self._options.epochs is not None and epoch >= self._options.epochs
 
     def _reset(self) -> None:
         if self._stream is not None:
             progress = self.progress()
             self._rows_before, self._bytes_before = progress.rows, progress.size_bytes
+            self._wait_before_s = progress.wait_s
             self._stream.close()
-        self._stream = self._chunk = None
-        self._batch, self._filled, self._offset = {}, 0, 0
+        self._stream = self._chunk = self._batch = self._mixer = None
+        self._offset = 0
 
     def _tell(self, *, now: bool = False) -> None:
         if self._on_progress is None:
@@ -240,75 +332,22 @@ class ActivationStream:
             self._on_progress(self.progress())
 
 
-def _copy(part: torch.Tensor, rows: torch.Tensor) -> None:
-    """Copies, converting where dtypes differ, in this thread alone.
-
-    torch would share a larger copy out to its OpenMP threads, which takes forty times longer while the trainer's other
-    threads hold the cores; one thread copies faster than any network delivers.
-    """
-    if part.dtype == rows.dtype:
-        np.copyto(part.view(torch.uint8).numpy(), rows.view(torch.uint8).numpy())
-        return
-    at_once = max(1, _TORCH_SERIAL_ELEMENTS // max(1, rows.numel() // len(rows)))
-    for at in range(0, len(rows), at_once):
-        part[at : at + at_once].copy_(rows[at : at + at_once])
+def _invalid(name: str, value: object, rule: str) -> InvalidArgument:
+    return InvalidArgument(f"{name} {rule}, not {value}", fields={name: str(value)})
 
 
-def _rows(chunk: ActivationChunk, at: int, offset: int, n_rows: int) -> torch.Tensor:
-    """A view of some rows of a column in the message: read-only by agreement."""
-    column = chunk.columns[at]
-    flat = torch.frombuffer(
-        chunk.buffers[at],
-        dtype=_TORCH_DTYPES[column.dtype],
-        count=n_rows * column.width,
-        offset=offset * column.row_bytes,
-    )
-    return flat if column.name in PROVENANCE_COLUMNS else flat.view(n_rows, column.width)
-
-
-def _scale(
-    chunk: ActivationChunk, by_name: Mapping[str, int], column: Column, offset: int, n_rows: int
-) -> torch.Tensor:
-    if column.scale_column not in by_name:
-        raise InvalidArgument(
-            f"values of {column.name} need their scale: ask for column {column.scale_column!r} too",
-            fields={"columns": column.scale_column},
-        )
-    return _rows(chunk, by_name[column.scale_column], offset, n_rows)
-
-
-def _check(extraction: Extraction, columns: tuple[str, ...], batch_size: int, epochs: int | None) -> None:
-    if batch_size < 1:
-        raise InvalidArgument(f"batch_size is at least 1, not {batch_size}", fields={"batch_size": str(batch_size)})
-    if not columns or len(set(columns)) != len(columns):
-        raise InvalidArgument("columns names at least one column, each once", fields={"columns": ", ".join(columns)})
-    if epochs is not None and epochs < 1:
-        raise InvalidArgument(f"epochs is at least 1, or None for ever, not {epochs}", fields={"epochs": str(epochs)})
-    if epochs != 1 and isinstance(extraction.retention, Window):
-        raise InvalidArgument(
-            "a WINDOW extraction can be read once: take epochs=1, or retain the rows", fields={"epochs": str(epochs)}
-        )
-
-
-def _config(extraction: Extraction, columns: tuple[str, ...], batch_size: int, start_row: int) -> dict[str, Any]:
+def _config(extraction: Extraction, options: BatchOptions) -> dict[str, Any]:
     return {
         "source": "headrace",
         "extraction_id": extraction.id,
         "set_id": extraction.set_id,
         "model_id": extraction.model_id,
         "corpus_id": extraction.corpus_id,
-        "columns": list(columns),
+        "columns": list(options.columns),
         "recipe": {
             name: str(value) if isinstance(value, str) else value for name, value in asdict(extraction.recipe).items()
         },
-        "batch_size": batch_size,
-        "start_row": start_row,
+        "batch_size": options.batch_size,
+        "start_row": options.start_row,
+        **options.identity,
     }
-
-
-@cache
-def _silence_read_only_warning() -> None:
-    """Lets torch warn, once and unheard, that it can't make read-only tensors: ours are only copied from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.frombuffer(b"\0", dtype=torch.uint8)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from headrace_client.errors import InvalidArgument
 from headrace_client.fidelity import Fidelity
+from headrace_client.waits import Bottleneck, bottleneck
 from headrace_client.windows import LongDocuments, TokenWindow
 
 PROVENANCE_COLUMNS = ("token_id", "document", "position")
@@ -479,7 +480,10 @@ class ColumnStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamHeader:
-    """The first message of a stream."""
+    """The first message of a stream. Rows are counted in places of the reading order if `block_rows` is not 0.
+
+    `mapped` tells that sealed rows are announced only, for a client that finds `nonce` in the set's folder at `path`.
+    """
 
     set_id: str
     columns: tuple[Column, ...]
@@ -488,6 +492,9 @@ class StreamHeader:
     reader: str
     statistics: tuple[ColumnStatistics, ...] = ()
     path: str = ""
+    mapped: bool = False
+    nonce: str = ""
+    block_rows: int = 0
 
 
 class StreamState(StrEnum):
@@ -504,8 +511,11 @@ class StreamState(StrEnum):
 class Progress:
     """How a stream goes.
 
-    `stream_wait` is the share of time in which the consumer waited for rows (the extractor or the network is the
-    bottleneck), `consumer_wait` the share in which the stream stood still because the queue was full (the consumer is).
+    Shares are of the last seconds. `stream_wait` is the share in which the consumer waited for rows: `extractor_wait`
+    of it for rows that were not computed yet, `network_wait` for rows that were under way. `consumer_wait` is the share
+    in which the stream stood still because the queue was full. In all, the consumer waited `wait_s` for rows, and took
+    `step_s` from one batch to asking for the next. `n_dropped` counts rows left out as outliers; `mapped` tells that
+    rows come from the set's files.
     """
 
     state: StreamState
@@ -521,6 +531,17 @@ class Progress:
     consumer_wait: float
     n_reconnects: int
     epoch: int = 0
+    extractor_wait: float = 0.0
+    network_wait: float = 0.0
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    n_dropped: int = 0
+    mapped: bool = False
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """What holds the stream up."""
+        return bottleneck(extractor_wait=self.extractor_wait, network_wait=self.network_wait)
 
 
 def choice(kind: type[_E], value: str, name: str) -> _E:

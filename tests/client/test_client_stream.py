@@ -298,6 +298,18 @@ def test_rows_of_a_window_are_released_as_they_are_taken(client, scripted_extrac
     assert scripted_extractor.released <= scripted_extractor.n_rows
 
 
+def test_releases_carry_the_name_that_the_server_gave(client, scripted_extractor):
+    """A connection that broke may still hold the name asked for."""
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+    scripted_extractor.window_rows = 128
+    scripted_extractor.named = "me#2"
+
+    with client.chunks(EXTRACTION_ID, reader="me") as stream:
+        rows_of(stream)
+
+    assert {call.reader for call in scripted_extractor.calls["ReleaseRows"]} == {"me#2"}
+
+
 def test_rows_that_were_not_taken_are_not_released(client, scripted_extractor):
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
 

@@ -1,0 +1,241 @@
+"""Rows shuffled, sharded and mixed: every row once, columns aligned, resumed exactly from a small state."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, unavailable
+from headrace.extractor.v1 import extraction_pb2 as ex_pb
+from headrace.extractor.v1 import extraction_service_pb2 as service_pb
+from headrace_client import errors
+from headrace_client._watch import Backoff
+from headrace_client.outliers import NormLimit
+from headrace_client.waits import Bottleneck
+
+BLOCK = 32
+SHUFFLED = {"order": "shuffled", "seed": 9, "block_rows": BLOCK}
+MIXED = {**SHUFFLED, "mix_blocks": 3}
+COLUMNS = ["token_id", HOOKPOINT, SECOND]
+
+
+def read(client, columns="token_id", **options):
+    with client.activations(EXTRACTION_ID, columns=columns, **{"batch_size": 50, **options}) as stream:
+        return list(stream)
+
+
+def ids(batches):
+    """Row numbers: the scripted extractor's token ids."""
+    return [int(row) for batch in batches for row in (batch["token_id"] if isinstance(batch, dict) else batch)]
+
+
+@pytest.mark.parametrize("options", [SHUFFLED, MIXED, {"seed": 9, "block_rows": BLOCK, "mix_blocks": 3}])
+def test_every_row_comes_once_in_another_order(client, scripted_extractor, options):
+    rows = ids(read(client, **options))
+
+    assert rows != sorted(rows)
+    assert sorted(rows) == list(range(scripted_extractor.n_rows))
+    assert rows == ids(read(client, **options)), "the same seed, the same order"
+    assert rows != ids(read(client, **{**options, "seed": 10}))
+
+
+def test_columns_stay_aligned(client, scripted_extractor):
+    for batch in read(client, COLUMNS, **MIXED):
+        rows = batch["token_id"].numpy()
+        for name in (HOOKPOINT, SECOND):
+            np.testing.assert_array_equal(batch[name].numpy(), scripted_extractor.column(name)[rows])
+
+
+def test_rows_are_mixed_within_windows_of_blocks(client, scripted_extractor):
+    plain, mixed = ids(read(client, **SHUFFLED)), ids(read(client, **MIXED))
+
+    window = 3 * BLOCK
+    for start in range(0, scripted_extractor.n_rows, window):
+        assert set(mixed[start : start + window]) == set(plain[start : start + window])
+    assert sum(a == b for a, b in zip(plain, mixed, strict=True)) < 50
+
+
+def test_epochs_follow_each_other_in_orders_of_their_own(client, scripted_extractor):
+    rows = ids(read(client, **MIXED, epochs=3))
+
+    n_rows = scripted_extractor.n_rows
+    epochs = [rows[at : at + n_rows] for at in range(0, 3 * n_rows, n_rows)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(n_rows))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [request.epoch for request in scripted_extractor.calls["StreamActivations"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "options", [SHUFFLED, MIXED, {"mix_blocks": 3, "block_rows": BLOCK}, {**MIXED, "shard": (1, 3)}]
+)
+@pytest.mark.parametrize("norm_limit", [None, NormLimit(absolute=20_000.0)])
+def test_resumes_exactly_from_any_batch(client, options, norm_limit):
+    options = {**options, "epochs": 2, "batch_size": 70, "norm_limit": norm_limit, "columns": ["token_id", HOOKPOINT]}
+    whole, states = [], []
+    with client.activations(EXTRACTION_ID, **options) as stream:
+        for batch in stream:
+            whole.append(batch)
+            states.append(json.loads(json.dumps(stream.state_dict())))
+        final = stream.state_dict()
+    assert len(whole) > 6
+
+    for after in {0, 1, len(whole) // 2 - 1, len(whole) // 2, len(whole) - 2, len(whole) - 1}:
+        with client.activations(EXTRACTION_ID, **options) as stream:
+            stream.load_state_dict(states[after])
+            rest = list(stream)
+            assert stream.state_dict() == final
+        assert ids(rest) == ids(whole[after + 1 :])
+
+
+def test_a_state_of_another_order_is_refused(client):
+    with client.activations(EXTRACTION_ID, **MIXED) as stream:
+        state = stream.state_dict()
+
+    for change in ({"seed": 1}, {"mix_blocks": 2}, {"order": "sequential"}, {"shard": (0, 2)}, {"block_rows": 8}):
+        with client.activations(EXTRACTION_ID, **{**MIXED, **change}) as stream, pytest.raises(errors.InvalidArgument):
+            stream.load_state_dict(state)
+
+
+def test_shards_have_equal_numbers_of_batches_and_no_row_in_common(client, scripted_extractor):
+    shards = [read(client, **MIXED, shard=(index, 3), epochs=2) for index in range(3)]
+
+    assert len({len(batches) for batches in shards}) == 1
+    per_epoch = scripted_extractor.n_rows // BLOCK // 3 * BLOCK
+    firsts = [ids(batches)[:per_epoch] for batches in shards]
+    assert len({row for rows in firsts for row in rows}) == 3 * per_epoch
+
+
+def test_a_shuffled_stream_survives_cuts(client, scripted_extractor):
+    undisturbed = ids(read(client, **MIXED))
+    scripted_extractor.faults.extend(Fault("cut", after=n, status=unavailable()) for n in (3, 0, 5))
+
+    with client.chunks(EXTRACTION_ID, "token_id", **SHUFFLED, backoff=Backoff(first_s=0.01, most_s=0.02)) as stream:
+        chunks = list(stream)
+
+    assert stream.progress().n_reconnects == 3
+    rows = np.concatenate([chunk.array("token_id") for chunk in chunks])
+    assert sorted(rows) == sorted(undisturbed)
+    assert [chunk.place for chunk in chunks] == sorted({chunk.place for chunk in chunks})
+    assert all(chunk.n_rows <= BLOCK for chunk in chunks)
+
+
+def test_batches_can_be_skipped_without_reading_them(client, scripted_extractor):
+    options = {**MIXED, "epochs": 3, "drop_last": True}
+    whole = read(client, **options)
+    with client.activations(EXTRACTION_ID, columns="token_id", batch_size=50, **options) as stream:
+        for n_batches in (0, 1, 19, 20, 21, 45, len(whole) - 1):
+            stream.skip_batches(n_batches)
+
+            torch.testing.assert_close(next(stream), whole[n_batches])
+
+
+def test_a_server_that_knows_no_orders_is_not_believed(client, scripted_extractor, monkeypatch):
+    header = type(scripted_extractor)._header
+
+    def without_blocks(self, *args):
+        answer = header(self, *args)
+        answer.header.block_rows = 0
+        return answer
+
+    monkeypatch.setattr(type(scripted_extractor), "_header", without_blocks)
+
+    with client.chunks(EXTRACTION_ID, **SHUFFLED) as stream, pytest.raises(errors.Unimplemented, match="update"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    "options", [{"order": "random"}, {"shard": (2, 2)}, {"seed": -1}, {"block_rows": -1}, {"mix_blocks": -1}]
+)
+def test_orders_out_of_range_are_refused_here(client, options):
+    with pytest.raises(errors.InvalidArgument):
+        client.activations(EXTRACTION_ID, **options)
+
+
+# -- rows that are too long --------------------------------------------------------------------------------------------
+
+
+def norms(scripted_extractor, name=HOOKPOINT):
+    return np.linalg.norm(scripted_extractor.column(name).astype(np.float64), axis=1)
+
+
+@pytest.mark.parametrize("options", [{}, MIXED])
+def test_long_rows_are_left_out_of_all_columns_and_counted(client, scripted_extractor, options):
+    limit = float(np.sort(norms(scripted_extractor))[100]) + 0.01
+
+    with client.activations(
+        EXTRACTION_ID,
+        columns=COLUMNS,
+        batch_size=50,
+        norm_limit=NormLimit(absolute=limit, columns=(HOOKPOINT,)),
+        **options,
+    ) as stream:
+        batches = list(stream)
+        progress = stream.progress()
+
+    assert sorted(ids(batches)) == [row for row in range(1000) if norms(scripted_extractor)[row] <= limit]
+    assert stream.n_dropped == progress.n_dropped == 899
+    assert {len(batch["token_id"]) for batch in batches[:-1]} == {50}
+    for batch in batches:
+        expected = scripted_extractor.column(SECOND)[batch["token_id"].numpy()]
+        np.testing.assert_array_equal(batch[SECOND].numpy(), expected)
+
+
+def test_a_multiple_is_of_the_mean_norm_in_the_header(client, scripted_extractor):
+    mean = float(norms(scripted_extractor).mean())
+    scripted_extractor.statistics = [service_pb.ColumnStatistics(name=HOOKPOINT, count=10, mean_norm=mean)]
+
+    rows = ids(read(client, ["token_id", HOOKPOINT], norm_limit=NormLimit(multiple=1.5)))
+
+    assert rows == [row for row in range(1000) if norms(scripted_extractor)[row] <= 1.5 * mean]
+
+
+def test_a_multiple_of_an_unknown_mean_is_a_typed_error(client):
+    with pytest.raises(errors.FailedPrecondition) as caught:
+        read(client, ["token_id", HOOKPOINT], norm_limit=NormLimit(multiple=10.0))
+
+    assert caught.value.reason == "STATISTICS_MISSING"
+    assert "absolute" in caught.value.remedy
+
+
+@pytest.mark.parametrize("limit", [{}, {"absolute": 0}, {"multiple": float("nan")}])
+def test_norm_limits_make_sense(limit):
+    with pytest.raises(errors.InvalidArgument):
+        NormLimit(**limit)
+
+
+# -- who waits for whom ------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_step_is_told_from_slow_rows(client, scripted_extractor):
+    with client.activations(EXTRACTION_ID, batch_size=50) as stream:
+        for _ in stream:
+            time.sleep(0.02)
+        progress = stream.progress()
+
+    assert progress.step_s >= 20 * 0.02
+    assert progress.step_s > 2 * progress.wait_s
+    assert progress.bottleneck is Bottleneck.CONSUMER
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_slow_extractor_is_told_from_a_slow_network(client, scripted_extractor, monkeypatch, told):
+    rows = type(scripted_extractor)._rows
+
+    def slow_rows(self, *args):
+        for message in rows(self, *args):
+            if told:
+                progress = service_pb.StreamProgress(n_rows=0, state=ex_pb.EXTRACTION_STATE_RUNNING)
+                yield service_pb.StreamActivationsResponse(progress=progress)
+            time.sleep(0.03)
+            yield message
+
+    monkeypatch.setattr(type(scripted_extractor), "_rows", slow_rows)
+    with client.activations(EXTRACTION_ID, batch_size=64) as stream:
+        next(stream)
+        for _ in range(10):
+            next(stream)
+            progress = stream.progress()
+
+    assert progress.wait_s > 2 * progress.step_s
+    assert progress.bottleneck is (Bottleneck.EXTRACTOR if told else Bottleneck.NETWORK)
