@@ -117,8 +117,9 @@ def hookpoints(context: typer.Context, model_id: Annotated[str, typer.Argument(m
     settings = settings_of(context)
     with settings.connect() as client:
         points = client.hookpoints(model_id)
-    rows = [(point.name, str(point.width), point.unavailable) for point in points]
-    print_rows(settings, points, ("hookpoint", "width", "not available because"), rows, empty="no hookpoints")
+    rows = [(point.name, " x ".join(map(str, point.shape)), point.module, point.unavailable) for point in points]
+    columns = ("hookpoint", "shape", "module", "not available because")
+    print_rows(settings, points, columns, rows, empty="no hookpoints")
 
 
 @app.command()

@@ -96,7 +96,8 @@ def locate(client: HeadraceClient, arguments: Arguments, on_extraction: Callable
             f"extraction {extraction.id} keeps a window of its rows; training, evaluation and analysis read them again",
             remedy="start it with retained rows",
         )
-    hookpoint = _hookpoint(extraction, arguments.hookpoint)
+    # What was just started has the name that the node gave to the spelling.
+    hookpoint = _hookpoint(extraction, arguments.hookpoint if arguments.extraction else "")
     return Source(client, _counted(client, extraction, on_extraction), hookpoint)
 
 

@@ -50,6 +50,11 @@ def check_options(options: Mapping[str, Any], device: torch.device) -> None:
     max_bytes_of(options, device)
 
 
+def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
+    """BERT's pooler is behind its blocks, and files of a masked language model lack it."""
+    return {"add_pooling_layer": False} if config.model_type == "bert" else {}
+
+
 def supports_sdpa(config: PretrainedConfig) -> bool:
     """True if transformers runs this architecture with SDPA; some need what only their own code computes."""
     try:

@@ -34,6 +34,7 @@ from extractor_service.runner.load_options import (
     max_bytes_of,
     supports_sdpa,
     trusts_code,
+    without_pooler,
 )
 from extractor_service.runner.progress import OnProgress
 from extractor_service.runner.quantizers import quantizer_for
@@ -107,6 +108,7 @@ def from_pretrained_arguments(
         "use_safetensors": True,
         "trust_remote_code": trusts_code(load_options),
         "output_loading_info": True,
+        **without_pooler(config),
     }
 
 

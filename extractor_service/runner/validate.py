@@ -18,8 +18,8 @@ from transformers import AutoModel
 
 from chassis.errors import ServiceError
 from extractor_service.errors import LoadFailed, ModelUnsupported, NonFinite, reason_of
-from extractor_service.runner.hookpoints import n_layers_of
-from extractor_service.runner.load_options import config_of, trusts_code
+from extractor_service.runner.hookpoints import anatomy_of, n_layers_of
+from extractor_service.runner.load_options import config_of, trusts_code, without_pooler
 from extractor_service.runner.loading import (
     LoadedModel,
     compute_dtype_of,
@@ -114,6 +114,7 @@ def _dry_load_by_transformers(command: Validate, files_path: Path) -> int:
         use_safetensors=True,
         trust_remote_code=trusts_code(command.load_options),
         output_loading_info=True,
+        **without_pooler(config),
     )
     _check_complete({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     return sum(parameter.numel() for parameter in model.parameters())
@@ -124,7 +125,8 @@ def _dry_load_by_names(command: Validate, files_path: Path) -> int:
     config = config_of(files_path, command.load_options)
     del config.quantization_config
     with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=trusts_code(command.load_options))
+        trusted = trusts_code(command.load_options)
+        model = AutoModel.from_config(config, trust_remote_code=trusted, **without_pooler(config))
     stored = {name: entry for path in weight_files(files_path) for name, entry in read_header(path).items()}
     parameters = dict(model.named_parameters())
     wrong = {
@@ -175,7 +177,7 @@ def _forward(trial: _Trial) -> tuple[str, Figures]:
 
 
 def _finite(trial: _Trial) -> tuple[str, Figures]:
-    shape = (len(trial.token_ids), _held(trial).model.config.hidden_size)
+    shape = (len(trial.token_ids), anatomy_of(_held(trial).model).catalogue.network.d_model)
     wrong = [layer for layer, acts in enumerate(trial.acts) if tuple(acts.shape) != shape]
     bad = [layer for layer, acts in enumerate(trial.acts) if not bool(acts.isfinite().all())]
     n_bad = sum(int((~acts.isfinite()).sum()) for acts in trial.acts)
