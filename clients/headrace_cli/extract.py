@@ -152,6 +152,8 @@ def _print_estimate(settings: Settings, counted: Estimate) -> None:
         "cached": formats.count(counted.n_rows_cached),
         "tokens": formats.count(counted.n_tokens),
         "size": formats.size(counted.size_bytes),
+        "to write": "unknown" if counted.new_bytes is None else formats.size(counted.new_bytes),
+        "room": "unknown" if counted.available_bytes is None else formats.size(counted.available_bytes),
         "time": "unknown until the model has run once"
         if counted.seconds is None
         else formats.duration(counted.seconds),

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import datetime as dt
+import getpass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace_cli import formats
 from headrace_cli.exits import reported
-from headrace_cli.output import print_json, print_rows, print_value
+from headrace_cli.output import note, print_json, print_rows, print_value
 from headrace_cli.settings import settings_of
 
-app = typer.Typer(help="Activation sets on all nodes.", no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from headrace_client import HeadraceClient
+    from headrace_client.values import ActivationSet, SetPin
+
+app = typer.Typer(
+    help="Activation sets on all nodes: list, pin, delete, export.", no_args_is_help=True, rich_markup_mode=None
+)
+_SetId = Annotated[str, typer.Argument(metavar="SET", help="Id, or its beginning.")]
+_Owner = Annotated[str, typer.Option(help="Whose wish it is; you, if not given.")]
 
 
 @app.command("list")
 @reported
-def list_sets(context: typer.Context, model: Annotated[str, typer.Option(help="Only of this model.")] = "") -> None:
-    """List activation sets."""
+def list_sets(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="Only of this model.")] = "",
+    node: Annotated[str, typer.Option(help="Only on this node.")] = "",
+) -> None:
+    """List activation sets with their sizes, last use and pins."""
     settings = settings_of(context)
     with settings.connect() as client:
-        sets = list(client.sets.list(model=model))
+        sets = list(client.sets.list(model=model, node=node))
     rows = [
         (
             one.id[:16],
@@ -29,25 +43,23 @@ def list_sets(context: typer.Context, model: Annotated[str, typer.Option(help="O
             one.corpus_id,
             formats.count(one.n_rows),
             formats.size(one.size_bytes),
-            one.retention.lower(),
+            formats.time_of_day(one.last_used_time),
+            _use(one),
             "yes" if one.complete else "no",
         )
         for one in sets
     ]
-    headings = ("set", "node", "model", "corpus", "rows", "size", "retention", "complete")
+    headings = ("set", "node", "model", "corpus", "rows", "size", "last used", "kept by", "complete")
     print_rows(settings, sets, headings, rows, empty="no activation sets; make one with `headrace extract`")
 
 
 @app.command()
 @reported
-def show(
-    context: typer.Context, set_id: Annotated[str, typer.Argument(metavar="SET", help="Id, or its beginning.")]
-) -> None:
+def show(context: typer.Context, set_id: _SetId) -> None:
     """Show what each node holds of a set."""
     settings = settings_of(context)
     with settings.connect() as client:
-        found = [one.id for one in client.sets.list() if one.id.startswith(set_id)]
-        sets = client.sets.get(found[0] if len(set(found)) == 1 else set_id)
+        sets = client.sets.get(_whole_id(client, set_id))
     if settings.json:
         print_json(sets)
         return
@@ -63,6 +75,89 @@ def show(
             "complete": "yes" if one.complete else "no",
             "retention": one.retention.lower(),
             "path": one.path,
+            "last used": formats.time_of_day(one.last_used_time),
+            "used by": ", ".join(one.holders),
+            "pinned by": "; ".join(map(_pin_words, one.pins)),
+            "state": "being deleted" if one.deleting else "",
             "last report": formats.time_of_day(one.update_time),
         }
-        print_value(settings, one, facts)
+        print_value(settings, one, {name: fact for name, fact in facts.items() if fact})
+
+
+@app.command()
+@reported
+def pin(
+    context: typer.Context,
+    *,
+    set_id: _SetId,
+    owner: _Owner = "",
+    reason: Annotated[str, typer.Option(help="Why; others read it.")] = "",
+    for_: Annotated[str, typer.Option("--for", help="How long, such as 90m, 8h or 7d; for ever if not given.")] = "",
+) -> None:
+    """Keep a set from eviction and deletion. Again changes the pin."""
+    settings = settings_of(context)
+    whose, end = owner or getpass.getuser(), _end(for_)
+    with settings.connect() as client:
+        whole = _whole_id(client, set_id)
+        client.sets.pin(whole, whose, reason=reason, expire_time=end)
+    if settings.json:
+        print_json({"pinned": whole, "owner": whose, "expire_time": end})
+    else:
+        note(f"{whole[:16]} is kept for {whose} " + (f"until {formats.time_of_day(end)}" if end else "for ever"))
+
+
+@app.command()
+@reported
+def unpin(context: typer.Context, *, set_id: _SetId, owner: _Owner = "") -> None:
+    """Remove a pin."""
+    settings = settings_of(context)
+    whose = owner or getpass.getuser()
+    with settings.connect() as client:
+        whole = _whole_id(client, set_id)
+        client.sets.unpin(whole, whose)
+    if settings.json:
+        print_json({"unpinned": whole, "owner": whose})
+    else:
+        note(f"no pin of {whose} on {whole[:16]} any more")
+
+
+@app.command()
+@reported
+def delete(context: typer.Context, *, set_id: _SetId) -> None:
+    """Delete a set on all nodes; extracting it again makes the same rows."""
+    settings = settings_of(context)
+    with settings.connect() as client:
+        whole = _whole_id(client, set_id)
+        client.sets.delete(whole)
+    if settings.json:
+        print_json({"deleted": whole})
+    else:
+        note(f"{whole[:16]} goes within seconds")
+
+
+def _whole_id(client: HeadraceClient, beginning: str) -> str:
+    """The id of the one set that begins so; else what was given, for the registry to judge."""
+    found = {one.id for one in client.sets.list() if one.id.startswith(beginning)}
+    return found.pop() if len(found) == 1 else beginning
+
+
+def _use(one: ActivationSet) -> str:
+    """Why it is not evicted."""
+    if one.deleting:
+        return "being deleted"
+    owners = [f"pin of {pin.owner}" for pin in one.pins]
+    return ", ".join([*owners, *one.holders][:3])
+
+
+def _pin_words(pin: SetPin) -> str:
+    until = f" until {formats.time_of_day(pin.expire_time)}" if pin.expire_time else ""
+    return pin.owner + until + (f" ({pin.reason})" if pin.reason else "")
+
+
+def _end(for_: str) -> dt.datetime | None:
+    if not for_:
+        return None
+    try:
+        return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=formats.parse_duration(for_))
+    except (ValueError, OverflowError) as exc:
+        raise typer.BadParameter(str(exc), param_hint="--for") from exc

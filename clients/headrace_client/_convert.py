@@ -14,7 +14,6 @@ from headrace.common.v1 import dtype_pb2, transfer_pb2
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
 from headrace.extractor.v1 import extraction_pb2 as extraction_pb
 from headrace.extractor.v1 import extraction_service_pb2 as extractions_pb
-from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 from headrace.registry.v1 import model_pb2 as model_pb
 from headrace.registry.v1 import model_service_pb2 as models_pb
 from headrace.registry.v1 import residency_pb2 as residency_pb
@@ -276,24 +275,6 @@ def pin_to_pb(pin: v.Pin) -> residency_pb.Pin:
     return pb
 
 
-def set_from_pb(pb: sets_pb.ActivationSet) -> v.ActivationSet:
-    """Reads what a node holds of a set."""
-    return v.ActivationSet(
-        id=pb.id,
-        node_id=pb.node_id,
-        model_id=pb.model_id,
-        corpus_id=pb.corpus_id,
-        columns=tuple(pb.columns),
-        n_rows=pb.n_rows,
-        size_bytes=pb.size_bytes,
-        complete=pb.complete,
-        retention=pb.retention,
-        path=pb.path,
-        create_time=time_from_pb(pb, "create_time"),
-        update_time=time_from_pb(pb, "update_time"),
-    )
-
-
 # Corpora
 
 
@@ -497,6 +478,8 @@ def estimate_from_pb(pb: extractions_pb.EstimateExtractionResponse) -> v.Estimat
         seconds=pb.seconds if pb.seconds >= 0 else None,
         n_tokens=pb.n_tokens,
         n_rows_cached=pb.n_rows_cached,
+        new_bytes=pb.new_bytes if pb.new_bytes >= 0 else None,
+        available_bytes=pb.available_bytes if pb.available_bytes >= 0 else None,
     )
 
 

@@ -409,13 +409,18 @@ class ExtractionEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What an extraction would take. `seconds` is None while the node has not seen the model run."""
+    """What an extraction would take. `seconds` is None while the node has not seen the model run.
+
+    `new_bytes` would be written, and the node could take `available_bytes` now; None where it can't tell.
+    """
 
     n_rows: int
     size_bytes: int
     seconds: float | None
     n_tokens: int
     n_rows_cached: int
+    new_bytes: int | None = None
+    available_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,8 +438,17 @@ class Hookpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetPin:
+    """Somebody's wish that a set is kept, until `expire_time` or for ever."""
+
+    owner: str
+    reason: str = ""
+    expire_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSet:
-    """What one node holds of one set."""
+    """What one node holds of one set; `holders` read or extend it now."""
 
     id: str
     node_id: str
@@ -448,6 +462,10 @@ class ActivationSet:
     path: str
     create_time: datetime | None = None
     update_time: datetime | None = None
+    last_used_time: datetime | None = None
+    pins: tuple[SetPin, ...] = ()
+    holders: tuple[str, ...] = ()
+    deleting: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
