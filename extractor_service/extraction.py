@@ -33,6 +33,7 @@ from extractor_service.passes import Want
 from extractor_service.ports import Room
 from extractor_service.rate import RateMeter
 from extractor_service.readers import Reader, Readers
+from extractor_service.receipt import read_receipt
 from extractor_service.set_passes import SetPasses
 from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, Transfer
 from extractor_service.window import SEAL_POLL_S, Window
@@ -56,7 +57,7 @@ class ExtractionJob:
     """Runs one extraction; `value` is always its present state."""
 
     def __init__(self, value: Extraction, context: JobContext, passes: SetPasses) -> None:
-        self.value = value
+        self.value = replace(value, receipt=read_receipt(Path(value.path), value.spec.columns))
         # Restarts must not make `seq` smaller: it starts at the clock.
         self.seq = int(time.time() * 1000)
         self.generation = 0
@@ -275,6 +276,7 @@ class ExtractionJob:
             waiting_for=(),
             queue_position=0,
             size_bytes=self._size_bytes(n_rows),
+            receipt=read_receipt(self.folder, self.columns),
         )
 
     def _size_bytes(self, n_rows: int) -> int:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from activation_log.layout import PROVENANCE, Dtype, scale_column
+from extractor_service.receipt import ParityReceipt
 from extractor_service.recipe import Recipe
 from extractor_service.runner_protocol import Step
 
@@ -302,6 +303,7 @@ class Extraction:
     create_time: float = field(default_factory=time.time)
     update_time: float = field(default_factory=time.time)
     n_non_finite: int = 0
+    receipt: ParityReceipt | None = None
 
     @property
     def eta_s(self) -> float:

@@ -173,6 +173,18 @@ def _print_extraction(settings: Settings, extraction: Extraction) -> None:
         "rows": formats.count(extraction.n_rows),
         "computed": "none, all cached" if extraction.cached else formats.count(extraction.n_rows_computed),
         "size": formats.size(extraction.size_bytes),
+        "parity": _parity(extraction),
         "path": extraction.path,
     }
     print_value(settings, extraction, facts)
+
+
+def _parity(extraction: Extraction) -> str:
+    """What the receipt says, of its worst column."""
+    if (receipt := extraction.receipt) is None:
+        return ""
+    worst = receipt.worst
+    return (
+        f"{receipt.n_rows} rows a column compared with transformers: at most {worst.max_relative_error:.1e} off, "
+        f"cosine at least {min(column.min_cosine for column in receipt.columns):.6f} ({worst.name})"
+    )

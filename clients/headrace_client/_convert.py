@@ -20,6 +20,7 @@ from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace.registry.v1 import residency_service_pb2 as residencies_pb
 
 from headrace_client import values as v
+from headrace_client._convert_receipt import receipt_from_pb
 from headrace_client._convert_recipe import (
     long_documents_from_pb,
     long_documents_to_pb,
@@ -449,6 +450,7 @@ def extraction_from_pb(pb: extraction_pb.Extraction) -> v.Extraction:
         path=pb.path,
         cached=pb.cached,
         n_non_finite=pb.n_non_finite,
+        receipt=receipt_from_pb(pb),
         create_time=time_from_pb(pb, "create_time"),
         update_time=time_from_pb(pb, "update_time"),
     )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from headrace_client.errors import InvalidArgument
 from headrace_client.fidelity import Fidelity
+from headrace_client.receipts import ParityReceipt
 from headrace_client.waits import Bottleneck, bottleneck
 from headrace_client.windows import LongDocuments, TokenWindow
 
@@ -389,6 +390,7 @@ class Extraction:
     path: str = ""
     cached: bool = False
     n_non_finite: int = 0
+    receipt: ParityReceipt | None = None
     create_time: datetime | None = None
     update_time: datetime | None = None
 

@@ -22,6 +22,7 @@ from extractor_service.rpc.convert_recipe import (
     window_from_pb,
     window_to_pb,
 )
+from extractor_service.rpc.receipt_convert import receipt_to_pb
 from extractor_service.values import (
     Assignment,
     Build,
@@ -209,6 +210,7 @@ def extraction_to_pb(value: Extraction) -> extraction_pb2.Extraction:
         create_time=timestamp(value.create_time),
         update_time=timestamp(value.update_time),
         n_non_finite=value.n_non_finite,
+        receipt=receipt_to_pb(value.receipt),
     )
 
 

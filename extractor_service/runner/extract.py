@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from extractor_service.runner.forward import BatchRows, fetch_for, forward_rows
 from extractor_service.runner.gate import Gate
 from extractor_service.runner.hookpoints import resolve
 from extractor_service.runner.loading import LoadedModel, out_of_memory_as_typed
+from extractor_service.runner.parity import Parity, ParityCheck
 from extractor_service.runner.rows import TORCH_DTYPES, RowSource
 from extractor_service.runner.statistics import summarize
 from extractor_service.runner.throttle import Throttle
@@ -58,6 +59,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
                 sites=sites,
                 packer=packer,
                 emit=emit,
+                parity=_parity_check(loaded, command, manifest, columns, sites),
             )
             complete = manifest.total_rows == writer.next_row or job.run()
     emit(
@@ -80,6 +82,7 @@ class _Job:
     sites: Sequence[Site]
     packer: Packer
     emit: Emit
+    parity: ParityCheck
     n_tokens: int = 0
     n_non_finite: int = 0
     throttle: Throttle = field(default_factory=lambda: Throttle(_COMMITTED_PER_SECOND))
@@ -119,14 +122,17 @@ class _Job:
     def _write_batch(self, rows: BatchRows, done: int) -> bool:
         """Writes a batch's rows from `done` on; returns False if stopped or if `max_rows` exist."""
         source = RowSource(rows, self.columns, allow_non_finite=self.command.allow_non_finite)
+        self.parity.begin(rows.batch, done)
         while done < source.n_rows:
             n_rows = min(source.n_rows - done, self._room())
             if n_rows == 0:
                 return False
             reservation = self.writer.reserve(n_rows)
             self.n_non_finite += source.copy_to(reservation, done)
+            self.parity.stored(reservation, done)
             done += reservation.n_rows
             self.writer.commit(reservation.n_rows, _resume_json(rows.batch, done, source.n_rows))
+        self.parity.end()
         if self.throttle.ready():
             self._tell_committed()
         return True
@@ -155,6 +161,21 @@ class _Job:
     def _tell_blocked(self) -> None:
         self._tell_committed()
         self.emit(Blocked(extraction_id=self.command.extraction_id, n_rows=self.writer.next_row))
+
+
+def _parity_check(
+    loaded: LoadedModel, command: Extract, manifest: Manifest, columns: Sequence[ColumnSpec], sites: Sequence[Site]
+) -> ParityCheck:
+    """Compares the columns that no earlier run has."""
+    new = [column for column in columns if column.name not in manifest.receipt]
+    names = {column.name for column in new}
+
+    def save(receipt: Mapping[str, Parity]) -> None:
+        entries = {name: parity.to_json() for name, parity in receipt.items()}
+        # Another process may have added columns to the manifest since.
+        Manifest.update(Path(command.set_path), lambda known: replace(known, receipt={**known.receipt, **entries}))
+
+    return ParityCheck(loaded.model, new, [site for site in sites if site.name in names], save)
 
 
 def _check_context(recipe: Recipe, model: PreTrainedModel) -> None:
