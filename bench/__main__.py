@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import end_to_end, registry, wire
+from bench import end_to_end, reading, registry, wire
 from bench.figures import save, show
 from bench.processes import ROOT
 
@@ -17,8 +17,8 @@ from bench.processes import ROOT
 def main() -> int:
     """Runs the benchmarks asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=("wire", "end-to-end", "registry"), help="default: all")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of the wire benchmark (default 7)")
+    parser.add_argument("--only", choices=("wire", "reading", "end-to-end", "registry"), help="default: all")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of the wire and reading benchmarks (default 7)")
     parser.add_argument("--output", type=Path, default=ROOT / ".bench" / "latest.json")
     parser.add_argument("--work-dir", type=Path, help="folder for 3 GB of data meanwhile (default: a temporary one)")
     parser.add_argument("--rows-rounds", type=int, default=3, help="turns of the end-to-end benchmark (default 3)")
@@ -29,6 +29,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="headrace-bench-", dir=args.work_dir) as folder:
         if args.only in (None, "wire"):
             figures += wire.measure(Path(folder), console, rounds=args.rounds)
+        if args.only in (None, "reading"):
+            figures += reading.measure(Path(folder), console, rounds=args.rounds)
         if args.only in (None, "end-to-end"):
             figures += end_to_end.measure(Path(folder), console, rounds=args.rows_rounds, seconds=args.rows_seconds)
         if args.only in (None, "registry"):

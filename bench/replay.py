@@ -53,7 +53,7 @@ def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
         hookpoints=(HOOKPOINT,),
         recipe=Recipe(storage_dtype="bfloat16"),
     )
-    manifest = new_manifest(spec, {"made_for": "bench", "recipe": spec.recipe.to_json()}, {HOOKPOINT: WIDTH})
+    manifest = new_manifest(spec, {"made_for": "bench", "recipe": spec.recipe.to_json()}, {HOOKPOINT: (WIDTH,)})
     row_bytes = manifest.column(HOOKPOINT).row_bytes
     chunk_rows = CHUNK_BYTES // row_bytes
     # Segments of whole chunks: then every chunk has the same size, for a client that can't be told another one.

@@ -20,8 +20,8 @@ from extractor_service.values import ExtractionState
 from extractor_service.ways import OrderRequest, way_of
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
-# A range costs the same however many rows it has; the client lets rows of a WINDOW set go range by range.
-DEFAULT_RANGE_BYTES = 4 * 1024 * 1024
+# A range costs the same however many rows it has; it ends with its segment or block anyway.
+DEFAULT_RANGE_BYTES = 16 * 1024 * 1024
 MAX_CHUNK_BYTES = 3_500_000
 MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
 HEARTBEAT_S = 15.0

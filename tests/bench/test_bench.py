@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 from rich.console import Console
 
-from bench import wire
+from bench import reading, wire
 from bench.figures import compare, save, show
 from bench.interleave import interleave
 from bench.replay import make_replay_set
@@ -49,3 +49,10 @@ def test_every_side_of_the_wire_benchmark_delivers_the_same_bytes(tmp_path):
 
     assert len({done.checksum for done in passes}) == 1
     assert passes[0].checksum > 0
+
+
+def test_every_side_of_the_reading_benchmark_reads_the_same_rows(tmp_path):
+    figures = reading.measure(tmp_path, Console(quiet=True), rounds=1, set_bytes=20_000_000)
+
+    assert [figure.target for figure in figures] == [5.0, 0.5, 0.8, 0.8]
+    assert all(figure.a > 0 for figure in figures)
