@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -10,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 import grpc
+import orjson
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             line |= fields
         if record.exc_info:
             line["stack"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return orjson.dumps(line, default=str).decode()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -49,6 +49,8 @@ def configure(level: str, stream: TextIO) -> None:
         raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
+    # What the lines don't show is not looked up.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
