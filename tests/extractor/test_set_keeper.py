@@ -103,6 +103,7 @@ async def test_reading_counts_as_use(node):
     assert first.folder.exists()
 
 
+@pytest.mark.fault
 async def test_last_use_survives_a_restart(start_extractor):
     node = await start_extractor()
     node.add_corpus(documents(20, seed=1))
@@ -196,6 +197,7 @@ async def test_rows_of_an_evicted_set_are_not_found_and_computed_anew_on_request
     assert (await node.read(job))[0] == before  # The rows are the same, whoever had them computed.
 
 
+@pytest.mark.fault
 async def test_an_ended_extraction_whose_set_is_gone_says_so_after_a_restart(start_extractor):
     node = await start_extractor()
     node.add_corpus(documents(20, seed=1))
@@ -264,6 +266,7 @@ async def test_a_set_that_shall_go_does_so_once_nobody_reads_it(node):
     assert job.value.set_id not in node.registry.sets
 
 
+@pytest.mark.fault
 async def test_a_crash_in_the_middle_of_a_removal_leaves_nothing(start_extractor):
     node = await start_extractor()
     node.add_corpus(documents(20, seed=1))
