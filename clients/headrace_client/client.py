@@ -187,6 +187,7 @@ class HeadraceClient:
         reconnect_deadline_s: float = 120.0,
         order: ReadOrder | str = ReadOrder.SEQUENTIAL,
         seed: int = 0,
+        first_epoch: int = 0,
         shard: tuple[int, int] = (0, 1),
         block_rows: int = 0,
         mix_blocks: int = 0,
@@ -195,7 +196,8 @@ class HeadraceClient:
     ) -> ActivationStream:
         """Streams rows as batches of torch tensors; see ActivationStream. `epochs` None: for ever.
 
-        Shuffled rows (`order`) come in another order in each epoch. For data-parallel ranks, `shard` is (rank, world).
+        Shuffled rows (`order`) come in another order in each epoch, from that of `first_epoch` on. For data-parallel
+        ranks, `shard` is (rank, world).
         """
         from headrace_client.tensors import (  # noqa: PLC0415 - torch, for those who ask for tensors.
             ActivationStream,
@@ -212,7 +214,11 @@ class HeadraceClient:
             epochs=epochs,
             drop_last=drop_last,
             reading=Reading(
-                order=choice(ReadOrder, str(order), "order"), seed=seed, shard=shard, block_rows=block_rows
+                order=choice(ReadOrder, str(order), "order"),
+                seed=seed,
+                epoch=first_epoch,
+                shard=shard,
+                block_rows=block_rows,
             ),
             mix_blocks=mix_blocks,
             norm_limit=norm_limit,

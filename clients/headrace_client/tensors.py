@@ -55,6 +55,7 @@ class BatchOptions:
         return {
             "order": str(reading.order),
             "seed": reading.seed,
+            "first_epoch": reading.epoch,
             "shard": list(reading.shard),
             "block_rows": 0 if reading.plain and not self.mix_blocks else reading.rows_in_block,
             "mix_blocks": self.mix_blocks,
@@ -227,7 +228,8 @@ class ActivationStream:
 
     def _opened(self) -> ChunkStream:
         if self._stream is None:
-            self._stream = self._open_at(self._place, self._options.reading.in_epoch(self._epoch))
+            reading = self._options.reading
+            self._stream = self._open_at(self._place, reading.in_epoch(reading.epoch + self._epoch))
         return self._stream
 
     def _next_batch(self) -> dict[str, torch.Tensor] | None:
@@ -260,7 +262,7 @@ class ActivationStream:
         if self._mixer is None:
             window_rows = self._options.mix_blocks * self._options.reading.rows_in_block
             self._mixer = Mixer(window_rows, self._options.reading.seed, self._table)
-            self._mixer.begin(self._epoch, *self._mix_from, self._n_dropped)
+            self._mixer.begin(self._options.reading.epoch + self._epoch, *self._mix_from, self._n_dropped)
         return self._mixer
 
     def _table(self, capacity: int) -> Table:
