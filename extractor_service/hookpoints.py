@@ -49,6 +49,7 @@ __all__ = ["EMBED", "FINAL", "SITES", "Catalogue", "Hookpoint", "catalogue_of", 
 MAX_NEAREST = 5
 # A request names no more; wildcards over the largest models stay below it.
 MAX_HOOKPOINTS = 4096
+MAX_WILDCARDS = 64  # Each is compared with every name.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +91,11 @@ class Catalogue:
         Raises FieldInvalid for none at all, HookpointNotFound with the nearest names, and for one that can't be
         captured.
         """
-        asked = tuple(names)
+        asked = tuple(dict.fromkeys(names))
         if len(asked) > MAX_HOOKPOINTS:
             raise _too_many(len(asked))
+        if sum("*" in name for name in asked) > MAX_WILDCARDS:
+            raise FieldInvalid(f"Use at most {MAX_WILDCARDS} names with wildcards.", field="spec.hookpoints")
         found = {point.name: point for name in asked for point in self._resolve_one(name)}
         if not found:
             raise FieldInvalid("Name at least one hookpoint; ListHookpoints lists them.", field="spec.hookpoints")

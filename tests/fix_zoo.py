@@ -52,6 +52,7 @@ ZOO = {
     "granite": ("granite", {**_LLAMA, "residual_multiplier": 0.3, "embedding_multiplier": 2.0}),
     "helium": ("helium", {**_LLAMA, "head_dim": 8}),
     "llama": ("llama", _LLAMA),
+    "ministral": ("ministral", {**_LLAMA, "head_dim": 8, "sliding_window": 16}),
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 16}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
     "olmo": ("olmo", {**_LLAMA, "clip_qkv": 0.2}),

@@ -42,6 +42,7 @@ class Anatomy:
     blocks: nn.ModuleList
     isolation: str
     causal: bool
+    takes_positions: bool = True
 
 
 _ANATOMIES: WeakKeyDictionary[PreTrainedModel, Anatomy] = WeakKeyDictionary()
@@ -85,7 +86,14 @@ def resolve(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[Site, ...]:
 def isolation(model: PreTrainedModel, position_ids: Tensor) -> AbstractContextManager[dict[str, Any]]:
     """Keeps documents in a pass over these position ids apart; the context yields arguments for the model."""
     anatomy = anatomy_of(model)
-    return isolated(model, position_ids, how=anatomy.isolation, causal=anatomy.causal, blocks=anatomy.blocks)
+    return isolated(
+        model,
+        position_ids,
+        how=anatomy.isolation,
+        causal=anatomy.causal,
+        blocks=anatomy.blocks,
+        takes_positions=anatomy.takes_positions,
+    )
 
 
 def check_identity(model: PreTrainedModel) -> None:
@@ -116,8 +124,8 @@ def _study(model: PreTrainedModel) -> Anatomy:
     family = catalogue.family
     if family is None:
         found = search(model, catalogue.network.n_layers)
-        if found is None:
-            raise _unsupported(model)
+        if isinstance(found, str):
+            raise _unsupported(model, found)
         return _of_found(catalogue, found)
     if all(point.unavailable for point in points.values()):
         raise _unsupported(model, next((point.unavailable for point in points.values()), ""))
@@ -141,7 +149,12 @@ def _of_found(catalogue: Catalogue, found: Found) -> Anatomy:
         else:
             points[point.name] = point
     return Anatomy(
-        catalogue=catalogue, points=points, blocks=found.blocks, isolation=found.isolation, causal=found.causal
+        catalogue=catalogue,
+        points=points,
+        blocks=found.blocks,
+        isolation=found.isolation,
+        causal=found.causal,
+        takes_positions=found.takes_positions,
     )
 
 

@@ -25,21 +25,28 @@ from extractor_service.places import BY_BLOCK_MASK, BY_MASK, BY_POSITIONS
 
 @contextmanager
 def isolated(
-    model: PreTrainedModel, position_ids_BS: Tensor, *, how: str, causal: bool, blocks: nn.ModuleList
+    model: PreTrainedModel,
+    position_ids_BS: Tensor,
+    *,
+    how: str,
+    causal: bool,
+    blocks: nn.ModuleList,
+    takes_positions: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Yields the arguments of a pass that keeps documents apart. Raises FieldInvalid where there is no way."""
+    arguments = {"position_ids": position_ids_BS} if takes_positions else {}
     if how == BY_POSITIONS or not _shares(position_ids_BS):
-        yield {}
+        yield arguments
         return
     if how not in (BY_MASK, BY_BLOCK_MASK):
         raise cannot_isolate(model.config.model_type)
     mask = _mask(model, position_ids_BS, causal=causal)
     if how == BY_MASK:
-        yield {"attention_mask": mask}
+        yield arguments | {"attention_mask": mask}
         return
     handles = [_give_mask(block, mask, position_ids_BS) for block in blocks]
     try:
-        yield {}
+        yield arguments
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.runner.capture import capture
-from extractor_service.runner.hookpoints import n_layers_of, resolve
+from extractor_service.runner.hookpoints import isolation, n_layers_of, resolve
 from extractor_service.runner.sample_text import SAMPLE_TEXT
 
 MAX_TOKENS = 384
@@ -48,8 +48,9 @@ def residuals(model: PreTrainedModel, token_ids: Sequence[int]) -> list[Tensor]:
     wanted = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers_of(model))]
     ids = torch.tensor([list(token_ids)], device=model.device)
     positions = torch.arange(len(token_ids), device=model.device)[None]
-    with torch.inference_mode(), capture(resolve(model, wanted)) as captured:
-        model(input_ids=ids, position_ids=positions, use_cache=False)
+    sites = resolve(model, wanted)
+    with torch.inference_mode(), capture(sites) as captured, isolation(model, positions) as arguments:
+        model(input_ids=ids, use_cache=False, **arguments)
     return [captured[name][0].cpu() for name in wanted]
 
 

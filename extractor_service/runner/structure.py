@@ -35,6 +35,7 @@ class Found:
     places: dict[str, str]
     isolation: str
     causal: bool
+    takes_positions: bool
 
     def module_of(self, layer: int, site: str) -> str:
         """Where a site is, `<path>:in` or `:out`; empty if that could not be proven."""
@@ -70,11 +71,11 @@ class _Passed:
             self.outputs.pop(path, None)
 
 
-def search(model: PreTrainedModel, n_layers: int) -> Found | None:
-    """Returns what can be proven of a model; None where not even its residual stream can."""
+def search(model: PreTrainedModel, n_layers: int) -> Found | str:
+    """Returns what can be proven of a model, or why not even its residual stream can be taken."""
     named = _blocks(model, n_layers)
     if named is None:
-        return None
+        return f"no list of {n_layers} blocks could be found in it"
     path, blocks = named
     token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
     with torch.inference_mode(), _watching(blocks) as passed:
@@ -82,11 +83,22 @@ def search(model: PreTrainedModel, n_layers: int) -> Found | None:
     for seen in passed:
         seen.forget_twice()
     if not _is_stream(passed):
-        return None
+        return "what leaves one of its blocks is not what enters the next"
+    takes_positions = _takes_positions(model, blocks)
+    if takes_positions and not _counts_from_zero(model, blocks):
+        return "it does not number positions from 0"
     places = {"hook_resid_pre": ":in", "hook_resid_post": ":out"} | _sublayers(passed)
     causal = _is_causal(model, blocks)
-    isolation = next((how for how in (BY_POSITIONS, BY_MASK) if _isolates(model, blocks, how, causal)), NOT_AT_ALL)
-    return Found(path=path, blocks=blocks, places=places, isolation=isolation, causal=causal)
+    ways = [BY_POSITIONS, *([] if _has_window(model) else [BY_MASK])] if takes_positions else []
+    isolation = next((how for how in ways if _isolates(model, blocks, how, causal)), NOT_AT_ALL)
+    return Found(
+        path=path,
+        blocks=blocks,
+        places=places,
+        isolation=isolation,
+        causal=causal,
+        takes_positions=takes_positions,
+    )
 
 
 def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, nn.ModuleList] | None:
@@ -186,6 +198,29 @@ def _same_sum(parts: Sequence[Tensor | None], whole: Tensor) -> bool:
     return bool((difference <= allowed).all())
 
 
+def _takes_positions(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
+    """Whether its code can be told the positions of tokens."""
+    ids = torch.arange(_N_TOKENS, device=model.device)[None]
+    try:
+        _last(model, blocks, ids, ids, BY_POSITIONS, causal=True)
+    except TypeError:
+        return False
+    return True
+
+
+def _counts_from_zero(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
+    """Positions from 0 on are what the model takes where none are given."""
+    ids = torch.arange(_N_TOKENS, device=model.device)[None]
+    given, own = (_last(model, blocks, ids, positions, BY_POSITIONS, causal=True) for positions in (ids, None))
+    return torch.equal(given.nan_to_num(), own.nan_to_num())
+
+
+def _has_window(model: PreTrainedModel) -> bool:
+    """Whether some of its layers look back only so far: a mask that is passed would take the place of theirs."""
+    config = model.config.get_text_config().to_dict()
+    return any(value and ("window" in key or "chunk" in key) for key, value in config.items())
+
+
 def _is_causal(model: PreTrainedModel, blocks: nn.ModuleList) -> bool:
     """A later token changes nothing before it."""
     ids = torch.arange(_N_TOKENS, device=model.device)[None]
@@ -212,14 +247,13 @@ def _last(
     model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, positions: Tensor | None, how: str, *, causal: bool
 ) -> Tensor:
     """What leaves the last block."""
-    given = {} if positions is None else {"position_ids": positions}
-    where = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+    where = ids if positions is None else positions
     with (
         torch.inference_mode(),
         _watching(nn.ModuleList([blocks[-1]])) as passed,
-        isolated(model, where, how=how, causal=causal, blocks=blocks) as extra,
+        isolated(model, where, how=how, causal=causal, blocks=blocks) as arguments,
     ):
-        model(input_ids=ids, use_cache=False, **given, **extra)
+        model(input_ids=ids, use_cache=False, **({} if positions is None else arguments))
     return passed[0].outputs[""]
 
 

@@ -65,6 +65,15 @@ def test_no_name_at_all_is_refused():
         names()
 
 
+def test_requests_are_bounded():
+    with pytest.raises(FieldInvalid, match="at most 4096"):
+        names(*(f"name-{number}" for number in range(5000)))
+    with pytest.raises(FieldInvalid, match="wildcards"):
+        names(*(f"blocks.*.hook_{number}*" for number in range(65)))
+    with pytest.raises(FieldInvalid, match="at most 4096"):
+        names("*", num_hidden_layers=500)
+
+
 @pytest.mark.parametrize(
     ("asked", "canonical"),
     [

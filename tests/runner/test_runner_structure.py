@@ -132,10 +132,65 @@ def test_a_network_of_another_kind_is_found_by_what_adds_up():
     assert anatomy_of(model).isolation == NOT_AT_ALL
 
 
+def test_rows_of_a_network_that_takes_no_positions_come_without():
+    model = Tally(TallyConfig(hidden_size=16, num_hidden_layers=2, vocab_size=N_TOKENS_ZOO)).eval()
+    sites = resolve(model, ["blocks.1.hook_resid_post"])
+    rows = forward_rows(model, zoo_batch([[3, 4, 5]]), sites)["blocks.1.hook_resid_post"]
+
+    assert torch.equal(rows, model(torch.tensor([[3, 4, 5]]))[0])
+    with pytest.raises(FieldInvalid, match="one_document"):
+        forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), sites)
+
+
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
+UNMET = {
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "codegen": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "exaone4": {**LLAMA, "num_key_value_heads": 2},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64},
+    "stablelm": {**LLAMA, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", UNMET)
+def test_architectures_outside_the_table_are_proven_and_isolated(name):
+    model = random_model(AutoConfig.for_model(name, **{"vocab_size": N_TOKENS_ZOO, **UNMET[name]}))
+    check_identity(model)
+    sites = offered_sites(model)
+    documents = [[5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    packed = forward_rows(model, zoo_batch(documents), sites)
+    alone = [forward_rows(model, zoo_batch([document]), sites) for document in documents]
+
+    assert {site.name.split(".")[2] for site in sites} >= {"hook_resid_post", "hook_attn_out", "hook_mlp_out"}
+    for site, rows in packed.items():
+        torch.testing.assert_close(rows, torch.cat([each[site] for each in alone]), rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_do_not_start_at_zero_are_refused():
+    config = AutoConfig.for_model("roberta", **LLAMA, max_position_embeddings=64)
+
+    with pytest.raises(ModelUnsupported, match="positions from 0"):
+        offered_sites(random_model(config))
+
+
+def test_a_window_is_not_given_up_for_isolation():
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        **LLAMA,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+
+    assert anatomy_of(random_model(config)).isolation in (BY_POSITIONS, NOT_AT_ALL)
+
+
 def test_a_model_without_a_list_of_blocks_is_refused():
     config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)
     model = random_model(config, attention="eager")
     model.layers = nn.Sequential(*model.layers)
 
-    with pytest.raises(ModelUnsupported, match="could not be found"):
+    with pytest.raises(ModelUnsupported, match="no list of 2 blocks"):
         offered_sites(model)

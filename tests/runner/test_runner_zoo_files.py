@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from fix_runner import documents, load
+from fix_runner import documents, load, read_rows, run_command
 from fix_zoo import ZOO, zoo_batch, zoo_config
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from extractor_service.hookpoints import Catalogue
 from extractor_service.network import Network
@@ -14,6 +20,7 @@ from extractor_service.places import FINAL
 from extractor_service.runner.forward import forward_rows
 from extractor_service.runner.hookpoints import anatomy_of, resolve
 from extractor_service.runner.loading import stored_config
+from extractor_service.runner_protocol import Extract
 
 LAST = "blocks.2.hook_resid_post"
 
@@ -58,3 +65,43 @@ def test_the_config_file_tells_what_the_loaded_model_has(name, saved):
     points = anatomy_of(load(path).model).points
 
     assert {point.name: point for point in by_file} == points
+
+
+def test_rows_of_an_encoder_are_its_hidden_states_document_by_document(saved, make_set, make_corpus):
+    path, model = saved("bert")
+    corpus = documents(12, longest=15)
+    wanted = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(3))]
+    folder = make_set(wanted, context_size=32, bos="none")
+    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(corpus)))
+    rows = read_rows(folder, run_command(command, load(path))[-1].n_rows)
+
+    starts = np.flatnonzero((np.diff(rows["position"], prepend=-9) != 1) | (np.arange(len(rows["position"])) % 32 == 0))
+    assert len(starts) > len(corpus)
+    for start, end in zip(starts, [*starts[1:], len(rows["token_id"])], strict=True):
+        with torch.inference_mode():
+            ids = torch.from_numpy(rows["token_id"][start:end])[None].long()
+            states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
+        for name, state in zip(wanted, states, strict=True):
+            np.testing.assert_allclose(rows[name][start:end], state[0].numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_text_half_of_a_multimodal_model_is_captured(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**ZOO["gemma3"][1], "vocab_size": 97},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=96,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).eval().save_pretrained(tmp_path)
+    model = load(tmp_path).model
+    document = documents(1, longest=20)[0] % 90
+    sites = resolve(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
+    rows = forward_rows(model, zoo_batch([document]), sites)
+    with torch.inference_mode():
+        ids = torch.from_numpy(document)[None].long()
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+
+    assert rows["blocks.1.attn.hook_k"].shape[1] == 2 * 16
+    assert torch.equal(rows["blocks.1.hook_resid_pre"], states[1][0])
