@@ -20,6 +20,7 @@ from headrace_cli.tensor_files import ColumnFile, ColumnSpec
 
 if TYPE_CHECKING:
     from headrace_client import ChunkStream, HeadraceClient
+    from headrace_client.order import Reading
     from headrace_client.values import Column, Extraction
 
 _SYNC_EVERY_S = 5.0  # What a crash may cost.
@@ -36,14 +37,22 @@ def pull(
     columns: Annotated[
         str, typer.Option(help="Comma-separated: hookpoints, token_id, document, position.  (default: all)")
     ] = "",
-    rows: Annotated[str, typer.Option(help="START:END, either may be left out.")] = "",
+    rows: Annotated[str, typer.Option(help="START:END, either may be left out; places, if rows are reordered.")] = "",
+    order: Annotated[str, typer.Option(help="sequential, or shuffled in blocks.")] = "sequential",
+    seed: Annotated[int, typer.Option(help="Of the shuffled order.")] = 0,
+    epoch: Annotated[int, typer.Option(help="Each has a shuffled order of its own.")] = 0,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Every N-th block from block I on, counted from 0.")] = "",
+    block_rows: Annotated[int, typer.Option(help="Rows in a block; 0: 1024.")] = 0,
+    transport: Annotated[str, typer.Option(help="auto, inline or mapped.")] = "auto",
 ) -> None:
     """Write an extraction's rows to disk as they come. Interrupted, the same command goes on where it stopped."""
     settings = settings_of(context)
     start_row, end_row = parse_rows(rows)
+    reading = _reading(order=order, seed=seed, epoch=epoch, shard=parse_shard(shard), block_rows=block_rows)
     with settings.connect() as client:
         extraction = client.extractions.get(extraction_id)
-        result = _Pull(client, extraction, out, _columns(extraction, columns), start_row, end_row).run()
+        wanted = _columns(extraction, columns)
+        result = _Pull(client, extraction, out, wanted, start_row, end_row, reading=reading, transport=transport).run()
     if settings.json:
         print_json(result)
     else:
@@ -64,8 +73,16 @@ def parse_rows(text: str) -> tuple[int, int]:
     return found
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """Reads `I/N`."""
+    index, slash, count = (text or "0/1").partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise typer.BadParameter(f"{text!r} is not I/N with I less than N", param_hint="--shard")
+    return int(index), int(count)
+
+
 class _Pull:
-    """One run of the command."""
+    """One run of the command. Rows are counted as `reading` counts them."""
 
     def __init__(
         self,
@@ -74,6 +91,8 @@ class _Pull:
         out: Path,
         columns: tuple[str, ...],
         *rows: int,
+        reading: Reading,
+        transport: str,
     ) -> None:
         self._client = client
         self._extraction = extraction
@@ -81,11 +100,22 @@ class _Pull:
         self._one_file = out.suffix == ".safetensors"
         self._folder = out.with_name(out.name + ".part") if self._one_file else out
         start_row, end_row = rows
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "set_id": extraction.set_id,
             "columns": list(columns),
             "start_row": start_row,
             "end_row": end_row,
+        }
+        self._order = reading.fields()
+        if self._order:
+            self._identity["order"] = self._order
+        self._options = {
+            "order": reading.order,
+            "seed": reading.seed,
+            "epoch": reading.epoch,
+            "shard": reading.shard,
+            "block_rows": reading.block_rows,
+            "transport": transport,
         }
         self._columns = columns
         self._start_row, self._end_row = start_row, end_row
@@ -100,7 +130,9 @@ class _Pull:
         next_row = self._resume_row()
         if next_row > self._start_row:
             note(f"goes on at row {formats.count(next_row)}")
-        with self._client.chunks(self._extraction, self._columns, start_row=next_row, end_row=self._end_row) as stream:
+        with self._client.chunks(
+            self._extraction, self._columns, start_row=next_row, end_row=self._end_row, **self._options
+        ) as stream:
             specs = [_spec(column) for column in stream.header.columns]
             end_row = self._copy(stream, specs, next_row)
         return self._finish(specs, end_row)
@@ -143,7 +175,7 @@ class _Pull:
                     if chunk is not None:
                         for file, rows in zip(files, chunk.buffers, strict=True):
                             file.write(rows)
-                        next_row = chunk.end_row
+                        next_row = chunk.end_place
                     _show(bar, stream, self._start_row)
                     if time.monotonic() - synced_at > _SYNC_EVERY_S:
                         self._sync(files, next_row)
@@ -189,11 +221,19 @@ class _Pull:
             "corpus_id": self._extraction.corpus_id,
             "first_row": str(self._start_row),
             "n_rows": str(end_row - self._start_row),
+            **{name: str(value) for name, value in self._order.items()},
             "pull": self._fingerprint(),
         }
 
     def _fingerprint(self) -> str:
-        return f"{self._extraction.set_id} {self._start_row}:{self._end_row} {','.join(self._columns)}"
+        order = "".join(f" {name}={value}" for name, value in self._order.items())
+        return f"{self._extraction.set_id} {self._start_row}:{self._end_row} {','.join(self._columns)}{order}"
+
+
+def _reading(**options: Any) -> Reading:
+    from headrace_client.order import Reading  # noqa: PLC0415
+
+    return Reading(**options)
 
 
 def _columns(extraction: Extraction, text: str) -> tuple[str, ...]:
@@ -224,6 +264,8 @@ def _show(bar: Bar, stream: ChunkStream, start_row: int) -> None:
     ]
     if whole and progress.rows_per_s > 0:
         facts.append(f"{formats.duration((whole - rows) / progress.rows_per_s)} left")
+    if progress.mapped:
+        facts.append("mapped")
     if progress.state == "WAITING" and progress.extraction_state is not None:
         facts.append(f"the extraction is {progress.extraction_state.lower()}")
     bar.show(progress.state.lower(), rows / whole if whole else None, " · ".join(facts))

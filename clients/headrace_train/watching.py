@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headrace_client.values import Progress
+from headrace_client.waits import Bottleneck
 
 from headrace_train.evaluation import HeldOut, Metrics, evaluate
 from headrace_train.progress import Meter, Reporter, Throttle
@@ -14,6 +15,7 @@ from headrace_train.training import WatchedTrainer, measure
 PHASE = "training"
 _N_EVALUATIONS = 10
 _MEASURE_EVERY_S = 0.2
+_MOSTLY = 0.5
 
 
 class TrainingWatch:
@@ -48,9 +50,7 @@ class TrainingWatch:
     def on_progress(self, progress: Progress) -> None:
         """While rows come in, and while they do not."""
         self._n_committed = progress.n_rows_committed
-        state = progress.extraction_state
-        waiting = f"waiting for rows ({state.lower()})" if state and progress.stream_wait > 0.9 else ""
-        self._tell(doing=waiting or ("reconnecting" if progress.state == "RECONNECTING" else ""))
+        self._tell(doing=_doing(progress))
 
     def _evaluate(self, trainer: WatchedTrainer) -> None:
         if self._n_steps - self._evaluated_at < self._evaluate_every:
@@ -68,3 +68,15 @@ class TrainingWatch:
         wait_s = self.provider.wait_s if self.provider else None
         tick = self._meter.tick(PHASE, self._n_trained, self._n_rows, wait_s=wait_s, doing=doing, **figures)
         self._reporter.tick(tick, last=last)
+
+
+def _doing(progress: Progress) -> str:
+    """What the trainer waits for, if it mostly waits."""
+    if progress.state == "RECONNECTING":
+        return "reconnecting"
+    if progress.stream_wait <= _MOSTLY:
+        return ""
+    if progress.bottleneck is Bottleneck.EXTRACTOR:
+        state = progress.extraction_state
+        return f"waiting for the extractor ({state.lower()})" if state else "waiting for the extractor"
+    return "waiting for rows on their way"

@@ -34,6 +34,20 @@ def test_the_readme_session_runs(system, extraction, capsys):
     assert lines[-1].endswith(str(extraction.n_rows))
 
 
+def test_the_reading_session_runs(system, extraction):
+    [block] = python_blocks("docs/reading.md")
+    for ours, theirs in {"blocks.14.": "blocks.1.", "batch_size=4096": "batch_size=64"}.items():
+        assert ours in block
+        block = block.replace(ours, theirs)
+    steps = []
+    names = {"client": system.client, "extraction": extraction, "rank": 0, "world": 1, "step": steps.append}
+
+    exec(block, names)
+
+    assert len(steps) == 3 * (extraction.n_rows // 64)
+    assert names["checkpoint"]["epoch"] == 2
+
+
 def test_the_set_is_read_as_the_format_says(extraction):
     [block] = python_blocks("docs/format.md")
     assert "blocks.14.hook_resid_post" in block
@@ -44,7 +58,7 @@ def test_the_set_is_read_as_the_format_says(extraction):
     assert len(names["rows"]["blocks.1.hook_resid_post"]) == names["segment"]["rows"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "docs/format.md"])
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md"])
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
 

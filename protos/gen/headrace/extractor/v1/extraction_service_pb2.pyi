@@ -662,7 +662,7 @@ class ActivationChunk(_message.Message):
     position: _builtins.int
     """For shards and SHUFFLED: place of the first row in the reading order. A chunk lies within one block."""
     payload: _builtins.bytes
-    """The rows. Empty with the mapped transport."""
+    """The rows. Empty with the mapped transport, except for rows that are not sealed yet."""
     @_builtins.property
     def column_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Byte offset of each column in `payload`, in the header's order, each a multiple of 64. A column is `n_rows * width`
