@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 
 from extractor_service.places import EMBED, FINAL, SITES, Family, Scaled
+from extractor_service.weight_shapes import HEADED
 
 Aliases = dict[str, str]
 
@@ -22,10 +23,8 @@ _LAYER_SPEC = re.compile(rf"\*|-?{_NUMBER}|{_NUMBER}-{_NUMBER}")
 _LAYER_PART = re.compile(r"\.([0-9]{1,6})(?=[.:]|$)")
 _PATH = re.compile(r"([A-Za-z_*][A-Za-z0-9_.*-]*):(in|out)")
 _PATH_ONLY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_*-]+)*")
-# What transformers' models with a head call their base model.
-_HEADED = frozenset({"model", "transformer", "gpt_neox", "bert", "base_model"})
 _ATTENTIONS = frozenset({"self_attn:out", "attn:out", "self_attention:out", "attention:out"})
-MAX_NAME = 400
+MAX_NAME = 160  # A column's name, with what is added to it, is a folder's.
 
 
 def forward_order(name: str) -> tuple[int, int, int, str]:
@@ -76,7 +75,7 @@ def relative_path(path: str, family: Family | None, n_layers: int) -> list[str]:
     roots = (
         {blocks[0], *(place.split(".")[0] for place in (family.embed.split(":")[0], family.final))} if family else set()
     )
-    while len(parts) > 1 and parts[0] in _HEADED and parts[0] not in roots:
+    while len(parts) > 1 and parts[0] in HEADED and parts[0] not in roots:
         parts = parts[1:]
     at = len(blocks)
     if not family or parts[:at] != blocks or len(parts) <= at:

@@ -146,8 +146,13 @@ def is_sparse(network: Network, layer: int) -> bool:
     return layer not in (fields.get("mlp_only_layers") or ()) and (layer + 1) % every == 0
 
 
-# What the residual identity can prove of an architecture that is not known, when the model is loaded.
-PROVABLE = frozenset({"hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"})
+# What can be proven of an architecture that is not known, when the model is loaded.
+PROVABLE = frozenset(
+    {
+        *("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid"),
+        *("mlp.hook_post", "hook_mlp_out", "hook_resid_post"),
+    }
+)
 
 
 def place_unknown(network: Network, site: str) -> Place:

@@ -12,6 +12,9 @@ from extractor_service.network import Network
 
 Shape = tuple[int, ...]
 
+# What transformers' models with a head call their base model.
+HEADED = frozenset({"model", "transformer", "gpt_neox", "bert", "base_model"})
+
 # A header lists every tensor; the largest models have some ten thousand of them.
 _MAX_HEADER_BYTES = 64 * 1024 * 1024
 # Families whose linear layers keep their weight as [in, out].
@@ -31,13 +34,13 @@ class WeightShapes:
         return _read(tuple((str(path), path.stat().st_mtime_ns) for path in paths))
 
     def below(self, path: str) -> dict[str, Shape]:
-        """Tensors of a module and of those inside it, by what follows the module's path."""
+        """Tensors of a module of the base model and of those inside it, by what follows the module's path."""
         dotted = f"{path}."
         found = {}
         for name, shape in self.shapes.items():
-            start = 0 if name.startswith(dotted) else name.find(f".{dotted}") + 1
-            if start or name.startswith(dotted):
-                found[name[start + len(dotted) :]] = shape
+            head, there, rest = name.partition(dotted)
+            if there and all(part in HEADED for part in head.split(".")[:-1]) and head.endswith(("", ".")[bool(head)]):
+                found[rest] = shape
         return found
 
 

@@ -123,7 +123,7 @@ def _study(model: PreTrainedModel) -> Anatomy:
     points = {point.name: point for point in catalogue.offered}
     family = catalogue.family
     if family is None:
-        found = search(model, catalogue.network.n_layers)
+        found = search(model, catalogue.network)
         if isinstance(found, str):
             raise _unsupported(model, found)
         return _of_found(catalogue, found)

@@ -2,7 +2,8 @@
 
 A few tokens run through the model, and what passes every module below its blocks is looked at. `hook_attn_out` and
 `hook_mlp_out` are a pair of outputs, one of the attention or behind it, one of the MLP or behind it, that add up with
-the block's input to its output in every block; `hook_resid_mid` is an input that is the sum of the first two. Two
+the block's input to its output in every block; `hook_resid_mid` is an input that is the sum of the first two.
+`attn.hook_z` and `mlp.hook_post` are what enters the projection that gives the output of attention and MLP. Two
 documents in one sequence, and each alone, tell how the model keeps them apart.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from extractor_service.network import Network
 from extractor_service.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
 from extractor_service.runner.isolation import isolated
 
@@ -47,9 +49,11 @@ class Found:
 
     def why_not(self, site: str) -> str:
         """Why a site has no place."""
-        part = "attention" if site == "hook_attn_out" else "MLP"
+        part = "attention" if site in ("hook_attn_out", "attn.hook_z") else "MLP"
         if site == "hook_resid_mid":
             return "no module of its blocks was found that takes the residual stream between attention and MLP"
+        if site in ("attn.hook_z", "mlp.hook_post"):
+            return f"no single projection was found that gives the output of its {part}"
         return f"no output of its {part} was found that adds up with the residual stream in every block"
 
 
@@ -71,11 +75,11 @@ class _Passed:
             self.outputs.pop(path, None)
 
 
-def search(model: PreTrainedModel, n_layers: int) -> Found | str:
+def search(model: PreTrainedModel, network: Network) -> Found | str:
     """Returns what can be proven of a model, or why not even its residual stream can be taken."""
-    named = _blocks(model, n_layers)
+    named = _blocks(model, network.n_layers)
     if named is None:
-        return f"no list of {n_layers} blocks could be found in it"
+        return f"no list of {network.n_layers} blocks could be found in it"
     path, blocks = named
     token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
     with torch.inference_mode(), _watching(blocks) as passed:
@@ -88,6 +92,7 @@ def search(model: PreTrainedModel, n_layers: int) -> Found | str:
     if takes_positions and not _counts_from_zero(model, blocks):
         return "it does not number positions from 0"
     places = {"hook_resid_pre": ":in", "hook_resid_post": ":out"} | _sublayers(passed)
+    places |= _projections(passed, network)
     causal = _is_causal(model, blocks)
     ways = [BY_POSITIONS, *([] if _has_window(model) else [BY_MASK])] if takes_positions else []
     isolation = next((how for how in ways if _isolates(model, blocks, how, causal)), NOT_AT_ALL)
@@ -158,6 +163,30 @@ def _sublayers(passed: Sequence[_Passed]) -> dict[str, str]:
             places = {"hook_attn_out": f"{attention}:out", "hook_mlp_out": f"{mlp}:out"}
             return places | ({"hook_resid_mid": f"{middle[0]}:in"} if middle else {})
     return {}
+
+
+def _projections(passed: Sequence[_Passed], network: Network) -> dict[str, str]:
+    """The leaf inside attention, and inside the MLP, whose output is that of the whole."""
+    found = {}
+    wanted = (("attn.hook_z", _ATTENTION, network.n_heads * network.d_head), ("mlp.hook_post", _MLP, network.d_mlp))
+    for site, words, width in wanted:
+        parts = [path for path in passed[0].outputs if path and _is_part(path, words)]
+        if parts and (
+            paths := [path for path in parts if all(_gives(seen, path, parts[-1], width) for seen in passed)]
+        ):
+            found[site] = f"{paths[0]}:in"
+    return found
+
+
+def _gives(seen: _Passed, path: str, whole: str, width: int) -> bool:
+    """True for a leaf that takes rows of this width and gives what leaves the whole."""
+    if path not in seen.inputs or any(other.startswith(f"{path}.") for other in seen.outputs):
+        return False
+    entering, leaving, result = seen.inputs[path], seen.outputs.get(path), seen.outputs.get(whole)
+    if leaving is None or result is None or entering.shape[-1] != width or leaving.numel() != result.numel():
+        return False
+    is_projection = entering.shape != leaving.shape or not torch.equal(entering, leaving)
+    return is_projection and torch.equal(leaving.flatten(), result.flatten())
 
 
 def _pairs(seen: _Passed) -> Iterator[tuple[str, str]]:

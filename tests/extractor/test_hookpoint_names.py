@@ -199,6 +199,7 @@ def test_an_unknown_architecture_offers_what_loading_can_prove():
     points = {point.name: point for point in catalogue(model_type="abacus").offered}
 
     assert not points["blocks.1.hook_mlp_out"].unavailable
+    assert not points["blocks.1.attn.hook_z"].unavailable
     assert points["blocks.1.hook_mlp_out"].module == ""
     assert "abacus" in points["blocks.1.attn.hook_q"].unavailable
 
@@ -288,6 +289,7 @@ def test_what_a_module_returns_is_no_other_name_of_what_is_added_after_a_norm_or
         assert point.name == "layers.1.self_attn:out"
 
 
-def test_a_module_that_the_files_do_not_have_is_not_found(files):
-    with pytest.raises(HookpointNotFound, match="no such module"):
-        catalogue_of(model_info(files)).resolve(["layers.1.mlp.act_fn:out"])
+@pytest.mark.parametrize("name", ["layers.1.mlp.act_fn:out", "mlp:out", "1.mlp:out", "up_proj:in"])
+def test_a_module_that_the_files_do_not_have_is_not_found(files, name):
+    with pytest.raises(HookpointNotFound):
+        catalogue_of(model_info(files)).resolve([name])

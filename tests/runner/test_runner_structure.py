@@ -55,6 +55,25 @@ def test_the_middle_of_a_serial_block_is_found(name):
     assert point.module == anatomy_of(zoo_model(name)).points["blocks.1.hook_resid_mid"].module
 
 
+# BLOOM's modules add the residual stream to what their projections give; of others' MLP the config does not tell the
+# width, or not every block has one.
+NO_PROJECTION = {
+    ("bloom", "attn.hook_z"),
+    *((name, "mlp.hook_post") for name in ("bloom", "gpt2", "gptj", "qwen3_moe")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"bert"}))
+def test_what_enters_the_last_projections_is_found_where_there_is_one(name):
+    model, known = stranger(name), anatomy_of(zoo_model(name))
+    for site in ("attn.hook_z", "mlp.hook_post"):
+        ours, theirs = (each.points[f"blocks.1.{site}"] for each in (anatomy_of(model), known))
+        if theirs.unavailable or (name, site) in NO_PROJECTION:
+            assert ours.unavailable
+        else:
+            assert ours.module == theirs.module
+
+
 @pytest.mark.parametrize("name", sorted(PARALLEL))
 def test_a_parallel_block_has_no_middle(name):
     assert "between" in anatomy_of(stranger(name)).points["blocks.1.hook_resid_mid"].unavailable
