@@ -109,7 +109,7 @@ class _Pull:
         self._order = reading.fields()
         if self._order:
             self._identity["order"] = self._order
-        self._options = {
+        self._options: dict[str, Any] = {
             "order": reading.order,
             "seed": reading.seed,
             "epoch": reading.epoch,
