@@ -1,12 +1,23 @@
-"""Streams as SAELens wants them: an endless iterator of raw `[batch, d]` float32 tensors for `SAETrainer`."""
+"""Streams as SAELens wants them: endless iterators of raw float32 batches for `SAETrainer` and `MultiSAETrainer`.
+
+`set_scaling` gives a trainer what it would otherwise draw a thousand batches for.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 from headrace_client.client import HeadraceClient
+from headrace_client.scaling import sae_lens_factor
 from headrace_client.tensors import ActivationStream
 from headrace_client.values import Extraction
+
+# The one way of SAELens to normalise that a factor is estimated for.
+_BY_FACTOR = "expected_average_only_in"
 
 
 def data_provider(
@@ -18,12 +29,14 @@ def data_provider(
     *,
     dtype: torch.dtype = torch.float32,
     start_row: int = 0,
+    **options: Any,
 ) -> ActivationStream:
     """Returns the `data_provider` of an SAETrainer whose `train_batch_size_samples` is `batch_size`.
 
     SAETrainer does not handle the end of its data: with `epochs` None, the default, there is none, and a set that is
-    too small is read again. It draws batches for its norm estimate and for evaluation beyond
-    `total_training_samples`. Short batches are left out. Close it, or use it in a `with` block.
+    too small is read again. It draws batches for evaluation beyond `total_training_samples`, and for its norm estimate
+    unless `set_scaling` was called. Short batches are left out. `options` are those of `HeadraceClient.activations`.
+    Close it, or use it in a `with` block.
     """
     known = client.extractions.get(extraction) if isinstance(extraction, str) else extraction
     return client.activations(
@@ -34,4 +47,68 @@ def data_provider(
         dtype=dtype,
         start_row=start_row,
         drop_last=True,
+        **options,
     )
+
+
+class MultiDataProvider:
+    """The `data_provider` of a MultiSAETrainer: dicts of batches of the same rows, by hookpoint."""
+
+    def __init__(self, stream: ActivationStream, hookpoints: Sequence[str]) -> None:
+        self.stream = stream
+        self._hookpoints = tuple(hookpoints)
+
+    def close(self) -> None:
+        """Ends the stream."""
+        self.stream.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = next(self.stream)
+        return batch if isinstance(batch, dict) else {self._hookpoints[0]: batch}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def multi_data_provider(
+    client: HeadraceClient,
+    extraction: Extraction | str,
+    hookpoints: Sequence[str] | None = None,
+    batch_size: int = 4096,
+    epochs: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> MultiDataProvider:
+    """Returns the `data_provider` of a MultiSAETrainer; by default with all hookpoints. See `data_provider`."""
+    known = client.extractions.get(extraction) if isinstance(extraction, str) else extraction
+    names = tuple(hookpoints or known.hookpoints)
+    stream = client.activations(
+        known, columns=names, batch_size=batch_size, epochs=epochs, dtype=dtype, drop_last=True, **options
+    )
+    return MultiDataProvider(stream, names)
+
+
+def set_scaling(trainer: Any, provider: ActivationStream | MultiDataProvider) -> None:
+    """Gives an SAETrainer or MultiSAETrainer its scaling factors from the statistics of what it will read.
+
+    Nothing happens where the SAE does not normalise by a factor, or has one from a checkpoint. Waits for the stream's
+    header; raises FailedPrecondition if it has no statistics yet.
+    """
+    if isinstance(provider, MultiDataProvider):
+        for name, one in trainer.trainers.items():
+            _set_factor(one, provider.stream, trainer.hook_names[name])
+        return
+    _set_factor(trainer, provider, provider.config["columns"][0])
+
+
+def _set_factor(trainer: Any, stream: ActivationStream, hookpoint: str) -> None:
+    scaler = trainer.activation_scaler
+    if trainer.sae.cfg.normalize_activations == _BY_FACTOR and scaler.scaling_factor is None:
+        scaler.scaling_factor = sae_lens_factor(stream.header, hookpoint)
