@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
+from headrace_cli import formats, sets_export
 from headrace_cli.exits import reported
 from headrace_cli.output import note, print_json, print_rows, print_value
 from headrace_cli.settings import settings_of
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Activation sets on all nodes: list, pin, delete, export.", no_args_is_help=True, rich_markup_mode=None
 )
+app.command()(sets_export.export)
 _SetId = Annotated[str, typer.Argument(metavar="SET", help="Id, or its beginning.")]
 _Owner = Annotated[str, typer.Option(help="Whose wish it is; you, if not given.")]
 
