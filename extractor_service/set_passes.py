@@ -148,13 +148,16 @@ class SetPasses:
             except _PASSING as exc:
                 now = time.monotonic()
                 fruitful = self._rows() > rows_before
-                tries, trouble_since = (1, now) if fruitful or not tries else (tries + 1, trouble_since)
+                left_alone_s = float(exc.metadata.get("left_alone_s", "0"))
+                if fruitful or not trouble_since:
+                    tries, trouble_since = 0, now
+                tries += not left_alone_s  # Where the registry asked for a pause, nothing was tried.
                 lost_for_good = isinstance(exc, RunnerLost) and tries >= MAX_FRUITLESS_TRIES
-                if lost_for_good or now - trouble_since > RECOVERY_DEADLINE_S:
+                if lost_for_good or now + left_alone_s - trouble_since > RECOVERY_DEADLINE_S:
                     raise
                 logger.warning("passes over set %s recover: %s", self._id, exc.message)
                 self._lose()
-                await asyncio.sleep(min(0.25 * 2**tries, 5.0))
+                await asyncio.sleep(max(left_alone_s, min(0.25 * 2**tries, 5.0)))
 
     async def _lease_and_run(self) -> None:
         first = next(iter(self._riders))

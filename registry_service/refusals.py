@@ -63,7 +63,12 @@ def backoff_error(model_id: str, backoff: Backoff, required_bytes: int) -> LoadF
     return _kind_of(failure)(
         f"model {model_id!r} could not be loaded a moment ago: {failure.message}; "
         f"it is tried again in {backoff.left_s:.1f} s at the earliest",
-        metadata={"node_reason": failure.reason, "estimated_bytes": str(required_bytes), "measured_bytes": "0"},
+        metadata={
+            "node_reason": failure.reason,
+            "estimated_bytes": str(required_bytes),
+            "measured_bytes": "0",
+            "left_alone_s": f"{backoff.left_s:.3f}",
+        },
         retry_after_s=max(0.1, backoff.left_s),
         resource=("model", model_id),
     )

@@ -38,6 +38,7 @@ class FakeRegistry:
         self.orders = {}
         self.leases = set()
         self.unavailable = None
+        self.pauses = []  # Seconds; as many calls are told to leave the place alone.
         self.devices, self.machine = (), None
         self.heartbeat_interval_s = 5.0
         self._n_residencies = 0
@@ -103,6 +104,9 @@ class FakeRegistry:
 
     async def acquire_lease(self, model_id, *, holder, wait_s):
         self._check()
+        if self.pauses:
+            metadata = {"node_reason": "RUNNER_LOST", "left_alone_s": f"{self.pauses.pop():.3f}"}
+            raise error_for("RUNNER_LOST", "it is tried again later", metadata=metadata)
         held = next((a for a in self.assigned.values() if a.model.id == model_id), None)
         if held is None:
             self._n_residencies += 1

@@ -362,7 +362,8 @@ def start_system(tmp_path_factory):
 def fragile(tmp_path_factory, text_llama):
     """A pair to be killed and restarted; it knows the model `tiny`."""
     with systems(tmp_path_factory.mktemp("fragile")) as start:
-        started = start(models_root=text_llama.parent)
+        # Runners are killed here more often than in any life: a model that keeps dying is left alone longer and longer.
+        started = start(models_root=text_llama.parent, registry=("--death-window-s", "0"))
         started.add_model(MODEL, text_llama)
         yield started
 

@@ -12,6 +12,7 @@ from extractor_service.held_set import HeldSet
 from extractor_service.packing import SpecialTokens, count_rows
 from extractor_service.recipe import Recipe
 from extractor_service.row_stream import RowStream, StreamRequest
+from extractor_service.set_passes import MAX_FRUITLESS_TRIES, RECOVERY_DEADLINE_S
 from extractor_service.values import ExtractionState, Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -151,6 +152,27 @@ async def test_a_runner_that_always_dies_ends_in_runner_lost(start_extractor, mo
 
     assert job.value.state == ExtractionState.FAILED
     assert job.value.failure.reason == "RUNNER_LOST"
+
+
+async def test_a_pause_the_registry_asks_for_is_no_try(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(50, seed=5))
+    extractor.registry.pauses = [0.01] * (MAX_FRUITLESS_TRIES + 1)
+    job = await extractor.extract()
+    await extractor.read(job)
+
+    assert job.value.state == ExtractionState.DONE
+    assert not extractor.registry.pauses
+
+
+async def test_a_pause_beyond_the_deadline_ends_in_runner_lost_at_once(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(50, seed=5))
+    extractor.registry.pauses = [RECOVERY_DEADLINE_S + 1]
+    job = await extractor.extract()
+
+    with pytest.raises(errors.RunnerLost, match="tried again later"):
+        await extractor.read(job)
 
 
 async def test_restarted_node_goes_on_where_it_was(extractor):

@@ -264,6 +264,7 @@ def test_a_failed_load_is_left_alone_twice_as_long_each_time(world):
         with told(DeviceOom) as left:
             world.poll(world.ask("a"))
         assert left[0].retry_after_s == pytest.approx(backoff_s)
+        assert float(left[0].metadata["left_alone_s"]) == pytest.approx(backoff_s)
         world.advance(backoff_s)
         world.heartbeat("n")
     assert world.acquire("a")

@@ -94,6 +94,22 @@ def test_rows_come_once_although_the_runner_is_killed(fragile, quiet, retention)
     assert not set(killed) & {runner.pid for runner in fragile.runners()}
 
 
+@pytest.mark.fault
+def test_a_model_that_keeps_dying_is_left_alone_for_a_while_and_its_rows_come_once(start_system, text_llama, quiet):
+    system = start_system(models_root=text_llama.parent)
+    system.add_model(MODEL, text_llama)
+    extraction = start(system, WINDOW)
+    kills = [At(int(int(quiet["n_rows"]) * part), system.kill_runner) for part in (0.1, 0.3, 0.5, 0.7)]
+
+    def on_rows(n_rows):
+        for kill in kills:
+            kill(n_rows)
+
+    assert read(system.client, extraction, on_rows=on_rows, **NARROW) == quiet
+    assert all(kill.done for kill in kills)
+    assert "tried again in" in (system.folder / "extractor_service.log").read_text()
+
+
 @WINDOW_FIRST
 def test_rows_come_once_although_the_extractor_is_killed(fragile, quiet, supervisor, retention):
     extraction = start(fragile, retention)
