@@ -11,8 +11,8 @@ from typing import Any
 from extractor_service.values import ModelInfo
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_MODEL = ("hidden_size", "n_embd", "d_model", "dim", "model_dim")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_MODEL = ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _MLP = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
 # Families whose MLP is four times as wide as the residual stream unless the config says otherwise.

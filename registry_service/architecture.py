@@ -10,7 +10,7 @@ from registry_service.models import Architecture
 # The same number under the names that families give it; the first present wins.
 _NAMES: dict[str, tuple[str, ...]] = {
     "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "d_model": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
+    "d_model": ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim"),
     "n_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "n_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "d_head": ("head_dim", "d_kv"),

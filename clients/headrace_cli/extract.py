@@ -31,7 +31,8 @@ def extract(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     corpus: Annotated[str, typer.Argument(metavar="CORPUS")],
     hookpoint: Annotated[
-        list[str], typer.Option("--hookpoint", "-h", help="Such as blocks.14.hook_resid_post; repeat.")
+        list[str],
+        typer.Option("--hookpoint", "-h", help="Such as blocks.14.hook_resid_post or blocks.4-7.*; repeat."),
     ],
     context_size: Annotated[int, typer.Option(help="Tokens in one sequence.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 4,

@@ -216,6 +216,8 @@ def test_a_width_that_the_config_does_not_tell_is_said():
     ("config", "k_shape"),
     [
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4}, (4, 8)),
+        ({"model_type": "bloom", "n_embed": 32, "n_layer": 1, "num_attention_heads": 4}, (4, 8)),
+        ({"model_type": "gpt_neo", "hidden_size": 32, "num_layers": 1, "num_heads": 4}, (4, 8)),
         ({"model_type": "falcon", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}, (1, 8)),
         (
             {

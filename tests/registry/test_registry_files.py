@@ -123,6 +123,7 @@ def test_opt_and_neox_names():
     assert architecture_from(opt).d_mlp == 3072
     assert architecture_from(neox).d_head == 64
     assert architecture_from(neox).tied_embeddings is False
+    assert architecture_from({"model_type": "bloom", "n_embed": 1024, "n_layer": 24}).d_model == 1024
 
 
 def test_a_multimodal_config_is_read_through_its_text_part():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from fix_runner import documents, load
+from fix_zoo import random_model, zoo_batch, zoo_config
 
-from extractor_service.runner.forward import DirectFetch, StagedFetch, fetch_for
+from extractor_service.runner.forward import DirectFetch, StagedFetch, fetch_for, forward_rows
+from extractor_service.runner.hookpoints import offered_sites
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,3 +57,16 @@ def test_cuda_agrees_with_the_cpu(tiny_model, extract):
 
 def test_float16_is_allowed_and_memory_is_measured(tiny_llama):
     assert on_cuda(tiny_llama, "float16").measured_bytes == torch.cuda.memory_reserved(0) > 0
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "gemma2", "gpt_neo", "gptj", "llama", "opt", "phi3", "qwen3_moe"])
+def test_every_way_of_isolation_works_on_cuda(name):
+    model = random_model(zoo_config(name)).to("cuda:0")
+    sites = offered_sites(model)
+    pieces = [np.arange(3, 3 + length) for length in (7, 20, 5, 17, 15)]
+    packed = forward_rows(model, zoo_batch(pieces), sites)
+    alone = [forward_rows(model, zoo_batch([piece]), sites) for piece in pieces]
+
+    for site, rows in packed.items():
+        expected = torch.cat([each[site] for each in alone])
+        assert float((rows - expected).abs().max()) < 1e-3 * float(expected.abs().max()), site
