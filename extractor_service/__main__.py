@@ -33,6 +33,7 @@ from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
 from extractor_service.estimate import Estimate, RowCount, estimate
 from extractor_service.extractions import Extractions
+from extractor_service.hub.client import HubDatasets
 from extractor_service.identity import new_manifest
 from extractor_service.node import Node
 from extractor_service.rpc.corpus_servicer import CorpusServicer
@@ -209,7 +210,8 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         metrics=metrics,
         shutdown=shutdown,
     )
-    corpus_servicer = CorpusServicer(corpora, in_use=extractions.uses_corpus, shutdown=shutdown)
+    datasets = HubDatasets(environment)
+    corpus_servicer = CorpusServicer(corpora, datasets, in_use=extractions.uses_corpus, shutdown=shutdown)
 
     def add_services(server: grpc.aio.Server) -> None:
         add_service(server, EXTRACTION, extraction_servicer, framed=("StreamActivations",))

@@ -3,12 +3,13 @@
 ServiceError                          chassis.errors
 ├── NotFound
 │   ├── ModelNotFound · HookpointNotFound · CorpusNotFound · SetNotFound · ExtractionNotFound
+│   ├── HubNotFound
 ├── Invalid
 │   ├── FieldInvalid                  `field` names the request field
 │   ├── CorpusMalformed               metadata `line`, `row`, `byte` or `document` where known, `columns`
 │   └── CorpusEmpty
 ├── Refused
-│   ├── PathNotAllowed · AlreadyExists · StateConflict
+│   ├── PathNotAllowed · AlreadyExists · StateConflict · HubGated
 │   ├── ModelNotReady · ModelUnsupported · ModelTooLarge
 │   ├── LeaseLost · EpochStale
 │   ├── ExtraMissing                  an optional package is not installed here; metadata `extra`
@@ -20,7 +21,7 @@ ServiceError                          chassis.errors
 │   ├── ExtractionFailed              a bug
 │   └── RowsExpired · DigestMismatch
 └── Lost
-    ├── RunnerLost · LoadFailed · RegistryUnavailable · NodeLost · DatabaseUnavailable
+    ├── RunnerLost · LoadFailed · RegistryUnavailable · NodeLost · DatabaseUnavailable · HubUnavailable
     └── AdmissionTimeout · WaitTimeout
 """
 
@@ -66,6 +67,12 @@ class SetNotFound(NotFound):
     reason = "SET_NOT_FOUND"
 
 
+class HubNotFound(NotFound):
+    """The hub has no such dataset or revision, or hides it."""
+
+    reason = "HUB_NOT_FOUND"
+
+
 class ExtractionNotFound(NotFound):
     """No extraction with this id on this node."""
 
@@ -102,6 +109,12 @@ class PathNotAllowed(Refused):
     """A path lies outside the folders the server was told to allow."""
 
     reason = "PATH_NOT_ALLOWED"
+
+
+class HubGated(Refused):
+    """The dataset is gated or private, or the token is wrong."""
+
+    reason = "HUB_GATED"
 
 
 class AlreadyExists(Refused):
@@ -252,6 +265,12 @@ class RegistryUnavailable(Lost):
     """The registry can't be reached."""
 
     reason = "REGISTRY_UNAVAILABLE"
+
+
+class HubUnavailable(Lost):
+    """The hub can't be reached."""
+
+    reason = "HUB_UNAVAILABLE"
 
 
 class WaitTimeout(Lost):

@@ -7,6 +7,7 @@ pytest_plugins = [
     "fix_postgres",
     "fix_registry",
     "fix_hub",  # Builds on the one above.
+    "fix_hub_datasets",
     "fix_runner",
     "fix_system",
     "fix_train",

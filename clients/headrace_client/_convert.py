@@ -289,11 +289,18 @@ def corpus_from_pb(pb: corpora_pb.Corpus) -> v.Corpus:
         tokenized=pb.tokenized,
         origin=pb.origin,
         create_time=time_from_pb(pb, "create_time"),
+        chat=pb.chat,
     )
 
 
 def corpus_spec_to_pb(
-    *, corpus_id: str, file_format: str = "", text_column: str = "", text_split: str = "", file_name: str = ""
+    *,
+    corpus_id: str,
+    file_format: str = "",
+    text_column: str = "",
+    text_split: str = "",
+    file_name: str = "",
+    chat: bool = False,
 ) -> corpora_pb.CorpusSpec:
     """Builds a CorpusSpec; formats and splits are the contract's names in lower case, empty for the server's choice."""
     return corpora_pb.CorpusSpec(
@@ -302,6 +309,7 @@ def corpus_spec_to_pb(
         text_column=text_column,
         text_split=_value(corpora_pb.TextSplit, "TEXT_SPLIT_", text_split, "text_split"),
         file_name=file_name,
+        chat=chat,
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from headrace_client import _convert as convert
+from headrace_client._convert_corpora import hub_to_pb, mix_to_pb
 from headrace_client._nodes import Nodes, pages
 from headrace_client._transport import Endpoint, new_request_id
 from headrace_client.errors import InvalidArgument
@@ -26,15 +28,19 @@ class Corpora:
         self,
         id: str,  # noqa: A002 - the resource's own word.
         path: str | Path | None = None,
-        documents: Iterable[str] | None = None,
+        documents: Iterable[str | Sequence[Mapping[str, Any]]] | None = None,
         *,
         format: str = "",  # noqa: A002 - the contract's word.
         text_column: str = "",
         text_split: str = "",
+        chat: bool = False,
         node: str = "",
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> Corpus:
-        """Sends a local file (`.txt`, `.jsonl`, `.csv`, `.parquet`) or texts. The same content again is no error."""
+        """Sends a local file (`.txt`, `.jsonl`, `.csv`, `.parquet`, `.npy`) or texts. The same again is no error.
+
+        With `chat`, documents are conversations: `text_column` holds lists of messages with `role` and `content`.
+        """
         if (path is None) == (documents is None):
             raise InvalidArgument("give either a path or documents", fields={"path": "exactly one of path, documents"})
         file = None if path is None else Path(path)
@@ -46,6 +52,7 @@ class Corpora:
             text_column=text_column if file else "text",
             text_split=text_split,
             file_name=file.name if file else f"{id}.jsonl",
+            chat=chat,
         )
         content = _file_blocks(file) if file else _document_blocks(documents or ())
         endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
@@ -62,12 +69,18 @@ class Corpora:
         format: str = "",  # noqa: A002
         text_column: str = "",
         text_split: str = "",
+        chat: bool = False,
         node: str = "",
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> Corpus:
         """Takes a file that lies on the node, under one of its corpus roots. Its content is copied."""
         spec = convert.corpus_spec_to_pb(
-            corpus_id=id, file_format=format, text_column=text_column, text_split=text_split, file_name=Path(path).name
+            corpus_id=id,
+            file_format=format,
+            text_column=text_column,
+            text_split=text_split,
+            file_name=Path(path).name,
+            chat=chat,
         )
         return self._register(node, deadline_s, spec=spec, path=convert.path_to_pb(str(path)))
 
@@ -82,6 +95,51 @@ class Corpora:
         """Takes documents as token ids, in one message: the server's limit (4 MiB by default) holds for all of them."""
         spec = convert.corpus_spec_to_pb(corpus_id=id)
         return self._register(node, deadline_s, spec=spec, token_ids=convert.token_ids_to_pb(documents))
+
+    def register_hub(
+        self,
+        id: str,  # noqa: A002
+        repo_id: str,
+        *,
+        revision: str = "",
+        config: str = "",
+        split: str = "",
+        text_column: str = "",
+        token_ids: bool = False,
+        chat: bool = False,
+        max_documents: int = 0,
+        hub_token: str = "",
+        node: str = "",
+        deadline_s: float = UPLOAD_DEADLINE_S,
+    ) -> Corpus:
+        """Reads a dataset of the hub on the node, which needs headrace[datasets]; `origin` tells the commit.
+
+        `max_documents` stops earlier. `hub_token` is neither stored nor logged; without it the node's own serves.
+        """
+        spec = convert.corpus_spec_to_pb(
+            corpus_id=id, file_format="token_ids" if token_ids else "", text_column=text_column, chat=chat
+        )
+        source = hub_to_pb(
+            repo_id, revision=revision, config=config, split=split, max_documents=max_documents, hub_token=hub_token
+        )
+        return self._register(node, deadline_s, spec=spec, hub=source)
+
+    def register_mix(
+        self,
+        id: str,  # noqa: A002
+        weights: Mapping[str, float],
+        *,
+        seed: int = 0,
+        max_documents: int = 0,
+        node: str = "",
+        deadline_s: float = UPLOAD_DEADLINE_S,
+    ) -> Corpus:
+        """Mixes corpora of one node into a new one, drawing each document's corpus by weight.
+
+        Each gives its documents in order; the mixture ends when one that is drawn has none left, or at `max_documents`.
+        """
+        spec = convert.corpus_spec_to_pb(corpus_id=id)
+        return self._register(node, deadline_s, spec=spec, mix=mix_to_pb(weights, seed, max_documents))
 
     def get(self, corpus_id: str) -> Corpus:
         """Reads one corpus, on whichever node holds it."""
@@ -123,7 +181,7 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _document_blocks(documents: Iterable[str]) -> Iterator[bytes]:
+def _document_blocks(documents: Iterable[str | Sequence[Mapping[str, Any]]]) -> Iterator[bytes]:
     """Documents as JSONL; many small ones share a block, so that messages stay few."""
     if isinstance(documents, str):
         raise InvalidArgument("documents is a sequence of texts, not one text", fields={"documents": "not a str"})

@@ -296,6 +296,7 @@ class Corpus:
     tokenized: bool
     origin: str = ""
     create_time: datetime | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,9 @@ def _count_in_child(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowC
     except subprocess.TimeoutExpired as exc:
         raise WaitTimeout("Counting rows with the model's chat template took too long; does the template end?") from exc
     if "reason" in answer:
-        raise error_for(answer["reason"], answer["message"], metadata=answer["metadata"])
+        error = error_for(answer["reason"], answer["message"], metadata=answer["metadata"])
+        error.field = answer["field"]
+        raise error
     return RowCount(**answer)
 
 
@@ -68,7 +70,8 @@ def main() -> None:
         recipe = Recipe.from_json(job["recipe"])
         answer = asdict(_count(Path(job["corpus_path"]), Path(job["files_path"]), recipe))
     except ServiceError as exc:
-        answer = {"reason": reason_of(exc), "message": exc.message, "metadata": dict(exc.metadata)}
+        metadata = dict(exc.metadata)
+        answer = {"reason": reason_of(exc), "message": exc.message, "metadata": metadata, "field": exc.field}
     sys.stdout.write(json.dumps(answer))
 
 

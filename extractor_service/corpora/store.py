@@ -16,12 +16,13 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from chassis.errors import ShuttingDown
 from extractor_service.corpora.contents import token_bytes
+from extractor_service.corpora.mixing import Mix, check_kinds, draw
 from extractor_service.corpora.parsers import parse
 from extractor_service.corpora.quota import Quota, Share
 from extractor_service.corpora.reader import DocumentReader, check_files, read_corpus
@@ -130,6 +131,20 @@ class CorpusStore:
         check_id(corpus_id)
         contents = (token_bytes(tokens, f"Document {i}", document=i) for i, tokens in enumerate(documents))
         return self.ingest_documents(corpus_id, contents, origin=origin, kind=DocumentKind.TOKEN_IDS)
+
+    def ingest_mix(self, corpus_id: str, mix: Mix) -> Corpus:
+        """Ingests a mixture of corpora that are here; raises CorpusNotFound, CorpusMalformed for different kinds."""
+        check_id(corpus_id)
+        with ExitStack() as stack:
+            readers = [stack.enter_context(self.open(part.corpus_id)) for part in mix.parts]
+            check_kinds(readers)
+            return self.ingest_documents(corpus_id, draw(mix, readers), origin=mix.origin, kind=readers[0].kind)
+
+    def known(self, corpus_id: str, origin: str) -> Corpus | None:
+        """Returns the corpus if it is here and came from there."""
+        with self._lock:
+            corpus = self._corpora.get(corpus_id)
+        return corpus if corpus is not None and corpus.origin == origin else None
 
     def ingest_documents(
         self, corpus_id: str, documents: Iterable[bytes], *, origin: str, kind: DocumentKind

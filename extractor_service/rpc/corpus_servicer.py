@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import grpc
 from headrace.extractor.v1 import corpus_service_pb2, corpus_service_pb2_grpc
 
+from chassis.errors import ShuttingDown
 from chassis.shutdown import Shutdown
 from extractor_service.corpora.spec import Corpus, CorpusSpec
 from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import FieldInvalid, NotImplementedYet, QueueFull, StateConflict
-from extractor_service.rpc import convert
+from extractor_service.errors import FieldInvalid, QueueFull, StateConflict
+from extractor_service.hub.client import HubDatasets
+from extractor_service.rpc import convert, convert_corpora
 
 MAX_CONTENT_BYTES = 1024 * 1024
 # Ingesting is parsing in threads; more at once would only be slower.
@@ -26,11 +30,16 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
     """Serves the corpora of this node."""
 
-    def __init__(self, store: CorpusStore, *, in_use: Callable[[str], bool], shutdown: Shutdown) -> None:
+    def __init__(
+        self, store: CorpusStore, hub: HubDatasets, *, in_use: Callable[[str], bool], shutdown: Shutdown
+    ) -> None:
         self._store = store
+        self._hub = hub
         self._in_use = in_use
         self._shutdown = shutdown
         self._n_ingests = 0
+        # Datasets take hours: they must not take the threads that everything else shares.
+        self._readers = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="datasets")
 
     async def UploadCorpus(
         self, request_iterator: AsyncIterator[corpus_service_pb2.UploadCorpusRequest], context: Context
@@ -53,9 +62,12 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 documents = [document.token_ids for document in request.token_ids.documents]
                 corpus = await asyncio.to_thread(self._store.ingest_tokens, spec.id, documents)
             elif source == "hub":
-                raise NotImplementedYet("Corpora from the hub are not there yet; upload a file or give a path.")
+                corpus = await self._read_hub(spec, request.hub)
+            elif source == "mix":
+                mix = convert_corpora.mix_from_pb(request.mix)
+                corpus = await asyncio.to_thread(self._store.ingest_mix, spec.id, mix)
             else:
-                raise FieldInvalid("Set one of `path`, `token_ids` and `hub`.", field="source")
+                raise FieldInvalid("Set one of `path`, `token_ids`, `hub` and `mix`.", field="source")
         return corpus_service_pb2.RegisterCorpusResponse(corpus=convert.corpus_to_pb(corpus))
 
     async def GetCorpus(
@@ -81,6 +93,27 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
             )
         await asyncio.to_thread(self._store.delete, request.corpus_id)
         return corpus_service_pb2.DeleteCorpusResponse()
+
+    async def _read_hub(self, spec: CorpusSpec, source: corpus_service_pb2.HubDatasetSource) -> Corpus:
+        kind, job = convert_corpora.hub_job_from_pb(spec, source)
+        left = threading.Event()
+
+        def check() -> None:
+            self._shutdown.check()
+            if left.is_set():  # Nobody hears of it.
+                raise ShuttingDown
+
+        def read() -> Corpus:
+            with self._hub.open(job, check) as dataset:
+                known = self._store.known(spec.id, dataset.origin)
+                return known or self._store.ingest_documents(
+                    spec.id, dataset.documents(), origin=dataset.origin, kind=kind
+                )
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        finally:
+            left.set()  # A thread is not cancelled with the call it works for.
 
     async def _receive(
         self, spec: CorpusSpec, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]

@@ -16,13 +16,14 @@ _BY_CODE: Mapping[grpc.StatusCode, tuple[type[errors.ExtractorError], ...]] = {
         errors.CorpusNotFound,
         errors.SetNotFound,
         errors.ExtractionNotFound,
+        errors.HubNotFound,
     ),
     grpc.StatusCode.INVALID_ARGUMENT: (
         errors.FieldInvalid,
         errors.CorpusMalformed,
         errors.CorpusEmpty,
     ),
-    grpc.StatusCode.PERMISSION_DENIED: (errors.PathNotAllowed,),
+    grpc.StatusCode.PERMISSION_DENIED: (errors.PathNotAllowed, errors.HubGated),
     grpc.StatusCode.ALREADY_EXISTS: (errors.AlreadyExists,),
     grpc.StatusCode.FAILED_PRECONDITION: (
         errors.StateConflict,
@@ -51,6 +52,7 @@ _BY_CODE: Mapping[grpc.StatusCode, tuple[type[errors.ExtractorError], ...]] = {
         errors.RegistryUnavailable,
         errors.NodeLost,
         errors.DatabaseUnavailable,
+        errors.HubUnavailable,
     ),
     grpc.StatusCode.INTERNAL: (
         errors.LoadFailed,

@@ -130,6 +130,20 @@ def test_corpora_add_list_and_rm(headrace, scripted_extractor, tmp_path):
     assert list(scripted_extractor.corpora) == ["there"]
 
 
+def test_corpora_of_the_hub_and_of_other_corpora(headrace, scripted_extractor, tmp_path):
+    (tmp_path / "token").write_text("hf_x\n")
+    options = ["--split", "train", "--chat", "--text-column", "messages", "--hub-token-file", tmp_path / "token"]
+    answer(headrace("--json", "corpora", "add-hub", "h", "owner/name", *options))
+    answer(headrace("--json", "corpora", "add-mix", "m", "a=3", "b", "--seed", 7))
+    wrong = [headrace("corpora", "add-mix", "m", *parts) for parts in (["a=x", "b"], ["a", "a=2"])]
+
+    hub, mix = scripted_extractor.calls["RegisterCorpus"]
+    assert (hub.hub.hub_token, hub.spec.chat, hub.spec.text_column) == ("hf_x", True, "messages")
+    assert [(part.corpus_id, part.weight) for part in mix.mix.parts] == [("a", 3), ("b", 1)]
+    assert mix.mix.seed == 7
+    assert all(result.exit_code != 0 for result in wrong)
+
+
 def test_extract_waits_and_prints_the_extraction(headrace, scripted_extractor):
     options = ["-h", HOOKPOINT, "-h", SECOND, "--context-size", 64, "--window", "2MiB", "--dtype", "bfloat16"]
 

@@ -252,6 +252,22 @@ def test_corpora_by_path_token_ids_and_deletion(client, scripted_extractor):
         client.corpora.delete("p")
 
 
+def test_corpora_of_conversations_of_the_hub_and_of_other_corpora(client, scripted_extractor):
+    client.corpora.upload("c", documents=[[{"role": "user", "content": "hi"}]], chat=True)
+    client.corpora.register_hub("h", "owner/name", split="train", text_column="messages", chat=True, hub_token="t")
+    client.corpora.register_mix("m", {"a": 1, "b": 0.5}, seed=2**64 - 1, max_documents=9)
+
+    assert scripted_extractor.calls["UploadCorpus"][0].spec.chat
+    hub, mix = scripted_extractor.calls["RegisterCorpus"]
+    assert (hub.hub.repo_id, hub.hub.split, hub.hub.hub_token) == ("owner/name", "train", "t")
+    assert (hub.spec.text_column, hub.spec.chat) == ("messages", True)
+    assert [(part.corpus_id, part.weight) for part in mix.mix.parts] == [("a", 1), ("b", 0.5)]
+    assert (mix.mix.seed, mix.mix.max_documents) == (2**64 - 1, 9)
+    for wrong in ({"seed": -1}, {"max_documents": "all"}):
+        with pytest.raises(errors.InvalidArgument):
+            client.corpora.register_mix("m", {"a": 1, "b": 1}, **wrong)
+
+
 def test_an_extraction_carries_recipe_and_retention(client, scripted_extractor):
     recipe = Recipe(context_size=64, packing="one_document", eos="document", storage_dtype="bfloat16")
 

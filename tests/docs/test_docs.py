@@ -48,6 +48,19 @@ def test_the_reading_session_runs(system, extraction):
     assert names["checkpoint"]["epoch"] == 2
 
 
+def test_the_session_about_recipes_runs(system):
+    [block] = python_blocks("docs/recipes.md")
+    for ours, theirs in {"smollm2-135m": MODEL, "blocks.14.": "blocks.1."}.items():
+        assert ours in block
+        block = block.replace(ours, theirs)
+    names = {"client": system.client}
+
+    exec(block, names)
+
+    documents = system.client.corpora.get("both").n_documents
+    assert system.client.extractions.wait(names["extraction"].id, deadline_s=50).n_rows == documents
+
+
 def test_the_set_is_read_as_the_format_says(extraction):
     [block] = python_blocks("docs/format.md")
     assert "blocks.14.hook_resid_post" in block
@@ -58,7 +71,7 @@ def test_the_set_is_read_as_the_format_says(extraction):
     assert len(names["rows"]["blocks.1.hook_resid_post"]) == names["segment"]["rows"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md"])
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md", "docs/recipes.md"])
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
 
