@@ -94,7 +94,7 @@ class RowStream:
         columns = check_columns(request.columns, job.columns)
         self._attached: Reader = job.attach(request.reader, self._way.first_row_needed(request.start_row))
         try:
-            self._reader = SetReader(job.folder, columns)
+            self._reader = self._open(columns)
         except BaseException:
             job.detach(self._attached)
             raise
@@ -157,6 +157,15 @@ class RowStream:
         """Detaches the reader."""
         self._reader.close()
         self._job.detach(self._attached)
+
+    def _open(self, columns: Sequence[str]) -> SetReader:
+        try:
+            return SetReader(self._job.folder, columns)
+        except FileNotFoundError as exc:
+            value = self._job.value
+            if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
+                raise self._job.failure_error() from exc
+            raise rows_expired(self._request.start_row, first_row=value.n_rows, n_rows=value.n_rows) from exc
 
     def _at_end(self) -> bool:
         end_row, value = self.end_row, self._job.value

@@ -7,9 +7,10 @@ import pytest
 import pytest_asyncio
 from fix_runner import documents
 
+from activation_log import retention
 from activation_log.order import Shard, Shuffled
 from activation_log.reader import SetReader
-from extractor_service.errors import FieldInvalid, RowsExpired
+from extractor_service.errors import ExtractionCancelled, FieldInvalid, RowsExpired
 from extractor_service.nonces import Nonces
 from extractor_service.row_stream import End, Pause, RowStream, StreamRequest
 from extractor_service.values import ExtractionState, Retention
@@ -246,3 +247,15 @@ async def test_a_folder_has_one_nonce_for_a_server_and_another_for_the_next(tmp_
     (tmp_path / "nonce").unlink()
     assert nonces.of(tmp_path) == (tmp_path / "nonce").read_text()
     assert Nonces().of(tmp_path / "gone") == ""
+
+
+async def test_a_set_that_is_gone_is_the_failure_of_its_extraction(extractor):
+    extractor.add_corpus(documents(300, seed=79))
+    job = await extractor.extract(retention=WINDOW)
+    await extractor.until(lambda: job.value.n_rows > 0)
+    await job.cancel()
+    await extractor.until(lambda: job.value.state.ended)
+    retention.delete_set(job.folder)
+
+    with pytest.raises(ExtractionCancelled):
+        RowStream(job, StreamRequest(start_row=job.value.n_rows))
