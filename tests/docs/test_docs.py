@@ -71,10 +71,31 @@ def test_the_set_is_read_as_the_format_says(extraction):
     assert len(names["rows"]["blocks.1.hook_resid_post"]) == names["segment"]["rows"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md", "docs/recipes.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md", "docs/recipes.md"]
+)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
 
     missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
 
     assert missing == []
+
+
+def test_the_session_about_trainers_runs(system, sae_lens, one_thread):
+    [block] = python_blocks("docs/trainers.md")
+    for ours, theirs in {"40_960": "640", "4096": "64"}.items():
+        assert ours in block
+        block = block.replace(ours, theirs)
+    system.client.corpora.upload("for-trainers", documents=texts(60, seed=78))
+    wanted = ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"]
+    started = system.client.extractions.start(MODEL, "for-trainers", wanted)
+    extraction = system.client.extractions.wait(started.id, deadline_s=50)
+    names = {"client": system.client, "extraction": extraction, "names": extraction.hookpoints}
+
+    exec(block, names)
+
+    assert names["trainer"].n_training_samples == 640
+    assert sorted(names["saes"]) == sorted(wanted)
+    assert extraction.receipt.n_rows > 0
+    assert extraction.receipt.worst.max_relative_error < 0.005
