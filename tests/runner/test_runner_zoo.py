@@ -67,9 +67,10 @@ def test_sublayers_add_up_to_the_residual_stream(name):
         assert middle is None or relative(middle, pre + attn) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["falcon", "gemma2", "granite", "llama", "opt", "bloom"])
-def test_sublayers_add_up_in_bfloat16(name):
-    check_identity(random_model(zoo_config(name), torch.bfloat16))
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sublayers_add_up_in_16_bits(name, dtype):
+    check_identity(random_model(zoo_config(name), dtype))
 
 
 @pytest.mark.parametrize("name", ZOO)
