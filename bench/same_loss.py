@@ -158,7 +158,7 @@ def _curve(trainer: Any, n_steps: int, console: Console) -> list[float]:
 
     def recorded(batch: torch.Tensor) -> Any:
         output = step(batch)
-        losses.append(float(output.loss))
+        losses.append(float(output.loss.detach()))
         return output
 
     trainer.step = recorded

@@ -72,7 +72,8 @@ def test_the_set_is_read_as_the_format_says(extraction):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md", "docs/recipes.md"]
+    "page",
+    ["README.md", "ARCHITECTURE.md", "docs/format.md", "docs/reading.md", "docs/recipes.md", "docs/trainers.md"],
 )
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
