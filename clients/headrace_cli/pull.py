@@ -237,9 +237,10 @@ def _reading(**options: Any) -> Reading:
 
 
 def _columns(extraction: Extraction, text: str) -> tuple[str, ...]:
-    from headrace_client.extractions import all_columns  # noqa: PLC0415
+    from headrace_client.extractions import all_columns, with_scales  # noqa: PLC0415
 
-    return tuple(name.strip() for name in text.split(",") if name.strip()) or all_columns(extraction)
+    named = tuple(name.strip() for name in text.split(",") if name.strip())
+    return with_scales(extraction, named or all_columns(extraction))
 
 
 def _spec(column: Column) -> ColumnSpec:
