@@ -127,14 +127,16 @@ class Estimator:
     def __init__(self, corpora: CorpusStore, models: RegistryClient) -> None:
         self._corpora = corpora
         self._models = models
-        self._count = lru_cache(maxsize=256)(count)
+        # A corpus may be deleted, and another take its id.
+        self._count = lru_cache(maxsize=256)(lambda _digest, *what: count(*what))
         self.extractions: Extractions | None = None
 
     async def count_rows(self, spec: ExtractionSpec) -> RowCount:
         """Rows and tokens of the whole corpus."""
         model = await self._models.get_model(spec.model_id)
         path = self._corpora.path(spec.corpus_id)
-        return await asyncio.to_thread(self._count, path, Path(model.files_path), spec.recipe)
+        digest = self._corpora.get(spec.corpus_id).digest
+        return await asyncio.to_thread(self._count, digest, path, Path(model.files_path), spec.recipe)
 
     async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
         """What a request would cost."""

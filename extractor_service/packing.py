@@ -15,7 +15,7 @@ With a window of positions, sequences that hold no row are not given to the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -94,6 +94,21 @@ class TokenBatch:
     def n_rows(self) -> int:
         """Rows this batch adds to the log."""
         return int(np.count_nonzero(self.keep))
+
+    def trimmed(self) -> TokenBatch:
+        """Same rows, without the tokens behind the last of them in every sequence: no causal model needs those."""
+        kept = np.flatnonzero(self.keep.any(axis=0))
+        if not kept.size or kept[-1] + 1 == self.keep.shape[1]:
+            return self
+        end = int(kept[-1]) + 1
+        return replace(
+            self,
+            token_ids=self.token_ids[:, :end],
+            position_ids=self.position_ids[:, :end],
+            documents=self.documents[:, :end],
+            positions=self.positions[:, :end],
+            keep=self.keep[:, :end],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from extractor_service.recipe import Recipe
 from extractor_service.runner.capture import Site
 from extractor_service.runner.forward import BatchRows, fetch_for, forward_rows
 from extractor_service.runner.gate import Gate
-from extractor_service.runner.hookpoints import resolve
+from extractor_service.runner.hookpoints import anatomy_of, resolve
 from extractor_service.runner.loading import LoadedModel, out_of_memory_as_typed
 from extractor_service.runner.parity import Parity, ParityCheck
 from extractor_service.runner.rows import TORCH_DTYPES, RowSource
@@ -60,6 +60,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
                 packer=packer,
                 emit=emit,
                 parity=_parity_check(loaded, command, manifest, columns, sites),
+                trims=recipe.window is not None and _looks_back_only(loaded.model),
             )
             complete = manifest.total_rows == writer.next_row or job.run()
     emit(
@@ -83,6 +84,7 @@ class _Job:
     packer: Packer
     emit: Emit
     parity: ParityCheck
+    trims: bool
     n_tokens: int = 0
     n_non_finite: int = 0
     throttle: Throttle = field(default_factory=lambda: Throttle(_COMMITTED_PER_SECOND))
@@ -116,8 +118,9 @@ class _Job:
         for batch in self.packer.batches(start, stop=self._is_over):
             if self._is_over():
                 return
-            self.n_tokens += batch.token_ids.size
-            yield batch, forward_rows(self.loaded.model, batch, self.sites)
+            needed = batch.trimmed() if self.trims else batch
+            self.n_tokens += needed.token_ids.size
+            yield needed, forward_rows(self.loaded.model, needed, self.sites)
 
     def _write_batch(self, rows: BatchRows, done: int) -> bool:
         """Writes a batch's rows from `done` on; returns False if stopped or if `max_rows` exist."""
@@ -176,6 +179,14 @@ def _parity_check(
         Manifest.update(Path(command.set_path), lambda known: replace(known, receipt={**known.receipt, **entries}))
 
     return ParityCheck(loaded.model, new, [site for site in sites if site.name in names], save)
+
+
+def _looks_back_only(model: PreTrainedModel) -> bool:
+    """True when no row depends on tokens behind it; some configs make an encoder of a decoder."""
+    config = model.config.get_text_config()
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        return False
+    return anatomy_of(model).causal
 
 
 def _check_context(recipe: Recipe, model: PreTrainedModel) -> None:

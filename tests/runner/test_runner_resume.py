@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fix_runner import digests, documents, load, read_rows, run_command
 
+from extractor_service.recipe import TokenWindow
 from extractor_service.runner.gate import Gate
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 
@@ -28,7 +29,11 @@ def assert_same_rows(ours, theirs, n_rows):
 
 
 @pytest.mark.parametrize("packing", ["packed", "one_document"])
-@pytest.mark.parametrize("drop", [{}, {"drop_special_tokens": True, "drop_first_positions": 2}])
+@pytest.mark.parametrize(
+    "drop",
+    [{}, {"drop_special_tokens": True, "drop_first_positions": 2}, {"window": TokenWindow(start=2, end=-3)}],
+    ids=["all", "dropped", "window"],
+)
 def test_rows_do_not_depend_on_where_runs_ended(tiny_model, make_set, make_corpus, packing, drop):
     corpus, model = make_corpus(documents(25)), load(tiny_model)
     whole, parts = (make_set(SITES, packing=packing, **drop) for _ in range(2))

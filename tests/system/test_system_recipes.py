@@ -77,6 +77,17 @@ def test_an_estimate_of_a_window_is_exact(system):
     assert estimate.n_rows == 2 * len(DOCUMENTS)
 
 
+def test_an_estimate_knows_a_corpus_from_one_that_had_its_id_before(system):
+    recipe = Recipe(packing="one_document", window=(-1, 0))
+    counted = []
+    for n in (5, 9):
+        system.client.corpora.upload("reused", documents=DOCUMENTS[:n])
+        counted.append(system.client.extractions.estimate(MODEL, "reused", HOOKPOINT, recipe=recipe).n_rows)
+        system.client.corpora.delete("reused")
+
+    assert counted == [5, 9]
+
+
 def test_rows_of_conversations_are_the_tokens_of_the_template(system, chatty):
     corpus = system.client.corpora.upload("talks", documents=TALKS, chat=True)
     recipe = {"chat_template": True, "packing": "one_document", "context_size": 512}
