@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -33,12 +34,14 @@ def size_bytes(folder: Path) -> int:
 def sizes(folder: Path) -> tuple[int, int]:
     """Bytes of a set's files that will stay as they are, and of the open segment's reservation."""
     kept = opened = 0
-    for path in folder.rglob("*"):
-        try:
-            size = path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # Sealed or dropped while counting.
-            continue
-        kept, opened = (kept, opened + size) if path.suffix == OPEN_SUFFIX else (kept + size, opened)
+    # What goes while it is counted, a file or the whole set, counts no more.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size = os.stat(os.path.join(parent, name)).st_size  # noqa: PTH116, PTH118 -- thousands of files
+            except FileNotFoundError:
+                continue
+            kept, opened = (kept, opened + size) if name.endswith(OPEN_SUFFIX) else (kept + size, opened)
     return kept, opened
 
 

@@ -381,3 +381,13 @@ def test_a_segment_of_other_columns_is_sealed_whole_or_not_at_all(tmp_path):
     with SetWriter.open(tmp_path, [HALF.name]) as writer:
         write_rows(writer, 10, columns=[HALF])
     assert read_all(SetReader(tmp_path, names()), 20) == expected(COLUMNS, 0, 20)
+
+
+def test_what_vanishes_while_a_set_is_counted_counts_no_more(tmp_path):
+    (tmp_path / "column").mkdir()
+    (tmp_path / "column" / "00000000.safetensors").write_bytes(b"12345")
+    (tmp_path / "column" / "00000001.safetensors.open").write_bytes(b"123")
+    (tmp_path / "column" / "gone").symlink_to(tmp_path / "nothing")  # Listed, and not there when looked at.
+
+    assert retention.sizes(tmp_path) == (5, 3)
+    assert retention.sizes(tmp_path / "never") == (0, 0)
