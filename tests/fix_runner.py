@@ -111,9 +111,7 @@ def make_set(tmp_path):
         folder = tmp_path / f"set-{time.monotonic_ns()}"
         dtype, shapes = Dtype(recipe.storage_dtype), shapes or {}
         columns = [
-            ColumnSpec(
-                name=name, dtype=dtype, width=math.prod(shapes.get(name, (width,))), shape=shapes.get(name, ())
-            )
+            ColumnSpec(name=name, dtype=dtype, width=math.prod(shapes.get(name, (width,))), shape=shapes.get(name, ()))
             for name in hookpoints
         ]
         identity = {"recipe": recipe.to_json(), "made_for": str(folder)}
