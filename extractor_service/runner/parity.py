@@ -31,8 +31,11 @@ from extractor_service.runner.quantized_rows import dequantize_rows
 from extractor_service.runner.rows import TORCH_DTYPES
 
 MAX_SAMPLES = 8
-# Of the tokens of a run, so many go through the model twice; the first sample is taken anyhow.
+# Of the tokens of a run, so many go through the model twice; the first sample is taken anyhow. A few tokens alone take
+# as long as a third of a batch, since all weights are read for them: the next sample comes after so many batches, then
+# after twice as many, and so on.
 MAX_SHARE = 1 / 200
+FIRST_GAP = 8
 # Shorter ones say little; of longer ones the beginning is enough, where later tokens don't change it.
 MIN_TOKENS = 16
 MAX_TOKENS = 128
@@ -99,6 +102,8 @@ class ParityCheck:
         self._n_tokens = 0
         self._n_compared = 0
         self._n_samples = 0
+        self._n_batches = 0
+        self._next_sample = 0  # Not before this batch.
         self._sample: Sample | None = None
         self.receipt: dict[str, Parity] = {}
 
@@ -106,7 +111,8 @@ class ParityCheck:
         """A batch whose first `done` rows exist is about to be stored: chooses a document of it, or none."""
         self._sample = None
         self._n_tokens += batch.token_ids.size
-        if not self._columns or done or self._n_samples == MAX_SAMPLES:
+        number, self._n_batches = self._n_batches, self._n_batches + 1
+        if not self._columns or done or number < self._next_sample or self._n_samples == MAX_SAMPLES:
             return
         sample = choose(batch, MAX_TOKENS if self._causal else None)
         if sample and (not self._n_samples or self._n_compared + len(sample.token_ids) <= self._n_tokens * MAX_SHARE):
@@ -131,6 +137,7 @@ class ParityCheck:
             return
         self._n_samples += 1
         self._n_compared += len(sample.token_ids)
+        self._next_sample = max(FIRST_GAP, 2 * self._n_batches)
         alone = rows_alone(self._model, sample.token_ids, self._sites)
         kept_R = torch.from_numpy(np.flatnonzero(sample.kept))
         for column in self._columns:
