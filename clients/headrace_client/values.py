@@ -303,7 +303,8 @@ class Corpus:
 class Recipe:
     """How documents become rows; all of it is part of a set's identity.
 
-    `context_size` 2 to 131072 tokens, `batch_size` 1 to 1024 sequences a forward pass, `storage_dtype` a float dtype.
+    `context_size` 2 to 131072 tokens, `batch_size` 1 to 1024 sequences a forward pass, `storage_dtype` a float dtype,
+    or INT8 or FLOAT8_E4M3 with a float32 scale a row.
     `long_documents` is by default SPLIT where documents are packed and TRUNCATE where they are not; `window` may be
     given as `(start, end)`.
     """

@@ -11,9 +11,13 @@ from safetensors.torch import load_file
 from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column, segment_path
 from activation_log.manifest import Manifest
 from activation_log.statistics import load_statistics
+from activation_log.writer import Reservation
 from extractor_service.errors import NonFinite
+from extractor_service.packing import Cursor, TokenBatch
 from extractor_service.recipe import Recipe
+from extractor_service.runner.forward import BatchRows, DirectFetch
 from extractor_service.runner.quantized_rows import dequantize_rows, quantize_rows
+from extractor_service.runner.rows import RowSource
 from extractor_service.runner_protocol import Extract
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
@@ -153,3 +157,49 @@ def test_values_that_are_not_finite_are_found_and_counted(tiny_llama, make_set, 
     allowed = extract(make_set(name, "lenient"), corpus, model, allow_non_finite=True)
 
     assert allowed.n_non_finite >= 2 * WIDTH
+
+
+def stored_by(activations, index, batch, column, scale):
+    """What one batch of rows becomes in the log's memory."""
+    n_rows = len(batch.token_ids)
+    memory = {c.name: bytearray(n_rows * c.row_bytes) for c in (column, scale)}
+    source = RowSource(BatchRows(batch=batch, activations=activations, index=index), [column], allow_non_finite=False)
+    source.copy_to(Reservation(n_rows, {name: memoryview(each) for name, each in memory.items()}), 0)
+    return memory
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_rows_quantized_on_the_device_are_stored_as_those_quantized_here(name):
+    column = ColumnSpec(name="x", dtype=Dtype(name), width=65, scale_column="x.scale")
+    scale = ColumnSpec(name="x.scale", dtype=Dtype.FLOAT32, width=1)
+    acts, numbers = rows(), np.arange(300, dtype=np.int32)
+    batch = TokenBatch(
+        token_ids=numbers,
+        position_ids=numbers,
+        documents=numbers,
+        positions=numbers,
+        keep=np.ones(300, np.bool_),
+        start=Cursor(),
+        next=Cursor(),
+    )
+    values, scales = quantize_rows(acts, EIGHT_BITS[name])
+
+    here = stored_by({"x": acts}, torch.arange(300), batch, column, scale)
+    there = stored_by({"x": values, "x.scale": scales}, None, batch, column, scale)
+
+    assert here == there
+    assert any(here["x"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_digests_are_those_of_rows_copied_directly(tiny_model, make_set, make_corpus, monkeypatch, name):
+    corpus, model = make_corpus(documents(40)), load(tiny_model, device="cuda:0")
+    staged, direct = make_set(name, "staged"), make_set(name, "direct")
+    extract(staged, corpus, model)
+    monkeypatch.setattr("extractor_service.runner.extract.fetch_for", lambda *_: DirectFetch())
+
+    extract(direct, corpus, model)
+
+    assert digests(staged) == digests(direct)
