@@ -16,13 +16,13 @@ from bench.replay import CHUNK_BYTES, EXTRACTION_ID, HOOKPOINT, touch
 
 
 def headrace(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
-    """The Python client as its users have it."""
+    """The Python client as its users on other machines have it."""
     del n_bytes, chunk_bytes
     from headrace_client import HeadraceClient  # noqa: PLC0415 -- each process imports what it measures
 
     with (
         HeadraceClient.connect(extractor=address) as client,
-        client.chunks(EXTRACTION_ID, HOOKPOINT, chunk_bytes=CHUNK_BYTES) as stream,
+        client.chunks(EXTRACTION_ID, HOOKPOINT, chunk_bytes=CHUNK_BYTES, transport="inline") as stream,
     ):
         for chunk in stream:
             yield chunk.buffers[0]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from headrace_client.chunk import ActivationChunk
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import HeadraceError
+from headrace_client.order import ReadOrder, Transport
+from headrace_client.outliers import NormLimit
 from headrace_client.stream import ChunkStream
 from headrace_client.values import (
     ActivationSet,
@@ -57,16 +59,19 @@ __all__ = [
     "Model",
     "ModelState",
     "Node",
+    "NormLimit",
     "Packing",
     "Pin",
     "Progress",
     "Quantization",
+    "ReadOrder",
     "Recipe",
     "Residency",
     "ResidencyEvent",
     "Retain",
     "TokenPolicy",
     "TokenWindow",
+    "Transport",
     "Window",
 ]
 
