@@ -77,7 +77,7 @@ class Extractions:
         self._reported: dict[str, int] = {}  # `seq` of the last report.
         self._rates: dict[str, float] = {}
         self.keeper = SetKeeper(
-            self._sets, limits or Limits(), registry=sets, holders=self.holders, epoch=lambda: node.epoch
+            self._sets, limits or Limits(), registry=sets, held=self.held_folders, epoch=lambda: node.epoch
         )
         self._pass_context = PassContext(models=models, node=node, room=self.keeper, turns=WeakKeyDictionary())
         self._context = JobContext(room=self.keeper, save=self._save_change, count_rows=count_rows)
@@ -153,6 +153,10 @@ class Extractions:
         if not (folder / "manifest.json").exists():
             return 0
         return SegmentIndex.load(folder).n_rows(spec.columns)
+
+    def held_folders(self) -> set[Path]:
+        """Folders of the sets that must stay now."""
+        return {job.folder for job in self._jobs.values() if job.holds_set}
 
     def holders(self, folder: Path) -> Sequence[str]:
         """Who needs the set in a folder now: readers by name, extractions by id."""

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Promise:
 
 
 class SetKeeper:
-    """Implements the port Room. `holders` says who uses the set in a folder now; `epoch` is the node's."""
+    """Implements the port Room. `held` are the folders that must stay now; `epoch` is the node's."""
 
     def __init__(
         self,
@@ -59,14 +60,15 @@ class SetKeeper:
         limits: Limits,
         *,
         registry: SetRegistry,
-        holders: Callable[[Path], Sequence[str]],
+        held: Callable[[], AbstractSet[Path]],
         epoch: Callable[[], int],
     ) -> None:
         self._folder = folder
         self._limits = limits
         self._registry = registry
-        self._holders = holders
+        self._held = held
         self._epoch = epoch
+        self._heard: dict[Path, SetOrders] = {}
         self._promises: dict[str, Promise] = {}
         self._deciding = asyncio.Lock()
 
@@ -109,9 +111,10 @@ class SetKeeper:
     def recover(self) -> None:
         """Removes what a crash left: trash, and folders that are no set and that no extraction has."""
         shutil.rmtree(self._folder / TRASH_NAME, ignore_errors=True)
+        held = self._held()
         for folder in self._folders():
             orphaned = WINDOW_MARK in folder.name or not (folder / "manifest.json").exists()
-            if orphaned and not self._holders(folder):
+            if orphaned and folder not in held:
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def run(self) -> None:
@@ -138,18 +141,16 @@ class SetKeeper:
 
     async def heard(self, folder: Path, order: SetOrders) -> None:
         """Notes what the registry wants of one set; one that shall go does so once nobody uses it."""
-        notes = await asyncio.to_thread(SetNotes.load, folder)
-        if (order.pinned, order.pinned_until) != (notes.pinned, notes.pinned_until):
-            noted = replace(notes, pinned=order.pinned, pinned_until=order.pinned_until)
-            await asyncio.to_thread(noted.save, folder)
-        if order.delete and not self._holders(folder) and await self._remove(folder, "it was deleted"):
+        if self._heard.get(folder) != order:
+            await asyncio.to_thread(_note_pin, folder, order)
+            self._heard[folder] = order
+        if order.delete and await self._remove(folder, "it was deleted"):
             await self._registry.report_set(self._epoch(), HeldSet.gone(folder.name, folder))
 
     async def keep_limits(self) -> None:
         """Notes what is in use; evicts what nobody has used for long, and what is over the quota."""
-        for folder in self._folders():
-            if self._holders(folder):
-                note_use(folder)
+        for folder in self._held():
+            note_use(folder)
         async with self._deciding:
             sets, disk = await self._look(self._promises)
             for each in cache.unused(sets, self._limits, time.time()):
@@ -189,8 +190,9 @@ class SetKeeper:
 
     async def _remove(self, folder: Path, why: str) -> bool:
         """Removes a set unless somebody has come to use it."""
-        if self._holders(folder):
+        if folder in self._held():
             return False
+        self._heard.pop(folder, None)
         try:
             thrown = retention.throw_away(folder, self._folder / TRASH_NAME)
         except FileNotFoundError:
@@ -229,11 +231,10 @@ class SetKeeper:
     # -- what there is ------------------------------------------------------------------------------------------------
 
     async def _look(self, promises: Mapping[str, Promise]) -> tuple[list[CachedSet], Disk]:
-        held = {folder for folder in self._folders() if self._holders(folder)}
-        held |= {promise.folder for promise in promises.values()}
+        held = self._held() | {promise.folder for promise in promises.values()}
         return await asyncio.to_thread(self._survey, held, tuple(promises.values()))
 
-    def _survey(self, held: set[Path], promises: Sequence[Promise]) -> tuple[list[CachedSet], Disk]:
+    def _survey(self, held: AbstractSet[Path], promises: Sequence[Promise]) -> tuple[list[CachedSet], Disk]:
         now = time.time()
         sets = [
             _cached_set(folder, [p for p in promises if p.folder == folder], held=folder in held, now=now)
@@ -264,12 +265,23 @@ def _cached_set(folder: Path, promises: Sequence[Promise], *, held: bool, now: f
     )
 
 
+def _note_pin(folder: Path, order: SetOrders) -> None:
+    notes = SetNotes.load(folder)
+    if (order.pinned, order.pinned_until) != (notes.pinned, notes.pinned_until):
+        replace(notes, pinned=order.pinned, pinned_until=order.pinned_until).save(folder)
+
+
 def _promised(folder: Path, promises: Sequence[Promise]) -> tuple[int, int]:
-    window_bytes = max((promise.window_bytes for promise in promises), default=0)
-    if window_bytes or not promises:
-        return window_bytes, window_bytes
+    """What a set will take in the end and at most; a window never takes more than it may."""
+    if not promises:
+        return 0, 0
     try:
         manifest, index = Manifest.load(folder), SegmentIndex.load(folder)
     except FileNotFoundError:
         return 0, 0
-    return cache.promised(manifest, index, [(promise.columns, promise.n_rows) for promise in promises])
+    sizes = cache.promised(manifest, index, [(promise.columns, promise.n_rows) for promise in promises])
+    window_bytes = max(promise.window_bytes for promise in promises)
+    if not window_bytes:
+        return sizes
+    known = all(promise.n_rows for promise in promises)
+    return (min(sizes[0], window_bytes), min(sizes[1], window_bytes)) if known else (window_bytes, window_bytes)

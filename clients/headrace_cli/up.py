@@ -47,6 +47,9 @@ def up(
     ] = None,
     device: Annotated[str, typer.Option(help="Device of the extractor, such as cpu.  (default: what it finds)")] = "",
     cpu_bytes: Annotated[int | None, typer.Option(help="Main memory models may use.  (default: its choice)")] = None,
+    sets_quota_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of activation sets.  (default: 100 GB)")
+    ] = None,
     grace_s: Annotated[float, typer.Option(help="Longest time each server may take to stop.")] = 10.0,
 ) -> None:
     """Start registry and extractor here; restart what crashes. Ctrl-C stops both."""
@@ -61,6 +64,7 @@ def up(
     options = [*common, *_repeated("--corpus-root", corpus_root)]
     options += ["--device", device] if device else []
     options += ["--cpu-bytes", str(cpu_bytes)] if cpu_bytes is not None else []
+    options += ["--sets-quota-bytes", str(sets_quota_bytes)] if sets_quota_bytes is not None else []
     children = [registry, _extractor(folder, extractor_listen, options)]
 
     def tell(name: str, text: str) -> None:

@@ -16,7 +16,7 @@ from extractor_service.packing import SpecialTokens, count_rows
 from extractor_service.recipe import Recipe
 from extractor_service.row_stream import RowStream, StreamRequest
 from extractor_service.set_notes import LAST_USED_NAME
-from extractor_service.values import ExtractionState
+from extractor_service.values import ExtractionState, Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -160,6 +160,13 @@ async def test_what_can_never_fit_is_refused_before_any_work(node, monkeypatch):
     assert "never fits" in refused.value.failure.message
     assert not runs
     assert refused.value.n_rows == 0
+
+
+async def test_a_window_larger_than_its_corpus_reserves_what_the_corpus_takes(node):
+    job = await make(node, retention=Retention(kind="window", reader_grace_s=0.1))
+
+    assert job.value.state == ExtractionState.DONE
+    await node.until(lambda: not job.folder.exists())
 
 
 async def test_two_extractions_do_not_count_on_the_same_room(node, monkeypatch):
