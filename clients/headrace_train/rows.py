@@ -102,4 +102,5 @@ def _sequence_rows(recipe: Recipe) -> int:
 
     A document that does not fit goes on in the next sequence, at a position other than 0.
     """
-    return recipe.context_size if recipe.packing is Packing.PACKED and not recipe.drop_special_tokens else 0
+    alike = recipe.packing is Packing.PACKED and not recipe.drop_special_tokens and recipe.window is None
+    return recipe.context_size if alike else 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,22 +18,9 @@ MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 MAX_COLUMNS_NAMED = 20  # in messages
 TOKEN_LIMIT = 2**31
 
-Content: TypeAlias = Callable[[Any, str, "Place"], bytes]
-
-
-class Place(NamedTuple):
-    """Where in a file a document is: a line counted from 1, or a row counted from 0."""
-
-    kind: str  # `line` or `row`
-    number: int
-
-    def __str__(self) -> str:
-        return f"Line {self.number}" if self.kind == "line" else f"Row {self.number}, counted from 0,"
-
-    @property
-    def metadata(self) -> dict[str, int]:
-        """For an error."""
-        return {self.kind: self.number}
+# `line` and its number from 1, or `row` and its number from 0. A plain tuple: every document has one.
+Place: TypeAlias = tuple[str, int]
+Content: TypeAlias = Callable[[Any, str, Place], bytes]
 
 
 def content_of(kind: DocumentKind) -> Content:
@@ -47,17 +34,17 @@ def content_of(kind: DocumentKind) -> Content:
 
 def text_content(value: Any, column: str, place: Place) -> bytes:
     """A string as UTF-8."""
-    if not isinstance(value, str):
-        raise malformed(f"{place} holds a {json_type(value)} under {column!r}; the text must be a string.", place)
-    return _encoded(value, column, place)
+    if isinstance(value, str):
+        return _encoded(value, column, place)
+    raise malformed(f"{spell(place)} holds a {json_type(value)} under {column!r}; the text must be a string.", place)
 
 
 def chat_content(value: Any, column: str, place: Place) -> bytes:
     """A list of messages as JSON in one spelling; nothing for an empty list."""
     if not isinstance(value, list):
         raise malformed(
-            f"{place} holds a {json_type(value)} under {column!r}; a conversation is a list of messages with `role` and"
-            " `content`.",
+            f"{spell(place)} holds a {json_type(value)} under {column!r}; a conversation is a list of messages"
+            " with `role` and `content`.",
             place,
         )
     messages = [_message(message, column, place) for message in value]
@@ -66,7 +53,7 @@ def chat_content(value: Any, column: str, place: Place) -> bytes:
     try:
         text = json.dumps(messages, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as exc:
-        raise malformed(f"{place} holds what JSON can't under {column!r}: {exc}; leave it out.", place) from exc
+        raise malformed(f"{spell(place)} holds what JSON can't under {column!r}: {exc}; leave it out.", place) from exc
     return _encoded(text, column, place)
 
 
@@ -74,8 +61,8 @@ def token_content(value: Any, column: str, place: Place) -> bytes:
     """A list of token ids as little-endian int32."""
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         what = "list with other things than integers" if isinstance(value, list) else json_type(value)
-        raise malformed(f"{place} holds a {what} under {column!r}; token ids are a list of integers.", place)
-    return token_bytes(value, str(place), **place.metadata)
+        raise malformed(f"{spell(place)} holds a {what} under {column!r}; token ids are a list of integers.", place)
+    return token_bytes(value, spell(place), **dict([place]))
 
 
 def token_bytes(tokens: Sequence[int], where: str, **metadata: int) -> bytes:
@@ -87,9 +74,15 @@ def token_bytes(tokens: Sequence[int], where: str, **metadata: int) -> bytes:
     return np.array(tokens, dtype="<i4").tobytes()
 
 
+def spell(place: Place) -> str:
+    """Returns a place as it begins a sentence."""
+    kind, number = place
+    return f"Line {number}" if kind == "line" else f"Row {number}, counted from 0,"
+
+
 def malformed(message: str, place: Place | None = None, /, **metadata: object) -> CorpusMalformed:
     """Returns the error with its figures."""
-    figures = {**(place.metadata if place else {}), **metadata}
+    figures = {**dict([place] if place else []), **metadata}
     return CorpusMalformed(message, metadata={name: str(value) for name, value in figures.items()})
 
 
@@ -122,7 +115,8 @@ def _message(message: Any, column: str, place: Place) -> dict[str, Any]:
     """One message: role and content first, then what else it has, less nulls, which Parquet puts for missing keys."""
     if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
         raise malformed(
-            f"{place} has a message under {column!r} without a string for each of `role` and `content`; add them.",
+            f"{spell(place)} has a message under {column!r} without a string for each of `role` and `content`; add"
+            " them.",
             place,
         )
     others = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
@@ -135,16 +129,11 @@ def _encoded(text: str, column: str, place: Place) -> bytes:
         data = text.encode()
     except UnicodeEncodeError as exc:  # JSON can spell half of a surrogate pair
         raise malformed(
-            f"{place} holds a lone surrogate in {column!r}, which is no character; repair the file.", place
+            f"{spell(place)} holds a lone surrogate in {column!r}, which is no character; repair the file.", place
         ) from exc
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise too_large(f"What is in {_lower(place)} under {column!r}", **place.metadata)
+        raise too_large(f"{spell(place)} has under {column!r} what", **dict([place]))
     return data
-
-
-def _lower(place: Place) -> str:
-    text = str(place)
-    return text[0].lower() + text[1:].rstrip(",")
 
 
 def json_type(value: object) -> str:

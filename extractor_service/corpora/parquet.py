@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from extractor_service.corpora import contents
 from extractor_service.corpora.contents import (
     TOKEN_LIMIT,
-    Place,
     beyond_int32,
     chat_content,
     malformed,
@@ -117,7 +116,7 @@ def _chats(values: Any, first: int, column: str) -> Iterator[bytes]:
             messages = values[i].as_py()
         if messages is None:
             raise _null(first + i, column, "a conversation is a list of messages")
-        yield chat_content(messages, column, Place("row", first + i))
+        yield chat_content(messages, column, ("row", first + i))
 
 
 def _token_lists(values: Any, first: int, column: str) -> Iterator[bytes]:

@@ -17,7 +17,6 @@ from extractor_service.corpora import contents
 from extractor_service.corpora.arrays import NPY_MAGIC, parse_npy
 from extractor_service.corpora.contents import (
     Content,
-    Place,
     content_of,
     json_type,
     malformed,
@@ -80,7 +79,7 @@ def parse_jsonl(file: BinaryIO, key: str, content: Content) -> Iterator[bytes]:
     for line in _lines(file):
         if line.content.isspace():
             continue
-        yield content(_field(_json_object(line), key, line.number), key, Place("line", line.number))
+        yield content(_field(_json_object(line), key, line.number), key, ("line", line.number))
 
 
 def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
@@ -105,7 +104,7 @@ def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
                 " quotes or line ends in double quotes.",
                 line=number,
             )
-        yield contents.text_content(record[index], column, Place("line", number))
+        yield contents.text_content(record[index], column, ("line", number))
 
 
 class _Line(NamedTuple):

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from extractor_service.corpora.contents import Place, content_of, malformed, missing_column
+from extractor_service.corpora.contents import content_of, malformed, missing_column
 from extractor_service.corpora.spec import DocumentKind
 from extractor_service.errors import (
     ExtractorError,
@@ -86,7 +86,7 @@ def _documents(job: HubJob, commit_sha: str, n_done: int) -> Iterator[bytes]:
     for number, row in enumerate(rows, n_done):
         if job.max_documents and number >= job.max_documents:
             return
-        yield content(_value(row, job.column, number), job.column, Place("row", number))
+        yield content(_value(row, job.column, number), job.column, ("row", number))
 
 
 def _open(job: HubJob, commit_sha: str) -> Any:
