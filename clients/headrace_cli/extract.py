@@ -53,7 +53,9 @@ def extract(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Documents are conversations; use the tokenizer's chat template.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Stored dtype: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Stored dtype: float32, float16, bfloat16, float8_e4m3 or int8.")
+    ] = "float32",
     max_rows: Annotated[int, typer.Option(help="Stop after so many rows; 0: the whole corpus.")] = 0,
     window: Annotated[
         str, typer.Option(metavar="BYTES", help="Keep a window of so many bytes (256MiB) instead of all rows.")

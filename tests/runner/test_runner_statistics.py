@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from activation_log.layout import ColumnSpec, Dtype
 from activation_log.manifest import Manifest
 from activation_log.statistics import load_statistics
 from extractor_service.runner.statistics import summarize
-from extractor_service.runner_protocol import Extract
+from extractor_service.runner_protocol import Committed, Extract, Finished, Load, Loaded
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 
@@ -59,3 +61,30 @@ def test_an_extraction_leaves_the_statistics_of_its_rows(tiny_llama, make_set, m
     for name in SITES:
         assert_statistics_of(load_statistics(folder, manifest.column(name)), rows[name])
         assert manifest.statistics[name]["count"] == last.n_rows
+
+
+@pytest.mark.fault
+def test_statistics_are_right_after_runners_were_killed(tiny_llama, make_set, make_corpus, start_runner):
+    folder, corpus = make_set(SITES, segment_rows=300), make_corpus(documents(200, longest=120))
+    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus))
+    for rows_before_the_kill in (700, 2_000, 4_500):
+        runner = start_runner()
+        runner.send(Load(files_path=str(tiny_llama), device="cpu", dtype="float32"))
+        runner.until(Loaded)
+        runner.send(command)
+        while runner.until(Committed).n_rows < rows_before_the_kill:
+            pass
+        runner.signal(signal.SIGKILL)
+        assert runner.wait() == -signal.SIGKILL
+
+    last = start_runner()
+    last.send(Load(files_path=str(tiny_llama), device="cpu", dtype="float32"))
+    last.until(Loaded)
+    last.send(command)
+    end = last.until(Finished)
+
+    assert end.n_rows > 5_000
+    rows, manifest = read_rows(folder, end.n_rows), Manifest.load(folder)
+    for name in SITES:
+        assert_statistics_of(load_statistics(folder, manifest.column(name)), rows[name])
+        assert sorted(manifest.receipt) == sorted(SITES)
