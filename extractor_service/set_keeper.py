@@ -20,6 +20,7 @@ from pathlib import Path
 
 from activation_log import retention
 from activation_log.errors import LogError
+from activation_log.holding import nobody_holds
 from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
 from chassis.errors import ServiceError
@@ -194,7 +195,10 @@ class SetKeeper:
             return False
         self._heard.pop(folder, None)
         try:
-            thrown = retention.throw_away(folder, self._folder / TRASH_NAME)
+            with nobody_holds(folder) as free:
+                if not free:
+                    return False
+                thrown = retention.throw_away(folder, self._folder / TRASH_NAME)
         except FileNotFoundError:
             return False
         await asyncio.to_thread(shutil.rmtree, thrown, ignore_errors=True)
@@ -260,9 +264,14 @@ def _cached_set(folder: Path, promises: Sequence[Promise], *, held: bool, now: f
         promised_bytes=in_the_end,
         peak_bytes=at_most,
         last_used=notes.last_used,
-        held=held or WINDOW_MARK in folder.name,
+        held=held or WINDOW_MARK in folder.name or _is_mapped(folder),
         pinned=SetOrders(pinned=notes.pinned, pinned_until=notes.pinned_until).pinned_at(now),
     )
+
+
+def _is_mapped(folder: Path) -> bool:
+    with nobody_holds(folder) as free:
+        return not free
 
 
 def _note_pin(folder: Path, order: SetOrders) -> None:

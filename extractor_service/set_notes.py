@@ -14,9 +14,10 @@ from pathlib import Path
 
 from activation_log.errors import DiskFull
 from activation_log.files import write_atomically
+from activation_log.holding import HOLD_NAME
 
 NOTES_NAME = "node.json"
-LAST_USED_NAME = "last_used"
+LAST_USED_NAME = HOLD_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from activation_log.errors import LogError
 from activation_log.frames import Chunk
+from activation_log.holding import Hold
 from activation_log.reader import RowRun, SetReader
 from headrace_client.chunk import ActivationChunk
 from headrace_client.values import StreamHeader
@@ -37,6 +38,7 @@ class MappedRows:
     def __init__(self, header: StreamHeader) -> None:
         folder = Path(header.path)
         self._columns = header.columns
+        self._hold = Hold(folder)  # The server is done with the stream long before this reader.
         try:
             if not header.nonce or not hmac.compare_digest((folder / _NONCE_NAME).read_text("ascii"), header.nonce):
                 raise Unmappable(f"{folder} is another folder than the server's")
@@ -66,6 +68,7 @@ class MappedRows:
     def close(self) -> None:
         """Lets go of the files; what was handed out keeps its memory."""
         self._reader.close()
+        self._hold.close()
 
     def _run(self, row: int, end_row: int) -> RowRun:
         try:

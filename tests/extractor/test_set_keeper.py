@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from fix_runner import documents
 
+from activation_log.holding import Hold
 from extractor_service import errors
 from extractor_service.cache import Limits
 from extractor_service.estimate import RowCount
@@ -271,6 +272,20 @@ async def test_a_set_that_shall_go_does_so_once_nobody_reads_it(node):
     assert still_there
     assert not job.folder.exists()
     assert job.value.set_id not in node.registry.sets
+
+
+async def test_a_set_that_a_process_maps_is_not_taken_until_it_lets_go(node):
+    job = await make(node)
+    hold = Hold(job.folder)
+    use(job, 1e9)
+    await node.extractions.keeper.keep_limits()
+    still_there = job.folder.exists()
+    hold.close()
+
+    await node.extractions.keeper.keep_limits()
+
+    assert still_there
+    assert not job.folder.exists()
 
 
 @pytest.mark.fault
