@@ -152,6 +152,18 @@ def test_orders_out_of_range_are_refused_here(client, options):
         client.activations(EXTRACTION_ID, **options)
 
 
+def test_a_shard_of_a_window_releases_the_blocks_of_the_others_too(client, scripted_extractor):
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+
+    with client.chunks(EXTRACTION_ID, "token_id", shard=(1, 2), block_rows=BLOCK, queue_bytes=64) as stream:
+        rows = [int(row) for chunk in stream for row in chunk.array("token_id")]
+
+    released = [call.row for call in scripted_extractor.calls["ReleaseRows"]]
+    assert rows[:BLOCK] == list(range(BLOCK, 2 * BLOCK))
+    assert released
+    assert set(released) <= {row for row in range(1001) if row // BLOCK % 2 == 1}, "always the next row of this shard"
+
+
 # -- rows that are too long --------------------------------------------------------------------------------------------
 
 
