@@ -125,10 +125,12 @@ class _Job:
     def _write_batch(self, rows: BatchRows, done: int) -> bool:
         """Writes a batch's rows from `done` on; returns False if stopped or if `max_rows` exist."""
         source = RowSource(rows, self.columns, allow_non_finite=self.command.allow_non_finite)
-        self.parity.begin(rows.batch, done)
+        wanted = self.command.max_rows - self.writer.next_row if self.command.max_rows else source.n_rows
+        self.parity.begin(rows.batch, done, done + wanted)
         while done < source.n_rows:
             n_rows = min(source.n_rows - done, self._room())
             if n_rows == 0:
+                self.parity.end()
                 return False
             reservation = self.writer.reserve(n_rows)
             self.n_non_finite += source.copy_to(reservation, done)

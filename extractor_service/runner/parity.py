@@ -107,14 +107,14 @@ class ParityCheck:
         self._sample: Sample | None = None
         self.receipt: dict[str, Parity] = {}
 
-    def begin(self, batch: TokenBatch, done: int) -> None:
-        """A batch whose first `done` rows exist is about to be stored: chooses a document of it, or none."""
+    def begin(self, batch: TokenBatch, done: int, n_rows: int) -> None:
+        """A batch whose first `done` rows exist is about to be stored up to `n_rows`: chooses a document, or none."""
         self._sample = None
         self._n_tokens += batch.token_ids.size
         number, self._n_batches = self._n_batches, self._n_batches + 1
         if not self._columns or done or number < self._next_sample or self._n_samples == MAX_SAMPLES:
             return
-        sample = choose(batch, MAX_TOKENS if self._causal else None)
+        sample = choose(batch, MAX_TOKENS if self._causal else None, n_rows)
         if sample and (not self._n_samples or self._n_compared + len(sample.token_ids) <= self._n_tokens * MAX_SHARE):
             self._sample = sample
 
@@ -131,9 +131,9 @@ class ParityCheck:
             sample.stored.setdefault(column.name, []).append(rows_RD)
 
     def end(self) -> None:
-        """The batch is stored. Raises ModelUnsupported if its rows are not those of the document alone."""
+        """The batch is stored as far as it will be. Raises ModelUnsupported if rows are not the document's own."""
         sample, self._sample = self._sample, None
-        if sample is None:
+        if sample is None or not sample.stored:
             return
         self._n_samples += 1
         self._n_compared += len(sample.token_ids)
@@ -142,7 +142,7 @@ class ParityCheck:
         kept_R = torch.from_numpy(np.flatnonzero(sample.kept))
         for column in self._columns:
             stored_RD = torch.cat(sample.stored[column.name])
-            found = self._compare(column, stored_RD, alone[column.name].cpu()[kept_R])
+            found = self._compare(column, stored_RD, alone[column.name].cpu()[kept_R[: len(stored_RD)]])
             before = self.receipt.get(column.name)
             self.receipt[column.name] = before.merged(found) if before else found
         self._on_receipt(self.receipt)
@@ -181,18 +181,21 @@ class ParityCheck:
         )
 
 
-def choose(batch: TokenBatch, most_tokens: int | None) -> Sample | None:
+def choose(batch: TokenBatch, most_tokens: int | None, n_rows: int) -> Sample | None:
     """The shortest document of at least MIN_TOKENS that others precede in its sequence; else what comes nearest.
 
-    Longer ones are cut to `most_tokens`; None: later tokens change earlier rows, so that only a whole one will do.
+    Longer ones are cut to `most_tokens`; None: later tokens change earlier rows, so that only a whole one will do. Only
+    the first `n_rows` rows of the batch will be stored.
     """
-    best: tuple[tuple[bool, bool, int], int, int, int] | None = None
+    rows_up_to = np.cumsum(batch.keep).reshape(batch.keep.shape)
+    best: tuple[tuple[int, bool, bool, int], int, int, int] | None = None
     for sequence, start, end in _pieces(batch):
-        if not batch.keep[sequence, start:end].any():
+        n_kept = np.count_nonzero(batch.keep[sequence, start:end])
+        if not n_kept:
             continue
-        length = end - start
-        short = length < MIN_TOKENS
-        rank = (short, start == 0, -length if short else length)
+        length, end_row = end - start, int(rows_up_to[sequence, end - 1])
+        short, missed = length < MIN_TOKENS, 0 if end_row <= n_rows else 1 + end_row - n_kept
+        rank = (missed, short, start == 0, -length if short else length)
         if best is None or rank < best[0]:
             best = (rank, sequence, start, end)
     if best is None:

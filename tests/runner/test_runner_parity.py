@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,8 +130,9 @@ def test_a_column_added_later_is_compared_in_its_own_run(tiny_llama, make_set, m
 def test_a_run_that_goes_on_keeps_the_receipt_or_makes_one(tiny_llama, make_set, make_corpus):
     corpus, model = make_corpus(documents(40)), load(tiny_llama)
     folder = make_set()
-    extract(folder, corpus, model, max_rows=5)  # Not a whole batch: nothing to compare yet.
-    assert receipt(folder) == {}
+    extract(folder, corpus, model, max_rows=1)
+    assert receipt(folder)[SITES[0]]["rows"] == 1
+    Manifest.update(folder, lambda known: replace(known, receipt={}))
 
     extract(folder, corpus, model, max_rows=300)
     found = receipt(folder)
@@ -227,7 +229,25 @@ def fields_of(batch):
     ],
 )
 def test_the_shortest_document_behind_another_is_chosen(sequences, most, first, n_tokens):
-    sample = choose(batch_of(*sequences), most)
+    sample = choose(batch_of(*sequences), most, 1000)
 
     assert (sample.token_ids[0], len(sample.token_ids)) == (first, n_tokens)
     assert (sample.first_row, sample.end_row) == (first, first + n_tokens)
+
+
+def test_a_document_whose_rows_will_not_be_stored_is_left_alone():
+    batch = batch_of([20, 30, 30], [30, 20, 30])
+
+    assert choose(batch, 128, 160).first_row == 110
+    assert choose(batch, 128, 100).first_row == 20
+    assert choose(batch, 128, 25).first_row == 0
+    assert choose(batch, 128, 10).first_row == 0
+
+
+def test_an_extraction_of_less_than_a_batch_has_a_receipt(tiny_llama, make_set, make_corpus):
+    folder = make_set(batch_size=64)
+    extract(folder, make_corpus(documents(40)), load(tiny_llama), max_rows=70)
+
+    for entry in receipt(folder).values():
+        assert entry["rows"] >= parity.MIN_TOKENS
+        assert entry["max_relative_error"] < 1e-4
