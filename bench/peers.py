@@ -1,0 +1,69 @@
+"""Rows a second delivered to another process, against what the peers get in their own.
+
+SmolLM2-135M, layer 14, float32, the same text. On long documents nobody pads: contexts of 256 tokens, four a batch. On
+paragraphs those who pad do so, 32 a batch; SAELens joins them to contexts and pads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+
+from headrace_client import HeadraceClient
+from rich.console import Console
+
+from bench.end_to_end import PASS_DEADLINE_S, paragraphs, start_services
+from bench.figures import Figure, compare
+from bench.interleave import interleave
+from bench.processes import Worker
+
+PEERS = ("sae_lens", "transformer_lens", "nnsight", "full")
+PADDING = ("transformer_lens", "nnsight", "full")
+_N_ROWS = 12_288
+_AT_MOST_S = 20.0
+
+
+def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
+    """Returns a figure for each peer and kind of text; rows per second, Headrace's first."""
+    figures: list[Figure] = []
+    with ExitStack() as stack:
+        console.print("peers: starting services, converting the model")
+        services = start_services(stack, work_dir)
+        workers = {
+            side: stack.enter_context(Worker("bench.peer_sources", [side, services.registry, services.files_path]))
+            for side in ("headrace", *PEERS)
+        }
+        for kind, peers, target in (("long", PEERS, 1.0), ("short", PADDING, 2.0)):
+            corpora = _upload(services.client, kind, rounds)
+            sides = {peer: partial(_turn, workers[peer], kind, repeat("")) for peer in peers}
+            sides = {"headrace": partial(_turn, workers["headrace"], kind, corpora)} | sides
+            for turn in sides.values():
+                turn()  # Models are loaded, kernels chosen.
+            console.print(f"peers: {kind} documents, {rounds} rounds of at most {_N_ROWS:,} rows")
+            rates = interleave(sides, rounds)
+            for side, values in rates.items():
+                console.print(f"  {side:18} {median(values):6,.0f} rows/s")
+            figures += [
+                compare(f"rows vs {peer}, {kind}", rates["headrace"], rates[peer], target=target, unit="rows/s")
+                for peer in peers
+            ]
+    return figures
+
+
+def _upload(client: HeadraceClient, kind: str, rounds: int) -> Iterator[str]:
+    """A corpus for each of Headrace's turns, so that nothing is cached; yields their ids."""
+    text = paragraphs() if kind == "short" else ["\n\n".join(paragraphs())]
+    ids = [f"{kind}-{number}" for number in range(rounds + 1)]
+    for number, corpus_id in enumerate(ids):
+        client.corpora.upload(corpus_id, documents=[*text, f"Turn {number}."])
+    return iter(ids)
+
+
+def _turn(worker: Worker, kind: str, corpora: Iterator[str]) -> float:
+    question = {"kind": kind, "n_rows": _N_ROWS, "corpus_id": next(corpora), "at_most_s": _AT_MOST_S}
+    result = worker.ask(question, deadline_s=PASS_DEADLINE_S)
+    return float(result["n_rows"] / result["seconds"])
