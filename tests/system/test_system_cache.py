@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, SLOW, eventually, read, texts
+from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, eventually, read, texts
 from headrace_client import errors
-from headrace_client.values import ExtractionState
+from headrace_client.values import ExtractionState, Window
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -130,11 +130,15 @@ def retry(cache):
 
 
 def test_a_set_that_is_used_is_not_deleted_before_that_has_ended(cache, client):
-    extraction = client.extractions.start(MODEL, "long", HOOKPOINT, recipe=SLOW)
+    window = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
+    before = client.extractions.start(MODEL, "long", HOOKPOINT, recipe=FAST, retention=window)
+    eventually(lambda: client.extractions.get(before.id).state is ExtractionState.WAITING, "the runner is taken")
+    extraction = client.extractions.start(MODEL, "corpus-0", HOOKPOINT, recipe=FAST)
     eventually(lambda: holders(client, extraction), "who uses it is known")
     with pytest.raises(errors.StateConflict, match=extraction.id):
         client.sets.delete(extraction.set_id)
-    client.extractions.cancel(extraction.id)
+    client.extractions.cancel(before.id)
+    client.extractions.wait(extraction.id, deadline_s=PATIENCE_S)
     eventually(lambda: is_listed(client, extraction) and not holders(client, extraction), "nobody uses it")
 
     client.sets.delete(extraction.set_id)
