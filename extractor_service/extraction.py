@@ -207,7 +207,14 @@ class ExtractionJob:
             return
         self.stop = why
         if not await self._passes.stop(self) and self.task and self.task is not asyncio.current_task():
+            self.task.add_done_callback(lambda _: self._end_unbegun(why))
             self.task.cancel()
+
+    def _end_unbegun(self, why: ServiceError) -> None:
+        """A task that is cancelled before its first step has said nothing."""
+        if not self.value.state.ended:
+            self._end_badly(why)
+            self.end_unread()
 
     def _end_badly(self, exc: ServiceError) -> None:
         state = ExtractionState.CANCELLED if isinstance(exc, ExtractionCancelled) else ExtractionState.FAILED

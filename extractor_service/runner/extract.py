@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from activation_log.errors import DiskFull
 from activation_log.layout import ColumnSpec
 from activation_log.manifest import Manifest
 from activation_log.writer import SetWriter
@@ -177,8 +179,9 @@ def _parity_check(
 
     def save(receipt: Mapping[str, Parity]) -> None:
         entries = {name: parity.to_json() for name, parity in receipt.items()}
-        # Another process may have added columns to the manifest since.
-        Manifest.update(Path(command.set_path), lambda known: replace(known, receipt={**known.receipt, **entries}))
+        with suppress(DiskFull):  # Rows may still fit, and the next run compares again.
+            # Another process may have added columns to the manifest since.
+            Manifest.update(Path(command.set_path), lambda known: replace(known, receipt={**known.receipt, **entries}))
 
     return ParityCheck(loaded.model, new, [site for site in sites if site.name in names], save)
 

@@ -231,6 +231,15 @@ async def test_max_rows_is_exact_and_can_be_extended(extractor):
     assert job.value.n_rows_computed == n_rows_of(9) - 777
 
 
+async def test_an_extraction_cancelled_before_its_first_step_is_cancelled(extractor):
+    extractor.add_corpus(documents(20, seed=6))
+    job = await extractor.extract()  # Nothing was awaited since its task was made.
+    await job.cancel()
+    await extractor.until(lambda: job.value.state.ended)
+
+    assert job.value.state == ExtractionState.CANCELLED
+
+
 async def test_cancelled_extraction_keeps_its_rows_and_says_so(extractor):
     extractor.add_corpus(documents(4000, seed=12))
     job = await extractor.extract()
