@@ -321,7 +321,8 @@ class ExtractionJob:
         self._readers.detach(reader)
         self._context.room.used(self.folder)
         self.update(readers=self._readers.statuses())
-        self._start_grace(read_out=self.value.state == ExtractionState.DONE and reader.released_row >= self.value.n_rows)
+        done = self.value.state == ExtractionState.DONE
+        self._start_grace(read_out=done and reader.released_row >= self.value.n_rows)
 
     def _check_rows(self, start_row: int) -> None:
         if self._is_window:
