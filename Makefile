@@ -31,7 +31,7 @@ up: install ## Starts registry and extractor on this machine
 	$(BIN)/headrace up
 
 test: install ## Runs the tests, in minutes
-	$(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 fault: install ## Kills real processes at bad moments
 	$(BIN)/python -m pytest -m 'fault' --timeout 600

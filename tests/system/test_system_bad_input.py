@@ -108,7 +108,7 @@ def test_an_unknown_hookpoint_is_refused_with_the_nearest_names(stubs, asked, ne
     assert nearest in refusal.message
 
 
-@pytest.mark.parametrize("asked", ["blocks.4.hook_resid_post", "blocks.-1.hook_resid_post"])
+@pytest.mark.parametrize("asked", ["blocks.4.hook_resid_post", "blocks.-5.hook_resid_post"])
 def test_a_layer_out_of_range_is_refused_with_the_range(stubs, asked):
     refusal = stubs.refused(stubs.extractions.StartExtraction, start_request(hookpoints=[asked]))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fix_system import FAST, MODEL, PATIENCE_S, TOKEN, WIDTH, texts
+from fix_system import FAST, MODEL, PATIENCE_S, TOKEN, WIDTH, eventually, texts
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
 from headrace_client.errors import InvalidArgument
@@ -105,6 +105,8 @@ def test_joined_documents_are_all_rows_in_order(system, extraction, tmp_path, sa
 
 def test_the_command_exports_a_set_by_the_beginning_of_its_id(system, extraction, tmp_path):
     defaults = Defaults(registry=system.registry.address, token=TOKEN)
+    # The node reports its sets every few seconds.
+    eventually(lambda: extraction.set_id in {one.id for one in system.client.sets.list()}, "the set is listed")
     arguments = ["--json", "sets", "export", extraction.set_id[:12], str(tmp_path / "out"), "--to", "sae-lens"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
