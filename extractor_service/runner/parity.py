@@ -35,7 +35,7 @@ MAX_SAMPLES = 8
 # as long as a third of a batch, since all weights are read for them: the next sample comes after so many batches, then
 # after twice as many, and so on.
 MAX_SHARE = 1 / 200
-FIRST_GAP = 8
+FIRST_GAP = 64
 # Shorter ones say little; of longer ones the beginning is enough, where later tokens don't change it.
 MIN_TOKENS = 16
 MAX_TOKENS = 128

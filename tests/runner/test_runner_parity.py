@@ -99,6 +99,7 @@ def test_few_tokens_go_through_the_model_twice(tiny_llama, make_set, make_corpus
     model, alone = load(tiny_llama), []
     real = parity.rows_alone
     monkeypatch.setattr(parity, "MAX_SHARE", 1 / 20)
+    monkeypatch.setattr(parity, "FIRST_GAP", 8)
     monkeypatch.setattr(
         parity, "rows_alone", lambda model, ids, sites: alone.append(len(ids)) or real(model, ids, sites)
     )
