@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ POLL_S = 3.0
 # Sets in use are noted as used this often, so that a crash loses no more of their last use.
 USE_NOTE_S = 60.0
 _MAX_ROUNDS = 100
+# What is called otherwise is not ours to remove.
+_OF_A_SET = re.compile(r"[0-9a-f]{32}(\.|$)")
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +118,7 @@ class SetKeeper:
         held = self._held()
         for folder in self._folders():
             orphaned = WINDOW_MARK in folder.name or not (folder / "manifest.json").exists()
-            if orphaned and folder not in held:
+            if orphaned and _OF_A_SET.match(folder.name) and folder not in held:
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def run(self) -> None:

@@ -298,12 +298,24 @@ async def test_a_crash_in_the_middle_of_a_removal_leaves_nothing(start_extractor
     sets = node.data_dir / "activations"
     (sets / ".trash").mkdir(exist_ok=True)
     job.folder.rename(sets / ".trash" / "half-removed")
-    (sets / "no-set" / "token_id").mkdir(parents=True)
-    (sets / "abc.window-gone").mkdir()
+    (sets / ("a" * 32) / "token_id").mkdir(parents=True)
+    (sets / ("b" * 32 + ".window-gone")).mkdir()
 
     await node.start()
 
     assert not list(sets.iterdir())
+
+
+async def test_only_leftovers_of_sets_are_removed_at_start(start_extractor):
+    node = await start_extractor()
+    sets = node.data_dir / "activations"
+    for name in ("notes", "0" * 32, "1" * 32 + ".window-x1"):
+        (sets / name).mkdir()
+        (sets / name / "file").write_bytes(b"1")
+
+    node.extractions.keeper.recover()
+
+    assert {folder.name for folder in folders(node)} == {"notes"}
 
 
 async def test_a_disk_that_fills_up_has_idle_sets_evicted_and_the_extraction_goes_on(node, monkeypatch):
