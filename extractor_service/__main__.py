@@ -132,11 +132,11 @@ class Estimator:
         self.extractions: Extractions | None = None
 
     async def count_rows(self, spec: ExtractionSpec) -> RowCount:
-        """Rows and tokens of the whole corpus."""
+        """Rows and tokens of the corpus, as far as they are asked for."""
         model = await self._models.get_model(spec.model_id)
         path = self._corpora.path(spec.corpus_id)
         digest = self._corpora.get(spec.corpus_id).digest
-        return await asyncio.to_thread(self._count, digest, path, Path(model.files_path), spec.recipe)
+        return await asyncio.to_thread(self._count, digest, path, Path(model.files_path), spec.recipe, spec.max_rows)
 
     async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
         """What a request would cost."""

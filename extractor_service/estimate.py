@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCount:
-    """Rows and tokens a corpus gives under a recipe."""
+    """Rows and tokens a corpus gives under a recipe, or as many of them as were asked for."""
 
     n_rows: int
     n_tokens: int

@@ -170,7 +170,8 @@ class ExtractionJob:
             return
         counting = asyncio.create_task(self._count_and_reserve(), name=f"count-{self.value.id}")
         try:
-            await asyncio.wait([counting], timeout=COUNT_WAIT_S)
+            if not await self._surely_fits():
+                await asyncio.wait([counting], timeout=COUNT_WAIT_S)
             if counting.done():
                 counting.result()
             await self._passes.complete(self)
@@ -178,6 +179,11 @@ class ExtractionJob:
             counting.cancel()
             await asyncio.gather(counting, return_exceptions=True)
             self._context.room.release(self.value.id)
+
+    async def _surely_fits(self) -> bool:
+        """True if there is room for all rows it could have: then its pass need not wait until they are counted."""
+        n_rows = self.value.spec.max_rows
+        return n_rows > 0 and await self._context.room.fits(self.folder, columns=self.columns, n_rows=n_rows)
 
     async def _count_and_reserve(self) -> None:
         """Finds out how many rows there will be, and reserves room for them. Raises DiskFull where they never fit."""

@@ -148,8 +148,8 @@ class Packer:
             elif stop():
                 return
 
-    def count(self, stop: Callable[[], bool] = lambda: False) -> Counts:
-        """Counts the whole corpus, or less when `stop`, asked after each batch, returns true.
+    def count(self, *, max_rows: int = 0, stop: Callable[[], bool] = lambda: False) -> Counts:
+        """Counts the whole corpus, or the batches up to `max_rows` (0: all), or to where `stop` returns true.
 
         Only lengths are looked at, unless special tokens are dropped.
         """
@@ -160,7 +160,7 @@ class Packer:
             n_cut_off += plan.n_cut_off
             n_documents_cut += plan.n_documents_cut
             n_documents = plan.next.document
-            if stop():
+            if stop() or 0 < max_rows <= n_rows:
                 break
         else:
             n_documents = len(self._documents)

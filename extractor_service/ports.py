@@ -137,6 +137,9 @@ class Room(Protocol):
     ) -> None:
         """Keeps room for so many rows of a set (or a window) until `release`; evicts what it must. Raises DiskFull."""
 
+    async def fits(self, folder: Path, *, columns: Sequence[str], n_rows: int) -> bool:
+        """True if so many rows of a set have room now, beside everything that is there and promised."""
+
     def release(self, holder: str) -> None:
         """Gives back what a holder reserved and did not use."""
 

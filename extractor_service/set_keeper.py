@@ -87,6 +87,12 @@ class SetKeeper:
             await self._clear({**self._promises, holder: promise}, promise)
             self._promises[holder] = promise
 
+    async def fits(self, folder: Path, *, columns: Sequence[str], n_rows: int) -> bool:
+        """True if so many rows of a set have room now, beside everything that is there and promised."""
+        promise = Promise(folder=folder, columns=tuple(columns), n_rows=n_rows, window_bytes=0)
+        sets, disk = await self._look({**self._promises, "": promise})
+        return not cache.excess_bytes(sets, self._limits, disk)
+
     def release(self, holder: str) -> None:
         """Gives back what a holder reserved and did not use."""
         if promise := self._promises.pop(holder, None):

@@ -27,27 +27,35 @@ EXACT_WITHIN_S = 20.0
 CHILD_DEADLINE_S = EXACT_WITHIN_S + 20.0
 
 
-def count(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowCount:
-    """Counts rows and tokens; exactly if that takes no longer than `EXACT_WITHIN_S`, else by extrapolation."""
+def count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int = 0) -> RowCount:
+    """Counts rows and tokens; exactly if that takes no longer than `EXACT_WITHIN_S`, else by extrapolation.
+
+    Up to `max_rows` only, in whole batches, unless it is 0.
+    """
     if recipe.chat_template:
-        return _count_in_child(corpus_path, files_path, recipe)
-    return _count(corpus_path, files_path, recipe)
+        return _count_in_child(corpus_path, files_path, recipe, max_rows)
+    return _count(corpus_path, files_path, recipe, max_rows)
 
 
-def _count(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowCount:
+def _count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int) -> RowCount:
     deadline = time.monotonic() + EXACT_WITHIN_S
     with DocumentReader(corpus_path) as reader:
         documents, special = open_documents(reader, files_path, recipe)
         packer = Packer(documents, recipe, special)
-        counts = packer.count(stop=lambda: time.monotonic() > deadline)
+        counts = packer.count(max_rows=max_rows, stop=lambda: time.monotonic() > deadline)
         counted_bytes = sum(reader.size_bytes(index) for index in range(counts.n_documents))
-        exact = counts.n_documents >= len(reader)
+        exact = counts.n_documents >= len(reader) or 0 < max_rows <= counts.n_rows
         scale = 1.0 if exact or not counted_bytes else reader.corpus.size_bytes / counted_bytes
     return RowCount(n_rows=round(counts.n_rows * scale), n_tokens=round(counts.n_tokens * scale), exact=exact)
 
 
-def _count_in_child(corpus_path: Path, files_path: Path, recipe: Recipe) -> RowCount:
-    job = {"corpus_path": str(corpus_path), "files_path": str(files_path), "recipe": recipe.to_json()}
+def _count_in_child(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int) -> RowCount:
+    job = {
+        "corpus_path": str(corpus_path),
+        "files_path": str(files_path),
+        "recipe": recipe.to_json(),
+        "max_rows": max_rows,
+    }
     command = [sys.executable, "-m", "extractor_service.corpora.counting"]
     try:
         done = subprocess.run(  # noqa: S603 -- our own module
@@ -68,7 +76,7 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.read())
     try:
         recipe = Recipe.from_json(job["recipe"])
-        answer = asdict(_count(Path(job["corpus_path"]), Path(job["files_path"]), recipe))
+        answer = asdict(_count(Path(job["corpus_path"]), Path(job["files_path"]), recipe, job["max_rows"]))
     except ServiceError as exc:
         metadata = dict(exc.metadata)
         answer = {"reason": reason_of(exc), "message": exc.message, "metadata": metadata, "field": exc.field}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ MAX_TOKEN_ID = 2**31 - 1
 # The library takes about 500 bytes a token while it works, and for one text of this size more than twice the time of
 # many short ones. Longer texts are tokenized in slices, cut behind a line end where there is one.
 SLICE_CHARACTERS = 1024 * 1024
+# Parsing one takes a tenth of a second, as long as a batch or two; some tens of megabytes each.
+KEPT = 4
 
 # Each names token texts; the first that has the key decides, also when it says null.
 _TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -94,8 +97,10 @@ class Tokenizer:
 
 
 def _read_tokenizer(folder: Path, *, ids_only: bool) -> tuple[tokenizers.Tokenizer | None, str]:
+    path = folder / TOKENIZER
     try:
-        data = (folder / TOKENIZER).read_bytes()
+        stat = path.stat()
+        return _parsed(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
     except (FileNotFoundError, NotADirectoryError) as exc:
         if ids_only:
             return None, ""
@@ -103,10 +108,16 @@ def _read_tokenizer(folder: Path, *, ids_only: bool) -> tuple[tokenizers.Tokeniz
             f"{folder} has no {TOKENIZER}; open the model with transformers' AutoTokenizer and save_pretrained into the"
             " folder, or extract from a corpus of token ids."
         ) from exc
+
+
+@lru_cache(maxsize=KEPT)
+def _parsed(path: Path, *_of: int) -> tuple[tokenizers.Tokenizer, str]:
+    """Reads the file, which is another one when what follows its path is other."""
+    data = path.read_bytes()
     try:
         inner = tokenizers.Tokenizer.from_buffer(data)
     except Exception as exc:  # The library raises nothing narrower.
-        raise ModelUnsupported(f"{folder / TOKENIZER} can't be read: {exc}.") from exc
+        raise ModelUnsupported(f"{path} can't be read: {exc}.") from exc
     inner.no_truncation()
     inner.no_padding()
     return inner, hashlib.sha256(data).hexdigest()

@@ -246,3 +246,16 @@ def test_a_tokenizer_that_is_not_the_models_is_unsupported(folder, store):
 
     with pytest.raises(ModelUnsupported, match="not this model's"):
         documents[0]
+
+
+def test_another_file_is_another_tokenizer(folder):
+    before = Tokenizer.load(folder)
+    assert Tokenizer.load(folder)._inner is before._inner
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    after = Tokenizer.load(folder)
+
+    assert after.digest != before.digest
+    assert after.encode_batch(["Wheel"])[0].tolist() == before.encode_batch(["wheel"])[0].tolist()

@@ -167,6 +167,20 @@ def test_count_rows_is_exact(lists, recipe, special):
 
 
 @relaxed
+@given(corpora, recipes(), specials, st.integers(min_value=1, max_value=40))
+def test_a_count_ends_with_the_batch_that_has_the_rows_asked_for(lists, recipe, special, max_rows):
+    rows = tokens = 0
+    for batch in Packer(documents(*lists), recipe, special).batches():
+        rows, tokens = rows + batch.n_rows, tokens + batch.token_ids.size
+        if rows >= max_rows:
+            break
+
+    counts = Packer(documents(*lists), recipe, special).count(max_rows=max_rows)
+
+    assert (counts.n_rows, counts.n_tokens) == (rows, tokens)
+
+
+@relaxed
 @given(corpora, recipes(), specials)
 def test_position_ids_follow_the_pieces(lists, recipe, special):
     for batch in Packer(documents(*lists), recipe, special).batches():

@@ -9,7 +9,7 @@ import pytest
 from fix_runner import documents
 
 from activation_log.holding import Hold
-from extractor_service import errors
+from extractor_service import errors, extraction
 from extractor_service.cache import Limits
 from extractor_service.estimate import RowCount
 from extractor_service.held_set import SetOrders
@@ -374,3 +374,40 @@ async def test_an_estimate_tells_new_and_available_bytes(node):
     assert same == 0
     assert 0 < available <= LIMITS.quota_bytes
     assert await asyncio.wait_for(node.extractions.keeper.available_bytes(job.folder), 5) == available
+
+
+async def test_rows_that_surely_fit_are_not_waited_for(node, monkeypatch):
+    """A count that never ends holds up those only whose rows might not fit."""
+
+    async def never(spec):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(node.extractions._context.__class__, "count_rows", property(lambda self: never))
+    monkeypatch.setattr(extraction, "COUNT_WAIT_S", 600.0)
+    node.add_corpus(documents(200, seed=1))
+    few = await node.extract(recipe=RECIPE, max_rows=64)
+    await ended(few)
+    too_many = await node.extract(recipe=RECIPE, max_rows=100 * N_ROWS)
+    all_of_them = await node.extract(recipe=RECIPE)
+    await asyncio.sleep(0.5)
+
+    assert few.value.state == ExtractionState.DONE
+    assert {too_many.value.state, all_of_them.value.state} == {ExtractionState.QUEUED}
+    for job in (too_many, all_of_them):
+        await job.cancel()
+        await ended(job)
+
+
+async def test_what_fits_counts_what_is_there_and_promised(node):
+    first, second = [await make(node, seed=seed) for seed in range(2)]
+    keeper = node.extractions.keeper
+
+    def fits(n_rows):
+        return keeper.fits(second.folder, columns=second.columns, n_rows=n_rows)
+
+    assert await fits(2 * N_ROWS)
+    assert not await fits(5 * N_ROWS)
+    await keeper.reserve("another", first.folder, columns=first.columns, n_rows=2 * N_ROWS)
+    assert not await fits(2 * N_ROWS)
+    keeper.release("another")
+    assert await fits(2 * N_ROWS)
