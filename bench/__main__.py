@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import end_to_end, fan_out, peers, reading, registry, wire
+from bench import depth, end_to_end, fan_out, peers, reading, registry, wire
 from bench.figures import save, show
 from bench.processes import ROOT
 
-CHOICES = ("wire", "reading", "fan-out", "end-to-end", "peers", "registry", "same-loss")
+CHOICES = ("wire", "reading", "fan-out", "depth", "end-to-end", "peers", "registry", "same-loss")
 
 
 def main() -> int:
@@ -23,7 +23,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="turns of the wire and reading benchmarks (default 7)")
     parser.add_argument("--output", type=Path, default=ROOT / ".bench" / "latest.json")
     parser.add_argument("--work-dir", type=Path, help="folder for 3 GB of data meanwhile (default: a temporary one)")
-    parser.add_argument("--rows-rounds", type=int, default=3, help="turns of fan-out, end-to-end and peers (default 3)")
+    parser.add_argument(
+        "--rows-rounds", type=int, default=3, help="turns of fan-out, depth, end-to-end and peers (default 3)"
+    )
     parser.add_argument("--rows-seconds", type=float, default=12.0, help="length of such a turn (default 12)")
     parser.add_argument("--registry-rounds", type=int, default=5, help="turns of the registry benchmark (default 5)")
     parser.add_argument(
@@ -38,6 +40,8 @@ def main() -> int:
             figures += reading.measure(Path(folder), console, rounds=args.rounds)
         if args.only in (None, "fan-out"):
             figures += fan_out.measure(Path(folder), console, rounds=args.rows_rounds)
+        if args.only in (None, "depth"):
+            figures += depth.measure(Path(folder), console, rounds=args.rows_rounds)
         if args.only in (None, "end-to-end"):
             figures += end_to_end.measure(Path(folder), console, rounds=args.rows_rounds, seconds=args.rows_seconds)
         if args.only in (None, "peers"):

@@ -29,12 +29,12 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
     with ExitStack() as stack:
         console.print("fan-out: starting services, converting the model")
         client = start_services(stack, folder).client
-        corpora = (_upload(client, number) for number in count())
+        corpora = (upload(client, "fan-out", number) for number in count())
         hookpoints = [f"blocks.{layer}.hook_resid_post" for layer in LAYERS]
-        _read(client, next(corpora), hookpoints)  # Loads the model.
+        read(client, next(corpora), hookpoints)  # Loads the model.
         sides = {
-            "four trainers": lambda: _read(client, next(corpora), hookpoints),
-            "deepest alone": lambda: _read(client, next(corpora), hookpoints[-1:]),
+            "four trainers": lambda: read(client, next(corpora), hookpoints),
+            "deepest alone": lambda: read(client, next(corpora), hookpoints[-1:]),
             "four passes": lambda: sum(map(partial(_pass, client, next(corpora)), hookpoints)),
         }
         console.print(f"fan-out: {', '.join(sides)} in turns, {rounds} rounds of {N_ROWS:,} rows")
@@ -49,10 +49,10 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
 
 
 def _pass(client: HeadraceClient, corpus_id: str, hookpoint: str) -> float:
-    return _read(client, corpus_id, [hookpoint])
+    return read(client, corpus_id, [hookpoint])
 
 
-def _read(client: HeadraceClient, corpus_id: str, hookpoints: Sequence[str]) -> float:
+def read(client: HeadraceClient, corpus_id: str, hookpoints: Sequence[str]) -> float:
     """Seconds from asking for an extraction until a trainer for each hookpoint has its last batch."""
     recipe = Recipe(context_size=CONTEXT_SIZE, batch_size=BATCH_SIZE, bos="none")
     began = time.perf_counter()
@@ -69,8 +69,8 @@ def _read(client: HeadraceClient, corpus_id: str, hookpoints: Sequence[str]) -> 
     return took
 
 
-def _upload(client: HeadraceClient, number: int) -> str:
+def upload(client: HeadraceClient, name: str, number: int) -> str:
     """The same text under another digest: nothing of it is cached."""
-    corpus_id = f"fan-out-{number}"
+    corpus_id = f"{name}-{number}"
     client.corpora.upload(corpus_id, documents=[*paragraphs(), f"Turn {number}."])
     return corpus_id

@@ -15,11 +15,11 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """`ratio` is `a / b`, the medians of both sides; `sense` tells on which side of `target` it should lie."""
+    """`ratio` is `a / b`, the medians of both sides; `sense` tells on which side of `target` it should lie, if any."""
 
     name: str
     ratio: float
-    target: float
+    target: float | None
     sense: str  # `min` or `max`
     unit: str  # of `a` and `b`
     a: float
@@ -27,12 +27,20 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """True when the target is reached."""
+        """True when the target is reached, or there is none."""
+        if self.target is None:
+            return True
         return self.ratio >= self.target if self.sense == "min" else self.ratio <= self.target
 
 
 def compare(
-    name: str, a: Sequence[float], b: Sequence[float], *, target: float, unit: str, sense: str = "min"
+    name: str,
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    unit: str,
+    target: float | None = None,
+    sense: str = "min",
 ) -> Figure:
     """Compares the medians of two series that were measured in turns."""
     return Figure(
@@ -55,6 +63,9 @@ def show(figures: Sequence[Figure], console: Console) -> None:
     table.add_column("")
     for figure in figures:
         verdict = "[green]met[/green]" if figure.met else "[bold red]missed[/bold red]"
+        if figure.target is None:
+            table.add_row(figure.name, _number(figure.a), _number(figure.b), figure.unit, f"{figure.ratio:.2f}", "", "")
+            continue
         ratio = f"{figure.ratio:.2f}" if figure.met else f"[bold red]{figure.ratio:.2f}[/bold red]"
         target = f"{'≥' if figure.sense == 'min' else '≤'} {figure.target:g}"
         table.add_row(figure.name, _number(figure.a), _number(figure.b), figure.unit, ratio, target, verdict)

@@ -23,8 +23,8 @@ from bench.processes import Worker
 
 PEERS = ("sae_lens", "transformer_lens", "nnsight", "full")
 PADDING = ("transformer_lens", "nnsight", "full")
-_N_ROWS = 12_288
-_AT_MOST_S = 20.0
+_N_ROWS = 32_768
+_AT_MOST_S = 25.0
 
 
 def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
