@@ -6,12 +6,13 @@ nothing but its place and one run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from activation_log import errors as log_errors
-from activation_log.reader import RowRun, SetReader
+from activation_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 from chassis.shutdown import Shutdown
 from extractor_service.errors import DigestMismatch, FieldInvalid, HookpointNotFound
 from extractor_service.extraction import ExtractionJob, rows_expired
@@ -102,6 +103,9 @@ class RowStream:
         self.next_row = request.start_row
         row_bytes = self._reader.row_bytes
         self._chunk_rows = max(1, (request.chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
+        if self._way.block_rows > self._chunk_rows and not request.chunk_bytes:
+            # Blocks are cut evenly, into chunks of less than twice the usual size: short ones cost as much as others.
+            self._chunk_rows = math.ceil(self._way.block_rows / (self._way.block_rows // self._chunk_rows))
         self._range_rows = max(1, (request.chunk_bytes or DEFAULT_RANGE_BYTES) // row_bytes)
 
     @property
@@ -160,7 +164,8 @@ class RowStream:
 
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:
-            return SetReader(self._job.folder, columns)
+            there_and_back = self._way.block_rows and not self._job.value.spec.retention.is_window
+            return SetReader(self._job.folder, columns, keep_segments=KEPT_SEGMENTS if there_and_back else 1)
         except FileNotFoundError as exc:
             value = self._job.value
             if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):

@@ -13,7 +13,7 @@ from pathlib import Path
 from activation_log.errors import LogError
 from activation_log.frames import Chunk
 from activation_log.holding import Hold
-from activation_log.reader import RowRun, SetReader
+from activation_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 from headrace_client.chunk import ActivationChunk
 from headrace_client.values import StreamHeader
 
@@ -42,7 +42,12 @@ class MappedRows:
         try:
             if not header.nonce or not hmac.compare_digest((folder / _NONCE_NAME).read_text("ascii"), header.nonce):
                 raise Unmappable(f"{folder} is another folder than the server's")
-            self._reader = SetReader(folder, [column.name for column in header.columns], release_passed=False)
+            self._reader = SetReader(
+                folder,
+                [column.name for column in header.columns],
+                release_passed=False,
+                keep_segments=KEPT_SEGMENTS if header.block_rows else 1,
+            )
         except (OSError, UnicodeError, LogError, KeyError) as exc:
             raise Unmappable(f"the set in {folder} can't be read: {exc}") from exc
         there = [(column.name, str(column.dtype), column.width) for column in self._reader.columns]

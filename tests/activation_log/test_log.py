@@ -265,6 +265,62 @@ def test_reader_survives_the_death_of_a_writer(tmp_path):
         assert read_all(reader, 19, start=12) == expected(COLUMNS, 12, 19)
 
 
+def mapped_files(folder):
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+
+
+@pytest.mark.parametrize(("keep", "n_found_again"), [(1, 0), (2, 1), (3, 3)])
+def test_a_reader_going_back_and_forth_keeps_some_segments_mapped(tmp_path, keep, n_found_again):
+    folder = make_set(tmp_path)
+    with SetWriter.open(folder) as writer:
+        write_rows(writer, 50)
+    reader = SetReader(folder, [HOOK.name, HALF.name], keep_segments=keep)
+    at_first = {row: read_all(reader, row + 3, start=row) for row in (40, 3, 12, 33, 20)}
+    n_mapped = len(mapped_files(folder))
+    before = list(reader._mapped.values())
+    again = {row: read_all(reader, row + 3, start=row) for row in (20, 33, 12)}
+    found_again = [mapped for mapped in before if any(mapped is other for other in reader._mapped.values())]
+    reader.close()
+
+    assert at_first[40] == expected([HOOK, HALF], 40, 43)
+    assert all(again[row] == at_first[row] == expected([HOOK, HALF], row, row + 3) for row in again)
+    assert n_mapped == 2 * keep
+    assert len(found_again) == n_found_again
+    assert not mapped_files(folder)
+
+
+def claimed_kb(folder):
+    """Kilobytes of the set's files that this process has pages of."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            ours = str(folder) in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize("order", ["in sequence", "back and forth"])
+def test_pages_that_were_passed_are_given_back(tmp_path, order, monkeypatch):
+    wide = ColumnSpec(name="blocks.0.hook_resid_post", dtype=Dtype.FLOAT32, width=1024)
+    folder = make_set(tmp_path, segment_rows=2048, columns=(*PROVENANCE, wide))
+    with SetWriter.open(folder) as writer:
+        write_rows(writer, 4096, step=2048, columns=(*PROVENANCE, wide))
+    blocks = list(range(0, 4096, 256))
+    if order == "back and forth":
+        blocks = blocks[::2][::-1] + blocks[1::2]
+    reader = SetReader(folder, [wide.name], keep_segments=2)
+    most = 0
+    for block in blocks:
+        for row in range(block, block + 256, 64):
+            run = reader.read(row, 64, end_row=4096)
+            assert sum(bytes(run.columns[0])[::4096]) >= 0
+            most = max(most, claimed_kb(folder))
+    reader.close()
+
+    assert 0 < most <= 2 * (4 + 1 + 1) * 1024  # A step and a block of each segment, of 16 MiB in all.
+
+
 def test_dropping_a_window_removes_whole_segments_only(tmp_path):
     with SetWriter.open(make_set(tmp_path)) as writer:
         write_rows(writer, 35)

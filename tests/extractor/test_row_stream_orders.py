@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from itertools import pairwise
 
 import pytest
 import pytest_asyncio
@@ -10,6 +11,7 @@ from fix_runner import documents
 from activation_log import retention
 from activation_log.order import Shard, Shuffled
 from activation_log.reader import SetReader
+from extractor_service import row_stream
 from extractor_service.errors import ExtractionCancelled, FieldInvalid, RowsExpired
 from extractor_service.nonces import Nonces
 from extractor_service.row_stream import End, Pause, RowStream, StreamRequest
@@ -74,6 +76,19 @@ async def test_shuffled_rows_are_those_of_the_order(done, asked, chunk_bytes):
     assert sorted(got) == sorted(rows)
     assert end.next_row == len(rows)
     assert places == sorted(set(places))
+
+
+async def test_blocks_come_in_even_chunks(done, asked, monkeypatch):
+    job, rows = done
+    monkeypatch.setattr(row_stream, "DEFAULT_CHUNK_BYTES", 8 * 20)  # Document and position of 20 rows.
+    order = asked()
+    _, places, _ = await read(job, order=order)
+    _, places_as_asked, _ = await read(job, order=order, chunk_bytes=8 * 20)
+
+    n_whole = len(rows) // BLOCK * BLOCK
+    sizes, sizes_as_asked = ([b - a for a, b in pairwise(found)] for found in (places, places_as_asked))
+    assert set(sizes) - {(len(rows) - n_whole) % 22} <= {22, 20}
+    assert max(sizes_as_asked) == 20
 
 
 async def test_shuffled_goes_on_at_any_place(done, asked):
