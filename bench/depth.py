@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -30,7 +30,9 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
         corpora = (upload(client, "depth", number) for number in count())
         kept = next(corpora)
         read(client, kept, [_hookpoint(14)])  # Loads the model.
-        sides = {f"layer {layer}": partial(_turn, client, corpora, layer) for layer in LAYERS}
+        sides: dict[str, Callable[[], float]] = {
+            f"layer {layer}": partial(_turn, client, corpora, layer) for layer in LAYERS
+        }
         sides |= {_AGAIN: lambda: read(client, kept, [_hookpoint(14)])}
         console.print(f"depth: {', '.join(sides)} in turns, {rounds} rounds of {N_ROWS:,} rows")
         seconds = interleave(sides, rounds)

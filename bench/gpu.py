@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +26,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from headrace_client import Dtype, HeadraceClient, Recipe
+from headrace_client import Dtype, HeadraceClient, Recipe, TokenPolicy
+from headrace_client.errors import SetNotFound, StateConflict
 from rich.console import Console
 
 from bench import gpu_memory
@@ -98,7 +99,7 @@ class Bench:
         """Seconds from asking to the last row, read here; the set is deleted afterwards."""
         hookpoints = job.hookpoints[-n_hookpoints:]
         recipe = Recipe(
-            context_size=job.context_size, batch_size=job.batch_size, bos="none", storage_dtype=Dtype.BFLOAT16
+            context_size=job.context_size, batch_size=job.batch_size, bos=TokenPolicy.NONE, storage_dtype=Dtype.BFLOAT16
         )
         began = time.perf_counter()
         extraction = self.client.extractions.start(job.architecture, corpus_id, hookpoints, recipe=recipe)
@@ -111,7 +112,7 @@ class Bench:
         took = time.perf_counter() - began
         assert n_rows == job.n_rows, f"{n_rows} rows instead of {job.n_rows}"
         self.client.extractions.wait(extraction.id, deadline_s=DEADLINE_S)
-        self.client.sets.delete(extraction.set_id)
+        self._delete(extraction.set_id)
         return took
 
     def unload(self, job: Job) -> None:
@@ -122,6 +123,17 @@ class Bench:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{job.architecture} is not unloaded after {DEADLINE_S:.0f} s")
             time.sleep(_POLL_S)
+
+    def _delete(self, set_id: str) -> None:
+        """Once the registry has heard that it is there and that nobody reads it any more."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                return self.client.sets.delete(set_id)
+            except (SetNotFound, StateConflict):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
 
     def _say(self, text: str) -> None:
         self._console.print(f"gpu: {text}")
@@ -142,7 +154,7 @@ def measure_throughput(bench: Bench, job: Job, device: str, console: Console, *,
             return float(worker.ask(question, deadline_s=DEADLINE_S)["seconds"])
 
         n_all = len(job.layers)
-        sides = {
+        sides: dict[str, Callable[[], float]] = {
             "one": lambda: bench.extract(job, 1, bench.upload(job)),
             "five": lambda: bench.extract(job, n_all, bench.upload(job)),
             "bare": partial(alone, "bare", 1),

@@ -101,7 +101,8 @@ def write_model(architecture: str, folder: Path, device: str) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(**ARCHITECTURES[architecture])
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=_SHARD)
     saved = json.loads((folder / "config.json").read_text())
     assert saved["dtype"] == "bfloat16", saved["dtype"]

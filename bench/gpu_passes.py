@@ -52,8 +52,8 @@ class Passes:
     @torch.inference_mode()
     def _bare(self, _hookpoints: list[str]) -> None:
         seen: list[object] = []
-        layers = getattr(self._model, "layers", None) or self._model.h
-        hook = layers[-1].register_forward_hook(lambda _module, _args, output: seen.append(output))
+        blocks: Any = getattr(self._model, "layers", None) or self._model.h
+        hook = blocks[-1].register_forward_hook(lambda _module, _args, output: seen.append(output))
         for batch in self._batches:
             seen.clear()
             token_ids = torch.from_numpy(batch.token_ids).to(self._device, torch.int64)
@@ -86,8 +86,9 @@ def _cut(files_path: str, device: torch.device, job: Job) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(files_path, local_files_only=True)
     config.num_hidden_layers = n_layers
     arguments: dict[str, Any] = {"config": config, "dtype": torch.bfloat16, "local_files_only": True}
-    model: PreTrainedModel = AutoModel.from_pretrained(files_path, **arguments)
-    return model.eval().to(device)
+    model: Any = AutoModel.from_pretrained(files_path, **arguments)
+    cut: PreTrainedModel = model.eval().to(device)
+    return cut
 
 
 def main() -> None:

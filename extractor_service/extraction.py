@@ -50,6 +50,7 @@ class JobContext:
 
     room: Room
     save: Callable[[ExtractionJob], None]
+    let_go: Callable[[], None]
     count_rows: Callable[[ExtractionSpec], Awaitable[RowCount]]
 
 
@@ -327,6 +328,7 @@ class ExtractionJob:
         self._readers.detach(reader)
         self._context.room.used(self.folder)
         self.update(readers=self._readers.statuses())
+        self._context.let_go()
         done = self.value.state == ExtractionState.DONE
         self._start_grace(read_out=done and reader.released_row >= self.value.n_rows)
 

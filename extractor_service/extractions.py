@@ -7,6 +7,7 @@ passes; `keeper` sees to the room that the sets take.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -45,6 +46,8 @@ from extractor_service.values import Extraction, ExtractionSpec, ModelInfo, Rete
 MAX_ACTIVE = 64
 # Ended extractions are kept for people to look at, the oldest forgotten first. Their rows stay.
 MAX_ENDED = 1000
+# Readers often leave together.
+SEVERAL_LET_GO_S = 0.05
 MIN_WINDOW_BYTES = 1024 * 1024
 _UUID4 = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
 
@@ -76,11 +79,14 @@ class Extractions:
         self._starting = asyncio.Lock()
         self._reported: dict[str, int] = {}  # `seq` of the last report.
         self._rates: dict[str, float] = {}
+        self._let_go = asyncio.Event()  # Some set has fewer holders: whoever wants to delete it should hear.
         self.keeper = SetKeeper(
             self._sets, limits or Limits(), registry=sets, held=self.held_folders, epoch=lambda: node.epoch
         )
         self._pass_context = PassContext(models=models, node=node, room=self.keeper, turns=WeakKeyDictionary())
-        self._context = JobContext(room=self.keeper, save=self._save_change, count_rows=count_rows)
+        self._context = JobContext(
+            room=self.keeper, save=self._save_change, let_go=self._let_go.set, count_rows=count_rows
+        )
 
     def get(self, extraction_id: str) -> ExtractionJob:
         """Raises ExtractionNotFound."""
@@ -194,9 +200,12 @@ class Extractions:
         await asyncio.gather(*(job.close() for job in self._jobs.values()))
 
     async def report_changes(self, report: Callable[[ExtractionJob], Awaitable[None]], interval_s: float = 2.0) -> None:
-        """Reports sets whose extraction changed, at most one report per set and interval, until cancelled."""
+        """Reports sets whose extraction changed, every interval and soon after somebody let go of one."""
         while True:
-            await asyncio.sleep(interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._let_go.wait(), interval_s)
+                await asyncio.sleep(SEVERAL_LET_GO_S)
+            self._let_go.clear()
             for job in [job for job in self._jobs.values() if self._reported.get(job.value.id) != job.seq]:
                 self._reported[job.value.id] = job.seq
                 self._rates[job.value.spec.model_id] = job.value.rows_per_s or self.rate_of(job.value.spec.model_id)
@@ -308,6 +317,8 @@ class Extractions:
 
     def _save_change(self, job: ExtractionJob) -> None:
         self._records.save_change(job.value, job.request_ids)
+        if job.value.state.ended:
+            self._let_go.set()
 
 
 def _check_numbers(spec: ExtractionSpec) -> None:

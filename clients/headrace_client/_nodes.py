@@ -58,10 +58,15 @@ class Nodes:
             )
         )
 
+    @property
+    def only(self) -> Place | None:
+        """The one extractor there is to ask, if its address was given."""
+        return Place(node_id="", address=self.fixed) if self.fixed else None
+
     def alive(self, *, deadline_s: float | None = None) -> tuple[Place, ...]:
         """The extractors to be reached now; those last known while the registry is away. None is NodeLost."""
-        if self.fixed:
-            return (Place(node_id="", address=self.fixed),)
+        if self.only:
+            return (self.only,)
         try:
             nodes = self.list(deadline_s=deadline_s)
         except Unavailable:

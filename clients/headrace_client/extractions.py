@@ -147,7 +147,7 @@ class Extractions:
     def source(self, extraction_id: str, request: StreamRequest) -> StreamSource:
         """Where a stream of this extraction's rows comes from."""
         # Where it is known to be, without asking: if that server is away just now, the stream waits for it.
-        place = self._places.get(extraction_id) or self._located(extraction_id)[0]
+        place = self._places.get(extraction_id) or self._nodes.only or self._located(extraction_id)[0]
         return StreamSource(
             nodes=self._nodes, place=place, request=request, extraction_id=extraction_id, relocate=self._again
         )

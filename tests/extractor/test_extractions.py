@@ -497,3 +497,29 @@ async def test_an_extraction_behind_another_one_says_that_it_is_queued(extractor
     await first.cancel()
     assert (await extractor.read(second))[2].n_rows == n_rows_of(35)
     assert second.value.queue_position == 0
+
+
+async def test_whoever_lets_go_of_a_set_is_reported_at_once(extractor):
+    """Not at the next interval: somebody may wait to delete it."""
+    extractor.add_corpus(documents(50, seed=81))
+    job = await extractor.extract()
+    await asyncio.wait([job.task], timeout=30)
+    reported = asyncio.Queue()
+
+    async def report(job):
+        await reported.put((job.value.id, len(extractor.extractions.holders(job.folder))))
+
+    reporting = asyncio.create_task(extractor.extractions.report_changes(report, interval_s=600.0))
+    stream = RowStream(job, StreamRequest())
+    await asyncio.sleep(0.2)
+    before = reported.qsize()
+    stream.close()
+
+    try:
+        async with asyncio.timeout(30):
+            while (found := await reported.get())[0] != job.value.id:
+                pass
+    finally:
+        reporting.cancel()
+    assert before == 0
+    assert found == (job.value.id, 0)
