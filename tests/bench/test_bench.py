@@ -1,11 +1,14 @@
 """The benchmarks' own machinery, on a set of a few MB."""
 
+import json
+import subprocess
+import sys
 from contextlib import ExitStack
 
 import pytest
 from rich.console import Console
 
-from bench import reading, wire
+from bench import gpu, reading, wire
 from bench.figures import compare, save, show
 from bench.interleave import interleave
 from bench.replay import make_replay_set
@@ -39,6 +42,16 @@ def test_a_missed_target_is_shown_and_saved(tmp_path):
     assert '"ratio": 0.5' in (tmp_path / "new" / "latest.json").read_text()
 
 
+def test_a_figure_may_have_no_target():
+    console = Console(record=True, width=100)
+    figure = compare("depth", [1.0], [4.0], unit="s", sense="max")
+
+    show([figure], console)
+
+    assert figure.met
+    assert "0.25" in console.export_text()
+
+
 def test_every_side_of_the_wire_benchmark_delivers_the_same_bytes(tmp_path):
     pytest.importorskip("pyarrow.flight")
     replay = make_replay_set(tmp_path / "data", 4_000_000)
@@ -56,3 +69,25 @@ def test_every_side_of_the_reading_benchmark_reads_the_same_rows(tmp_path):
 
     assert [figure.target for figure in figures] == [5.0, 0.5, 0.8, 0.8]
     assert all(figure.a > 0 for figure in figures)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_way_of_the_gpu_benchmark_works_without_one(tmp_path):
+    output = tmp_path / "results" / "today.json"
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--device", "cpu", "--rounds", "1", "--output", str(output)]
+    subprocess.run(command, check=True, timeout=280)
+
+    found = json.loads(output.read_text())
+    assert [figure["target"] for figure in found["figures"]] == [0.9, 0.9, 0.95, 1.0]
+    assert all(figure["a"] > 0 < figure["b"] for figure in found["figures"])
+    assert sum("bytes of the device in use" in name for name in found["values"]) == 3
+    assert sum("gpt2-tiny" in name for name in found["values"]) == 2
+
+
+def test_without_a_gpu_its_benchmark_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.gpu"])
+    monkeypatch.setattr("bench.gpu_memory.describe", dict)
+
+    assert gpu.main() == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().out

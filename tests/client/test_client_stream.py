@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault, unavailable
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import _prefetch, _queue, errors
+from headrace_client import HeadraceClient, _prefetch, _queue, errors
 from headrace_client._http2 import SocketCall
 from headrace_client._watch import Backoff
 from headrace_client.values import StreamState
@@ -71,6 +71,21 @@ def test_resumes_exactly_after_the_server_was_replaced(client, extractor_host, s
         got += [chunk.array(HOOKPOINT) for chunk in stream]
 
     np.testing.assert_array_equal(np.concatenate(got), scripted_extractor.column(HOOKPOINT))
+
+
+def test_a_stream_of_a_given_extractor_waits_for_it(client, extractor_host, scripted_extractor):
+    extraction = client.extractions.get(EXTRACTION_ID)
+    extractor_host.stop()
+
+    with (
+        HeadraceClient.connect(extractor=extractor_host.address) as other,
+        other.chunks(extraction, backoff=FAST) as stream,
+    ):
+        time.sleep(0.1)
+        extractor_host.start()
+        got = rows_of(stream)
+
+    np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
 
 
 def test_goes_on_at_the_node_s_new_address(client, hosts, extractor_host, scripted_extractor, scripted_registry):
