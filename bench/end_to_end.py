@@ -7,8 +7,6 @@ Each turn extracts from a corpus of its own (the same paragraphs and one more at
 from __future__ import annotations
 
 import importlib.util
-import pydoc_data.topics
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,13 +21,10 @@ from rich.console import Console
 from bench.figures import Figure, compare
 from bench.interleave import interleave
 from bench.processes import ProcessFailed, Worker, server
+from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, paragraphs
 
 MODEL_ID = "smollm2"
-LAYER = 14
 HOOKPOINT = f"blocks.{LAYER}.hook_resid_post"
-CONTEXT_SIZE = 256
-BATCH_SIZE = 4  # sequences of CONTEXT_SIZE tokens: one packed batch
-PLAIN_BATCH_SIZE = 32  # paragraphs
 PASS_DEADLINE_S = 600.0
 AT_MOST_S = 30.0  # The plain recipe takes several times as long; its rate is known after that.
 MAX_BATCHES = 80  # The corpus has a few more.
@@ -72,13 +67,6 @@ def _turn(worker: Worker, n_rows: int, turns: Iterator[int]) -> float:
     question = {"n_rows": n_rows, "corpus_id": _corpus_id(next(turns)), "at_most_s": AT_MOST_S}
     result = worker.ask(question, deadline_s=PASS_DEADLINE_S)
     return float(result["n_rows"] / result["seconds"])
-
-
-def paragraphs() -> list[str]:
-    """The standard library's documentation, paragraph by paragraph: 460 KB of English."""
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
 def start_services(stack: ExitStack, work_dir: Path, *, database_url: str = "") -> Services:

@@ -14,9 +14,10 @@ from statistics import median
 from headrace_client import HeadraceClient, Recipe
 from rich.console import Console
 
-from bench.end_to_end import BATCH_SIZE, CONTEXT_SIZE, MODEL_ID, paragraphs, start_services
+from bench.end_to_end import MODEL_ID, start_services
 from bench.figures import Figure, compare
 from bench.interleave import interleave
+from bench.text import BATCH_SIZE, CONTEXT_SIZE, paragraphs
 
 LAYERS = (5, 8, 11, 14)
 N_ROWS = 8 * CONTEXT_SIZE * BATCH_SIZE

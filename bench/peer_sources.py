@@ -14,9 +14,10 @@ from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from bench.end_to_end import BATCH_SIZE, CONTEXT_SIZE, HOOKPOINT, LAYER, PLAIN_BATCH_SIZE, paragraphs
+from bench.end_to_end import HOOKPOINT
 from bench.processes import answer, questions
 from bench.row_sources import headrace
+from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
 
 if TYPE_CHECKING:
     import torch

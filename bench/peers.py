@@ -16,13 +16,17 @@ from statistics import median
 from headrace_client import HeadraceClient
 from rich.console import Console
 
-from bench.end_to_end import PASS_DEADLINE_S, paragraphs, start_services
+from bench.end_to_end import PASS_DEADLINE_S, start_services
 from bench.figures import Figure, compare
 from bench.interleave import interleave
-from bench.processes import Worker
+from bench.processes import ROOT, Worker
+from bench.text import paragraphs
 
 PEERS = ("sae_lens", "transformer_lens", "nnsight", "full")
 PADDING = ("transformer_lens", "nnsight", "full")
+# It needs older versions of what all others use: see the README.
+DICTIONARY_LEARNING = "dictionary_learning"
+_ITS_PYTHON = ROOT / ".venv-bench-dictionary-learning" / "bin" / "python"
 _N_ROWS = 32_768
 _AT_MOST_S = 25.0
 
@@ -37,7 +41,11 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
             side: stack.enter_context(Worker("bench.peer_sources", [side, services.registry, services.files_path]))
             for side in ("headrace", *PEERS)
         }
-        for kind, peers, target in (("long", PEERS, 1.0), ("short", PADDING, 2.0)):
+        more: tuple[str, ...] = ()
+        if _ITS_PYTHON.exists():
+            its_own = Worker("bench.dictionary_learning_source", [services.files_path], python=_ITS_PYTHON)
+            workers[DICTIONARY_LEARNING], more = stack.enter_context(its_own), (DICTIONARY_LEARNING,)
+        for kind, peers, target in (("long", (*PEERS, *more), 1.0), ("short", (*PADDING, *more), 2.0)):
             corpora = _upload(services.client, kind, rounds)
             sides = {peer: partial(_turn, workers[peer], kind, repeat("")) for peer in peers}
             sides = {"headrace": partial(_turn, workers["headrace"], kind, corpora)} | sides

@@ -44,10 +44,10 @@ def server(module: str, arguments: Sequence[str], *, work_dir: Path) -> Iterator
 class Worker:
     """A process that answers each line it is sent with one line of JSON."""
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], *, python: Path = Path(sys.executable)) -> None:
         self._module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [str(python), "-m", module, *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.end_to_end import BATCH_SIZE, CONTEXT_SIZE, HOOKPOINT, LAYER, MODEL_ID, PLAIN_BATCH_SIZE, paragraphs
+from bench.end_to_end import HOOKPOINT, MODEL_ID
 from bench.processes import answer, questions
 from bench.replay import touch
+from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
 
 Rows = Callable[[dict[str, Any]], Iterator[int]]
 

@@ -19,8 +19,9 @@ from headrace_client import Recipe
 from headrace_client.integrations.sae_lens import data_provider, set_scaling
 from rich.console import Console
 
-from bench.end_to_end import HOOKPOINT, LAYER, MODEL_ID, Services, paragraphs, start_services
+from bench.end_to_end import HOOKPOINT, MODEL_ID, Services, start_services
 from bench.figures import Figure
+from bench.text import LAYER, paragraphs
 
 CONTEXT_SIZE = 256
 SEQUENCES = 4  # In one forward pass, on both sides.

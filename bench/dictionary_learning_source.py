@@ -1,0 +1,73 @@
+"""dictionary_learning's ActivationBuffer, in an environment of its own: `python -m ... MODEL_FOLDER`.
+
+Answers as `peer_sources` does. Its buffer is filled before the time starts and holds the contexts of sixteen batches.
+`long` is text of more tokens than a context has, which it cuts; `short` are paragraphs, which it pads.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+from bench.processes import answer, questions
+from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
+
+_CONTEXTS = 16 * BATCH_SIZE
+_LONGER = CONTEXT_SIZE + CONTEXT_SIZE // 4  # Tokens before they are text and tokens again.
+
+
+def buffer(model: Any, texts: Iterator[str], batch_size: int) -> Iterator[Any]:
+    """Its buffer, filled."""
+    from dictionary_learning.buffer import ActivationBuffer  # noqa: PLC0415
+
+    made = ActivationBuffer(
+        data=texts,
+        model=model,
+        submodule=model.model.layers[LAYER],
+        d_submodule=model.config.hidden_size,
+        n_ctxs=_CONTEXTS,
+        ctx_len=CONTEXT_SIZE,
+        refresh_batch_size=batch_size,
+        out_batch_size=BATCH_SIZE * CONTEXT_SIZE,
+        device="cpu",
+    )
+    next(made)
+    return iter(made)
+
+
+def main() -> None:
+    """Answers questions until its input ends."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # As in `row_sources`.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
+    sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print what they like.
+    import torch  # noqa: PLC0415
+    from nnsight import LanguageModel  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    # Its transformers does not know the class that ours writes into a folder.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{sys.argv[1]}/tokenizer.json", pad_token="<|endoftext|>")
+    model = LanguageModel(sys.argv[1], tokenizer=tokenizer, device_map="cpu", torch_dtype=torch.float32, dispatch=True)
+    ids = model.tokenizer("\n\n".join(paragraphs())).input_ids
+    pieces = [model.tokenizer.decode(ids[at : at + _LONGER]) for at in range(0, len(ids) - _LONGER, _LONGER)]
+    buffers = {
+        "long": buffer(model, cycle(pieces), BATCH_SIZE),
+        "short": buffer(model, cycle(paragraphs()), PLAIN_BATCH_SIZE),
+    }
+    for question in questions():
+        n_rows, began = 0, time.perf_counter()
+        for batch in buffers[question["kind"]]:
+            n_rows += len(batch)
+            if n_rows >= question["n_rows"] or time.perf_counter() - began > question["at_most_s"]:
+                break
+        seconds = time.perf_counter() - began
+        sys.stdout = answers
+        answer({"n_rows": n_rows, "seconds": seconds})
+        sys.stdout = sys.stderr
+
+
+if __name__ == "__main__":
+    main()
