@@ -39,9 +39,9 @@ class RowRun:
 
 
 class _MappedColumn:
-    def __init__(self, folder: Path, column: ColumnSpec, segment: int, n_rows: int, *, release_passed: bool) -> None:
-        self._map = map_segment(folder, column, segment)
-        self._release_passed = release_passed
+    def __init__(self, folder: Path, column: ColumnSpec, segment: int, n_rows: int, *, handed_on: bool) -> None:
+        self._map = map_segment(folder, column, segment, private=handed_on)
+        self._handed_on = handed_on
         self._row_bytes = column.row_bytes
         self._claimed = 0, 0  # Where pages may still be claimed, in bytes of the file.
         if len(self._map) < DATA_OFFSET + n_rows * column.row_bytes:
@@ -51,7 +51,7 @@ class _MappedColumn:
     def view(self, at: int, n_rows: int) -> memoryview:
         """Rows from `at` on, counted from the segment's first."""
         start, end = at * self._row_bytes, (at + n_rows) * self._row_bytes
-        if self._release_passed:
+        if not self._handed_on:
             self._release_passed_pages(DATA_OFFSET + start, DATA_OFFSET + end)
         return self._data[start:end]
 
@@ -81,15 +81,16 @@ class _MappedColumn:
 class SetReader:
     """Reads some columns of a set, sealed segments and the open one.
 
-    Unless `release_passed` is false, pages before the last run are given back: who still uses them reads them anew.
+    Pages before the last run are given back. With `handed_on` they are not, and views may be written to, by those who
+    got them: what they write is their own, and no file changes.
     `keep_segments` stay mapped for readers that come back to them; one that is dropped takes its room until it is not.
     """
 
     def __init__(
-        self, folder: Path, columns: Sequence[str], *, release_passed: bool = True, keep_segments: int = 1
+        self, folder: Path, columns: Sequence[str], *, handed_on: bool = False, keep_segments: int = 1
     ) -> None:
         manifest = Manifest.load(folder)
-        self._release_passed = release_passed
+        self._handed_on = handed_on
         self._folder = folder
         self.columns = tuple(manifest.column(name) for name in columns)
         self._names = tuple(columns)
@@ -181,7 +182,7 @@ class SetReader:
         if mapped is None:
             self._unmap(down_to=self._keep_segments - 1)
             mapped = tuple(
-                _MappedColumn(self._folder, column, segment, n_rows, release_passed=self._release_passed)
+                _MappedColumn(self._folder, column, segment, n_rows, handed_on=self._handed_on)
                 for column in self.columns
             )
         self._mapped[segment] = mapped

@@ -98,13 +98,14 @@ class OpenSegment:
             self.data.release()
 
 
-def map_segment(folder: Path, column: ColumnSpec, segment: int) -> mmap.mmap:
-    """Maps a segment file, sealed or open, for reading."""
+def map_segment(folder: Path, column: ColumnSpec, segment: int, *, private: bool = False) -> mmap.mmap:
+    """Maps a segment file, sealed or open, for reading; with `private`, what is written stays in this mapping."""
+    access = mmap.ACCESS_COPY if private else mmap.ACCESS_READ
     sealed, opened = segment_path(folder, column, segment), open_segment_path(folder, column, segment)
     for path in (sealed, opened, sealed):  # It may be renamed between the first and the second look.
         try:
             with path.open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapping = mmap.mmap(file.fileno(), 0, access=access)
         except FileNotFoundError:
             continue
         if hasattr(mapping, "madvise"):

@@ -24,8 +24,10 @@ BATCH_SIZE = 4096
 
 def streamed(client: HeadraceClient, side: str) -> Iterator[torch.Tensor]:
     """Batches as a trainer has them."""
-    transport, _, order = side.partition(" ")
-    options: dict[str, Any] = {"order": "shuffled", "seed": 1} if order else {}
+    transport, _, how = side.partition(" ")
+    options: dict[str, Any] = {"order": "shuffled", "seed": 1} if how == "shuffled" else {}
+    if how == "views":
+        options["copy"] = False
     with client.activations(
         EXTRACTION_ID, columns=HOOKPOINT, batch_size=BATCH_SIZE, transport=transport, **options
     ) as stream:

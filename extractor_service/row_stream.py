@@ -21,8 +21,10 @@ from extractor_service.values import ExtractionState
 from extractor_service.ways import OrderRequest, way_of
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
-# A range costs the same however many rows it has; it ends with its segment or block anyway.
-DEFAULT_RANGE_BYTES = 16 * 1024 * 1024
+# A range costs the same however many rows it has; it ends with its segment or block anyway. Of a window, whose forward
+# pass waits for a range to be done with, smaller ones.
+DEFAULT_RANGE_BYTES = 64 * 1024 * 1024
+WINDOW_RANGE_BYTES = 16 * 1024 * 1024
 MAX_CHUNK_BYTES = 3_500_000
 MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
 HEARTBEAT_S = 15.0
@@ -106,7 +108,8 @@ class RowStream:
         if self._way.block_rows > self._chunk_rows and not request.chunk_bytes:
             # Blocks are cut evenly, into chunks of less than twice the usual size: short ones cost as much as others.
             self._chunk_rows = math.ceil(self._way.block_rows / (self._way.block_rows // self._chunk_rows))
-        self._range_rows = max(1, (request.chunk_bytes or DEFAULT_RANGE_BYTES) // row_bytes)
+        range_bytes = WINDOW_RANGE_BYTES if job.value.spec.retention.is_window else DEFAULT_RANGE_BYTES
+        self._range_rows = max(1, (request.chunk_bytes or range_bytes) // row_bytes)
 
     @property
     def name(self) -> str:

@@ -45,7 +45,7 @@ class MappedRows:
             self._reader = SetReader(
                 folder,
                 [column.name for column in header.columns],
-                release_passed=False,
+                handed_on=True,
                 keep_segments=KEPT_SEGMENTS if header.block_rows else 1,
             )
         except (OSError, UnicodeError, LogError, KeyError) as exc:
@@ -65,7 +65,7 @@ class MappedRows:
                 n_rows=run.n_rows,
                 place=place + row - announced.first_row,
                 columns=self._columns,
-                buffers=run.columns,
+                buffers=tuple(view.toreadonly() for view in run.columns),
                 size_bytes=run.n_rows * self._reader.row_bytes,
             )
             row = run.end_row

@@ -25,6 +25,24 @@ _TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 }
 
 
+def view(
+    columns: Sequence[str], chunk: ActivationChunk, offset: int, n_rows: int, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor] | None:
+    """Rows of a chunk as tensors that are no copies; None where there have to be some."""
+    by_name = {column.name: at for at, column in enumerate(chunk.columns)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name in columns:
+        if name not in by_name:
+            return None
+        column = chunk.columns[by_name[name]]
+        rows = _rows(chunk, by_name[name], offset, n_rows)
+        converted = column.scale_column or (name not in PROVENANCE_COLUMNS and rows.dtype != (dtype or rows.dtype))
+        if converted or rows.data_ptr() % rows.element_size():  # A message's payload may begin anywhere.
+            return None
+        tensors[name] = rows
+    return tensors
+
+
 class Table:
     """Room for `capacity` rows of `columns`; hookpoints in `dtype`, or as they are stored.
 

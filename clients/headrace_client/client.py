@@ -192,6 +192,7 @@ class HeadraceClient:
         block_rows: int = 0,
         mix_blocks: int = 0,
         norm_limit: NormLimit | None = None,
+        copy: bool = True,
         transport: Transport | str = Transport.AUTO,
     ) -> ActivationStream:
         """Streams rows as batches of torch tensors; see ActivationStream. `epochs` None: for ever.
@@ -222,6 +223,7 @@ class HeadraceClient:
             ),
             mix_blocks=mix_blocks,
             norm_limit=norm_limit,
+            copy=copy,
         )
 
         def open_at(row: int, reading: Reading) -> ChunkStream:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from headrace_client._mixing import Mixer
-from headrace_client._tables import Table, silence_read_only_warning
+from headrace_client._tables import Table, silence_read_only_warning, view
 from headrace_client.chunk import ActivationChunk
 from headrace_client.errors import InvalidArgument, RowsNotContiguous
 from headrace_client.order import PLAIN, Reading
@@ -37,6 +37,7 @@ class BatchOptions:
     reading: Reading = PLAIN
     mix_blocks: int = 0
     norm_limit: NormLimit | None = None
+    copy: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -65,10 +66,12 @@ class BatchOptions:
 class ActivationStream:
     """An iterator of `[batch_size, d]` tensors, or of dicts of them when more than one column is asked for.
 
-    Provenance columns are `[batch_size]` int32. Every tensor is fresh memory that belongs to the caller, who may
-    change it in place. Hookpoint columns come in their stored dtype, or converted to `dtype` while copied. Batches do
-    not span epochs; the last one of an epoch is shorter, or left out with `drop_last`. `next_row` and `state_dict()`
-    count whole batches handed out, so that a checkpoint taken between two steps resumes without gap or duplicate.
+    Provenance columns are `[batch_size]` int32. Every tensor belongs to the caller, who may change it in place. It is
+    fresh memory unless `copy` is false: then batches that lie in one chunk, as they are stored, are views of it; where
+    that is a mapped file, writing to a page copies the page first. Hookpoint columns come in their stored dtype, or
+    converted to `dtype` while copied. Batches do not span epochs; the last one of an epoch is shorter, or left out with
+    `drop_last`. `next_row` and `state_dict()` count whole batches handed out, so that a checkpoint taken between two
+    steps resumes without gap or duplicate.
 
     `mix_blocks` mixes rows within windows of so many blocks, all columns alike, by the seed of `reading`; two windows
     are in memory. `norm_limit` leaves out rows that are too long: then shards may come to different numbers of batches.
@@ -235,6 +238,8 @@ class ActivationStream:
     def _next_batch(self) -> dict[str, torch.Tensor] | None:
         """The next batch; None at the end of the epoch. What it has so far outlives an interrupt."""
         if self._batch is None:
+            if not self._options.copy and (viewed := self._viewed()) is not None:
+                return viewed
             self._batch = self._table(self._options.batch_size)
         batch = self._batch
         if self._options.mix_blocks:
@@ -247,6 +252,23 @@ class ActivationStream:
         self._batch = None
         self._count(batch)
         return batch.cut()
+
+    def _viewed(self) -> dict[str, torch.Tensor] | None:
+        """The next batch without a copy, if it lies in one chunk as it is stored."""
+        options = self._options
+        if options.mix_blocks or options.norm_limit is not None:
+            return None
+        if self._chunk is None and not self._take(wait=True):
+            return None
+        chunk, n_rows = self._chunk, options.batch_size
+        if chunk is None or chunk.n_rows - self._offset < n_rows:
+            return None
+        rows = view(options.columns, chunk, self._offset, n_rows, options.dtype)
+        if rows is not None:
+            self._pass(chunk, n_rows)
+            self._any_in_epoch = True
+            self._next_row = self._place
+        return rows
 
     def _count(self, batch: Table) -> None:
         """Moves the state on behind a batch."""
@@ -276,11 +298,14 @@ class ActivationStream:
         chunk = self._chunk
         assert chunk is not None
         n_rows = table.take(chunk, self._offset, most)
+        self._pass(chunk, n_rows)
+        return n_rows
+
+    def _pass(self, chunk: ActivationChunk, n_rows: int) -> None:
         self._place += n_rows
         self._offset += n_rows
         if self._offset == chunk.n_rows:
             self._chunk = None
-        return n_rows
 
     def _take(self, *, wait: bool) -> bool:
         """Takes the next chunk; False at the end, and without `wait` if none is at hand."""

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from headrace_client import errors
 from headrace_client._watch import Backoff
@@ -165,8 +166,9 @@ def test_what_was_handed_out_outlives_the_stream_and_the_set(client, scripted_ex
         chunks[0].array(HOOKPOINT)[0] = 0
 
 
-def test_batches_of_mapped_rows_belong_to_the_caller(client, scripted_extractor, folder):
-    with client.activations(EXTRACTION_ID, batch_size=300, columns=HOOKPOINT, transport="mapped") as stream:
+@pytest.mark.parametrize("copy", [True, False])
+def test_batches_of_mapped_rows_belong_to_the_caller(client, scripted_extractor, folder, copy):
+    with client.activations(EXTRACTION_ID, batch_size=300, columns=HOOKPOINT, transport="mapped", copy=copy) as stream:
         assert stream.header.mapped
         batches = []
         for batch in stream:
@@ -176,3 +178,15 @@ def test_batches_of_mapped_rows_belong_to_the_caller(client, scripted_extractor,
     np.testing.assert_array_equal(np.concatenate(batches), scripted_extractor.column(HOOKPOINT))
     again, _ = read(client)
     np.testing.assert_array_equal(again[HOOKPOINT], scripted_extractor.column(HOOKPOINT))
+
+
+@pytest.mark.parametrize(
+    ("changes", "same_memory"), [({}, True), ({"dtype": torch.float64}, False), ({"copy": True}, False)]
+)
+def test_only_what_needs_no_conversion_is_no_copy(client, scripted_extractor, folder, changes, same_memory):
+    options = {"batch_size": 20, "columns": HOOKPOINT, "copy": False, "transport": "mapped"} | changes
+    with client.activations(EXTRACTION_ID, **options) as stream:
+        first, second = next(stream), next(stream)
+
+    behind = second.data_ptr() - first.data_ptr() == first.numel() * first.element_size()
+    assert behind == same_memory

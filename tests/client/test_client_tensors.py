@@ -22,6 +22,24 @@ def test_batches_hold_all_rows_in_order_across_chunks(client, scripted_extractor
     assert torch.equal(torch.cat(batches), expected(scripted_extractor))
 
 
+@pytest.mark.parametrize("batch_size", [32, 50, 64, 100])
+@pytest.mark.parametrize("columns", [HOOKPOINT, [HOOKPOINT, SECOND, *PROVENANCE]])
+def test_batches_that_are_no_copies_are_the_same(client, scripted_extractor, batch_size, columns):
+    """Chunks have 64 rows here: some batches lie in one, some don't."""
+    options = {"batch_size": batch_size, "columns": columns}
+    with client.activations(EXTRACTION_ID, **options, copy=False) as stream:
+        first = [next(stream) for _ in range(3)]
+        state = stream.state_dict()
+    with client.activations(EXTRACTION_ID, **options, copy=False) as stream:
+        stream.load_state_dict(state)
+        batches = [*first, *stream]
+
+    for name in [columns] if isinstance(columns, str) else columns:
+        of_name = [batch if isinstance(batch, torch.Tensor) else batch[name] for batch in batches]
+        assert {len(batch) for batch in of_name[:-1]} == {batch_size}
+        assert torch.equal(torch.cat(of_name), expected(scripted_extractor, name))
+
+
 @pytest.mark.parametrize(
     ("batch_size", "drop_last", "sizes"), [(300, False, [300, 300, 300, 100]), (300, True, [300] * 3)]
 )
