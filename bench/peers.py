@@ -13,14 +13,15 @@ from itertools import repeat
 from pathlib import Path
 from statistics import median
 
-from headrace_client import HeadraceClient
+import numpy as np
 from rich.console import Console
 
-from bench.end_to_end import PASS_DEADLINE_S, start_services
+from bench.end_to_end import PASS_DEADLINE_S, Services, start_services
 from bench.figures import Figure, compare
 from bench.interleave import interleave
+from bench.peer_sources import contexts
 from bench.processes import ROOT, Worker
-from bench.text import paragraphs
+from bench.text import CONTEXT_SIZE, paragraphs
 
 PEERS = ("sae_lens", "transformer_lens", "nnsight", "full")
 PADDING = ("transformer_lens", "nnsight", "full")
@@ -46,7 +47,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
             its_own = Worker("bench.dictionary_learning_source", [services.files_path], python=_ITS_PYTHON)
             workers[DICTIONARY_LEARNING], more = stack.enter_context(its_own), (DICTIONARY_LEARNING,)
         for kind, peers, target in (("long", (*PEERS, *more), 1.0), ("short", (*PADDING, *more), 2.0)):
-            corpora = _upload(services.client, kind, rounds)
+            corpora = _upload(services, kind, rounds, work_dir)
             sides = {peer: partial(_turn, workers[peer], kind, repeat("")) for peer in peers}
             sides = {"headrace": partial(_turn, workers["headrace"], kind, corpora)} | sides
             for turn in sides.values():
@@ -62,12 +63,20 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
     return figures
 
 
-def _upload(client: HeadraceClient, kind: str, rounds: int) -> Iterator[str]:
-    """A corpus for each of Headrace's turns, so that nothing is cached; yields their ids."""
-    text = paragraphs() if kind == "short" else ["\n\n".join(paragraphs())]
+def _upload(services: Services, kind: str, rounds: int, folder: Path) -> Iterator[str]:
+    """A corpus for each of Headrace's turns, so that nothing is cached; yields their ids.
+
+    Those of long documents are the very contexts that the peers get, as token ids.
+    """
     ids = [f"{kind}-{number}" for number in range(rounds + 1)]
+    token_ids = np.stack([row.numpy() for batch in contexts(services.files_path) for row in batch]).astype(np.int32)
     for number, corpus_id in enumerate(ids):
-        client.corpora.upload(corpus_id, documents=[*text, f"Turn {number}."])
+        if kind == "short":
+            services.client.corpora.upload(corpus_id, documents=[*paragraphs(), f"Turn {number}."])
+            continue
+        file = folder / f"{corpus_id}.npy"
+        np.save(file, np.concatenate([token_ids, np.full((1, CONTEXT_SIZE), number, np.int32)]))
+        services.client.corpora.upload(corpus_id, file)
     return iter(ids)
 
 
