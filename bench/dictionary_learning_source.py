@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
-from bench.processes import answer, questions
+from bench.processes import answer_with_rows
 from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
 
 _CONTEXTS = 16 * BATCH_SIZE
@@ -57,16 +56,7 @@ def main() -> None:
         "long": buffer(model, cycle(pieces), BATCH_SIZE),
         "short": buffer(model, cycle(paragraphs()), PLAIN_BATCH_SIZE),
     }
-    for question in questions():
-        n_rows, began = 0, time.perf_counter()
-        for batch in buffers[question["kind"]]:
-            n_rows += len(batch)
-            if n_rows >= question["n_rows"] or time.perf_counter() - began > question["at_most_s"]:
-                break
-        seconds = time.perf_counter() - began
-        sys.stdout = answers
-        answer({"n_rows": n_rows, "seconds": seconds})
-        sys.stdout = sys.stderr
+    answer_with_rows(lambda question: map(len, buffers[question["kind"]]), answers)
 
 
 if __name__ == "__main__":

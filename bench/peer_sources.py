@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from bench.end_to_end import HOOKPOINT
-from bench.processes import answer, questions
+from bench.processes import answer_with_rows
 from bench.row_sources import headrace
 from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
 
@@ -204,16 +203,7 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print what they like.
     source = KINDS[kind](registry, files_path)
-    for question in questions():
-        n_rows, began = 0, time.perf_counter()
-        for some in source(question):
-            n_rows += some
-            if n_rows >= question["n_rows"] or time.perf_counter() - began > question["at_most_s"]:
-                break
-        seconds = time.perf_counter() - began
-        sys.stdout = answers
-        answer({"n_rows": n_rows, "seconds": seconds})
-        sys.stdout = sys.stderr
+    answer_with_rows(source, answers)
 
 
 if __name__ == "__main__":

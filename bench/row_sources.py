@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.end_to_end import HOOKPOINT, MODEL_ID
-from bench.processes import answer, questions
+from bench.processes import answer_with_rows
 from bench.replay import touch
 from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
 
@@ -105,13 +104,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     source = {"headrace": headrace, "bare": bare, "plain": plain}[kind](registry, files_path)
-    for question in questions():
-        n_rows, began = 0, time.perf_counter()
-        for some in source(question):
-            n_rows += some
-            if n_rows >= question["n_rows"] or time.perf_counter() - began > question["at_most_s"]:
-                break
-        answer({"n_rows": n_rows, "seconds": time.perf_counter() - began})
+    answer_with_rows(source, sys.stdout)
 
 
 if __name__ == "__main__":
