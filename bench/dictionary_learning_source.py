@@ -40,7 +40,6 @@ def buffer(model: Any, texts: Iterator[str], batch_size: int) -> Iterator[Any]:
 
 def main() -> None:
     """Answers questions until its input ends."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # As in `row_sources`.
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print what they like.
     import torch  # noqa: PLC0415

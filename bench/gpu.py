@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -226,8 +225,6 @@ def main() -> int:
         console.print("This machine has no NVIDIA GPU (nvidia-smi says nothing); `--tiny --device cpu` needs none.")
         return 1
     llama, gpt2 = (TINY_LLAMA, TINY_GPT2) if args.tiny else (LLAMA, GPT2)
-    # Threads of both sides sleep while they wait, as the runner's do.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory(prefix="headrace-gpu-", dir=args.work_dir) as folder, ExitStack() as stack:
         bench = Bench(stack, Path(folder), args.device, console)
         results = measure_throughput(bench, llama, args.device, console, rounds=args.rounds)

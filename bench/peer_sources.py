@@ -199,7 +199,6 @@ KINDS = {
 def main() -> None:
     """Answers questions until its input ends."""
     kind, registry, files_path = sys.argv[1:]
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # As in `row_sources`.
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print what they like.
     source = KINDS[kind](registry, files_path)

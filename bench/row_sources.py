@@ -100,8 +100,6 @@ def plain(_registry: str, files_path: str) -> Rows:
 def main() -> None:
     """Answers questions until its input ends."""
     kind, registry, files_path = sys.argv[1:]
-    # As the runner does. Threads that spin while they wait would cost the others' time and nothing else here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     source = {"headrace": headrace, "bare": bare, "plain": plain}[kind](registry, files_path)
     answer_with_rows(source, sys.stdout)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from activation_log.errors import DiskFull, LogError
 from extractor_service import errors
+from extractor_service.runner.freed_memory import freed_memory_kept
 from extractor_service.runner.gate import Gate
 from extractor_service.runner.throttle import Throttle
 from extractor_service.runner_protocol import (
@@ -150,7 +151,8 @@ class Runner:
             raise errors.StateConflict("No model is loaded in this runner; send load first.")
         from extractor_service.runner.extract import run_extraction  # noqa: PLC0415 -- torch
 
-        run_extraction(command, gate, self._loaded, self._emit)
+        with freed_memory_kept():
+            run_extraction(command, gate, self._loaded, self._emit)
 
     def _convert(self, command: Convert) -> None:
         from extractor_service.runner.convert import convert_gguf  # noqa: PLC0415 -- torch

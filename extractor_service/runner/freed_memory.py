@@ -1,0 +1,35 @@
+"""Keeps the memory of one forward pass for the next.
+
+A pass over a batch asks for hundreds of blocks of megabytes and gives them back. glibc returns such blocks to the
+system, which clears every page anew when the next are asked for: a tenth of the processor time of a small model. Other
+C libraries, and CUDA, which keeps its memory anyhow, are left as they are.
+
+Source: mallopt(3), malloc_trim(3).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+# malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_NEVER_TRIM = 2**31 - 1
+# Blocks up to here are kept; older versions of glibc refuse more than the second.
+_LARGEST_KEPT = (2**30, 2**25)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Memory freed in the block stays with the process until the block ends."""
+    with suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+        any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT)
+    try:
+        yield
+    finally:
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
