@@ -73,17 +73,22 @@ class OpenSegment:
         self.data = memoryview(self._map)[DATA_OFFSET:]
         self._capacity_rows = capacity_rows
 
-    def seal(self, n_rows: int) -> str:
-        """Makes the first `n_rows` rows permanent under the sealed name; returns the SHA-256 of their bytes."""
-        n_bytes = n_rows * self.column.row_bytes
-        digest = hashlib.sha256(self.data[:n_bytes]).hexdigest()
+    def digest(self, n_rows: int) -> str:
+        """SHA-256 of the bytes of the first `n_rows` rows."""
+        return hashlib.sha256(self.data[: n_rows * self.column.row_bytes]).hexdigest()
+
+    def flush(self) -> None:
+        """Brings what was written to the disk, so that sealing has little left to do."""
+        os.fsync(self._fd)
+
+    def seal(self, n_rows: int) -> None:
+        """Makes the first `n_rows` rows permanent under the sealed name, and gives back what the file has beyond."""
         if n_rows != self._capacity_rows:
             self._map[:DATA_OFFSET] = header_bytes(self.column, first_row=self._first_row, n_rows=n_rows)
-        os.ftruncate(self._fd, DATA_OFFSET + n_bytes)
+        os.ftruncate(self._fd, DATA_OFFSET + n_rows * self.column.row_bytes)
         os.fsync(self._fd)
         self._path.rename(self._sealed_path)
         self.close()
-        return digest
 
     def discard(self) -> None:
         """Gives the rows up."""

@@ -7,9 +7,10 @@ A crash at any point leaves the sealed segments; the next writer removes what wa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,6 +47,8 @@ class SetWriter:
         self._open_segment = 0
         self._resume_at_commit: Mapping[str, Any] = {}
         self._sealing: Future[SegmentIndex] | None = None
+        # What sealing gives back to a full disk is for its record, not for the next segment.
+        self._disk = Lock()
         # One thread: segments are sealed in order.
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self.next_row = self._index.n_rows([column.name for column in self._columns])
@@ -152,10 +155,20 @@ class SetWriter:
         return self._open_segment < len(self._index.records)
 
     def _begin_segment(self) -> None:
-        self._settle()
+        """Opens the next segment; the one before may still be sealed in the background.
+
+        Not if it is short: until it is recorded, readers take every segment to be full.
+        """
+        if self._open_rows < self._capacity or (self._sealing and self._sealing.done()):
+            self._settle()
         names = [column.name for column in self._columns]
-        self._open_segment = sum(all(name in record.digests for name in names) for record in self._index.records)
+        n_recorded = sum(all(name in record.digests for name in names) for record in self._index.records)
+        self._open_segment = n_recorded + (self._sealing is not None)
         self._open_first_row, self._open_rows = self.next_row, 0
+        with self._disk:
+            self._open = self._open_columns()
+
+    def _open_columns(self) -> tuple[OpenSegment, ...]:
         opened: list[OpenSegment] = []
         try:
             for column in self._columns:
@@ -164,7 +177,7 @@ class SetWriter:
             for segment in opened:
                 segment.discard()
             raise
-        self._open = tuple(opened)
+        return tuple(opened)
 
     def _open_column(self, column: ColumnSpec) -> OpenSegment:
         return OpenSegment(
@@ -178,20 +191,27 @@ class SetWriter:
 
     def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
         parts = self._statistics.start(segments, record.n_rows)
-        digests = {segment.column.name: segment.seal(record.n_rows) for segment in segments}
+        digests = {segment.column.name: segment.digest(record.n_rows) for segment in segments}
         for segment in segments:
-            fsync_folder(column_folder(self._folder, segment.column))
-        self._statistics.save(record.segment, parts, self._index)
-        index = self._index.append(self._folder, replace(record, digests=digests))
-        self._statistics.recorded(record.segment)
+            segment.flush()
+        wait(parts.values())
+        with self._disk:
+            for segment in segments:
+                segment.seal(record.n_rows)
+                fsync_folder(column_folder(self._folder, segment.column))
+            self._statistics.save(record.segment, parts, self._index)
+            index = self._index.append(self._folder, replace(record, digests=digests))
+            self._statistics.recorded(record.segment)
         return index
 
     def _settle(self) -> None:
-        """Waits for the segment being sealed, so that at most one is under way."""
-        if self._sealing is None:
-            return
-        sealing, self._sealing = self._sealing, None
-        self._index = sealing.result()
+        """Waits for the segment being sealed, so that at most one is under way.
+
+        If that failed, nothing is sealed behind it: every later call raises the same.
+        """
+        if self._sealing is not None:
+            self._index = self._sealing.result()
+            self._sealing = None
 
 
 def _remove_leftovers(folder: Path, columns: Sequence[ColumnSpec], index: SegmentIndex) -> None:

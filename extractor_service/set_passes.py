@@ -3,7 +3,7 @@
 Extractions of one set share its passes: what they want is merged whenever a pass begins, so that a column is computed
 once, whoever asks. One that comes while a pass runs joins it as long as it has no rows; later it waits, and catches up
 its own columns. If a merged pass fails, each of its extractions is tried alone: nobody fails for another's columns.
-A runner that dies costs the open segment only; the rows are computed anew, bit for bit.
+A runner that dies costs what is not sealed yet; the rows are computed anew, bit for bit.
 """
 
 from __future__ import annotations
