@@ -89,10 +89,10 @@ def test_an_estimate_knows_a_corpus_from_one_that_had_its_id_before(system):
 
 
 def test_rows_of_conversations_are_the_tokens_of_the_template(system, chatty):
-    corpus = system.client.corpora.upload("talks", documents=TALKS, chat=True)
+    corpus = system.client.corpora.upload("chatty-talks", documents=TALKS, chat=True)
     recipe = {"chat_template": True, "packing": "one_document", "context_size": 512}
-    estimate = system.client.extractions.estimate("chatty", "talks", HOOKPOINT, recipe=Recipe(**recipe))
-    rows = rows_of(system, "chatty", "talks", **recipe)
+    estimate = system.client.extractions.estimate("chatty", "chatty-talks", HOOKPOINT, recipe=Recipe(**recipe))
+    rows = rows_of(system, "chatty", "chatty-talks", **recipe)
 
     expected = [chatty.apply_chat_template(talk, return_dict=False) for talk in TALKS]
     assert corpus.chat

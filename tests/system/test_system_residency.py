@@ -66,6 +66,11 @@ def measured_bytes(system):
     return found.measured_bytes
 
 
+def unloaded(system):
+    """Residencies that ended."""
+    return [each for each in system.client.residencies.list(include_ended=True) if each.state == "UNLOADED"]
+
+
 def used_bytes(runners):
     """Memory that would come back if these processes ended."""
     total = 0
@@ -100,7 +105,7 @@ def test_eight_clients_share_a_device_that_holds_two_of_three_models(start_syste
     for borrower in borrowers:
         borrower.start()
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or (len(unloaded(system)) < 2 and time.monotonic() < end + PATIENCE_S):
         runners = system.runners()
         most_runners, most_bytes = max(most_runners, len(runners)), max(most_bytes, used_bytes(runners))
         time.sleep(0.1)
@@ -113,11 +118,10 @@ def test_eight_clients_share_a_device_that_holds_two_of_three_models(start_syste
     assert {model_id for borrower in borrowers for model_id in borrower.served} == set(MODELS)
     assert most_runners <= 2
     assert most_bytes <= budget
-    ended = [each for each in system.client.residencies.list(include_ended=True) if each.state == "UNLOADED"]
-    assert len(ended) >= 2
-    assert all(each.reason and each.actor for each in ended)
+    assert len(unloaded(system)) >= 2
+    assert all(each.reason and each.actor for each in unloaded(system))
     served = sum(len(borrower.served) for borrower in borrowers)
-    print(f"\n{served} leases, {len(ended)} unloads, at most {most_bytes:,} of {budget:,} bytes")  # noqa: T201 - figures, with -s
+    print(f"\n{served} leases, {len(unloaded(system))} unloads, at most {most_bytes:,} of {budget:,} bytes")  # noqa: T201 - figures, with -s
 
 
 class Footprint:
