@@ -2,7 +2,7 @@
 
 A pass over a batch asks for hundreds of blocks of megabytes and gives them back. glibc returns such blocks to the
 system, which clears every page anew when the next are asked for: a tenth of the processor time of a small model. Other
-C libraries, and CUDA, which keeps its memory anyhow, are left as they are.
+C libraries are left as they are, and so is a GPU's memory, which torch keeps anyhow.
 
 Source: mallopt(3), malloc_trim(3).
 """
@@ -23,7 +23,10 @@ _LARGEST_KEPT = (2**30, 2**25)
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Memory freed in the block stays with the process until the block ends."""
+    """Memory freed in the block stays with the process until the block ends.
+
+    The thresholds stay as they are set here: what is freed later goes back at the end of the next block.
+    """
     with suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
