@@ -78,15 +78,20 @@ class OpenSegment:
         return hashlib.sha256(self.data[: n_rows * self.column.row_bytes]).hexdigest()
 
     def flush(self) -> None:
-        """Brings what was written to the disk, so that sealing has little left to do."""
-        os.fsync(self._fd)
+        """Brings what was written to the disk, so that sealing has little left to do. Raises DiskFull."""
+        # Some file systems, NFS among them, find out only now.
+        with disk_full_as_typed(self._path, len(self._map)):
+            os.fsync(self._fd)
 
     def seal(self, n_rows: int) -> None:
-        """Makes the first `n_rows` rows permanent under the sealed name, and gives back what the file has beyond."""
+        """Makes the first `n_rows` rows permanent under the sealed name, and gives back what the file has beyond.
+
+        Raises DiskFull.
+        """
         if n_rows != self._capacity_rows:
             self._map[:DATA_OFFSET] = header_bytes(self.column, first_row=self._first_row, n_rows=n_rows)
         os.ftruncate(self._fd, DATA_OFFSET + n_rows * self.column.row_bytes)
-        os.fsync(self._fd)
+        self.flush()
         self._path.rename(self._sealed_path)
         self.close()
 

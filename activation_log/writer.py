@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -98,7 +99,7 @@ class SetWriter:
         """
         if not self._open:
             return
-        self._settle()
+        self.settle()
         segments, self._open = self._open, ()
         if self._open_rows == 0 or (self._is_known and self._open_rows < self._capacity):
             for segment in segments:
@@ -114,10 +115,19 @@ class SetWriter:
         )
         self._sealing = self._sealer.submit(self._seal_files, segments, record)
 
+    def settle(self) -> None:
+        """Waits for the segment being sealed, so that at most one is under way.
+
+        If that failed, nothing is sealed behind it: every later call raises the same.
+        """
+        if self._sealing is not None:
+            self._index = self._sealing.result()
+            self._sealing = None
+
     def finish(self) -> None:
         """Seals what is open and marks the set complete at `next_row` rows."""
         self.seal()
-        self._settle()
+        self.settle()
         summary = self._statistics.summary(self._index)
         # Another process may have added columns to the manifest since.
         Manifest.update(
@@ -128,7 +138,7 @@ class SetWriter:
     def close(self) -> None:
         """Waits for sealing to end and gives up rows that were not sealed. Raises what sealing raised."""
         try:
-            self._settle()
+            self.settle()
         finally:
             self._sealer.shutdown()
             self._statistics.close()
@@ -160,7 +170,7 @@ class SetWriter:
         Not if it is short: until it is recorded, readers take every segment to be full.
         """
         if self._open_rows < self._capacity or (self._sealing and self._sealing.done()):
-            self._settle()
+            self.settle()
         names = [column.name for column in self._columns]
         n_recorded = sum(all(name in record.digests for name in names) for record in self._index.records)
         self._open_segment = n_recorded + (self._sealing is not None)
@@ -190,28 +200,22 @@ class SetWriter:
         )
 
     def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
-        parts = self._statistics.start(segments, record.n_rows)
-        digests = {segment.column.name: segment.digest(record.n_rows) for segment in segments}
-        for segment in segments:
-            segment.flush()
-        wait(parts.values())
-        with self._disk:
+        with ExitStack() as files:
             for segment in segments:
-                segment.seal(record.n_rows)
-                fsync_folder(column_folder(self._folder, segment.column))
-            self._statistics.save(record.segment, parts, self._index)
-            index = self._index.append(self._folder, replace(record, digests=digests))
-            self._statistics.recorded(record.segment)
+                files.callback(segment.close)
+            parts = self._statistics.start(segments, record.n_rows)
+            digests = {segment.column.name: segment.digest(record.n_rows) for segment in segments}
+            for segment in segments:
+                segment.flush()
+            wait(parts.values())
+            with self._disk:
+                for segment in segments:
+                    segment.seal(record.n_rows)
+                    fsync_folder(column_folder(self._folder, segment.column))
+                self._statistics.save(record.segment, parts, self._index)
+                index = self._index.append(self._folder, replace(record, digests=digests))
+                self._statistics.recorded(record.segment)
         return index
-
-    def _settle(self) -> None:
-        """Waits for the segment being sealed, so that at most one is under way.
-
-        If that failed, nothing is sealed behind it: every later call raises the same.
-        """
-        if self._sealing is not None:
-            self._index = self._sealing.result()
-            self._sealing = None
 
 
 def _remove_leftovers(folder: Path, columns: Sequence[ColumnSpec], index: SegmentIndex) -> None:

@@ -76,7 +76,7 @@ def _value_of(record: dict[str, Any]) -> Extraction:
         path=record["path"],
         state=state if state.ended else ExtractionState.RECOVERING,
         failure=Failure(**record["failure"]) if record["failure"] else None,
-        n_rows=record["n_rows"],
+        n_rows=record["n_rows"] if state.ended else 0,  # Of others the index knows what outlived their writer.
         n_rows_expected=record["n_rows"] if state.ended else 0,
         n_rows_exact=state.ended,
         n_rows_computed=record["n_rows_computed"],

@@ -143,8 +143,7 @@ class RowStream:
         quiet_until, told = time.monotonic() + CAUGHT_UP_S, self._job.value.state
         while not self._at_end():
             self._shutdown.check()
-            if self.next_row < self._way.n_there:
-                run = self._read()
+            if self.next_row < self._way.n_there and (run := self._read()):
                 yield run
                 self.next_row += run.n_rows
                 if not self._request.explicit_release:
@@ -181,7 +180,8 @@ class RowStream:
             raise rows_expired(self._request.start_row, first_row=0, n_rows=value.n_rows)
         return bool(end_row) and self.next_row >= end_row
 
-    def _read(self) -> RowRun:
+    def _read(self) -> RowRun | None:
+        """The next rows; None if they were not sealed and their writer has given them up, of which word is to come."""
         if self._generation != self._job.generation:
             self._reader.forget_open_segment()
             self._generation = self._job.generation
@@ -195,6 +195,8 @@ class RowStream:
         except log_errors.RowsExpired as exc:
             raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
         except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:
+            if row >= self._reader.sealed_rows and not self._job.value.state.ended:
+                return None
             raise DigestMismatch(str(exc), resource=("ActivationSet", self._job.value.set_id)) from exc
 
 

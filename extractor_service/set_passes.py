@@ -236,6 +236,10 @@ class SetPasses:
                 self._settle()
         elif isinstance(event, Blocked):
             running.aboard[0].on_blocked()
+        elif isinstance(event, Finished) and event.n_rows < running.n_rows:
+            # Of a segment that other columns have, nothing is sealed before it is full.
+            for rider in running.in_it():
+                rider.on_lost()
 
     # -- who rides ----------------------------------------------------------------------------------------------------
 

@@ -166,6 +166,7 @@ class _Job:
         )
 
     def _tell_blocked(self) -> None:
+        self.writer.settle()  # Rows go when their segment is sealed: if that has failed, nobody could ever grant more.
         self._tell_committed()
         self.emit(Blocked(extraction_id=self.command.extraction_id, n_rows=self.writer.next_row))
 

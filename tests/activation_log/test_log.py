@@ -104,7 +104,7 @@ def test_any_interleaving_of_writing_sealing_and_reading_gives_the_same_rows(
             write_rows(writer, n_rows)
             if seal:
                 writer.seal()
-                writer._settle()
+                writer.settle()
             for name, content in read_all(reader, writer.next_row, start=before, step=read_step).items():
                 seen[name] += content
 
@@ -324,7 +324,7 @@ def test_pages_that_were_passed_are_given_back(tmp_path, order, monkeypatch):
 def test_dropping_a_window_removes_whole_segments_only(tmp_path):
     with SetWriter.open(make_set(tmp_path)) as writer:
         write_rows(writer, 35)
-        writer._settle()
+        writer.settle()
 
         assert retention.drop_before(tmp_path, 25) == 20
         assert retention.drop_before(tmp_path, 25) == 20

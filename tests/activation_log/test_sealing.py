@@ -1,12 +1,14 @@
 """One segment is sealed in the background while the next is written; nothing is sealed behind one that failed."""
 
+import gc
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from activation_log.index import SegmentIndex
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
+from activation_log.layout import OPEN_SUFFIX, PROVENANCE, ColumnSpec, Dtype
 from activation_log.manifest import Manifest
 from activation_log.reader import SetReader
 from activation_log.statistics import ColumnStatistics
@@ -15,6 +17,17 @@ from activation_log.writer import SetWriter
 HOOK = ColumnSpec(name="blocks.1.hook_resid_post", dtype=Dtype.FLOAT32, width=5)
 SEGMENT_ROWS = 10
 DEADLINE_S = 20
+
+
+def open_files():
+    return sorted(path for fd in Path("/proc/self/fd").iterdir() if (path := _target(fd)).endswith(OPEN_SUFFIX))
+
+
+def _target(fd):
+    try:
+        return fd.readlink().as_posix().removesuffix(" (deleted)")
+    except FileNotFoundError:
+        return ""
 
 
 class Sealing:
@@ -99,6 +112,9 @@ def test_nothing_is_sealed_behind_a_segment_whose_sealing_failed(folder):
                 writer.seal()
 
     assert not SegmentIndex.load(folder).records
+    del writer
+    gc.collect()
+    assert not open_files()
 
     sealing = Sealing()
     sealing.go_on()

@@ -92,7 +92,7 @@ def test_rows_of_the_open_segment_do_not_count(tmp_path):
     with SetWriter.open(make_set(tmp_path), summarize=summarize) as writer:
         assert load_statistics(tmp_path, HOOK) is None
         write(writer, 27)
-        writer._settle()
+        writer.settle()
 
         assert_statistics(tmp_path, HOOK, 20)
 
@@ -149,7 +149,7 @@ def test_the_manifest_says_where_the_vectors_are(tmp_path):
 def test_what_a_window_let_go_still_counts(tmp_path):
     with SetWriter.open(make_set(tmp_path), summarize=summarize) as writer:
         write(writer, 40)
-        writer._settle()
+        writer.settle()
         retention.drop_before(tmp_path, 40)
     with SetWriter.open(tmp_path, summarize=summarize) as writer:
         write(writer, 55)

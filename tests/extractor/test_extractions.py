@@ -53,7 +53,7 @@ async def test_every_row_arrives_once_and_in_order(extractor):
 
 
 async def test_a_set_is_reported_as_its_folder_is_not_as_its_last_extraction(extractor):
-    extractor.add_corpus(documents(400, seed=61))
+    extractor.add_corpus(documents(4000, seed=61))
     whole = await extractor.extract()
     _, _, end = await extractor.read(whole)
     alone = held_of(whole)

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from fix_runner import documents
 
+from activation_log.index import SegmentIndex
 from extractor_service import errors
 from extractor_service.runner_protocol import Committed, Extract
 from extractor_service.turns import Turns
@@ -221,6 +222,21 @@ async def test_who_is_cancelled_leaves_the_others_their_rows(node, alone):
     assert node.registry.leases == set()
 
 
+async def test_a_reader_outlives_the_segment_that_a_cancelled_pass_gives_up(node, alone):
+    """A segment that another column has is sealed whole or not at all; rows of it have been read by then."""
+    await check(node, alone, await node.extract(hookpoints=C))
+    one, two = await together(node, {"hookpoints": A}, {"hookpoints": B})
+    some_read = asyncio.Event()
+    reading = asyncio.create_task(node.read(one, on_run=lambda run: some_read.set()))
+    await asyncio.wait_for(some_read.wait(), 30)
+
+    await two.cancel()
+    content, _, _ = await reading
+
+    assert {*A} in columns_of(node.commands)  # The pass had begun, and another had to come.
+    assert content == {name: alone[name] for name in one.columns}
+
+
 async def test_the_first_of_two_may_leave_before_any_pass(node, alone):
     one, two = await together(node, {"hookpoints": A}, {"hookpoints": B})
 
@@ -243,6 +259,30 @@ async def test_a_killed_runner_costs_the_merged_ones_no_row(start_extractor, alo
         await node.until(lambda n_runners=n_runners: len(node.runners) > n_runners)
 
     await check(node, alone, *jobs)
+
+
+async def test_after_a_crash_nobody_reads_rows_that_were_not_sealed(start_extractor, alone):
+    node = await start_extractor()
+    node.add_corpus(documents(2, seed=1))
+    await node.read(await node.extract())
+    node.add_corpus(documents(N_DOCUMENTS, seed=SEED))
+    never = asyncio.Event()
+
+    async def hold(command, event):
+        if job.value.n_rows > 500:
+            await never.wait()
+
+    async with listening(node, hold):
+        job = await node.extract(hookpoints=A)
+        await node.until(lambda: job.value.n_rows > 500)
+        assert await node.extract(hookpoints=A) is job  # Which is noted, together with how far it is.
+        await node.stop()
+    n_sealed = SegmentIndex.load(job.folder).n_rows(job.columns)
+
+    await node.start()
+
+    assert n_sealed == 0
+    await check(node, alone, node.extractions.get(job.value.id))
 
 
 @pytest.mark.fault

@@ -11,6 +11,7 @@ import pytest
 from fix_runner import digests, documents, load, read_rows, run_command
 
 from extractor_service.recipe import TokenWindow
+from extractor_service.runner import extract
 from extractor_service.runner.gate import Gate
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 
@@ -92,6 +93,24 @@ def test_nothing_is_written_beyond_the_grant(tiny_llama, make_set, make_corpus):
     assert before_blocked.n_rows == 10
     assert events[-1] == end
     assert_same_rows(folder, whole, end.n_rows)
+
+
+def test_a_sealing_that_failed_ends_the_run_instead_of_a_wait_for_its_rows_to_go(
+    tiny_llama, make_set, make_corpus, monkeypatch
+):
+    def fail(column, rows, scales):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(extract, "summarize", fail)
+    gate, events = Gate(100), []
+    giving_up = threading.Timer(20, gate.stop)
+    giving_up.start()
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_command(command(make_set(SITES), make_corpus(documents(40))), load(tiny_llama), gate, events.append)
+    giving_up.cancel()
+
+    assert not any(isinstance(event, Blocked) for event in events)
 
 
 def test_stop_wakes_a_run_that_waits_for_a_grant(tiny_llama, make_set, make_corpus):
