@@ -18,6 +18,7 @@ from headrace_client.chunk import ActivationChunk
 from headrace_client.values import StreamHeader
 
 _NONCE_NAME = "nonce"
+_UNREADABLE = (OSError, LogError, ValueError)  # ValueError: of a nonce that is no text, and of an empty file's mapping.
 
 
 class Unmappable(Exception):
@@ -38,8 +39,8 @@ class MappedRows:
     def __init__(self, header: StreamHeader) -> None:
         folder = Path(header.path)
         self._columns = header.columns
-        self._hold = Hold(folder)  # The server is done with the stream long before this reader.
         try:
+            self._hold = Hold(folder)  # The server is done with the stream long before this reader.
             if not header.nonce or not hmac.compare_digest((folder / _NONCE_NAME).read_text("ascii"), header.nonce):
                 raise Unmappable(f"{folder} is another folder than the server's")
             self._reader = SetReader(
@@ -48,7 +49,7 @@ class MappedRows:
                 handed_on=True,
                 keep_segments=KEPT_SEGMENTS if header.block_rows else 1,
             )
-        except (OSError, UnicodeError, LogError, KeyError) as exc:
+        except (*_UNREADABLE, KeyError) as exc:
             raise Unmappable(f"the set in {folder} can't be read: {exc}") from exc
         there = [(column.name, str(column.dtype), column.width) for column in self._reader.columns]
         if there != [(column.name, str(column.dtype), column.width) for column in header.columns]:
@@ -80,5 +81,5 @@ class MappedRows:
             if not self._reader.sealed_after(row):
                 raise Unmappable(f"row {row} is not sealed in the folder as it is seen from here")
             return self._reader.read(row, end_row - row, end_row=end_row)
-        except (OSError, LogError) as exc:
+        except _UNREADABLE as exc:
             raise Unmappable(f"row {row} can't be read: {exc}") from exc

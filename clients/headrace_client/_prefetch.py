@@ -28,6 +28,7 @@ from headrace_client.errors import (
 )
 from headrace_client.order import PLAIN, Reading
 from headrace_client.values import Column, ExtractionState, StreamHeader, StreamState
+from headrace_client.waits import Waited
 
 JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
 _LARGEST_CHUNK_BYTES = 16 * 1024 * 1024
@@ -139,8 +140,7 @@ class Prefetcher:
         self.extraction_state: ExtractionState | None = None
         self.n_rows_committed = 0
         self.n_reconnects = 0
-        self.extractor_wait_s = 0.0
-        self.network_wait_s = 0.0
+        self.waited = Waited(since=time.monotonic())
         self.header: StreamHeader | None = None
         self.header_ready = threading.Event()
         self._source = source
@@ -162,6 +162,11 @@ class Prefetcher:
         """True while rows come from the set's files."""
         return self._mapping is not None
 
+    @property
+    def held_up(self) -> bool:
+        """True if the forward pass waited for readers at the server's last word."""
+        return self.state is StreamState.WAITING and self.extraction_state is ExtractionState.WAITING
+
     def stop(self) -> None:
         """Cancels the connection and waits for the thread, up to a deadline."""
         self._stopping.set()
@@ -181,6 +186,7 @@ class Prefetcher:
                 self.queue.fail(exc)
         finally:
             self.state = StreamState.ENDED
+            self.waited = self.waited.over(time.monotonic())
 
     def _pump(self) -> None:
         outage = Outage(deadline_s=self._options.reconnect_deadline_s, backoff=self._options.backoff)
@@ -203,6 +209,8 @@ class Prefetcher:
                 return
             finally:
                 self._unmap()
+                now = time.monotonic()
+                self.waited = self.waited.over(now).begun(now)  # For a new connection, if there is one.
             self.state = StreamState.RECONNECTING
             self.n_reconnects += 1
             again = True
@@ -237,12 +245,8 @@ class Prefetcher:
                 f"rows {place} to {place + chunk.n_rows} came where row {self._next_row} was due",
                 metadata={"next_row": str(self._next_row), "first_row": str(place)},
             )
-        waited_since = outage.alive_at
         outage.row()
-        if self.state is StreamState.WAITING:
-            self.extractor_wait_s += outage.alive_at - waited_since
-        else:
-            self.network_wait_s += outage.alive_at - waited_since
+        self.waited = self.waited.over(outage.alive_at)
         self.state = StreamState.STREAMING
         if self._mapping is None or chunk.column_offsets:
             going_on = self.queue.put(_cut(chunk, place, self.header.columns), while_full=messages.tend)
@@ -251,6 +255,7 @@ class Prefetcher:
             going_on = self._mapped_rows(self._mapping, chunk, messages)
         self.n_rows_committed = max(self.n_rows_committed, chunk.end_row)
         outage.alive()  # The wait for room in the queue was no silence.
+        self.waited = self.waited.begun(outage.alive_at)
         return going_on
 
     def _mapped_rows(self, mapping: MappedRows, announced: frames.Chunk, messages: Messages) -> bool:
@@ -268,9 +273,8 @@ class Prefetcher:
             case "header":
                 self._greet(convert.header_from_pb(event.header))
             case "progress":
-                waited_since = outage.alive_at
                 outage.alive()
-                self.extractor_wait_s += outage.alive_at - waited_since
+                self.waited = self.waited.over(outage.alive_at, no_rows=True).begun(outage.alive_at)
                 self.state = StreamState.WAITING
                 self.n_rows_committed = event.progress.n_rows
                 self.extraction_state = convert.extraction_state_from_pb(event.progress.state)

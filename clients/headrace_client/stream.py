@@ -31,7 +31,7 @@ class ChunkStream:
         self.options = options
         self._prefetcher = Prefetcher(source, options)
         self._releaser = Releaser(source) if options.explicit_release else None
-        self._next_row = options.start_row
+        self._next_row = self._released = options.start_row
         self._size_bytes = 0
         self._unreleased_bytes = 0
         self._meter = _Meter()
@@ -59,13 +59,14 @@ class ChunkStream:
         """True when every row was handed out."""
         return self._prefetcher.queue.ended
 
-    def take(self, wait_s: float) -> ActivationChunk | None:
+    def take(self, wait_s: float, keep_from: int | None = None) -> ActivationChunk | None:
         """Returns the next chunk; None if none came within `wait_s`, or at the end (then `ended` is True).
 
-        Taking a chunk says that the ones before are done with: rows of a WINDOW set may go.
+        Taking a chunk says that the ones before are done with: rows of a WINDOW set may go. With `keep_from` only those
+        before that place, unless no row can come otherwise.
         """
         self._check_open()
-        self._release()
+        self._release(self._next_row if keep_from is None else keep_from)
         chunk = self._prefetcher.queue.take(wait_s)
         self._check_open()
         if chunk is not None:
@@ -78,8 +79,8 @@ class ChunkStream:
         """How the stream goes, over the last seconds."""
         queue, behind = self._prefetcher.queue, self._prefetcher
         rows = self._next_row - self.options.start_row
-        waits_s = queue.take_wait_s, queue.put_wait_s, behind.extractor_wait_s, behind.network_wait_s
-        rates = self._meter.rates(time.monotonic(), rows, *waits_s)
+        now = time.monotonic()
+        rates = self._meter.rates(now, rows, queue.take_wait_s, queue.put_wait_s, *behind.waited.by(now))
         extractor_wait, network_wait = shared_out(min(1.0, rates[1]), rates[3], rates[4])
         end_row = self.options.end_row or (behind.header.end_row if behind.header else 0)
         return Progress(
@@ -129,14 +130,16 @@ class ChunkStream:
                 "the stream is closed", reason="STREAM_CLOSED", remedy="open a new one at start_row = next_row"
             )
 
-    def _release(self) -> None:
-        """Releases what was taken before: in quarters of the queue, or sooner when the queue runs low."""
-        if self._releaser is None or not self._unreleased_bytes:
+    def _release(self, place: int) -> None:
+        """Releases what is before `place`: in quarters of the queue, or sooner when the queue runs low."""
+        if self._releaser is None:
             return
-        quarter = self.options.queue_bytes // 4
-        if self._unreleased_bytes >= quarter or self._prefetcher.queue.queued_bytes < quarter:
-            self._releaser.offer(self.options.reading.first_row_needed(self._next_row))
-            self._unreleased_bytes = 0
+        queued_bytes, quarter = self._prefetcher.queue.queued_bytes, self.options.queue_bytes // 4
+        if not queued_bytes and self._prefetcher.held_up:
+            place = self._next_row  # The window is smaller than what the caller wants to keep of it.
+        if place > self._released and (self._unreleased_bytes >= quarter or queued_bytes < quarter):
+            self._releaser.offer(self.options.reading.first_row_needed(place))
+            self._released, self._unreleased_bytes = place, 0
 
 
 def _stop(prefetcher: Prefetcher, releaser: Releaser | None) -> None:

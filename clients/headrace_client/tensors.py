@@ -14,7 +14,7 @@ from headrace_client._mixing import Mixer
 from headrace_client._tables import Table, silence_read_only_warning, view
 from headrace_client.chunk import ActivationChunk
 from headrace_client.errors import InvalidArgument, RowsNotContiguous
-from headrace_client.order import PLAIN, Reading
+from headrace_client.order import PLAIN, Reading, ReadOrder
 from headrace_client.outliers import NormLimit
 from headrace_client.stream import ChunkStream
 from headrace_client.values import Extraction, Progress, StreamHeader, Window
@@ -51,7 +51,7 @@ class BatchOptions:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides which row comes when, as JSON: a state goes with it."""
+        """What decides which row of a set comes when, as JSON."""
         reading = self.reading
         return {
             "order": str(reading.order),
@@ -71,7 +71,7 @@ class ActivationStream:
     that is a mapped file, writing to a page copies the page first. Hookpoint columns come in their stored dtype, or
     converted to `dtype` while copied. Batches do not span epochs; the last one of an epoch is shorter, or left out with
     `drop_last`. `next_row` and `state_dict()` count whole batches handed out, so that a checkpoint taken between two
-    steps resumes without gap or duplicate.
+    steps resumes without gap or duplicate; so does one taken while a batch is awaited, behind an error, or once closed.
 
     `mix_blocks` mixes rows within windows of so many blocks, all columns alike, by the seed of `reading`; two windows
     are in memory. `norm_limit` leaves out rows that are too long: then shards may come to different numbers of batches.
@@ -91,13 +91,20 @@ class ActivationStream:
                 "a WINDOW extraction can be read once: take epochs=1, or retain the rows",
                 fields={"epochs": str(options.epochs)},
             )
+        if options.mix_blocks and isinstance(extraction.retention, Window):
+            raise InvalidArgument(
+                "mixing reads far ahead of what it hands out, and a WINDOW extraction lets go of what was read: no "
+                "state could be resumed from; take mix_blocks=0, or retain the rows",
+                fields={"mix_blocks": str(options.mix_blocks)},
+            )
         silence_read_only_warning()
         self._open_at = open_at
         self._options = options
         self._on_progress = on_progress
-        self._set_id = extraction.set_id
+        self._identity = _identity(extraction, options)
         self._epoch = 0
         self._next_row = options.start_row
+        self._next_offset = 0
         self._rows_before = self._bytes_before = 0
         self._wait_before_s = self._step_s = 0.0
         self._n_dropped = 0
@@ -108,8 +115,6 @@ class ActivationStream:
         self._batch: Table | None = None
         self._limits: dict[str, float] | None = None
         self._mixer: Mixer | None = None
-        self._mix_from = (options.start_row, 0)
-        self._any_in_epoch = False
         self._handed_out_at: float | None = None
         self._told_at = 0.0
         self._ended = False
@@ -142,22 +147,21 @@ class ActivationStream:
     def state_dict(self) -> dict[str, Any]:
         """Where to resume, as JSON."""
         return {
-            "set_id": self._set_id,
+            **self._identity,
             "epoch": self._epoch,
             "next_row": self._next_row,
-            "offset": self._mixer.offset if self._mixer else self._mix_from[1],
+            "offset": self._next_offset,
             "n_dropped": self._n_dropped,
             "norm_limits": self._limits,
-            **self._options.identity,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on behind the batch after which `state` was taken. InvalidArgument if that was another set or order."""
-        for name, ours in {"set_id": self._set_id, **self._options.identity}.items():
-            theirs = state.get(name, ours)
+        for name, ours in self._identity.items():
+            theirs = state.get(name, ours)  # Older versions did not name all of it.
             if theirs != ours:
                 raise InvalidArgument(
-                    f"the state is of {name} {theirs}, this stream reads {ours}: take the same recipe and order",
+                    f"the state is of {name} {theirs}, this stream reads {ours}: take the same recipe, rows and order",
                     fields={name: str(theirs)},
                 )
         self._seek(int(state["epoch"]), int(state["next_row"]), int(state.get("offset", 0)))
@@ -213,10 +217,11 @@ class ActivationStream:
         if self._handed_out_at is not None:
             self._step_s += time.monotonic() - self._handed_out_at
             self._handed_out_at = None
+        if not self._ended:
+            self._tell()  # Not with a batch in hand: what is raised there must not cost the caller any rows.
         while not self._ended:
             batch = self._next_batch()
             if batch is not None:
-                self._tell()
                 self._handed_out_at = time.monotonic()
                 columns = self._options.columns
                 return {name: batch[name] for name in columns} if len(columns) > 1 else batch[columns[0]]
@@ -266,25 +271,23 @@ class ActivationStream:
         rows = view(options.columns, chunk, self._offset, n_rows, options.dtype)
         if rows is not None:
             self._pass(chunk, n_rows)
-            self._any_in_epoch = True
             self._next_row = self._place
         return rows
 
     def _count(self, batch: Table) -> None:
         """Moves the state on behind a batch."""
-        self._any_in_epoch = True
         if self._mixer is None:
             self._next_row = self._place
             self._n_dropped += batch.n_dropped
         else:
-            self._next_row = self._mixer.place
+            self._next_row, self._next_offset = self._mixer.place, self._mixer.offset
             self._n_dropped = self._mixer.n_dropped
 
     def _mixing(self) -> Mixer:
         if self._mixer is None:
-            window_rows = self._options.mix_blocks * self._options.reading.rows_in_block
-            self._mixer = Mixer(window_rows, self._options.reading.seed, self._table)
-            self._mixer.begin(self._options.reading.epoch + self._epoch, *self._mix_from, self._n_dropped)
+            reading = self._options.reading
+            self._mixer = Mixer(self._options.mix_blocks * reading.rows_in_block, reading.seed, self._table)
+            self._mixer.begin(reading.epoch + self._epoch, self._next_row, self._next_offset, self._n_dropped)
         return self._mixer
 
     def _table(self, capacity: int) -> Table:
@@ -311,7 +314,12 @@ class ActivationStream:
         """Takes the next chunk; False at the end, and without `wait` if none is at hand."""
         stream = self._opened()
         while True:
-            chunk = stream.take(_TAKE_S if wait else 0.0)
+            try:
+                chunk = stream.take(_TAKE_S if wait else 0.0, keep_from=self._next_row)
+            except Exception:
+                if wait:
+                    raise
+                return False  # It comes again when rows are needed; the batch before them is whole.
             if chunk is not None:
                 break
             if stream.ended or not wait:
@@ -324,21 +332,19 @@ class ActivationStream:
 
     def _end_epoch(self) -> None:
         options = self._options
-        if not self._any_in_epoch and self._next_row == options.start_row and options.epochs != 1:
-            # More such epochs would spin.
+        if (self._next_row, self._next_offset) == (options.start_row, 0) and options.epochs != 1:
+            # It had no batch, and more such epochs would spin.
             raise _invalid("batch_size", options.batch_size, f"is more than the rows from {options.start_row} on")
         if self._mixer is not None:
             self._n_dropped = self._mixer.n_dropped_in_all
         elif self._batch is not None:
             self._n_dropped += self._batch.n_dropped
-        self._tell(now=True)
         self._seek(self._epoch + 1, options.start_row, 0)
+        self._tell(self._last_progress)
 
     def _seek(self, epoch: int, place: int, offset: int) -> None:
         self._reset()
-        self._epoch, self._next_row, self._place = epoch, place, place
-        self._mix_from = (place, offset)
-        self._any_in_epoch = False
+        self._epoch, self._next_row, self._next_offset, self._place = epoch, place, offset, place
         self._ended = self._options.epochs is not None and epoch >= self._options.epochs
 
     def _reset(self) -> None:
@@ -350,17 +356,26 @@ class ActivationStream:
         self._stream = self._chunk = self._batch = self._mixer = None
         self._offset = 0
 
-    def _tell(self, *, now: bool = False) -> None:
+    def _tell(self, last: Progress | None = None) -> None:
+        """Tells how it goes, if it is time to; in any case how an epoch went that has ended."""
         if self._on_progress is None:
             return
         at = time.monotonic()
-        if now or at - self._told_at >= _PROGRESS_EVERY_S:
+        if last is not None or at - self._told_at >= _PROGRESS_EVERY_S:
             self._told_at = at
-            self._on_progress(self.progress())
+            self._on_progress(last or self.progress())
 
 
 def _invalid(name: str, value: object, rule: str) -> InvalidArgument:
     return InvalidArgument(f"{name} {rule}, not {value}", fields={name: str(value)})
+
+
+def _identity(extraction: Extraction, options: BatchOptions) -> dict[str, Any]:
+    """What decides which row comes when, of which set, as JSON: a state goes with it."""
+    identity = {"set_id": extraction.set_id, **options.identity}
+    if options.reading.order is ReadOrder.SHUFFLED:
+        identity["max_rows"] = extraction.max_rows  # As many blocks as that makes are permuted.
+    return identity
 
 
 def _config(extraction: Extraction, options: BatchOptions) -> dict[str, Any]:

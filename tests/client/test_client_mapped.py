@@ -1,5 +1,7 @@
 """Rows from the set's files where this process sees them; from messages where it does not."""
 
+import errno
+import fcntl
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from headrace_client import errors
 from headrace_client._watch import Backoff
 
+from activation_log.holding import HOLD_NAME
 from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
 from activation_log.manifest import Manifest
 from activation_log.writer import SetWriter
@@ -95,6 +98,10 @@ def no_segment(folder, extractor):
     (folder / HOOKPOINT / "float32" / "00000003.safetensors").unlink()
 
 
+def empty_segment(folder, extractor):
+    (folder / HOOKPOINT / "float32" / "00000003.safetensors").write_bytes(b"")
+
+
 def no_index(folder, extractor):
     (folder / "segments.jsonl").unlink()
 
@@ -109,7 +116,9 @@ def other_width(folder, extractor):
     (folder / "manifest.json").write_text(text.replace('"width": 8', '"width": 4'))
 
 
-HARM = pytest.mark.parametrize("harm", [other_nonce, no_nonce, no_segment, no_index, no_column, other_width])
+HARM = pytest.mark.parametrize(
+    "harm", [other_nonce, no_nonce, no_segment, empty_segment, no_index, no_column, other_width]
+)
 
 
 def asdict(manifest):
@@ -136,6 +145,21 @@ def test_who_insists_on_files_gets_a_typed_error(client, scripted_extractor, fol
 
     assert caught.value.reason == "NOT_MAPPABLE"
     assert "AUTO" in caught.value.remedy
+
+
+def test_a_folder_that_can_not_be_locked_goes_inline(client, scripted_extractor, folder, monkeypatch):
+    """As on NFS without a lock daemon."""
+    (folder / HOLD_NAME).touch()
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+
+    got, _ = read(client)
+
+    np.testing.assert_array_equal(got[SECOND], scripted_extractor.column(SECOND))
+    assert transports(scripted_extractor) == [2, 0]
 
 
 def test_who_insists_where_the_server_can_not_gets_a_typed_error(client, scripted_extractor):

@@ -3,6 +3,7 @@
 import json
 import time
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -10,14 +11,18 @@ from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, unavailable
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace_client import errors
+from headrace_client import stream as stream_module
 from headrace_client._watch import Backoff
 from headrace_client.outliers import NormLimit
-from headrace_client.waits import Bottleneck
+from headrace_client.waits import Bottleneck, Waited, shared_out
 
 BLOCK = 32
 SHUFFLED = {"order": "shuffled", "seed": 9, "block_rows": BLOCK}
 MIXED = {**SHUFFLED, "mix_blocks": 3}
 COLUMNS = ["token_id", HOOKPOINT, SECOND]
+
+
+DAMAGED = {"code": grpc.StatusCode.DATA_LOSS, "reason": "DIGEST_MISMATCH"}  # No new connection is tried.
 
 
 def read(client, columns="token_id", **options):
@@ -86,6 +91,107 @@ def test_resumes_exactly_from_any_batch(client, options, norm_limit):
             rest = list(stream)
             assert stream.state_dict() == final
         assert ids(rest) == ids(whole[after + 1 :])
+
+
+def test_a_state_is_that_of_the_last_batch_whenever_it_is_taken(client, scripted_extractor):
+    scripted_extractor.faults.append(Fault("hang", after=4))
+    states, told = [], []
+    options = {**MIXED, "columns": "token_id", "batch_size": 70, "silence_s": 0.7}
+
+    def tell(_):
+        told.append((len(states), stream.state_dict()))
+
+    with client.activations(EXTRACTION_ID, **options, on_progress=tell) as stream:
+        states.append(stream.state_dict())
+        for _ in range(3):
+            next(stream)
+            states.append(stream.state_dict())
+
+    assert len([n_states for n_states, _ in told if n_states == 2]) >= 2, "it was asked while a batch was awaited"
+    assert all(state == states[n_states - 1] for n_states, state in told)
+    assert stream.state_dict() == states[-1], "closed"
+
+
+@pytest.mark.parametrize("n_chunks", range(1, 9))
+def test_resumes_exactly_behind_an_error(client, scripted_extractor, n_chunks):
+    options = {**MIXED, "columns": "token_id", "batch_size": 70}
+    whole = ids(read(client, **options))
+    scripted_extractor.faults.append(Fault("cut", after=n_chunks, status=DAMAGED))
+
+    with client.activations(EXTRACTION_ID, **options) as stream:
+        got = []
+        with pytest.raises(errors.DataLoss):
+            got.extend(iter(stream))
+        state = stream.state_dict()
+    with client.activations(EXTRACTION_ID, **options) as stream:
+        stream.load_state_dict(state)
+        got += list(stream)
+
+    assert ids(got) == whole
+
+
+def test_a_batch_that_is_whole_is_handed_out_before_an_error(client, scripted_extractor):
+    whole = read(client, **MIXED, batch_size=40)
+    scripted_extractor.faults.append(Fault("cut", after=3, status=DAMAGED))
+
+    with client.activations(EXTRACTION_ID, columns="token_id", batch_size=40, **MIXED) as stream:
+        got = [next(stream)]
+        time.sleep(0.2)  # By now the stream has failed; the window of 96 rows is here.
+        got.append(next(stream))
+        for _ in range(2):
+            with pytest.raises(errors.DataLoss):
+                next(stream)
+
+    assert ids(got) == ids(whole[:2])
+    assert (stream.state_dict()["next_row"], stream.state_dict()["offset"]) == (0, 80)
+
+
+def test_resumes_in_a_window_whose_rest_is_no_whole_batch(client, scripted_extractor):
+    options = {**SHUFFLED, "mix_blocks": 32, "columns": "token_id", "batch_size": 400, "drop_last": True}
+    whole = ids(read(client, **options, epochs=2))
+    with client.activations(EXTRACTION_ID, **options, epochs=None) as stream:
+        next(stream), next(stream)
+        state = stream.state_dict()
+
+    with client.activations(EXTRACTION_ID, **options, epochs=None) as stream:
+        stream.load_state_dict(state)
+
+        assert ids([next(stream), next(stream)]) == whole[800:]
+
+
+@pytest.mark.parametrize("order", [SHUFFLED, MIXED])
+def test_a_shuffled_state_of_another_number_of_rows_is_refused(client, scripted_extractor, order):
+    """An extraction of more rows of the same set permutes other blocks."""
+    with client.activations(EXTRACTION_ID, **order) as stream:
+        state = json.loads(json.dumps(stream.state_dict()))
+    older = {name: value for name, value in state.items() if name != "max_rows"}
+
+    scripted_extractor.extraction.spec.max_rows = 500
+
+    with client.activations(EXTRACTION_ID, **order) as stream:
+        with pytest.raises(errors.InvalidArgument, match="max_rows"):
+            stream.load_state_dict(state)
+        stream.load_state_dict(older)
+
+
+def test_a_state_in_sequence_goes_with_any_number_of_rows(client, scripted_extractor):
+    with client.activations(EXTRACTION_ID, batch_size=70) as stream:
+        next(stream)
+        state = stream.state_dict()
+    scripted_extractor.extraction.spec.max_rows = 1000
+
+    with client.activations(EXTRACTION_ID, batch_size=70) as stream:
+        stream.load_state_dict(state)
+
+        assert stream.next_row == 70
+
+
+def test_rows_of_a_window_are_not_mixed(client, scripted_extractor):
+    """Mixing takes rows, and so lets them go, long before they are handed out."""
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+
+    with pytest.raises(errors.InvalidArgument, match="mix_blocks=0"):
+        client.activations(EXTRACTION_ID, block_rows=BLOCK, mix_blocks=3)
 
 
 def test_a_state_of_another_order_is_refused(client):
@@ -251,3 +357,33 @@ def test_a_slow_extractor_is_told_from_a_slow_network(client, scripted_extractor
 
     assert progress.wait_s > 2 * progress.step_s
     assert progress.bottleneck is (Bottleneck.EXTRACTOR if told else Bottleneck.NETWORK)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_long_wait_is_judged_by_the_servers_last_word(client, scripted_extractor, monkeypatch, told):
+    monkeypatch.setattr(stream_module, "_RATE_WINDOW_S", 0.2)  # A server speaks less often than that, too.
+    scripted_extractor.progress_first = int(told)
+    scripted_extractor.faults.append(Fault("hang"))
+
+    with client.chunks(EXTRACTION_ID) as stream:
+        bottlenecks = []
+        for _ in range(10):
+            assert stream.take(0.1) is None
+            bottlenecks.append(stream.progress().bottleneck)
+
+    assert set(bottlenecks[-5:]) == {Bottleneck.EXTRACTOR if told else Bottleneck.NETWORK}
+
+
+def test_a_wait_belongs_to_whom_the_server_names_when_it_is_over():
+    silent = Waited(since=0.0)
+
+    assert silent.by(4.0) == (0.0, 4.0)
+    told = silent.over(5.0, no_rows=True).begun(5.0)
+    assert told.by(9.0) == (9.0, 0.0)
+    come = told.over(10.0)
+    assert come.by(99.0) == (10.0, 0.0), "busy with rows"
+    assert come.begun(99.0).by(100.0) == (10.0, 1.0)
+
+
+def test_blame_that_is_taken_back_is_no_share():
+    assert shared_out(0.9, 5.0, -4.0) == (0.9, 0.0)

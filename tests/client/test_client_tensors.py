@@ -1,13 +1,16 @@
 """Batches are fresh tensors, cut exactly, in the dtype asked for."""
 
 import json
+import time
 
 import pytest
 import torch
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import errors
+from headrace.extractor.v1 import extraction_service_pb2 as service_pb
+from headrace_client import errors, tensors
 from headrace_client.integrations.sae_lens import data_provider
+from headrace_client.outliers import NormLimit
 
 
 def expected(extractor, name=HOOKPOINT):
@@ -155,6 +158,101 @@ def test_progress_is_told_while_rows_come_and_while_they_do_not(client, scripted
     assert {one.rows for one in seen} >= {1000}
     assert len(seen) >= 3  # The hang was told of, five times a second.
     assert all(0 <= one.stream_wait <= 1 and 0 <= one.consumer_wait <= 1 for one in seen)
+
+
+class Interrupted(Exception):
+    """Ctrl-C, or a bug in `on_progress`."""
+
+
+@pytest.mark.parametrize("options", [{}, {"copy": False}, {"block_rows": 32, "mix_blocks": 3}])
+def test_a_batch_outlives_an_exception_in_on_progress(client, monkeypatch, options):
+    monkeypatch.setattr(tensors, "_PROGRESS_EVERY_S", 0.0)
+    options = {"batch_size": 32, "columns": "token_id", **options}
+    told, got = [], []
+    with client.activations(EXTRACTION_ID, **options) as stream:
+        whole = [batch.clone() for batch in stream]
+
+    def tell(_):
+        told.append(stream.state_dict())
+        if len(told) in (2, 5, 6):
+            raise Interrupted
+
+    with client.activations(EXTRACTION_ID, **options, on_progress=tell) as stream:
+        state = stream.state_dict()
+        while len(got) < len(whole):
+            try:
+                got.append(next(stream))
+            except Interrupted:
+                assert stream.state_dict() == state
+            state = stream.state_dict()
+
+    assert len(told) > 6
+    assert torch.equal(torch.cat(got), torch.cat(whole))
+
+
+def test_an_exception_in_on_progress_at_the_end_changes_nothing(client, scripted_extractor):
+    limit = NormLimit(absolute=20_000.0)
+
+    def tell(progress):
+        if progress.rows == scripted_extractor.n_rows:
+            raise Interrupted
+
+    options = {"batch_size": 300, "drop_last": True, "norm_limit": limit, "columns": [HOOKPOINT]}
+    with client.activations(EXTRACTION_ID, **options) as undisturbed:
+        n_batches = len(list(undisturbed))
+    with client.activations(EXTRACTION_ID, **options, on_progress=tell) as stream:
+        for _ in range(n_batches):
+            next(stream)
+        with pytest.raises(Interrupted):
+            next(stream)
+
+        assert list(stream) == []
+        assert stream.state_dict() == undisturbed.state_dict()
+
+
+def test_on_progress_may_close_the_stream(client):
+    stream = client.activations(EXTRACTION_ID, batch_size=300, epochs=None, on_progress=lambda _: stream.close())
+
+    assert len(list(stream)) <= 1
+
+
+def test_what_a_state_is_behind_is_not_released(client, scripted_extractor):
+    """Of a WINDOW set, a batch that is being filled has to be there again for who resumes before it."""
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+    scripted_extractor.faults.append(Fault("hang", after=4))
+
+    def tell(progress):
+        if progress.rows == 4 * 64:
+            raise Interrupted
+
+    with client.activations(EXTRACTION_ID, batch_size=150, on_progress=tell) as stream:
+        next(stream)
+        with pytest.raises(Interrupted):
+            next(stream)
+        time.sleep(0.2)
+
+        assert scripted_extractor.released == stream.next_row == 150
+
+
+def test_a_batch_larger_than_the_window_comes(client, scripted_extractor, monkeypatch):
+    """The forward pass says that it waits, and is let go on at the price of resuming within the batch."""
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+    rows = type(scripted_extractor)._rows
+    full = service_pb.StreamProgress(n_rows=0, state=ex_pb.EXTRACTION_STATE_WAITING)
+
+    def within_a_window(self, *args):
+        for sent, message in enumerate(rows(self, *args), 1):
+            if sent * 64 > self.released + 128:
+                yield service_pb.StreamActivationsResponse(progress=full)
+            while sent * 64 > self.released + 128 and args[-1].is_active():
+                time.sleep(0.005)
+            yield message
+
+    monkeypatch.setattr(type(scripted_extractor), "_rows", within_a_window)
+    with client.activations(EXTRACTION_ID, batch_size=400) as stream:
+        got = torch.cat(list(stream))
+
+    assert torch.equal(got, expected(scripted_extractor))
 
 
 def test_closing_ends_the_iteration(client):

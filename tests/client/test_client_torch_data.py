@@ -64,6 +64,31 @@ def test_a_state_of_other_workers_or_ranks_is_refused(make):
             other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("change", [{"seed": 5}, {"batch_size": 20}, {"order": "sequential"}, {"mix_blocks": 3}])
+def test_a_state_of_other_batches_is_refused(make, change):
+    state = json.loads(json.dumps(ActivationLoader(make()).state_dict()))
+
+    with pytest.raises(errors.InvalidArgument, match=next(iter(change))):
+        ActivationLoader(make(**change)).load_state_dict(state)
+
+
+def test_a_state_of_another_extraction_is_refused(make, extractor_host):
+    other = ActivationDataset("ex-2", connect={"extractor": extractor_host.address}, **OPTIONS)
+
+    with pytest.raises(errors.InvalidArgument, match="ex-2"):
+        ActivationLoader(make()).load_state_dict(ActivationLoader(other).state_dict())
+
+
+def test_a_state_that_does_not_name_its_batches_is_believed(make):
+    """As those of older versions."""
+    whole = rows_of(ActivationLoader(make()))
+    loader = ActivationLoader(make())
+
+    loader.load_state_dict({"n_batches": 40, "n_workers": 0, "rank": 0, "world": 1})
+
+    assert rows_of(loader) == whole[40:]
+
+
 def test_ranks_have_equal_numbers_of_batches_and_no_row_in_common(make):
     ranks = [rows_of(ActivationLoader(make(rank=rank, world=3))) for rank in range(3)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import InvalidArgument
 from headrace_client.tensors import ActivationStream
+
+# What decides, with the rank and the workers, which rows make which batch. `first_epoch` does too, but is set anew for
+# each epoch, maybe after the state was loaded.
+_DECISIVE = ("batch_size", "start_row", "end_row", "order", "seed", "block_rows", "mix_blocks")
+_DEFAULTS = signature(HeadraceClient.activations).parameters
 
 
 class ActivationDataset(IterableDataset[Any]):
@@ -56,6 +62,13 @@ class ActivationDataset(IterableDataset[Any]):
         if distributed.is_available() and distributed.is_initialized():
             return distributed.get_rank(), distributed.get_world_size()
         return 0, 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which rows make which batch, as JSON: a loader's state goes with it."""
+        rank, world = self.ranks
+        options = {name: self._options.get(name, _DEFAULTS[name].default) for name in _DECISIVE}
+        return {"extraction": self._extraction, "rank": rank, "world": world, **options}
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins with this epoch's order; for loops that make an iterator for each epoch."""
@@ -98,22 +111,25 @@ class ActivationLoader:
         self._options = options
         self._n_taken = 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where to resume, as JSON."""
-        rank, world = self._dataset.ranks
-        return {"n_batches": self._n_taken, "n_workers": self._n_workers, "rank": rank, "world": world}
+        return {"n_batches": self._n_taken, **self._identity}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on behind the batch after which `state` was taken.
 
-        InvalidArgument if that was with other workers or another rank: they would have other shards.
+        InvalidArgument if that was with other workers, another rank, extraction, order or batch size: then other rows
+        would make up the batches.
         """
-        for name, ours in self.state_dict().items():
-            if name != "n_batches" and state[name] != ours:
-                raise InvalidArgument(
-                    f"the state is of {name} {state[name]}, now it is {ours}", fields={name: str(ours)}
-                )
-        self._n_taken = state["n_batches"]
+        for name, ours in self._identity.items():
+            theirs = state.get(name, ours)  # Older versions did not name all of it.
+            if theirs != ours:
+                raise InvalidArgument(f"the state is of {name} {theirs}, now it is {ours}", fields={name: str(ours)})
+        self._n_taken = int(state["n_batches"])
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"n_workers": self._n_workers, **self._dataset.identity}
 
     def __iter__(self) -> Iterator[Any]:
         self._dataset.resume_after(self._n_taken)
