@@ -13,6 +13,7 @@ from extractor_service.network import Network
 from extractor_service.places import (
     BY_BLOCK_MASK,
     BY_MASK,
+    BY_POSITIONS,
     EMBED,
     FINAL,
     NOT_AT_ALL,
@@ -113,7 +114,17 @@ _GPT2 = Family(blocks="h", embed="wte:out", final="ln_f", block=_GPT2_BLOCK)
 def family_of(network: Network) -> Family | None:
     """Returns the family of a network, fitted to its config; None for an architecture that is not known."""
     make = _FAMILIES.get(network.model_type)
-    return make(network) if make else None
+    family = make(network) if make else None
+    return _looking_ahead(family, network) if family and network.looks_ahead else family
+
+
+def _looking_ahead(family: Family, network: Network) -> Family:
+    """A decoder made an encoder of by its config."""
+    isolation = family.isolation
+    # Masks of encoders are made without regard to positions, and ours would take the place of windows.
+    if network.masks_both_ways and isolation == BY_POSITIONS:
+        isolation = NOT_AT_ALL if network.has_window else BY_MASK
+    return replace(family, causal=False, isolation=isolation)
 
 
 def _plain(family: Family) -> Callable[[Network], Family]:

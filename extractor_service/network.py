@@ -57,6 +57,32 @@ class Network:
             fields=fields,
         )
 
+    @property
+    def masks_both_ways(self) -> bool:
+        """True where transformers gives a decoder the masks of an encoder."""
+        return not self.fields.get("is_causal", True)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True where the config lets tokens of a decoder see those behind them."""
+        return self.masks_both_ways or bool(self.fields.get("use_bidirectional_attention"))
+
+    @property
+    def has_window(self) -> bool:
+        """True where some layers look only so far."""
+        if kinds := self.fields.get("layer_types"):
+            return any(kind != "full_attention" for kind in kinds)
+        is_used = self.fields.get("use_sliding_window", True)
+        return bool(is_used and _first(self.fields, ("sliding_window", "window_size")))
+
+    @property
+    def rotation_limits(self) -> tuple[int, ...]:
+        """Positions beyond which LongRoPE rotates all tokens of a pass by other angles; for each kind of layer."""
+        rope = self.fields.get("rope_parameters")
+        kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+        long = [kind for kind in kinds if isinstance(kind, Mapping) and kind.get("rope_type") == "longrope"]
+        return tuple(_first(kind, ("original_max_position_embeddings",)) for kind in long)
+
 
 def network_of(model: ModelInfo) -> Network:
     """Reads the config beside a model's files; without one, what the registry knows."""

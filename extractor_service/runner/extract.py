@@ -17,9 +17,9 @@ from activation_log.manifest import Manifest
 from activation_log.writer import SetWriter
 from extractor_service.corpora.documents import open_documents
 from extractor_service.corpora.reader import DocumentReader
-from extractor_service.errors import CorpusEmpty, FieldInvalid
+from extractor_service.errors import CorpusEmpty, DigestMismatch, FieldInvalid
 from extractor_service.packing import Cursor, Packer, TokenBatch
-from extractor_service.recipe import Recipe
+from extractor_service.recipe import PACKED, Recipe
 from extractor_service.runner.capture import Site
 from extractor_service.runner.forward import BatchRows, fetch_for, forward_rows
 from extractor_service.runner.gate import Gate
@@ -49,6 +49,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     sites = resolve(loaded.model, [column.name for column in columns])
     _check_context(recipe, loaded.model)
     with DocumentReader(Path(command.corpus_path)) as reader:
+        _check_corpus(reader.digest, manifest)
         documents, special = open_documents(reader, loaded.files_path, recipe)
         packer = Packer(documents, recipe, special)
         with SetWriter.open(Path(command.set_path), written, summarize) as writer:
@@ -62,7 +63,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
                 packer=packer,
                 emit=emit,
                 parity=_parity_check(loaded, command, manifest, columns, sites),
-                trims=recipe.window is not None and _looks_back_only(loaded.model),
+                trims=recipe.window is not None and _looks_back_only(loaded.model, recipe.context_size),
             )
             complete = manifest.total_rows == writer.next_row or job.run()
     emit(
@@ -187,12 +188,10 @@ def _parity_check(
     return ParityCheck(loaded.model, new, [site for site in sites if site.name in names], save)
 
 
-def _looks_back_only(model: PreTrainedModel) -> bool:
-    """True when no row depends on tokens behind it; some configs make an encoder of a decoder."""
-    config = model.config.get_text_config()
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
-        return False
-    return anatomy_of(model).causal
+def _looks_back_only(model: PreTrainedModel, context_size: int) -> bool:
+    """True when no row depends on tokens behind it, in sequences of this length."""
+    anatomy = anatomy_of(model)
+    return anatomy.causal and all(context_size <= limit for limit in anatomy.rotation_limits)
 
 
 def _check_context(recipe: Recipe, model: PreTrainedModel) -> None:
@@ -203,6 +202,30 @@ def _check_context(recipe: Recipe, model: PreTrainedModel) -> None:
             f"context_size is {recipe.context_size}, and the model has {limit} positions; use at most that.",
             field="spec.recipe.context_size",
             metadata={"max_position_embeddings": str(limit)},
+        )
+    _check_rotation(recipe, anatomy_of(model).rotation_limits)
+
+
+def _check_rotation(recipe: Recipe, limits: Sequence[int]) -> None:
+    """One document alone, or sequences that are each one text, are rotated as they would be by themselves."""
+    if recipe.packing != PACKED or recipe.attend_across_documents:
+        return
+    limit = min(limits, default=recipe.context_size)
+    if recipe.context_size > limit:
+        raise FieldInvalid(
+            f"context_size is {recipe.context_size}, and a document of more than {limit} tokens changes how this model "
+            f"rotates all others in its batch; use packing one_document, or a context_size of at most {limit}.",
+            field="spec.recipe.context_size",
+            metadata={"original_max_position_embeddings": str(limit)},
+        )
+
+
+def _check_corpus(digest: str, manifest: Manifest) -> None:
+    """Raises DigestMismatch for a corpus that is not the one whose rows the set holds."""
+    if digest != manifest.identity.get("corpus_digest", digest):
+        raise DigestMismatch(
+            "The corpus is not the one this set was begun with; start the extraction again: its rows will be another "
+            "set's."
         )
 
 

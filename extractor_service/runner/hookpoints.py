@@ -44,6 +44,11 @@ class Anatomy:
     causal: bool
     takes_positions: bool = True
 
+    @property
+    def rotation_limits(self) -> tuple[int, ...]:
+        """Longer passes rotate all their tokens by other angles, those in front too."""
+        return self.catalogue.network.rotation_limits
+
 
 _ANATOMIES: WeakKeyDictionary[PreTrainedModel, Anatomy] = WeakKeyDictionary()
 

@@ -31,6 +31,8 @@ _KNOWN = (
 )
 # Spread over the allowed devices, of which there is one.
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+# What `rope_parameters` say besides scaling, some families only there: the base, and which dimensions are rotated.
+_UNSCALED = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -112,7 +114,8 @@ def _scale_rope(config: PretrainedConfig, scaling: Any) -> None:
         raise _refused("rope_scaling", f"a model of type {config.model_type!r} has no rotary embedding to scale")
     given = dict(scaling or {"rope_type": "default"})
     kind = given.pop("type", None)
-    config.rope_parameters = {"rope_theta": known["rope_theta"], "rope_type": kind, **given}
+    kept = {name: known[name] for name in _UNSCALED if name in known}
+    config.rope_parameters = {**kept, "rope_type": kind, **given}
     try:
         config.standardize_rope_params()
         config.validate_rope()

@@ -98,7 +98,7 @@ class ParityCheck:
         self._columns = tuple(columns)
         self._sites = tuple(sites)
         self._on_receipt = on_receipt
-        self._causal = anatomy_of(model).causal
+        self._anatomy = anatomy_of(model)
         self._n_tokens = 0
         self._n_compared = 0
         self._n_samples = 0
@@ -114,7 +114,7 @@ class ParityCheck:
         number, self._n_batches = self._n_batches, self._n_batches + 1
         if not self._columns or done or number < self._next_sample or self._n_samples == MAX_SAMPLES:
             return
-        sample = choose(batch, MAX_TOKENS if self._causal else None, n_rows)
+        sample = choose(batch, self._most_tokens(batch), n_rows)
         if sample and (not self._n_samples or self._n_compared + len(sample.token_ids) <= self._n_tokens * MAX_SHARE):
             self._sample = sample
 
@@ -143,9 +143,18 @@ class ParityCheck:
         for column in self._columns:
             stored_RD = torch.cat(sample.stored[column.name])
             found = self._compare(column, stored_RD, alone[column.name].cpu()[kept_R[: len(stored_RD)]])
+            if not found.rows:
+                continue  # Nothing was compared: a receipt would say that all is well.
             before = self.receipt.get(column.name)
             self.receipt[column.name] = before.merged(found) if before else found
         self._on_receipt(self.receipt)
+
+    def _most_tokens(self, batch: TokenBatch) -> int | None:
+        """Of a document, so many have the rows that they have in the whole; None: only the whole has."""
+        if not self._anatomy.causal:
+            return None
+        passed = [limit for limit in self._anatomy.rotation_limits if limit < batch.token_ids.shape[1]]
+        return max([MAX_TOKENS, *(limit + 1 for limit in passed)])
 
     def _compare(self, column: ColumnSpec, stored_RD: Tensor, alone_RD: Tensor) -> Parity:
         stored_RD, alone_RD = stored_RD.double(), alone_RD.double()

@@ -104,7 +104,7 @@ def _prove(
         return "it does not number positions from 0"
     places = {"hook_resid_pre": ":in", "hook_resid_post": ":out"} | _sublayers(passed)
     places |= _projections(passed, network)
-    causal = _is_causal(model, blocks)
+    causal = not network.looks_ahead and _is_causal(model, blocks)
     ways = [BY_POSITIONS, *([] if _has_window(model) else [BY_MASK])] if takes_positions else []
     isolation = next((how for how in ways if _isolates(model, blocks, how, causal)), NOT_AT_ALL)
     return Found(

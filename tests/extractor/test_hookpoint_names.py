@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -243,6 +244,27 @@ def test_alibi_without_a_way_to_isolate_refuses_packing_and_names_the_remedy():
     check_isolation(Recipe(packing="one_document"), falcon)
     check_isolation(Recipe(attend_across_documents=True), falcon)
     check_isolation(Recipe(), catalogue())
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, False),
+        ({"sliding_window": 4096}, True),
+        ({"sliding_window": 4096, "use_sliding_window": False}, False),
+        ({"sliding_window": 4096, "layer_types": ["full_attention"] * 30}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 15}, True),
+        ({"model_type": "gpt_neo", "window_size": 256}, True),
+        ({"model_type": "opt"}, False),
+    ],
+)
+def test_windows_that_look_both_ways_refuse_packing_and_name_the_remedy(changes, refused):
+    both_ways = catalogue(**{"is_causal": False} | changes)
+
+    with pytest.raises(FieldInvalid, match="one_document") if refused else nullcontext():
+        check_isolation(Recipe(), both_ways)
+    check_isolation(Recipe(), catalogue(**changes))
+    check_isolation(Recipe(packing="one_document"), both_ways)
 
 
 def test_layers_are_read_off_any_name():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fix_runner import load, save_model
-from transformers import MistralConfig, MistralForCausalLM
+from fix_zoo import zoo_config
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from extractor_service.errors import DeviceOom, FieldInvalid
 from extractor_service.runner import load_options
@@ -40,6 +41,16 @@ def test_scaled_rope_changes_what_comes_out(tiny_llama):
     assert not torch.allclose(plain, scaled, atol=1e-3)
     assert torch.equal(plain, rows(tiny_llama, rope_scaling=None))
     assert torch.equal(scaled, rows(tiny_llama, rope_scaling={"type": "linear", "factor": 4.0}))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "glm4", "phi"])
+def test_a_rotation_of_some_dimensions_stays_one_whatever_the_scaling(name, tmp_path):
+    path = save_model(AutoModelForCausalLM.from_config, zoo_config(name), tmp_path / name)
+    plain = rows(path)
+
+    assert torch.equal(plain, rows(path, rope_scaling=None))
+    assert torch.equal(plain, rows(path, rope_scaling={"rope_type": "linear", "factor": 1.0}))
+    assert not torch.allclose(plain, rows(path, rope_scaling={"rope_type": "linear", "factor": 4.0}), atol=1e-3)
 
 
 def test_sliding_window_changes_rows_behind_it_only(tiny_mistral):

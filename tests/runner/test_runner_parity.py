@@ -143,6 +143,22 @@ def test_a_run_that_goes_on_keeps_the_receipt_or_makes_one(tiny_llama, make_set,
     assert receipt(folder) == found
 
 
+def test_a_column_without_a_finite_row_has_no_receipt_and_is_compared_by_the_next_run(
+    tiny_llama, make_set, make_corpus
+):
+    corpus, model = make_corpus(documents(40)), load(tiny_llama)
+    broken = load(tiny_llama)
+    broken.model.layers[1].mlp.down_proj.weight.data.fill_(torch.nan)
+    folder = make_set()
+    extract(folder, corpus, broken, max_rows=64, allow_non_finite=True)
+    assert list(receipt(folder)) == SITES[:1]
+
+    extract(folder, corpus, model)
+
+    assert sorted(receipt(folder)) == sorted(SITES)
+    assert all(entry["rows"] for entry in receipt(folder).values())
+
+
 def test_documents_that_see_one_another_end_the_run(tiny_model, make_set, make_corpus, monkeypatch):
     def without_isolation(model, batch, sites):
         positions = np.tile(np.arange(batch.token_ids.shape[1], dtype=np.int32), (len(batch.token_ids), 1))

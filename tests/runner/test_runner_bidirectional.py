@@ -1,0 +1,68 @@
+"""Configs that make an encoder of a decoder: tokens see those behind them, and still no other document."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fix_runner import documents, load, run_command, save_model
+from fix_zoo import DECODERS, random_model, zoo_batch, zoo_config
+from transformers import AutoModelForCausalLM
+
+from extractor_service.errors import FieldInvalid
+from extractor_service.recipe import TokenWindow
+from extractor_service.runner import parity
+from extractor_service.runner.forward import forward_rows
+from extractor_service.runner.hookpoints import anatomy_of, resolve
+from extractor_service.runner_protocol import Extract
+
+SITE = "blocks.2.hook_resid_post"
+PIECES = [np.arange(3, 20), np.arange(30, 52)[::-1].copy(), np.arange(60, 70)]
+# Layers that look only so far, which a mask of ours would not: no way is left to keep documents apart.
+WINDOWS = {"gemma2", "gemma3", "gpt_neo", "ministral", "mistral", "olmo3"}
+NOT_ISOLATED = {*WINDOWS, "falcon-alibi"}
+
+
+def rows(model, pieces):
+    return forward_rows(model, zoo_batch(pieces), resolve(model, [SITE]))[SITE]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_documents_of_a_decoder_that_is_no_longer_causal_stay_apart_or_are_refused(name):
+    model = random_model(zoo_config(name, is_causal=False))
+    alone = [rows(model, [piece]) for piece in PIECES]
+
+    assert not anatomy_of(model).causal
+    if name in NOT_ISOLATED:
+        with pytest.raises(FieldInvalid, match="one_document"):
+            rows(model, PIECES)
+    else:
+        torch.testing.assert_close(rows(model, PIECES), torch.cat(alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "bloom"])
+def test_eager_attention_keeps_them_apart_too(name):
+    model = random_model(zoo_config(name, is_causal=False), attention="eager")
+
+    alone = torch.cat([rows(model, [piece]) for piece in PIECES])
+    torch.testing.assert_close(rows(model, PIECES), alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("gemma3", {"use_bidirectional_attention": True}), ("llama", {"is_causal": False})]
+)
+@pytest.mark.parametrize("recipe", [{}, {"packing": "one_document"}, {"window": TokenWindow(end=9)}])
+def test_rows_that_depend_on_the_whole_document_agree_with_the_whole(
+    name, changes, recipe, tmp_path, make_set, make_corpus
+):
+    config = zoo_config(name, max_position_embeddings=512, **changes)
+    model = load(save_model(AutoModelForCausalLM.from_config, config, tmp_path / "model"))
+    texts = [text for text in documents(12, longest=500) if len(text) > parity.MAX_TOKENS]
+    folder = make_set([SITE], context_size=512, batch_size=1, **recipe)
+    run_command(Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(texts))), model)
+
+    (entry,) = json.loads((folder / "manifest.json").read_text())["receipt"].values()
+    assert entry["rows"] > 0
+    assert entry["max_relative_error"] < 1e-4
