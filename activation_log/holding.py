@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 # The node touches it whenever the set is used.
 HOLD_NAME = "last_used"
+# A lock of the same process, from another thread, would be taken for a reader's.
+_LOOKING = threading.Lock()
 
 
 class Hold:
@@ -36,7 +39,15 @@ class Hold:
 
 @contextlib.contextmanager
 def nobody_holds(folder: Path) -> Iterator[bool]:
-    """Yields True, and lets nobody in for the block, if no process holds the set; else False."""
+    """Yields True, and lets nobody in for the block, if no process holds the set; else False.
+
+    One look at a time in a process: the block must be short.
+    """
+    with _LOOKING:
+        yield from _locked(folder)
+
+
+def _locked(folder: Path) -> Iterator[bool]:
     try:
         fd = os.open(folder / HOLD_NAME, os.O_RDONLY)
     except FileNotFoundError:

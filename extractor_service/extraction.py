@@ -65,6 +65,7 @@ class ExtractionJob:
         self.folder = Path(value.path)
         self.request_ids: set[str] = set()
         self.stop: ServiceError | None = None
+        self._recovered = value.state is ExtractionState.RECOVERING
         self.task: asyncio.Task[None] | None = None
         self._context = context
         self._passes = passes
@@ -119,7 +120,8 @@ class ExtractionJob:
         changed.set()
         if self.value.state != state_before:
             logger.info("extraction %s is %s", self.value.id, self.value.state)
-            self._context.save(self)
+            if self.value.state.ended:  # What has not is recovered from its set, wherever it was.
+                self._context.save(self)
 
     def failure_error(self) -> ServiceError:
         """What to tell a reader of an extraction that ended without the rows it wants."""
@@ -226,7 +228,7 @@ class ExtractionJob:
     def _end_badly(self, exc: ServiceError) -> None:
         state = ExtractionState.CANCELLED if isinstance(exc, ExtractionCancelled) else ExtractionState.FAILED
         failure = Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata)
-        n_rows = SegmentIndex.load(self.folder).n_rows(self.columns)
+        n_rows = self._sealed_rows()
         self.generation += 1
         self.update(state=state, failure=failure, n_rows=n_rows, rows_per_s=0.0, waiting_for=(), queue_position=0)
 
@@ -246,8 +248,7 @@ class ExtractionJob:
 
     def on_committed(self, n_rows: int, n_non_finite: int) -> None:
         """Rows before `n_rows` are readable in all its columns."""
-        value, wanted = self.value, self.value.spec.max_rows
-        n_rows = min(n_rows, wanted) if wanted else n_rows
+        value, n_rows = self.value, self._wanted_of(n_rows)
         self.update(
             state=ExtractionState.RUNNING,
             waiting_for=(),
@@ -269,13 +270,12 @@ class ExtractionJob:
     def on_lost(self) -> None:
         """Goes back to what is sealed: the rest will be written anew, in new files."""
         self.generation += 1
-        n_rows = SegmentIndex.load(self.folder).n_rows(self.columns)
-        self.update(state=ExtractionState.RECOVERING, n_rows=n_rows, rows_per_s=0.0)
+        self.update(state=ExtractionState.RECOVERING, n_rows=self._sealed_rows(), rows_per_s=0.0)
 
     def on_found(self, n_rows: int) -> None:
         """Rows before `n_rows` are there without its doing, and more will come."""
-        if n_rows > self.value.n_rows:
-            self.update(n_rows=n_rows)
+        if self._wanted_of(n_rows) > self.value.n_rows:
+            self.update(n_rows=self._wanted_of(n_rows))
 
     def on_all_rows(self, n_rows: int) -> None:
         """Every row is there. Raises CorpusEmpty if that is none."""
@@ -286,12 +286,19 @@ class ExtractionJob:
             n_rows=n_rows,
             n_rows_expected=n_rows,
             n_rows_exact=True,
-            cached=self.value.n_rows_computed == 0,
+            cached=self.value.n_rows_computed == 0 and not self._recovered,
             waiting_for=(),
             queue_position=0,
             size_bytes=self._size_bytes(n_rows),
             receipt=read_receipt(self.folder, self.columns),
         )
+
+    def _sealed_rows(self) -> int:
+        return self._wanted_of(SegmentIndex.load(self.folder).n_rows(self.columns))
+
+    def _wanted_of(self, n_rows: int) -> int:
+        """Of rows that there are, those that it asked for: others may want more of the set."""
+        return min(n_rows, self.value.spec.max_rows) if self.value.spec.max_rows else n_rows
 
     def _size_bytes(self, n_rows: int) -> int:
         """Bytes kept of this extraction's own columns; the set may have others."""

@@ -83,7 +83,9 @@ class Extractions:
         self.keeper = SetKeeper(
             self._sets, limits or Limits(), registry=sets, held=self.held_folders, epoch=lambda: node.epoch
         )
-        self._pass_context = PassContext(models=models, node=node, room=self.keeper, turns=WeakKeyDictionary())
+        self._pass_context = PassContext(
+            models=models, node=node, corpora=corpora, room=self.keeper, turns=WeakKeyDictionary()
+        )
         self._context = JobContext(
             room=self.keeper, save=self._save_change, let_go=self._let_go.set, count_rows=count_rows
         )
@@ -229,6 +231,7 @@ class Extractions:
             same_rows = ours.max_rows == spec.max_rows and ours.allow_non_finite == spec.allow_non_finite
             if (
                 not job.value.state.ended
+                and job.stop is None
                 and same_rows
                 and not spec.retention.is_window
                 and job.folder == folder
@@ -296,7 +299,7 @@ class Extractions:
     def _passes_of(self, value: Extraction) -> SetPasses:
         folder = Path(value.path)
         if folder not in self._passes:
-            self._passes[folder] = SetPasses(folder, self._corpora.path(value.spec.corpus_id), self._pass_context)
+            self._passes[folder] = SetPasses(folder, self._pass_context)
         return self._passes[folder]
 
     def _manifest_of(self, spec: ExtractionSpec, model: ModelInfo, identity: dict[str, Any]) -> Manifest:

@@ -56,9 +56,11 @@ class HeldSet:
 
         `n_rows` are rows that all columns have although they are not sealed yet.
         """
-        if not (folder / "manifest.json").exists():
+        try:
+            manifest = Manifest.load(folder)
+        except FileNotFoundError:
             return cls.gone(set_id, folder)
-        manifest, notes = Manifest.load(folder), SetNotes.load(folder)
+        notes = SetNotes.load(folder)
         columns = tuple(column.name for column in manifest.columns)
         n_rows = max(n_rows, SegmentIndex.load(folder).n_rows(columns))
         return cls(

@@ -8,8 +8,9 @@ from typing import Any
 
 from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
 from activation_log.manifest import Manifest, segment_rows_for, set_id_of
+from extractor_service.errors import StateConflict
 from extractor_service.hookpoints import attention_of
-from extractor_service.values import ExtractionSpec, ModelInfo
+from extractor_service.values import Assignment, ExtractionSpec, ModelInfo
 
 # A WINDOW set holds at least this many segments, so that readers and the forward pass don't wait for one another's.
 MIN_WINDOW_SEGMENTS = 8
@@ -18,6 +19,7 @@ MIN_WINDOW_SEGMENTS = 8
 # ids always come from tokenizer.json. The others (dtype, attn_implementation, rope_scaling, sliding_window,
 # trust_remote_code) change numbers.
 _NOT_NUMERIC = frozenset({"device_map", "max_memory", "low_cpu_mem_usage", "use_fast"})
+_OF_THE_MODEL = ("model", "compute_dtype", "load_options", "tokenizer_digest")
 
 
 def identity_of(
@@ -37,6 +39,20 @@ def identity_of(
         "recipe": spec.recipe.to_json(),
         **({"chat_template_digest": chat_template_digest} if chat_template_digest else {}),
     }
+
+
+def check_same_model(identity: Mapping[str, Any], spec: ExtractionSpec, loaded: Assignment) -> None:
+    """Raises StateConflict unless what is loaded computes the numbers of the set with this identity."""
+    dtype = loaded.model.compute_dtype(loaded.device_id)
+    now = identity_of(spec, loaded.model, corpus_digest=identity["corpus_digest"], compute_dtype=dtype)
+    other = [key for key in _OF_THE_MODEL if now[key] != identity[key]]
+    if other:
+        raise StateConflict(
+            f"Model {loaded.model.id} is not the one this set was begun with; its {', '.join(other)} changed. Start "
+            "the extraction again: its rows will be another set's.",
+            metadata={"changed": ", ".join(other)},
+            resource=("Model", loaded.model.id),
+        )
 
 
 def _attention(model: ModelInfo) -> dict[str, str]:

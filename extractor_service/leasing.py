@@ -11,7 +11,7 @@ from chassis.errors import ServiceError
 from extractor_service.errors import LeaseLost, RegistryUnavailable
 from extractor_service.node import Node
 from extractor_service.ports import Models, Runner
-from extractor_service.values import Lease, Transfer
+from extractor_service.values import Assignment, Lease, Transfer
 
 LEASE_WAIT_S = 600.0
 RUNNER_WAIT_S = 60.0
@@ -30,13 +30,15 @@ class Leasing:
         self._lease: Lease | None = None
 
     @contextlib.asynccontextmanager
-    async def runner(self, holder: str) -> AsyncIterator[Runner]:
-        """Acquires a lease and keeps it while the block runs; progress of the wait goes to `tell`."""
+    async def runner(self, holder: str) -> AsyncIterator[tuple[Runner, Assignment]]:
+        """Acquires a lease and keeps it while the block runs; progress of the wait goes to `tell`.
+
+        Yields the runner, and what it has loaded.
+        """
         self._lease = lease = await self._acquire(holder)
         renewing = asyncio.create_task(self._renew(holder), name=f"renew {holder}")
         try:
-            runner, _ = await self._node.runner_for(lease.residency_id, RUNNER_WAIT_S)
-            yield runner
+            yield await self._node.runner_for(lease.residency_id, RUNNER_WAIT_S)
         finally:
             await _to_its_end(self._release(renewing, lease))
 

@@ -184,7 +184,8 @@ class Node:
             holding = self._holdings[assignment.residency_id] = Holding(assignment)
             holding.task = asyncio.create_task(self._load_and_watch(holding), name=f"hold-{assignment.residency_id}")
             return
-        holding.assignment = assignment
+        # What it computes is what it was loaded with, whatever the registry has come to say of the model.
+        holding.assignment = replace(assignment, model=holding.assignment.model)
         if holding.loaded.is_set() and assignment.state != "RESIDENT":
             await self._report_resident(holding)
 

@@ -40,7 +40,7 @@ POLL_S = 3.0
 USE_NOTE_S = 60.0
 _MAX_ROUNDS = 100
 # What is called otherwise is not ours to remove.
-_OF_A_SET = re.compile(r"[0-9a-f]{32}(\.|$)")
+_OF_A_SET = re.compile(rf"[0-9a-f]{{32}}({re.escape(WINDOW_MARK)}.*)?")
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,10 @@ class SetKeeper:
         held = self._held()
         for folder in self._folders():
             orphaned = WINDOW_MARK in folder.name or not (folder / "manifest.json").exists()
-            if orphaned and _OF_A_SET.match(folder.name) and folder not in held:
+            if orphaned and folder not in held:
                 shutil.rmtree(folder, ignore_errors=True)
+        # A disk that is full by the time it is wanted has no room for a folder.
+        (self._folder / TRASH_NAME).mkdir(exist_ok=True)
 
     async def run(self) -> None:
         """Follows the registry's orders and keeps the limits, until cancelled."""
@@ -258,7 +260,7 @@ class SetKeeper:
         return sets, disk
 
     def _folders(self) -> Iterable[Path]:
-        return [path for path in self._folder.iterdir() if path.is_dir() and path.name != TRASH_NAME]
+        return [path for path in self._folder.iterdir() if _OF_A_SET.fullmatch(path.name) and path.is_dir()]
 
 
 def _cached_set(folder: Path, promises: Sequence[Promise], *, held: bool, now: float) -> CachedSet:

@@ -28,10 +28,11 @@ from extractor_service.errors import (
     RunnerLost,
     WaitTimeout,
 )
+from extractor_service.identity import check_same_model
 from extractor_service.leasing import Leasing
 from extractor_service.node import Node
 from extractor_service.passes import Pass, has_all, next_pass
-from extractor_service.ports import Models, Room, Runner
+from extractor_service.ports import Corpora, Models, Room, Runner
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Message
 from extractor_service.running_pass import Rider, RunningPass
 from extractor_service.turns import Turns
@@ -53,6 +54,7 @@ class PassContext:
 
     models: Models
     node: Node
+    corpora: Corpora
     room: Room
     turns: WeakKeyDictionary[Runner, Turns]
 
@@ -60,14 +62,14 @@ class PassContext:
 class SetPasses:
     """Runs passes while somebody wants rows of the set that it lacks."""
 
-    def __init__(self, folder: Path, corpus_path: Path, context: PassContext) -> None:
+    def __init__(self, folder: Path, context: PassContext) -> None:
         self._folder = folder
-        self._corpus_path = corpus_path
         self._context = context
         self._riders: dict[Rider, asyncio.Future[None]] = {}
         self._task: asyncio.Task[None] | None = None
         self._running: RunningPass | None = None
         self._ending = False
+        self._leased_at = 0.0  # 0 while there is no lease.
         self._apart = False  # A merged pass has failed: one rider at a time.
 
     def settled(self, rider: Rider) -> bool:
@@ -142,14 +144,15 @@ class SetPasses:
     async def _until_all_have_all(self) -> None:
         tries, trouble_since = 0, 0.0
         while self._settle():
-            rows_before = self._rows()
+            rows_before, self._leased_at = self._rows(), 0.0
             try:
                 await self._lease_and_run()
             except _PASSING as exc:
                 now = time.monotonic()
-                fruitful = self._rows() > rows_before
+                # Long in line with a lease, behind other sets, is no trouble.
+                went_well = 0.0 < self._leased_at < now - RECOVERY_DEADLINE_S or self._rows() > rows_before
                 left_alone_s = float(exc.metadata.get("left_alone_s", "0"))
-                if fruitful or not trouble_since:
+                if went_well or not trouble_since:
                     tries, trouble_since = 0, now
                 tries += not left_alone_s  # Where the registry asked for a pause, nothing was tried.
                 lost_for_good = isinstance(exc, RunnerLost) and tries >= MAX_FRUITLESS_TRIES
@@ -164,7 +167,9 @@ class SetPasses:
         leasing = Leasing(
             self._context.models, self._context.node, model_id=first.value.spec.model_id, tell=self._tell_waiting
         )
-        async with leasing.runner(f"extraction {first.value.id}") as runner:
+        async with leasing.runner(f"extraction {first.value.id}") as (runner, loaded):
+            self._leased_at = time.monotonic()
+            check_same_model(Manifest.load(self._folder).identity, first.value.spec, loaded)
             turns = self._context.turns.setdefault(runner, Turns())
             done: tuple[Pass, int] | None = None
             while self._settle():
@@ -203,7 +208,7 @@ class SetPasses:
         command = Extract(
             extraction_id=self._id,
             set_path=str(self._folder),
-            corpus_path=str(self._corpus_path),
+            corpus_path=str(self._context.corpora.path(first.value.spec.corpus_id)),
             columns=running.planned.columns,
             max_rows=running.planned.max_rows,
             grant_row=first.grant_row,

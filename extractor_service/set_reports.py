@@ -12,6 +12,7 @@ from extractor_service.extractions import Extractions
 from extractor_service.held_set import HeldSet
 from extractor_service.log_errors import log_errors_as_typed
 from extractor_service.ports import SetRegistry
+from extractor_service.set_keeper import WINDOW_MARK
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,15 @@ class SetReports:
         try:
             with log_errors_as_typed():
                 held = await asyncio.to_thread(_held_set, job, self._extractions.holders(job.folder))
-            if held.deleted and (job.folder.parent / held.id / "manifest.json").exists():
-                return  # A window is gone; the retained set of the same id is not.
+            if WINDOW_MARK in job.folder.name and (job.folder.parent / held.id / "manifest.json").exists():
+                return  # A window beside the retained set of the same id, which is the one to be told of.
             order = await self._registry.report_set(self._epoch(), held)
             if not held.deleted:
                 await self._extractions.keeper.heard(job.folder, order)
         except ServiceError as exc:
             logger.info("set %s could not be reported: %s", job.value.set_id, exc.message)
+        except OSError:
+            logger.exception("set %s could not be reported", job.value.set_id)
 
 
 def _held_set(job: ExtractionJob, holders: Sequence[str]) -> HeldSet:

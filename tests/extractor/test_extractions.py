@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from fix_runner import documents
@@ -196,6 +197,88 @@ async def test_restarted_node_goes_on_where_it_was(extractor):
     assert end.n_rows == n_rows_of(6)
     whole, _, _ = await extractor.read(again)
     assert {name: head[name] + tail[name] for name in head} == whole
+
+
+async def test_a_set_gets_no_rows_of_documents_that_came_under_the_same_name(start_extractor):
+    extractor = await start_extractor()
+    extractor.corpora.ingest_tokens("mine", documents(400, seed=31))
+    short = await extractor.extract(corpus_id="mine", max_rows=777)
+    head, _, _ = await extractor.read(short)
+    await asyncio.wait([short.task])
+    extractor.corpora.delete("mine")
+    extractor.corpora.ingest_tokens("mine", documents(400, seed=32))
+    extractor.corpora.ingest_tokens("mine-before", documents(400, seed=31))
+
+    job = await extractor.extract(corpus_id="mine-before")
+    content, _, _ = await extractor.read(job)
+
+    assert job.folder == short.folder
+    assert content["token_id"][: 777 * 4] == head["token_id"]
+    assert rows_of(content) == n_rows_of(31)
+
+
+async def test_a_node_starts_although_a_corpus_of_an_ended_extraction_is_gone(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(20, seed=33))
+    job = await extractor.extract()
+    content, _, _ = await extractor.read(job)
+    await asyncio.wait([job.task])
+    extractor.corpora.delete(job.value.spec.corpus_id)
+    await extractor.stop()
+
+    await extractor.start()
+
+    again, _, _ = await extractor.read(extractor.extractions.get(job.value.id))
+    assert again == content
+
+
+async def test_rows_of_another_model_than_the_one_begun_with_are_refused(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(4000, seed=34))
+    job = await extractor.extract()
+    await extractor.until(lambda: job.value.n_rows > 0)
+    await extractor.stop()
+    model = extractor.registry.models["tiny"]
+    extractor.registry.models["tiny"] = replace(model, load_options={"dtype": "bfloat16"})
+
+    await extractor.start()
+    again = extractor.extractions.get(job.value.id)
+    await asyncio.wait([again.task], timeout=30)
+
+    assert (again.value.state, again.value.failure.reason) == (ExtractionState.FAILED, "STATE_CONFLICT")
+    assert "load_options" in again.value.failure.message
+
+
+async def test_a_model_computes_what_it_was_loaded_with_whatever_the_registry_says_later(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(20, seed=35))
+    await extractor.read(await extractor.extract())
+    ((residency_id, held),) = extractor.registry.assigned.items()
+    changed = replace(held.model, load_options={"dtype": "bfloat16"})
+    extractor.registry.models["tiny"] = changed
+    extractor.registry.assigned[residency_id] = replace(held, model=changed)
+    extractor.registry._notify()
+    await asyncio.sleep(0.2)
+
+    job = await extractor.extract()
+    await asyncio.wait([job.task], timeout=30)
+
+    assert job.value.failure.reason == "STATE_CONFLICT"
+
+
+async def test_whoever_asks_again_while_an_extraction_is_being_cancelled_gets_another(extractor):
+    extractor.add_corpus(documents(4000, seed=36))
+    job = await extractor.extract()
+    await extractor.until(lambda: job.value.n_rows > 0)
+
+    await job.cancel()
+    again = await extractor.extract()
+    content, _, _ = await extractor.read(again)
+
+    assert again is not job
+    assert job.value.state == ExtractionState.CANCELLED
+    assert again.value.state == ExtractionState.DONE
+    assert rows_of(content) == again.value.n_rows
 
 
 async def test_equal_requests_share_one_extraction(extractor):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from fix_runner import documents
 
-from activation_log.holding import Hold
+from activation_log.holding import Hold, nobody_holds
 from extractor_service import errors, extraction
 from extractor_service.cache import Limits
 from extractor_service.estimate import RowCount
@@ -303,19 +303,36 @@ async def test_a_crash_in_the_middle_of_a_removal_leaves_nothing(start_extractor
 
     await node.start()
 
-    assert not list(sets.iterdir())
+    assert [path.name for path in sets.iterdir()] == [".trash"]
+    assert not list((sets / ".trash").iterdir())
 
 
 async def test_only_leftovers_of_sets_are_removed_at_start(start_extractor):
     node = await start_extractor()
-    sets = node.data_dir / "activations"
-    for name in ("notes", "0" * 32, "1" * 32 + ".window-x1"):
+    sets, theirs = node.data_dir / "activations", {"notes", "lost+found", "2" * 32 + ".bak"}
+    for name in (*theirs, "0" * 32, "1" * 32 + ".window-x1"):
         (sets / name).mkdir()
         (sets / name / "file").write_bytes(b"1")
 
     node.extractions.keeper.recover()
+    await node.extractions.keeper.keep_limits()
 
-    assert {folder.name for folder in folders(node)} == {"notes"}
+    assert {folder.name for folder in folders(node)} == theirs
+
+
+async def test_two_looks_at_once_do_not_take_one_another_for_readers(node):
+    job = await make(node)
+    looks = [asyncio.to_thread(_looks_free, job.folder, 300) for _ in range(4)]
+
+    assert all(await asyncio.gather(*looks))
+
+
+def _looks_free(folder, n_looks):
+    for _ in range(n_looks):
+        with nobody_holds(folder) as free:
+            if not free:
+                return False
+    return True
 
 
 async def test_a_disk_that_fills_up_has_idle_sets_evicted_and_the_extraction_goes_on(node, monkeypatch):

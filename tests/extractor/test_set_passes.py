@@ -10,7 +10,7 @@ import pytest_asyncio
 from fix_runner import documents
 
 from activation_log.index import SegmentIndex
-from extractor_service import errors
+from extractor_service import errors, set_passes
 from extractor_service.runner_protocol import Committed, Extract
 from extractor_service.turns import Turns
 from extractor_service.values import ExtractionState
@@ -259,6 +259,32 @@ async def test_a_killed_runner_costs_the_merged_ones_no_row(start_extractor, alo
         await node.until(lambda n_runners=n_runners: len(node.runners) > n_runners)
 
     await check(node, alone, *jobs)
+
+
+async def test_waiting_in_line_is_no_trouble(node, monkeypatch):
+    """A runner that dies twice, and long in line between: a deadline that counts the line would be over."""
+    monkeypatch.setattr(set_passes, "RECOVERY_DEADLINE_S", 1.5)
+    (runner,) = node.runners
+    run, jobs, told = runner.run, [], []
+
+    async def dies_twice(command, *, ends):
+        told.append(command.extraction_id)
+        if len(told) > 4:
+            async for event in run(command, ends=ends):
+                yield event
+            return
+        if len(told) % 2:  # The one behind it finds the runner dead at once.
+            await asyncio.sleep(2.0)
+        raise errors.RunnerLost("the process died")
+
+    monkeypatch.setattr(runner, "run", dies_twice)
+    for seed in (84, 85):
+        node.add_corpus(documents(50, seed=seed))
+        jobs.append(await node.extract(hookpoints=A))
+    await asyncio.wait([job.task for job in jobs], timeout=60)
+
+    assert len(set(told[:2])) == len(set(told[2:4])) == 2
+    assert [job.value.state for job in jobs] == [ExtractionState.DONE] * 2
 
 
 async def test_after_a_crash_nobody_reads_rows_that_were_not_sealed(start_extractor, alone):

@@ -1,0 +1,62 @@
+"""What the registry hears of sets, and what keeps it from hearing."""
+
+import asyncio
+import errno
+
+import pytest
+from fix_runner import documents
+
+from extractor_service.held_set import HeldSet
+from extractor_service.set_reports import SetReports
+from extractor_service.values import Retention
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture
+def reports(extractor):
+    return SetReports(extractor.extractions, extractor.registry, epoch=lambda: 1)
+
+
+async def test_a_window_does_not_stand_for_the_retained_set_of_its_id(extractor, reports):
+    extractor.add_corpus(documents(400, seed=1))
+    kept = await extractor.extract(max_rows=500)
+    await extractor.read(kept)
+    window = await extractor.extract(retention=Retention(kind="window", window_bytes=2**20, reader_grace_s=30.0))
+    await extractor.read(window)
+
+    await reports.report(kept)
+    await reports.report(window)
+
+    assert window.value.set_id == kept.value.set_id
+    held = extractor.registry.sets[kept.value.set_id]
+    assert (held.retention, held.path) == ("RETAIN", str(kept.folder))
+
+
+async def test_a_set_that_goes_while_it_is_reported_is_gone(extractor, reports, monkeypatch):
+    extractor.add_corpus(documents(20, seed=2))
+    job = await extractor.extract()
+    await extractor.read(job)
+    await asyncio.wait([job.task])
+    await reports.report(job)
+    manifest = job.folder / "manifest.json"
+    manifest.rename(job.folder / "was-there")
+    monkeypatch.setattr(type(manifest), "exists", lambda path: True)
+
+    await reports.report(job)
+
+    assert job.value.set_id not in extractor.registry.sets
+
+
+async def test_what_can_not_be_read_now_is_left_to_the_next_report(extractor, reports, monkeypatch, caplog):
+    extractor.add_corpus(documents(20, seed=3))
+    job = await extractor.extract()
+    await extractor.read(job)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(HeldSet, "at", fail)
+    await reports.report(job)
+
+    assert "could not be reported" in caplog.text
