@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ DROPPED_NAME = "dropped.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRecord:
-    """A sealed segment: rows `[first_row, end_row)`, SHA-256 of each column's data, and the resume point behind it."""
+    """A sealed segment: rows `[first_row, end_row)`, SHA-256 of each column's data, and the resume point behind it.
+
+    `non_finite` counts the values of columns that are NaN or infinite; without such a column is not in it.
+    """
 
     segment: int
     first_row: int
     n_rows: int
     digests: Mapping[str, str]
     resume: Mapping[str, Any]
+    non_finite: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def end_row(self) -> int:
@@ -43,6 +47,7 @@ class SegmentRecord:
             "rows": self.n_rows,
             "sha256": dict(self.digests),
             "resume": dict(self.resume),
+            **({"non_finite": dict(self.non_finite)} if self.non_finite else {}),
         }
         return json.dumps(document, separators=(",", ":")).encode() + b"\n"
 
@@ -82,6 +87,11 @@ class SegmentIndex:
             n_rows = record.end_row
         return n_rows
 
+    def n_non_finite(self, columns: Sequence[str], end_row: int) -> int:
+        """Values of `columns` that are NaN or infinite, in the segments of the rows before `end_row`."""
+        records = [record for record in self.records if record.first_row < end_row]
+        return sum(record.non_finite.get(name, 0) for record in records for name in columns)
+
     def find(self, row: int) -> SegmentRecord | None:
         """The sealed segment that holds `row`."""
         at = bisect_right(self.records, row, key=lambda record: record.first_row) - 1
@@ -118,6 +128,7 @@ def _parse(line: bytes, folder: Path) -> SegmentRecord:
             n_rows=document["rows"],
             digests=document["sha256"],
             resume=document["resume"],
+            non_finite=document.get("non_finite", {}),
         )
     except (ValueError, KeyError, TypeError) as exc:
         raise SetCorrupt(f"{folder / FILE_NAME} has a line that is no record: {line[:80]!r}") from exc
@@ -137,6 +148,7 @@ def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) ->
         n_rows=known.n_rows,
         digests={**known.digests, **record.digests},
         resume=known.resume,
+        non_finite={**known.non_finite, **record.non_finite},
     )
 
 

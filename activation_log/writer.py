@@ -6,6 +6,7 @@ A crash at any point leaves the sealed segments; the next writer removes what wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -47,6 +48,7 @@ class SetWriter:
         self._open_rows = 0
         self._open_segment = 0
         self._resume_at_commit: Mapping[str, Any] = {}
+        self._non_finite: Counter[str] = Counter()
         self._sealing: Future[SegmentIndex] | None = None
         # What sealing gives back to a full disk is for its record, not for the next segment.
         self._disk = Lock()
@@ -83,12 +85,21 @@ class SetWriter:
             ]
         return Reservation(n_rows, views)
 
-    def commit(self, n_rows: int, resume: Mapping[str, Any]) -> None:
-        """Makes the first `n_rows` rows reserved readable; from `resume` the row behind them can be produced again."""
+    @property
+    def n_non_finite(self) -> int:
+        """Values sealed in its columns that are NaN or infinite."""
+        return self._index.n_non_finite([column.name for column in self._columns], self.next_row)
+
+    def commit(self, n_rows: int, resume: Mapping[str, Any], non_finite: Mapping[str, int] | None = None) -> None:
+        """Makes the first `n_rows` rows reserved readable; from `resume` the row behind them can be produced again.
+
+        `non_finite` has how many of their values are NaN or infinite, by column.
+        """
         assert 0 < n_rows <= self._capacity - self._open_rows, "commit what was reserved"
         self._open_rows += n_rows
         self.next_row += n_rows
         self._resume_at_commit = dict(resume)
+        self._non_finite.update(non_finite or {})
         if self._open_rows == self._capacity:
             self.seal()
 
@@ -112,6 +123,7 @@ class SetWriter:
             n_rows=self._open_rows,
             digests={},
             resume=self._resume_at_commit,
+            non_finite=dict(self._non_finite),
         )
         self._sealing = self._sealer.submit(self._seal_files, segments, record)
 
@@ -175,6 +187,7 @@ class SetWriter:
         n_recorded = sum(all(name in record.digests for name in names) for record in self._index.records)
         self._open_segment = n_recorded + (self._sealing is not None)
         self._open_first_row, self._open_rows = self.next_row, 0
+        self._non_finite = Counter()
         with self._disk:
             self._open = self._open_columns()
 

@@ -277,7 +277,7 @@ class ExtractionJob:
         if self._wanted_of(n_rows) > self.value.n_rows:
             self.update(n_rows=self._wanted_of(n_rows))
 
-    def on_all_rows(self, n_rows: int) -> None:
+    def on_all_rows(self, n_rows: int, n_non_finite: int) -> None:
         """Every row is there. Raises CorpusEmpty if that is none."""
         if n_rows == 0:
             raise CorpusEmpty("No row survives the recipe: the documents are empty or the recipe drops every token.")
@@ -286,6 +286,7 @@ class ExtractionJob:
             n_rows=n_rows,
             n_rows_expected=n_rows,
             n_rows_exact=True,
+            n_non_finite=n_non_finite,
             cached=self.value.n_rows_computed == 0 and not self._recovered,
             waiting_for=(),
             queue_position=0,

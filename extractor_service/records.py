@@ -35,6 +35,7 @@ class Records:
             "n_rows": value.n_rows,
             "n_rows_computed": value.n_rows_computed,
             "size_bytes": value.size_bytes,
+            "n_non_finite": value.n_non_finite,
             "cached": value.cached,
             "create_time": value.create_time,
         }
@@ -80,7 +81,8 @@ def _value_of(record: dict[str, Any]) -> Extraction:
         n_rows_expected=record["n_rows"] if state.ended else 0,
         n_rows_exact=state.ended,
         n_rows_computed=record["n_rows_computed"],
-        size_bytes=record.get("size_bytes", 0),  # Older records lack it.
+        size_bytes=record.get("size_bytes", 0),  # Older records lack it, and the next.
+        n_non_finite=record.get("n_non_finite", 0),
         cached=record["cached"],
         create_time=record["create_time"],
     )

@@ -48,8 +48,8 @@ class Rider(Protocol):
     def on_found(self, n_rows: int) -> None:
         """Rows before `n_rows` are there without its doing, and more will come."""
 
-    def on_all_rows(self, n_rows: int) -> None:
-        """Every row is there."""
+    def on_all_rows(self, n_rows: int, n_non_finite: int) -> None:
+        """Every row is there, and so many values that are NaN or infinite."""
 
 
 class RunningPass:

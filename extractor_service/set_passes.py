@@ -24,6 +24,7 @@ from extractor_service.errors import (
     DiskFull,
     ExtractionFailed,
     LeaseLost,
+    NonFinite,
     RegistryUnavailable,
     RunnerLost,
     WaitTimeout,
@@ -31,7 +32,7 @@ from extractor_service.errors import (
 from extractor_service.identity import check_same_model
 from extractor_service.leasing import Leasing
 from extractor_service.node import Node
-from extractor_service.passes import Pass, has_all, next_pass
+from extractor_service.passes import Pass, Want, has_all, next_pass
 from extractor_service.ports import Corpora, Models, Room, Runner
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Message
 from extractor_service.running_pass import Rider, RunningPass
@@ -73,14 +74,20 @@ class SetPasses:
         self._apart = False  # A merged pass has failed: one rider at a time.
 
     def settled(self, rider: Rider) -> bool:
-        """Tells the rider how far its rows are; True when it has them all."""
+        """Tells the rider how far its rows are; True when it has them all.
+
+        Raises NonFinite where others have let in what it does not allow.
+        """
         manifest, index = Manifest.load(self._folder), SegmentIndex.load(self._folder)
         want = rider.want
         n_rows = index.n_rows(want.columns)
+        n_non_finite = index.n_non_finite(want.columns, want.max_rows or n_rows)
+        if n_non_finite and not _allows(rider):
+            raise _non_finite(index, want, n_non_finite)
         if not has_all(index, want, manifest.total_rows):
             rider.on_found(n_rows)
             return False
-        rider.on_all_rows(min(n_rows, want.max_rows) if want.max_rows else n_rows)
+        rider.on_all_rows(min(n_rows, want.max_rows) if want.max_rows else n_rows, n_non_finite)
         return True
 
     async def complete(self, rider: Rider) -> None:
@@ -312,6 +319,16 @@ class SetPasses:
 
 def _allows(rider: Rider) -> bool:
     return rider.value.spec.allow_non_finite
+
+
+def _non_finite(index: SegmentIndex, want: Want, n_values: int) -> NonFinite:
+    columns = {name for record in index.records for name in record.non_finite if name in want.columns}
+    names = ", ".join(sorted(columns))
+    return NonFinite(
+        f"{n_values} values of {names} in this set are NaN or infinite, which another extraction allowed; use a "
+        "storage or compute dtype of wider range, or allow_non_finite.",
+        metadata={"hookpoint": names},
+    )
 
 
 def _required_bytes(exc: ServiceError) -> int:

@@ -63,6 +63,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
                 packer=packer,
                 emit=emit,
                 parity=_parity_check(loaded, command, manifest, columns, sites),
+                n_non_finite=writer.n_non_finite,
                 trims=recipe.window is not None and _looks_back_only(loaded.model, recipe.context_size),
             )
             complete = manifest.total_rows == writer.next_row or job.run()
@@ -136,10 +137,11 @@ class _Job:
                 self.parity.end()
                 return False
             reservation = self.writer.reserve(n_rows)
-            self.n_non_finite += source.copy_to(reservation, done)
+            non_finite = source.copy_to(reservation, done)
+            self.n_non_finite += sum(non_finite.values())
             self.parity.stored(reservation, done)
             done += reservation.n_rows
-            self.writer.commit(reservation.n_rows, _resume_json(rows.batch, done, source.n_rows))
+            self.writer.commit(reservation.n_rows, _resume_json(rows.batch, done, source.n_rows), non_finite)
         self.parity.end()
         if self.throttle.ready():
             self._tell_committed()

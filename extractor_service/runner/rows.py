@@ -44,16 +44,17 @@ class RowSource:
         for column in columns:
             _check_width(column, rows.activations[column.name])
 
-    def copy_to(self, reservation: Reservation, first: int) -> int:
-        """Fills the reservation with rows from `first` on; returns how many values are not finite.
+    def copy_to(self, reservation: Reservation, first: int) -> dict[str, int]:
+        """Fills the reservation with rows from `first` on; returns how many values are not finite, by column.
 
-        Raises NonFinite for these unless they are allowed.
+        Columns without such a value are left out. Raises NonFinite for these unless they are allowed.
         """
         end = first + reservation.n_rows
         for name, values in self._provenance.items():
             if name in reservation.columns:  # Not where columns are added to rows that exist.
                 np.frombuffer(reservation.columns[name], dtype=np.int32)[:] = values[first:end]
-        return sum(self._copy_column(column, reservation, first, end) for column in self._columns)
+        counts = {column.name: self._copy_column(column, reservation, first, end) for column in self._columns}
+        return {name: count for name, count in counts.items() if count}
 
     def _copy_column(self, column: ColumnSpec, reservation: Reservation, first: int, end: int) -> int:
         memory = reservation.columns[column.name]

@@ -89,6 +89,22 @@ def test_rows_are_written_and_read_behind_a_segment_that_is_being_sealed(folder)
     assert read(folder, SEGMENT_ROWS + 7) == list(range(SEGMENT_ROWS + 7))
 
 
+def test_the_index_counts_values_that_are_not_finite(folder):
+    with SetWriter.open(folder) as writer:
+        for count in (2, 0, 3):
+            reservation = writer.reserve(SEGMENT_ROWS // 2)
+            writer.commit(reservation.n_rows, {}, {HOOK.name: count} if count else None)
+        writer.seal()
+
+    index = SegmentIndex.load(folder)
+    assert [record.non_finite for record in index.records] == [{HOOK.name: 2}, {HOOK.name: 3}]
+    assert index.n_non_finite([HOOK.name], SEGMENT_ROWS) == 2
+    assert index.n_non_finite([HOOK.name], SEGMENT_ROWS + 1) == 5
+    assert index.n_non_finite(["token_id"], SEGMENT_ROWS + 1) == 0
+    with SetWriter.open(folder) as writer:
+        assert writer.n_non_finite == 5
+
+
 def test_a_segment_after_a_short_one_begins_when_that_is_recorded(folder):
     sealing = Sealing()
     with SetWriter.open(folder, summarize=sealing) as writer:

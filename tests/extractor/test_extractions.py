@@ -3,8 +3,12 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from fix_extractor import model_info
 from fix_runner import documents
+from transformers import AutoModelForCausalLM
 
 from activation_log import retention
 from activation_log.manifest import Manifest
@@ -20,6 +24,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 RECIPE = Recipe(context_size=64, batch_size=2)
 SPECIAL = SpecialTokens(bos_id=1, eos_id=2)
+BROKEN_TOKEN = 96
 WINDOW = Retention(kind="window", window_bytes=2 * 1024 * 1024, reader_grace_s=30.0)
 
 
@@ -264,6 +269,42 @@ async def test_a_model_computes_what_it_was_loaded_with_whatever_the_registry_sa
     await asyncio.wait([job.task], timeout=30)
 
     assert job.value.failure.reason == "STATE_CONFLICT"
+
+
+@pytest.fixture
+def broken_model(tiny_llama, tmp_path):
+    """A model that gives NaN for one token."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BROKEN_TOKEN] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    return model_info(tmp_path / "broken", "broken")
+
+
+async def test_nobody_gets_values_that_only_others_allow(start_extractor, broken_model):
+    extractor = await start_extractor()
+    extractor.registry.models["broken"] = broken_model
+    extractor.add_corpus([*documents(200, seed=37), [5, BROKEN_TOKEN, 6]])
+    recipe = Recipe(context_size=64, batch_size=2, packing="one_document")
+    request = {"model_id": "broken", "recipe": recipe}
+    lenient = await extractor.extract(**request, allow_non_finite=True)
+    content, _, _ = await extractor.read(lenient)
+    await asyncio.wait([lenient.task])
+    strict = await extractor.extract(**request)
+    await asyncio.wait([strict.task], timeout=30)
+    early = await extractor.extract(**request, max_rows=100)
+    await asyncio.wait([early.task], timeout=30)
+
+    n_broken = np.isnan(np.frombuffer(content[lenient.columns[-1]], np.float32)).sum()
+    assert lenient.value.n_non_finite == n_broken > 0
+    assert strict.value.failure.reason == "NON_FINITE"
+    assert lenient.columns[-1] in strict.value.failure.message
+    # One segment holds them all: what it has of rows not asked for counts too.
+    assert early.value.failure.reason == "NON_FINITE"
+
+    await extractor.stop()
+    await extractor.start()
+    assert extractor.extractions.get(lenient.value.id).value.n_non_finite == n_broken
 
 
 async def test_whoever_asks_again_while_an_extraction_is_being_cancelled_gets_another(extractor):
