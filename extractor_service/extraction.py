@@ -18,6 +18,7 @@ from typing import Any
 from activation_log import retention
 from activation_log.index import SegmentIndex, dropped_rows
 from activation_log.manifest import Manifest
+from activation_log.order import Shard
 from chassis.errors import ServiceError
 from extractor_service.errors import (
     CorpusEmpty,
@@ -32,7 +33,7 @@ from extractor_service.estimate import RowCount
 from extractor_service.passes import Want
 from extractor_service.ports import Room
 from extractor_service.rate import RateMeter
-from extractor_service.readers import Reader, Readers
+from extractor_service.readers import FOR_GOOD, Reader, Readers
 from extractor_service.receipt import read_receipt
 from extractor_service.set_passes import SetPasses
 from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, Transfer
@@ -40,6 +41,7 @@ from extractor_service.window import SEAL_POLL_S, Window
 
 # A count that takes longer goes on beside the first pass, which ends if the rows turn out not to fit.
 COUNT_WAIT_S = 2.0
+_ALL = Shard()
 
 logger = logging.getLogger(__name__)
 
@@ -310,10 +312,16 @@ class ExtractionJob:
 
     # -- readers ------------------------------------------------------------------------------------------------------
 
-    def attach(self, name: str, start_row: int) -> Reader:
-        """Attaches a reader; raises RowsExpired if its first row is gone, SetNotFound if the set is."""
+    def attach(self, name: str, start_row: int, *, shard: Shard = _ALL) -> Reader:
+        """Attaches a reader; raises RowsExpired if its first row is gone, SetNotFound if the set is.
+
+        With the first shard of several all are waited for: the others' first rows must not go.
+        """
         self._check_rows(start_row)
-        reader = self._readers.attach(name, start_row)
+        keys = [f"shard {index} of {shard.count}" for index in range(shard.count)] if shard.count > 1 else []
+        reader = self._readers.attach(name, start_row, shard=keys[shard.index] if keys else "")
+        if self._window:
+            self._readers.expect(keys, self._window.first_kept_row, until=self._grace_end())
         if self._window:
             self._window.end_grace()
         self._context.room.used(self.folder)
@@ -321,8 +329,10 @@ class ExtractionJob:
         return reader
 
     def release(self, name: str, row: int) -> None:
-        """Lets rows before `row` go for the reader called `name`; one that has left has released everything."""
-        if reader := self._readers.named(name):
+        """Lets rows before `row` go for the reader called `name`; FOR_GOOD: it comes no more."""
+        if row == FOR_GOOD:
+            self._readers.dismiss(name)
+        elif reader := self._readers.named(name):
             self.release_reader(reader, row)
 
     def release_reader(self, reader: Reader, row: int) -> None:
@@ -331,14 +341,18 @@ class ExtractionJob:
         if self._window and self._make_room(self._window):
             self._spawn(self._passes.grant(self._window.grant_row))
 
-    def detach(self, reader: Reader) -> None:
-        """Detaches a reader. The last one of a WINDOW set leaves it to itself after its grace."""
-        self._readers.detach(reader)
+    def detach(self, reader: Reader, *, at_end: bool = False) -> None:
+        """Detaches a reader. The last one of a WINDOW set leaves it to itself after its grace.
+
+        While others read, they wait for one that was cut off in mid-way, as long as that.
+        """
+        self._readers.detach(reader, back_until=0.0 if at_end or not self._window else self._grace_end())
         self._context.room.used(self.folder)
         self.update(readers=self._readers.statuses())
         self._context.let_go()
         done = self.value.state == ExtractionState.DONE
-        self._start_grace(read_out=done and reader.released_row >= self.value.n_rows)
+        read_out = done and reader.released_row >= self.value.n_rows and self._readers.all_back()
+        self._start_grace(read_out=read_out)
 
     def _check_rows(self, start_row: int) -> None:
         if self._is_window:
@@ -368,6 +382,9 @@ class ExtractionJob:
                 await self._passes.grant(self._window.grant_row)
                 return
             await asyncio.sleep(SEAL_POLL_S)
+
+    def _grace_end(self) -> float:
+        return time.monotonic() + self.value.spec.retention.reader_grace_s
 
     def _start_grace(self, *, read_out: bool = False) -> None:
         if self._window and not self._readers:

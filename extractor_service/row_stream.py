@@ -95,7 +95,9 @@ class RowStream:
                 field="explicit_release",
             )
         columns = check_columns(request.columns, job.columns)
-        self._attached: Reader = job.attach(request.reader, self._way.first_row_needed(request.start_row))
+        self._attached: Reader = job.attach(
+            request.reader, self._way.first_row_needed(request.start_row), shard=request.order.shard
+        )
         try:
             self._reader = self._open(columns)
         except BaseException:
@@ -103,6 +105,7 @@ class RowStream:
             raise
         self._generation = job.generation
         self.next_row = request.start_row
+        self._over = False
         row_bytes = self._reader.row_bytes
         self._chunk_rows = max(1, (request.chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
         if self._way.block_rows > self._chunk_rows and not request.chunk_bytes:
@@ -157,12 +160,13 @@ class RowStream:
                 quiet_until = time.monotonic() + HEARTBEAT_S  # A change that brings no row is silence too.
             else:
                 await self._shutdown.race(self._job.changed(quiet_until - time.monotonic()))
+        self._over = True
         yield End(self.next_row, self._job.value.n_rows)
 
     def close(self) -> None:
         """Detaches the reader."""
         self._reader.close()
-        self._job.detach(self._attached)
+        self._job.detach(self._attached, at_end=self._over)
 
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:

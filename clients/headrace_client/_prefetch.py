@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -32,6 +33,7 @@ from headrace_client.waits import Waited
 
 JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
 _LARGEST_CHUNK_BYTES = 16 * 1024 * 1024
+_FOR_GOOD = (1 << 63) - 1  # Releasing this row says that the reader comes no more.
 _RELEASE_PAUSE_S = 0.05  # Between ReleaseRows calls: one call covers all rows taken in between.
 _LOG = logging.getLogger("headrace_client")
 
@@ -384,7 +386,7 @@ class Releaser:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._row > sent)  # noqa: B023 - called before `sent` changes.
                 if self._stopping:
-                    return
+                    break
                 row = self._row
             try:
                 self._source.release(row)
@@ -395,3 +397,6 @@ class Releaser:
                 _LOG.debug("release of rows before %d: %s", row, exc)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, 0.5)
+        # Others of the window need not wait for this one to come back.
+        with contextlib.suppress(HeadraceError):
+            self._source.release(_FOR_GOOD)

@@ -797,7 +797,9 @@ class ReleaseRowsRequest(_message.Message):
     reader: _builtins.str
     """Reader of an open stream."""
     row: _builtins.int
-    """Rows before this one may go."""
+    """Rows before this one may go. 2^63 - 1: the reader closes its stream and comes no more. Without that a reader of a
+    WINDOW set that is cut off is waited for by the others, up to reader_grace_s.
+    """
     def __init__(
         self,
         *,
