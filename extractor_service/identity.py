@@ -48,8 +48,8 @@ def check_same_model(identity: Mapping[str, Any], spec: ExtractionSpec, loaded: 
     other = [key for key in _OF_THE_MODEL if now[key] != identity[key]]
     if other:
         raise StateConflict(
-            f"Model {loaded.model.id} is not the one this set was begun with; its {', '.join(other)} changed. Start "
-            "the extraction again: its rows will be another set's.",
+            f"What is loaded of {loaded.model.id} is not what this set was begun with; its {', '.join(other)} changed. "
+            "Start the extraction again, and unload the model before if it was changed while it was loaded.",
             metadata={"changed": ", ".join(other)},
             resource=("Model", loaded.model.id),
         )

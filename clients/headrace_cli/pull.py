@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -104,11 +106,12 @@ class _Pull:
             "set_id": extraction.set_id,
             "columns": list(columns),
             "start_row": start_row,
-            "end_row": end_row,
+            "end_row": end_row or extraction.max_rows,
         }
         self._order = reading.fields()
         if self._order:
-            self._identity["order"] = self._order
+            # As many blocks as its rows make are permuted or shared out.
+            self._identity |= {"order": self._order, "max_rows": extraction.max_rows}
         self._options: dict[str, Any] = {
             "order": reading.order,
             "seed": reading.seed,
@@ -226,8 +229,8 @@ class _Pull:
         }
 
     def _fingerprint(self) -> str:
-        order = "".join(f" {name}={value}" for name, value in self._order.items())
-        return f"{self._extraction.set_id} {self._start_row}:{self._end_row} {','.join(self._columns)}{order}"
+        """What was pulled, in little: a header has no room for the names of hundreds of columns."""
+        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
 
 def _reading(**options: Any) -> Reading:

@@ -11,10 +11,10 @@ import typer
 from headrace_cli import formats, sets_export
 from headrace_cli.exits import reported
 from headrace_cli.output import note, print_json, print_rows, print_value
+from headrace_cli.set_ids import whole_id
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
-    from headrace_client import HeadraceClient
     from headrace_client.values import ActivationSet, SetPin
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ def show(context: typer.Context, set_id: _SetId) -> None:
     """Show what each node holds of a set."""
     settings = settings_of(context)
     with settings.connect() as client:
-        sets = client.sets.get(_whole_id(client, set_id))
+        sets = client.sets.get(whole_id(client, set_id))
     if settings.json:
         print_json(sets)
         return
@@ -99,7 +99,7 @@ def pin(
     settings = settings_of(context)
     whose, end = owner or getpass.getuser(), _end(for_)
     with settings.connect() as client:
-        whole = _whole_id(client, set_id)
+        whole = whole_id(client, set_id)
         client.sets.pin(whole, whose, reason=reason, expire_time=end)
     if settings.json:
         print_json({"pinned": whole, "owner": whose, "expire_time": end})
@@ -114,7 +114,7 @@ def unpin(context: typer.Context, *, set_id: _SetId, owner: _Owner = "") -> None
     settings = settings_of(context)
     whose = owner or getpass.getuser()
     with settings.connect() as client:
-        whole = _whole_id(client, set_id)
+        whole = whole_id(client, set_id)
         client.sets.unpin(whole, whose)
     if settings.json:
         print_json({"unpinned": whole, "owner": whose})
@@ -128,18 +128,12 @@ def delete(context: typer.Context, *, set_id: _SetId) -> None:
     """Delete a set on all nodes; extracting it again makes the same rows."""
     settings = settings_of(context)
     with settings.connect() as client:
-        whole = _whole_id(client, set_id)
+        whole = whole_id(client, set_id)
         client.sets.delete(whole)
     if settings.json:
         print_json({"deleted": whole})
     else:
         note(f"{whole[:16]} goes within seconds")
-
-
-def _whole_id(client: HeadraceClient, beginning: str) -> str:
-    """The id of the one set that begins so; else what was given, for the registry to judge."""
-    found = {one.id for one in client.sets.list() if one.id.startswith(beginning)}
-    return found.pop() if len(found) == 1 else beginning
 
 
 def _use(one: ActivationSet) -> str:

@@ -11,6 +11,7 @@ import typer
 from headrace_cli import formats
 from headrace_cli.exits import reported
 from headrace_cli.output import print_value
+from headrace_cli.set_ids import whole_id
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
@@ -74,14 +75,18 @@ def export(
 def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]) -> Extraction:
     """An extraction through which the set's rows can be read; none of them is computed again."""
     from headrace_client import errors  # noqa: PLC0415
-    from headrace_client.values import ExtractionState  # noqa: PLC0415
+    from headrace_client.values import ExtractionState, Window  # noqa: PLC0415
 
-    sets = [one for one in client.sets.list() if one.id.startswith(set_id)]
-    for one in sets or client.sets.get(set_id):
+    for one in client.sets.get(whole_id(client, set_id)):
         wanted = hookpoints or [name for name in one.columns[3:] if not name.endswith(".scale")]
-        known = [each for each in client.extractions.list(node=one.node_id) if each.set_id == one.id]
+        known = [
+            each
+            for each in client.extractions.list(node=one.node_id)
+            if each.set_id == one.id and not isinstance(each.retention, Window)
+        ]
         for each in known:
-            if each.state is ExtractionState.DONE and set(wanted) <= set(each.hookpoints):
+            has_all = each.n_rows >= one.n_rows and set(wanted) <= set(each.hookpoints)
+            if each.state is ExtractionState.DONE and has_all:
                 return each
         for each in known:
             started = client.extractions.start(
@@ -89,7 +94,7 @@ def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]
                 each.corpus_id,
                 list(wanted),
                 recipe=each.recipe,
-                max_rows=each.max_rows,
+                max_rows=0 if one.complete else one.n_rows,
                 node=one.node_id,
             )
             return client.extractions.wait(started.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 await asyncio.to_thread(upload.write, request.content)
             return await asyncio.to_thread(upload.finish)
         finally:
-            await asyncio.to_thread(upload.__exit__, None, None, None)
+            await asyncio.to_thread(upload.__exit__, *sys.exc_info())
 
     @contextlib.contextmanager
     def _ingesting(self) -> Iterator[None]:

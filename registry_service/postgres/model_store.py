@@ -202,8 +202,9 @@ async def change_model(conn: Connection, model_id: str, message: str, columns: M
 
 
 async def check_unused(conn: Connection, model_id: str, verb: str) -> None:
-    """Raises ModelInUse while the model is on a device or on its way there, or may be when its node is heard again."""
-    active = await (await conn.execute(queries.RESIDENCIES_HELD_OF_MODEL, {"model_id": model_id})).fetchall()
+    """Raises ModelInUse while the model is on a device or on its way there."""
+    parameters = {"model_id": model_id, "node_id": ""}
+    active = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
     if active:
         places = ", ".join(f"{row['node_id']}/{row['device_id']}" for row in active)
         await _refuse_use(conn, model_id, verb, places)

@@ -297,11 +297,6 @@ SET state = state_when_lost, state_when_lost = NULL, reason = %(reason)s, actor 
 WHERE node_id = %(node_id)s AND node_epoch = %(epoch)s AND state = 'LOST' AND state_when_lost IS NOT NULL
 RETURNING id
 """
-RESIDENCIES_HELD_OF_MODEL = """
-SELECT id, node_id, device_id FROM residencies
-WHERE model_id = %(model_id)s AND (state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR state_when_lost IS NOT NULL)
-ORDER BY node_id, device_id, id FOR UPDATE
-"""
 RESIDENCIES_ACTIVE_OF_MODEL = """
 SELECT id, node_id, device_id, state FROM residencies
 WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)

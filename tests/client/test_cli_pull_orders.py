@@ -1,12 +1,16 @@
 """`headrace pull` in another order, of a shard, and by another transport."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, Fault, unavailable
 from headrace_cli.app import app
+from headrace_cli.pull import _Pull
 from headrace_cli.settings import Defaults
+from headrace_client.order import Reading
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -58,6 +62,26 @@ def test_another_order_is_not_mixed_in(pull):
 
     assert again.exit_code != 0
     assert "something else" in again.stderr
+
+
+def test_what_was_pulled_fits_a_header_however_many_columns_there_are():
+    columns = tuple(f"blocks.{layer}.attn.hook_result" for layer in range(4096))
+    extraction = SimpleNamespace(set_id="s" * 32, max_rows=0, model_id="m", corpus_id="c")
+    pull = _Pull(None, extraction, Path("out"), columns, 0, 0, reading=Reading(), transport="auto")
+
+    assert len(json.dumps(dict(pull._metadata(1000)))) < 1000
+
+
+def test_rows_of_a_shorter_extraction_are_not_taken_for_those_of_a_longer_one():
+    def pull(max_rows, end_row=0, **order):
+        extraction = SimpleNamespace(set_id="s", max_rows=max_rows)
+        reading = Reading(**order)
+        return _Pull(None, extraction, Path("out"), ("token_id",), 0, end_row, reading=reading, transport="auto")
+
+    shuffled = {"order": "shuffled", "seed": 1}
+    assert pull(1000)._fingerprint() != pull(0)._fingerprint()
+    assert pull(1000)._fingerprint() == pull(0, end_row=1000)._fingerprint()
+    assert pull(1000, 500, **shuffled)._fingerprint() != pull(0, 500, **shuffled)._fingerprint()
 
 
 def test_a_shard_is_every_other_block(pull, tmp_path):

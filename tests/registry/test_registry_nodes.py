@@ -9,9 +9,9 @@ import pytest
 from fix_postgres import refused, running_registry
 from fix_registry import FakeNode, acquire, cpu, lease_request, ready_model, residency_of, until, until_residency
 from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
-from headrace.registry.v1 import model_pb2, model_service_pb2, residency_service_pb2
 from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import residency_pb2 as r
+from headrace.registry.v1 import residency_service_pb2
 
 
 async def node_of(stubs, node_id: str = "node-a") -> r.Node:
@@ -199,17 +199,12 @@ async def test_a_silent_node_is_lost_and_comes_back_with_its_residencies(databas
         renewal = residency_service_pb2.RenewLeaseRequest(lease_id=lease.id, fence=lease.fence)
         while_lost = await refused(stubs.residencies.RenewLease(renewal))
         nowhere = await refused(stubs.residencies.AcquireLease(lease_request("tiny")))
-        change = model_service_pb2.UpdateModelRequest(model=model_pb2.Model(id="tiny"))
-        change.model.load_options.update({"dtype": "bfloat16"})
-        change.update_mask.paths.append("load_options")
-        in_use = await refused(stubs.models.UpdateModel(change))
         await node.heartbeat()
         back = await residency_of(stubs, lease.residency_id)
         await stubs.residencies.RenewLease(renewal)
 
         assert lost.state == r.RESIDENCY_STATE_LOST
         assert (while_lost.reason, nowhere.reason) == ("LEASE_LOST", "NODE_LOST")
-        assert in_use.reason == "MODEL_IN_USE"  # It comes back with what it was loaded with.
         assert (back.state, back.fence, back.n_leases) == (r.RESIDENCY_STATE_RESIDENT, lost.fence, 1)
         assert (await node_of(stubs)).state == r.NODE_STATE_ALIVE
         # Its stream was open all the time; it was never told to drop what it holds.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fix_system import FAST, MODEL, PATIENCE_S, TOKEN, WIDTH, eventually, texts
 from headrace_cli.app import app
+from headrace_cli.sets_export import extraction_of
 from headrace_cli.settings import Defaults
 from headrace_client.errors import InvalidArgument
 from headrace_client.integrations.sae_lens_export import export_cached_activations
@@ -116,6 +117,17 @@ def test_the_command_exports_a_set_by_the_beginning_of_its_id(system, extraction
     told = json.loads(result.stdout)
     assert told["hookpoints"] == HOOKPOINTS
     assert (tmp_path / "out" / "state.json").exists()
+
+
+def test_the_whole_set_is_exported_although_less_of_it_was_asked_for_since(system, extraction):
+    less = system.client.extractions.start(MODEL, extraction.corpus_id, HOOKPOINTS, recipe=FAST, max_rows=64)
+    less = system.client.extractions.wait(less.id, deadline_s=PATIENCE_S)
+    eventually(lambda: extraction.set_id in {one.id for one in system.client.sets.list()}, "the list knows")
+
+    chosen = extraction_of(system.client, extraction.set_id[:12], HOOKPOINTS)
+
+    assert less.set_id == extraction.set_id
+    assert chosen.n_rows == extraction.n_rows > less.n_rows
 
 
 def test_what_can_not_be_exported_leaves_nothing_behind(system, extraction, tmp_path):
