@@ -205,7 +205,8 @@ class Extractions:
         """Reports sets whose extraction changed, every interval and soon after somebody let go of one."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._let_go.wait(), interval_s)
+                async with asyncio.timeout(interval_s):
+                    await self._let_go.wait()
                 await asyncio.sleep(SEVERAL_LET_GO_S)
             self._let_go.clear()
             for job in [job for job in self._jobs.values() if self._reported.get(job.value.id) != job.seq]:

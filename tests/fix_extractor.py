@@ -66,7 +66,8 @@ class FakeRegistry:
         while True:
             changed = self._changed
             yield DesiredState(assignments=tuple(self.assigned.values()))
-            await asyncio.wait_for(changed.wait(), 60)
+            async with asyncio.timeout(60):
+                await changed.wait()
 
     async def report_residency(self, epoch, report):
         self.reports.append(report)
@@ -122,7 +123,8 @@ class FakeRegistry:
             self._notify()
         while self.assigned[held.residency_id].state != "RESIDENT":
             changed = self._changed
-            await asyncio.wait_for(changed.wait(), 60)
+            async with asyncio.timeout(60):
+                await changed.wait()
             if held.residency_id not in self.assigned:
                 failure = self.reports[-1].failure
                 raise error_for(failure.reason, failure.message)
