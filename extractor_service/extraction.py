@@ -33,7 +33,7 @@ from extractor_service.estimate import RowCount
 from extractor_service.passes import Want
 from extractor_service.ports import Room
 from extractor_service.rate import RateMeter
-from extractor_service.readers import FOR_GOOD, Reader, Readers
+from extractor_service.readers import FOR_GOOD, Reader, Readers, shard_key
 from extractor_service.receipt import read_receipt
 from extractor_service.set_passes import SetPasses
 from extractor_service.values import Extraction, ExtractionSpec, ExtractionState, Failure, Transfer
@@ -318,10 +318,9 @@ class ExtractionJob:
         With the first shard of several all are waited for: the others' first rows must not go.
         """
         self._check_rows(start_row)
-        keys = [f"shard {index} of {shard.count}" for index in range(shard.count)] if shard.count > 1 else []
-        reader = self._readers.attach(name, start_row, shard=keys[shard.index] if keys else "")
-        if self._window:
-            self._readers.expect(keys, self._window.first_kept_row, until=self._grace_end())
+        reader = self._readers.attach(name, start_row, shard=shard_key(shard) if shard.count > 1 else "")
+        if self._window and shard.count > 1:
+            self._readers.expect(shard.count, self._window.first_kept_row, until=self._grace_end())
         if self._window:
             self._window.end_grace()
         self._context.room.used(self.folder)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from activation_log.order import Shard
 from extractor_service.errors import TooManyStreams
 from extractor_service.values import ReaderStatus
 
@@ -36,7 +36,7 @@ class Readers:
 
     _readers: list[Reader] = field(default_factory=list)
     _away: dict[str, tuple[Reader, float]] = field(default_factory=dict)
-    _gone: set[str] = field(default_factory=set)  # Keys of shards that have had all their rows.
+    _gone: set[str] = field(default_factory=set)  # Keys of shards that have left for good.
     _n_attached: int = 0
 
     def __bool__(self) -> bool:
@@ -61,11 +61,14 @@ class Readers:
         self._readers.append(reader)
         return reader
 
-    def expect(self, shards: Sequence[str], first_row: int, *, until: float) -> None:
-        """Others of these shards will come: rows from `first_row` on wait for them as for those that were there."""
+    def expect(self, n_shards: int, first_row: int, *, until: float) -> None:
+        """All shards will come: rows from `first_row` on wait for them as for those that were there.
+
+        No more than can be attached at once.
+        """
         known = {reader.key for reader in self._readers} | self._away.keys() | self._gone
-        for key in shards:
-            if key not in known:
+        for index in range(min(n_shards, MAX_READERS)):
+            if (key := shard_key(Shard(index, n_shards))) not in known:
                 self._keep(Reader(key, first_row, key, is_shard=True), until)
 
     def detach(self, reader: Reader, *, back_until: float = 0.0) -> None:
@@ -119,3 +122,8 @@ class Readers:
         now = time.monotonic()
         self._away = {key: away for key, away in self._away.items() if away[1] > now}
         return [*self._readers, *(reader for reader, _ in self._away.values())]
+
+
+def shard_key(shard: Shard) -> str:
+    """What a shard's reader is known by, whoever reads it."""
+    return f"shard {shard.index} of {shard.count}"
