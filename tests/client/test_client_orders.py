@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, unavailable
+from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace_client import errors
@@ -263,10 +264,10 @@ def test_a_shard_of_a_window_releases_the_blocks_of_the_others_too(client, scrip
 
     with client.chunks(EXTRACTION_ID, "token_id", shard=(1, 2), block_rows=BLOCK, queue_bytes=64) as stream:
         rows = [int(row) for chunk in stream for row in chunk.array("token_id")]
+        eventually(lambda: scripted_extractor.calls["ReleaseRows"], "a release")
+        released = [call.row for call in scripted_extractor.calls["ReleaseRows"]]
 
-    released = [call.row for call in scripted_extractor.calls["ReleaseRows"]]
     assert rows[:BLOCK] == list(range(BLOCK, 2 * BLOCK))
-    assert released
     assert set(released) <= {row for row in range(1001) if row // BLOCK % 2 == 1}, "always the next row of this shard"
 
 
