@@ -63,7 +63,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--node-id", default="", metavar="NAME", help="stable name of this node (default: host name)")
     parser.add_argument("--corpus-root", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
     parser.add_argument(
-        "--device", default="", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: what is there)"
+        "--device",
+        type=_device,
+        default="",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:N or mps (default: what is there)",
     )
     parser.add_argument("--cpu-bytes", type=int, default=0, metavar="N", help="memory for models on the CPU")
     parser.add_argument(
@@ -105,6 +109,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--registry-ca", type=Path, metavar="F", help="PEM root certificates; switches to TLS")
     add_common_flags(parser)
     return parser.parse_args(arguments)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError("takes cpu, cuda, cuda:N or mps")
+    return text
 
 
 def _limit(text: str) -> int:

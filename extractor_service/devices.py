@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from chassis.errors import StartError
 from extractor_service.values import Device, Machine
 
 # Of the machine's memory; the rest is for the page cache, which serves readers, and for everything else.
@@ -27,21 +29,36 @@ _SMALL_NODE_BYTES = 64 * 10**9
 _SMALL_NODE_RESIDENTS = 3
 DEFAULT_MAX_LOADS = 2
 
+logger = logging.getLogger(__name__)
+
 
 def device_lister(wanted: str, cpu_bytes: int) -> Callable[[], Sequence[Device]]:
-    """Returns a function that lists the devices: `wanted`, or all GPUs, or the CPU where there are none."""
-    kind = wanted or _best_kind()
+    """Returns a function that lists the devices: `wanted`, or all GPUs, or the CPU where there are none.
 
-    def devices() -> Sequence[Device]:
-        if kind.startswith("cuda"):
-            found = tuple(device for device in _cuda_devices() if wanted in ("", "cuda", device.id))
-            if found:
-                return found
-        if kind == "mps":
-            return (_memory("mps", "mps", cpu_bytes),)
-        return (_memory("cpu", "cpu", cpu_bytes),)
+    Raises StartError for a GPU that is not there. A driver that does not answer later has its GPUs listed as they were.
+    """
+    kind = wanted.partition(":")[0] or _best_kind()
+    if kind != "cuda":
+        return lambda: (_memory(kind, kind, cpu_bytes),)
+    known = _wanted_gpus(wanted)
+    if not known:
+        raise StartError(
+            f"--device {wanted}: nvidia-smi lists no such GPU; look at what it answers, or start with --device cpu."
+        )
 
-    return devices
+    def gpus() -> Sequence[Device]:
+        nonlocal known
+        found = _wanted_gpus(wanted)
+        if not found:
+            logger.warning("nvidia-smi does not list the GPUs any more; they are reported as they were")
+        known = found or known
+        return known
+
+    return gpus
+
+
+def _wanted_gpus(wanted: str) -> tuple[Device, ...]:
+    return tuple(device for device in _cuda_devices() if wanted in ("", "cuda", device.id))
 
 
 def _best_kind() -> str:

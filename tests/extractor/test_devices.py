@@ -7,6 +7,7 @@ import importlib.util
 import psutil
 import pytest
 
+from chassis.errors import StartError
 from extractor_service import __main__ as extractor
 from extractor_service.devices import device_lister, machine_reader
 from extractor_service.values import Device
@@ -62,6 +63,25 @@ def test_a_driver_that_does_not_know_capabilities_still_lists_its_gpus(nvidia_sm
     assert (device.name, device.capability, device.flash_attention) == ("Tesla K80", "", False)
 
 
+def test_gpus_stay_listed_while_the_driver_does_not_answer(nvidia_smi, tmp_path):
+    nvidia_smi("0, NVIDIA H200, 143771, 140000, 9.0\n1, NVIDIA H200, 143771, 139000, 9.0")
+    devices = device_lister("", 0)
+    before = devices()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+
+    assert devices() == before
+    nvidia_smi("0, NVIDIA H200, 143771, 100, 9.0\n1, NVIDIA H200, 143771, 200, 9.0")
+    assert [device.free_bytes for device in devices()] == [100 * MIB, 200 * MIB]
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:7"])
+def test_a_gpu_that_is_not_there_is_not_the_cpu(nvidia_smi, wanted):
+    nvidia_smi("0, NVIDIA H200, 143771, 140000, 9.0" if wanted == "cuda:7" else "")
+
+    with pytest.raises(StartError, match="nvidia-smi lists no such GPU"):
+        device_lister(wanted, 0)
+
+
 def test_the_cpu_has_the_machines_memory():
     (device,) = device_lister("cpu", 5 * MIB)()
 
@@ -91,6 +111,12 @@ def test_the_limits_are_flags(capsys):
     with pytest.raises(SystemExit):
         extractor.parse(["--data-dir", "d", "--max-loads", "-1"])
     assert "0 (no limit) to 10000" in capsys.readouterr().err
+
+
+def test_a_device_nobody_knows_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        extractor.parse(["--data-dir", "d", "--device", "gpu"])
+    assert "takes cpu, cuda, cuda:N or mps" in capsys.readouterr().err
 
 
 def test_a_cpu_has_a_name_for_people():
