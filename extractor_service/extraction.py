@@ -410,8 +410,9 @@ class ExtractionJob:
 
 async def _is_set(event: asyncio.Event, timeout_s: float) -> bool:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
-        return True
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+            return True
     return False
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from chassis.errors import ServiceError
 from extractor_service.builds import Builds
@@ -83,6 +84,7 @@ class Node:
         self._losses = Losses()
         self._endings = Endings(devices, self._losses, deadline_s=back_deadline_s)
         self._ending: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[int]] = set()
         self._holdings: dict[str, Holding] = {}
         self._builds = Builds(registry, start_runner, epoch=lambda: self.epoch, environment=environment)
         self._validations = Validations(
@@ -110,7 +112,8 @@ class Node:
     async def until_registered(self, deadline_s: float) -> None:
         """Waits until the registry knows this node's present epoch; RegistryUnavailable past the deadline."""
         try:
-            await asyncio.wait_for(self.registered.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self.registered.wait()
         except TimeoutError:
             raise RegistryUnavailable(
                 f"The registry could not be reached for {deadline_s:.0f} s.", retry_after_s=RETRY_S
@@ -191,20 +194,17 @@ class Node:
 
     async def _load_and_watch(self, holding: Holding) -> None:
         """Loads one model, and tells the registry when its process dies."""
+        deadline: asyncio.Timeout | None = None
         try:
             holding.runner = runner = await self._start_runner(environment=self._environment)
-            async with asyncio.timeout(LOAD_DEADLINE_S):
+            async with asyncio.timeout(LOAD_DEADLINE_S) as deadline:
                 await self._load(holding, runner)
             holding.loaded.set()
             await self._report_resident(holding)
             await runner.wait()
             raise RunnerLost("The model's process died; it is loaded again on demand.", retry_after_s=RETRY_S)
-        except (ServiceError, TimeoutError) as raised:
-            exc = (
-                raised
-                if isinstance(raised, ServiceError)
-                else LoadFailed(f"Loading took longer than {LOAD_DEADLINE_S:.0f} s; look at the node's disk and log.")
-            )
+        except (ServiceError, OSError) as raised:
+            exc = raised if isinstance(raised, ServiceError) else _load_failed(raised, deadline)
             logger.warning("residency %s failed: %s", holding.assignment.residency_id, exc.message)
             self._holdings.pop(holding.assignment.residency_id, None)
             lost_bytes = await self._end_runner(holding)
@@ -278,7 +278,9 @@ class Node:
 
     async def _let_go(self, residency_id: str) -> int:
         """Ends a runner, whatever it does; returns the bytes that did not come back."""
-        holding = self._holdings.pop(residency_id)
+        return await self._to_the_end(self._stop(self._holdings.pop(residency_id)))
+
+    async def _stop(self, holding: Holding) -> int:
         if holding.task:
             holding.task.cancel()
             await asyncio.gather(holding.task, return_exceptions=True)
@@ -288,7 +290,15 @@ class Node:
         if holding.runner is None:
             return 0
         device_id = holding.assignment.device_id
-        return await self._endings.end(holding.runner, device_id=device_id, held_bytes=holding.held_bytes)
+        ending = self._endings.end(holding.runner, device_id=device_id, held_bytes=holding.held_bytes)
+        return await self._to_the_end(ending)
+
+    async def _to_the_end(self, ending: Coroutine[Any, Any, int]) -> int:
+        """Goes on with an ending though whoever waits is cancelled: nobody else knows of that runner any more."""
+        task = asyncio.create_task(ending)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        return await asyncio.shield(task)
 
     async def _end_everything(self) -> None:
         await self._builds.close()
@@ -298,3 +308,10 @@ class Node:
         await asyncio.gather(*self._ending.values(), return_exceptions=True)
         for residency_id in list(self._holdings):
             await self._let_go(residency_id)
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+
+def _load_failed(raised: OSError, deadline: asyncio.Timeout | None) -> LoadFailed:
+    if deadline and deadline.expired():
+        return LoadFailed(f"Loading took longer than {LOAD_DEADLINE_S:.0f} s; look at the node's disk and log.")
+    return LoadFailed(f"The model's process could not be started or broke off ({raised!r}); look at the node's log.")

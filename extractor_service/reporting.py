@@ -20,7 +20,8 @@ async def try_to_tell(tell: Callable[[], Awaitable[None]], attempts: int, what: 
     """Reports; gives up after `attempts`, or once the registry wants to hear no more of it: then returns False."""
     for attempt in range(attempts):
         try:
-            await asyncio.wait_for(tell(), REPORT_DEADLINE_S)
+            async with asyncio.timeout(REPORT_DEADLINE_S):
+                await tell()
         except (RegistryUnavailable, TimeoutError):
             if attempt + 1 < attempts:
                 await asyncio.sleep(RETRY_S * (attempt + 1))

@@ -68,7 +68,8 @@ class RunnerProcess:
                 event = await self._next_event()
                 over = isinstance(event, (Failed, *ends)) or event is None
                 if event is None:
-                    await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
+                    async with asyncio.timeout(_EXIT_DEADLINE_S):
+                        await self._process.wait()
                     raise self._lost()
                 if isinstance(event, Failed):
                     raise error_for(event.reason, event.message, metadata=event.metadata)
@@ -96,11 +97,13 @@ class RunnerProcess:
         """Ends the process, and waits until the system has taken its memory back."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        await asyncio.wait_for(self._process.wait(), _EXIT_DEADLINE_S)
+        async with asyncio.timeout(_EXIT_DEADLINE_S):
+            await self._process.wait()
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)
         if self._draining:
-            await asyncio.wait_for(self._draining, _EXIT_DEADLINE_S)
+            async with asyncio.timeout(_EXIT_DEADLINE_S):
+                await self._draining
 
     async def _drain(self, command: Message, ends: Sequence[type[Message]]) -> None:
         """Stops an abandoned command and swallows its events."""

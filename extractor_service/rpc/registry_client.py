@@ -124,7 +124,8 @@ class RegistryClient:
         try:
             with self._errors():
                 while True:
-                    message = await asyncio.wait_for(call.read(), ASSIGNMENT_SILENCE_S)
+                    async with asyncio.timeout(ASSIGNMENT_SILENCE_S):
+                        message = await call.read()
                     if not isinstance(message, node_service_pb2.WatchAssignmentsResponse):
                         return  # End of the stream.
                     yield convert.desired_from_pb(message)

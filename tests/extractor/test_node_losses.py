@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from dataclasses import replace
 
 import pytest
@@ -50,18 +51,25 @@ class Gpu:
     def __init__(self, device_id="cuda:0"):
         self.free_bytes = 80 * GB
         self.device_id = device_id
+        self.answering = threading.Event()
+        self.answering.set()
+        self.asked = threading.Event()
 
     def devices(self):
+        self.asked.set()
+        assert self.answering.wait(30)
         kind = self.device_id.partition(":")[0]
         return (Device(id=self.device_id, kind=kind, name="GPU", capacity_bytes=75 * GB, free_bytes=self.free_bytes),)
 
 
 @contextlib.asynccontextmanager
-async def running_node(gpu, **runner):
+async def running_node(gpu, fault=None, **runner):
     registry, runners = FakeRegistry([model_info("/nowhere")]), []
     registry.heartbeat_interval_s = 0.02
 
     async def start_runner(*, environment):
+        if fault:
+            raise fault
         runners.append(FakeRunner(gpu, **runner))
         return runners[-1]
 
@@ -78,6 +86,7 @@ async def running_node(gpu, **runner):
     try:
         yield registry, runners
     finally:
+        gpu.answering.set()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -177,6 +186,36 @@ async def test_a_slow_unload_holds_up_nothing_else():
         assert "r1" in registry.assigned
         slow.set()
         await unloading
+
+
+async def test_a_runner_is_ended_though_its_node_leaves_meanwhile():
+    gpu = Gpu()
+    async with running_node(gpu, takes_bytes=10 * GB) as (registry, runners):
+        await load(registry, assignment(gpu))
+        gpu.answering.clear()
+        gpu.asked.clear()
+        registry.assigned["r1"] = replace(registry.assigned["r1"], hold=False)
+        registry._notify()
+        await until(gpu.asked.is_set)  # The driver is asked before the runner is ended.
+        (node,) = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "Node.run"]
+        node.cancel()
+        await asyncio.sleep(0.05)
+        gpu.answering.set()
+        await asyncio.wait([node], timeout=20)
+
+        assert node.cancelled()
+        assert runners[0].ended.is_set()
+
+
+async def test_a_runner_that_does_not_start_is_a_failure_at_once():
+    gpu = Gpu()
+    async with running_node(gpu, fault=OSError(11, "no more processes"), takes_bytes=0) as (registry, _):
+        registry.assigned["r1"] = assignment(gpu)
+        registry._notify()
+        await until(lambda: registry.reports)
+
+        assert (registry.reports[-1].state, registry.reports[-1].failure.reason) == ("FAILED", "LOAD_FAILED")
+        assert "no more processes" in registry.reports[-1].failure.message
 
 
 async def test_a_runner_that_dies_reports_what_it_kept():

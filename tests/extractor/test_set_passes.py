@@ -219,6 +219,7 @@ async def test_who_is_cancelled_leaves_the_others_their_rows(node, alone):
     assert two.value.state == ExtractionState.CANCELLED
     await check(node, alone, one)
     assert columns_of(node.commands) == [{*A, *B}, {*A}]
+    await asyncio.wait([one.task], timeout=30)
     assert node.registry.leases == set()
 
 
