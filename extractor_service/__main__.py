@@ -11,6 +11,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -48,6 +49,8 @@ from extractor_service.values import ExtractionSpec, ModelInfo
 logger = logging.getLogger("extractor_service")
 
 EXTRACTION = extraction_service_pb2.DESCRIPTOR.services_by_name["ExtractionService"]
+# Counts are tokenizing in threads; more at once would only be slower.
+MAX_COUNTS = 2
 CORPUS = corpus_service_pb2.DESCRIPTOR.services_by_name["CorpusService"]
 
 
@@ -140,13 +143,16 @@ class Estimator:
         # A corpus may be deleted, and another take its id.
         self._count = lru_cache(maxsize=256)(lambda _digest, *what: count(*what))
         self.extractions: Extractions | None = None
+        # A count takes up to a minute: it must not take the threads that everything else shares, heartbeats among it.
+        self._threads = ThreadPoolExecutor(MAX_COUNTS, thread_name_prefix="counts")
 
     async def count_rows(self, spec: ExtractionSpec) -> RowCount:
         """Rows and tokens of the corpus, as far as they are asked for."""
         model = await self._models.get_model(spec.model_id)
         path = self._corpora.path(spec.corpus_id)
         digest = self._corpora.get(spec.corpus_id).digest
-        return await asyncio.to_thread(self._count, digest, path, Path(model.files_path), spec.recipe, spec.max_rows)
+        what = (digest, path, Path(model.files_path), spec.recipe, spec.max_rows)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._count, *what)
 
     async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
         """What a request would cost."""

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from headrace.extractor.v1 import corpus_service_pb2, corpus_service_pb2_grpc
@@ -25,6 +25,7 @@ MAX_CONTENT_BYTES = 1024 * 1024
 # Ingesting is parsing in threads; more at once would only be slower.
 MAX_INGESTS = 4
 
+T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -39,8 +40,8 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         self._in_use = in_use
         self._shutdown = shutdown
         self._n_ingests = 0
-        # Datasets take hours: they must not take the threads that everything else shares.
-        self._readers = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="datasets")
+        # Datasets take hours: they must not take the threads that everything else shares, heartbeats among it.
+        self._threads = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="corpora")
 
     async def UploadCorpus(
         self, request_iterator: AsyncIterator[corpus_service_pb2.UploadCorpusRequest], context: Context
@@ -58,15 +59,15 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         spec, source = convert.corpus_spec_from_pb(request.spec), request.WhichOneof("source")
         with self._ingesting():
             if source == "path":
-                corpus = await asyncio.to_thread(self._store.ingest_path, spec, request.path.path)
+                corpus = await self._in_thread(self._store.ingest_path, spec, request.path.path)
             elif source == "token_ids":
                 documents = [document.token_ids for document in request.token_ids.documents]
-                corpus = await asyncio.to_thread(self._store.ingest_tokens, spec.id, documents)
+                corpus = await self._in_thread(self._store.ingest_tokens, spec.id, documents)
             elif source == "hub":
                 corpus = await self._read_hub(spec, request.hub)
             elif source == "mix":
                 mix = convert_corpora.mix_from_pb(request.mix)
-                corpus = await asyncio.to_thread(self._store.ingest_mix, spec.id, mix)
+                corpus = await self._in_thread(self._store.ingest_mix, spec.id, mix)
             else:
                 raise FieldInvalid("Set one of `path`, `token_ids`, `hub` and `mix`.", field="source")
         return corpus_service_pb2.RegisterCorpusResponse(corpus=convert.corpus_to_pb(corpus))
@@ -112,24 +113,27 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 )
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+            return await self._in_thread(read)
         finally:
             left.set()  # A thread is not cancelled with the call it works for.
 
     async def _receive(
         self, spec: CorpusSpec, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]
     ) -> Corpus:
-        upload = await asyncio.to_thread(self._store.upload, spec)
+        upload = await self._in_thread(self._store.upload, spec)
         try:
             async for request in self._shutdown.watching(requests):
                 if request.WhichOneof("part") != "content":
                     raise FieldInvalid("Only the first message of an upload may hold `spec`.", field="content")
                 if len(request.content) > MAX_CONTENT_BYTES:
                     raise FieldInvalid("A piece of an upload has at most 1 MiB.", field="content")
-                await asyncio.to_thread(upload.write, request.content)
-            return await asyncio.to_thread(upload.finish)
+                await self._in_thread(upload.write, request.content)
+            return await self._in_thread(upload.finish)
         finally:
-            await asyncio.to_thread(upload.__exit__, *sys.exc_info())
+            await self._in_thread(upload.__exit__, *sys.exc_info())
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     @contextlib.contextmanager
     def _ingesting(self) -> Iterator[None]:
