@@ -54,38 +54,48 @@ class SegmentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentIndex:
-    """All sealed segments of a set, in order and without holes."""
+    """All sealed segments of a set, in order and without holes; `size_bytes` of the file have been read for them."""
 
     records: tuple[SegmentRecord, ...] = ()
+    size_bytes: int = 0
 
     @classmethod
     def load(cls, folder: Path) -> SegmentIndex:
         """Reads the index; an absent file is an empty index."""
-        try:
-            lines = (folder / FILE_NAME).read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return cls()
-        records: list[SegmentRecord] = []
-        for line in lines[:-1]:  # What follows the last newline was never finished.
+        return cls().refreshed(folder)
+
+    def refreshed(self, folder: Path) -> SegmentIndex:
+        """This index with what was recorded since; itself if that is nothing. Only new lines are read."""
+        new = _whole_lines(folder / FILE_NAME, self.size_bytes)
+        if not new:
+            return self
+        records = list(self.records)
+        for line in new[:-1].split(b"\n"):
             _merge(records, _parse(line, folder), folder)
-        return cls(records=tuple(records))
+        return SegmentIndex(records=tuple(records), size_bytes=self.size_bytes + len(new))
 
     def append(self, folder: Path, record: SegmentRecord) -> SegmentIndex:
         """Records a sealing on disk; returns the index that includes it."""
-        records = list(self.records)
+        index = self.refreshed(folder)
+        records, line = list(index.records), record.to_line()
         _merge(records, record, folder)
-        _end_torn_line(folder / FILE_NAME)
-        append_durably(folder / FILE_NAME, record.to_line())
-        return SegmentIndex(records=tuple(records))
+        _end_torn_line(folder / FILE_NAME, index.size_bytes)
+        append_durably(folder / FILE_NAME, line)
+        return SegmentIndex(records=tuple(records), size_bytes=index.size_bytes + len(line))
 
-    def n_rows(self, columns: Sequence[str]) -> int:
-        """Rows that are sealed in every one of `columns`."""
-        n_rows = 0
-        for record in self.records:
+    def n_rows(self, columns: Sequence[str], *, known_rows: int = 0) -> int:
+        """Rows that are sealed in every one of `columns`, of which `known_rows` are known to be."""
+        n_rows = known_rows
+        for at in range(self.n_before(known_rows), len(self.records)):
+            record = self.records[at]
             if any(name not in record.digests for name in columns):
                 break
             n_rows = record.end_row
         return n_rows
+
+    def n_before(self, row: int) -> int:
+        """Segments that end at or before `row`."""
+        return bisect_right(self.records, row, key=lambda record: record.end_row)
 
     def n_non_finite(self, columns: Sequence[str], end_row: int) -> int:
         """Values of `columns` that are NaN or infinite, in the segments of the rows before `end_row`."""
@@ -96,14 +106,6 @@ class SegmentIndex:
         """The sealed segment that holds `row`."""
         at = bisect_right(self.records, row, key=lambda record: record.first_row) - 1
         return self.records[at] if at >= 0 and row < self.records[at].end_row else None
-
-
-def index_size(folder: Path) -> int:
-    """Bytes of the index: it only grows, so a reader looks again when this has changed."""
-    try:
-        return (folder / FILE_NAME).stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def dropped_rows(folder: Path) -> int:
@@ -152,12 +154,19 @@ def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) ->
     )
 
 
-def _end_torn_line(path: Path) -> None:
+def _whole_lines(path: Path, start: int) -> bytes:
+    """What follows `start`, less a last line that was never finished."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read()
+    except FileNotFoundError:
+        return b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _end_torn_line(path: Path, size_bytes: int) -> None:
     """Cuts off what a crash left of a line, so that the next one starts at the margin."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    keep = content.rfind(b"\n") + 1
-    if keep != len(content):
+    if path.exists() and path.stat().st_size > size_bytes:
         with path.open("r+b") as file:
-            file.truncate(keep)
+            file.truncate(size_bytes)

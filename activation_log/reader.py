@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from activation_log.errors import RowsExpired, SetCorrupt
-from activation_log.index import SegmentIndex, dropped_rows, index_size
+from activation_log.index import SegmentIndex, dropped_rows
 from activation_log.layout import ColumnSpec
 from activation_log.manifest import Manifest
 from activation_log.segment import DATA_OFFSET, map_segment
@@ -98,7 +98,6 @@ class SetReader:
         self._keep_segments = keep_segments
         self._mapped: dict[int, tuple[_MappedColumn, ...]] = {}  # The last was used last.
         self._index = SegmentIndex()
-        self._index_bytes = 0
         self._sealed_rows = 0
         self.refresh()
 
@@ -115,11 +114,8 @@ class SetReader:
     def refresh(self) -> None:
         """Looks at the index again: what was sealed or dropped since."""
         self.first_row = dropped_rows(self._folder)
-        index_bytes = index_size(self._folder)
-        if index_bytes != self._index_bytes:
-            self._index = SegmentIndex.load(self._folder)
-            self._index_bytes = index_bytes
-            self._sealed_rows = self._index.n_rows(self._names)
+        self._index = self._index.refreshed(self._folder)
+        self._sealed_rows = self._index.n_rows(self._names, known_rows=self._sealed_rows)
 
     def read(self, row: int, max_rows: int, *, end_row: int) -> RowRun:
         """Reads up to `max_rows` rows from `row` on, at most to `end_row` and to the end of the segment.
@@ -166,7 +162,7 @@ class SetReader:
         if row < self._sealed_rows and (record := self._index.find(row)):
             return record.segment, record.first_row, record.end_row
         # Not recorded yet: the open segment, or the one before it while it is being sealed.
-        segment = sum(record.end_row <= self._sealed_rows for record in self._index.records)
+        segment = self._index.n_before(self._sealed_rows)
         first_row = self._sealed_rows
         while row >= first_row + self._rows_of(segment):
             first_row += self._rows_of(segment)

@@ -13,10 +13,10 @@ from activation_log.layout import OPEN_SUFFIX, segment_path
 from activation_log.manifest import Manifest
 
 
-def drop_before(folder: Path, row: int) -> int:
+def drop_before(folder: Path, row: int, index: SegmentIndex) -> int:
     """Removes sealed segments that end at or before `row`; returns the first row still kept. Safe to repeat."""
     manifest, kept = Manifest.load(folder), dropped_rows(folder)
-    gone = [r for r in SegmentIndex.load(folder).records if kept <= r.first_row and r.end_row <= row]
+    gone = index.records[index.n_before(kept) : index.n_before(row)]
     if not gone:
         return kept
     record_dropped(folder, gone[-1].end_row)

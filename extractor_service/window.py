@@ -12,7 +12,7 @@ from pathlib import Path
 
 from activation_log import retention
 from activation_log.errors import DiskFull
-from activation_log.index import dropped_rows
+from activation_log.index import SegmentIndex, dropped_rows
 from activation_log.manifest import Manifest
 
 # Sealing takes milliseconds; readers must not wait for it longer than they notice.
@@ -38,6 +38,7 @@ class Window:
         self._window_bytes = window_bytes
         self._on_abandoned = on_abandoned
         self._manifest = Manifest.load(folder)
+        self._index = SegmentIndex()
         self._grace: asyncio.Task[None] | None = None
         self.first_kept_row = dropped_rows(folder)
 
@@ -52,7 +53,8 @@ class Window:
         if released_row - before < self._manifest.segment_rows:
             return False
         try:
-            self.first_kept_row = retention.drop_before(self._folder, released_row)
+            self._index = self._index.refreshed(self._folder)
+            self.first_kept_row = retention.drop_before(self._folder, released_row, self._index)
         except DiskFull as exc:  # What goes must be on record first; the next release tries again.
             logger.warning("%s can't let rows go: %s", self._folder, exc)
         return self.first_kept_row > before

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from activation_log import index as index_module
 from activation_log import retention
 from activation_log.errors import DiskFull, RowsExpired, SetCorrupt
 from activation_log.index import SegmentIndex
@@ -164,6 +165,27 @@ def test_recorded_digests_are_those_of_the_files(tmp_path):
     for record in records:
         for column in COLUMNS:
             assert file_digest(segment_path(tmp_path, column, record.segment)) == record.digests[column.name]
+
+
+def test_an_index_parses_only_what_was_recorded_since(tmp_path, monkeypatch):
+    parse, parsed = index_module._parse, []
+    with SetWriter.open(make_set(tmp_path)) as writer:
+        write_rows(writer, 30)
+        writer.settle()
+        known = SegmentIndex.load(tmp_path)
+        monkeypatch.setattr(index_module, "_parse", lambda *args: (parsed.append(args), parse(*args))[1])
+
+        assert known.refreshed(tmp_path) is known
+        write_rows(writer, 10)
+        writer.finish()
+        with (tmp_path / "segments.jsonl").open("ab") as file:
+            file.write(b'{"segment": 4, "first')
+        again = known.refreshed(tmp_path)
+
+    assert len(parsed) == 1
+    assert (again.n_rows(names()), again.n_rows(names(), known_rows=30)) == (40, 40)
+    assert again == SegmentIndex.load(tmp_path)
+    assert again.refreshed(tmp_path) is again
 
 
 def test_writer_goes_on_behind_the_last_sealed_segment(tmp_path):
@@ -326,8 +348,8 @@ def test_dropping_a_window_removes_whole_segments_only(tmp_path):
         write_rows(writer, 35)
         writer.settle()
 
-        assert retention.drop_before(tmp_path, 25) == 20
-        assert retention.drop_before(tmp_path, 25) == 20
+        assert retention.drop_before(tmp_path, 25, SegmentIndex.load(tmp_path)) == 20
+        assert retention.drop_before(tmp_path, 25, SegmentIndex.load(tmp_path)) == 20
 
         reader = SetReader(tmp_path, names())
         assert not segment_path(tmp_path, HOOK, 1).exists()
@@ -340,7 +362,7 @@ def test_dropping_a_window_removes_whole_segments_only(tmp_path):
 def test_a_writer_goes_on_in_a_window_whose_segments_are_gone(tmp_path):
     with SetWriter.open(make_set(tmp_path)) as writer:
         write_rows(writer, 30)
-    retention.drop_before(tmp_path, 30)
+    retention.drop_before(tmp_path, 30, SegmentIndex.load(tmp_path))
 
     with SetWriter.open(tmp_path) as writer:
         assert (writer.next_row, writer.resume) == (30, {"row": 30})

@@ -150,7 +150,7 @@ def test_what_a_window_let_go_still_counts(tmp_path):
     with SetWriter.open(make_set(tmp_path), summarize=summarize) as writer:
         write(writer, 40)
         writer.settle()
-        retention.drop_before(tmp_path, 40)
+        retention.drop_before(tmp_path, 40, SegmentIndex.load(tmp_path))
     with SetWriter.open(tmp_path, summarize=summarize) as writer:
         write(writer, 55)
         writer.finish()
@@ -173,7 +173,7 @@ def test_a_set_that_nobody_summarised_is_when_it_goes_on(tmp_path):
 def test_there_are_none_where_rows_went_unseen(tmp_path):
     with SetWriter.open(make_set(tmp_path)) as writer:
         write(writer, 30)
-    retention.drop_before(tmp_path, 20)
+    retention.drop_before(tmp_path, 20, SegmentIndex.load(tmp_path))
 
     with SetWriter.open(tmp_path, summarize=summarize) as writer:
         write(writer, 55)
