@@ -145,6 +145,29 @@ def test_a_postmaster_killed_with_9_is_replaced_and_committed_rows_are_there(dat
     assert (server.pgdata / "PG_VERSION").exists()
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_server_that_can_not_be_stopped_holds_up_no_exit(data_dir, monkeypatch, caplog, gone):
+    server = EmbeddedPostgres(data_dir, settings=FAST_SETTINGS)
+    server.own()
+    server.start()
+    seen = server._postmaster()
+    caplog.clear()
+
+    def refuse(*args, **kwargs):
+        if gone:
+            seen.kill()
+            seen.wait(10)
+        raise EmbeddedFailed("pg_ctl failed: could not send stop signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "_execute", refuse)
+        server.stop()
+
+    assert [record.levelname for record in caplog.records] == ([] if gone else ["WARNING"])
+    server.own()  # It had been given back.
+    server.stop()
+
+
 def test_a_running_server_is_attached_to_and_a_data_directory_has_one_owner(data_dir):
     first = EmbeddedPostgres(data_dir, settings=FAST_SETTINGS)
     first.own()
