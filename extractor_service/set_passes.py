@@ -12,11 +12,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+from activation_log.finite import non_finite
 from activation_log.index import SegmentIndex
 from activation_log.manifest import Manifest
 from chassis.errors import ServiceError
@@ -32,7 +33,7 @@ from extractor_service.errors import (
 from extractor_service.identity import check_same_model
 from extractor_service.leasing import Leasing
 from extractor_service.node import Node
-from extractor_service.passes import Pass, Want, has_all, next_pass
+from extractor_service.passes import Pass, has_all, next_pass
 from extractor_service.ports import Corpora, Models, Room, Runner
 from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Message
 from extractor_service.running_pass import Rider, RunningPass
@@ -81,13 +82,13 @@ class SetPasses:
         manifest, index = Manifest.load(self._folder), SegmentIndex.load(self._folder)
         want = rider.want
         n_rows = index.n_rows(want.columns)
-        n_non_finite = index.n_non_finite(want.columns, want.max_rows or n_rows)
-        if n_non_finite and not _allows(rider):
-            raise _non_finite(index, want, n_non_finite)
+        counts = non_finite(self._folder, index, want.columns, want.max_rows or n_rows)
+        if counts and not _allows(rider):
+            raise _not_allowed(counts)
         if not has_all(index, want, manifest.total_rows):
             rider.on_found(n_rows)
             return False
-        rider.on_all_rows(min(n_rows, want.max_rows) if want.max_rows else n_rows, n_non_finite)
+        rider.on_all_rows(min(n_rows, want.max_rows) if want.max_rows else n_rows, sum(counts.values()))
         return True
 
     async def complete(self, rider: Rider) -> None:
@@ -321,12 +322,11 @@ def _allows(rider: Rider) -> bool:
     return rider.value.spec.allow_non_finite
 
 
-def _non_finite(index: SegmentIndex, want: Want, n_values: int) -> NonFinite:
-    columns = {name for record in index.records for name in record.non_finite if name in want.columns}
-    names = ", ".join(sorted(columns))
+def _not_allowed(counts: Mapping[str, int]) -> NonFinite:
+    names = ", ".join(sorted(counts))
     return NonFinite(
-        f"{n_values} values of {names} in this set are NaN or infinite, which another extraction allowed; use a "
-        "storage or compute dtype of wider range, or allow_non_finite.",
+        f"{sum(counts.values())} values of {names} in this set are NaN or infinite, which another extraction allowed; "
+        "use a storage or compute dtype of wider range, or allow_non_finite.",
         metadata={"hookpoint": names},
     )
 

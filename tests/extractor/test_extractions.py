@@ -292,15 +292,20 @@ async def test_nobody_gets_values_that_only_others_allow(start_extractor, broken
     await asyncio.wait([lenient.task])
     strict = await extractor.extract(**request)
     await asyncio.wait([strict.task], timeout=30)
-    early = await extractor.extract(**request, max_rows=100)
+    is_broken = np.isnan(np.frombuffer(content[lenient.columns[-1]], np.float32)).reshape(lenient.value.n_rows, -1)
+    n_broken, first_broken = is_broken.sum(), int(is_broken.any(1).argmax())
+    early = await extractor.extract(**request, max_rows=first_broken)
     await asyncio.wait([early.task], timeout=30)
+    late = await extractor.extract(**request, max_rows=first_broken + 1, allow_non_finite=True)
+    await asyncio.wait([late.task], timeout=30)
 
-    n_broken = np.isnan(np.frombuffer(content[lenient.columns[-1]], np.float32)).sum()
     assert lenient.value.n_non_finite == n_broken > 0
     assert strict.value.failure.reason == "NON_FINITE"
     assert lenient.columns[-1] in strict.value.failure.message
-    # One segment holds them all: what it has of rows not asked for counts too.
-    assert early.value.failure.reason == "NON_FINITE"
+    # One segment holds them all; of that, what is not asked for does not count.
+    assert early.value.state == ExtractionState.DONE
+    assert (early.value.n_rows, early.value.n_rows_computed, early.value.n_non_finite) == (first_broken, 0, 0)
+    assert late.value.n_non_finite == is_broken[first_broken].sum()
 
     await extractor.stop()
     await extractor.start()
