@@ -118,9 +118,15 @@ def family_of(network: Network) -> Family | None:
     return _looking_ahead(family, network) if family and network.looks_ahead else family
 
 
+# Whose attention looks both ways only in a pass that needs no mask.
+_MASKS_STAY_CAUSAL = frozenset({"gemma", "gemma2"})
+
+
 def _looking_ahead(family: Family, network: Network) -> Family:
     """A decoder made an encoder of by its config."""
     isolation = family.isolation
+    if network.model_type in _MASKS_STAY_CAUSAL and not network.masks_both_ways:
+        return replace(family, causal=False, isolation=NOT_AT_ALL)
     # Masks of encoders are made without regard to positions, and ours would take the place of windows.
     if network.masks_both_ways and isolation == BY_POSITIONS:
         isolation = NOT_AT_ALL if network.has_window else BY_MASK

@@ -47,7 +47,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
     written = command.columns or [column.name for column in manifest.columns]
     columns = [column for column in manifest.hookpoints if column.name in written]
     sites = resolve(loaded.model, [column.name for column in columns])
-    _check_context(recipe, loaded.model)
+    _check_context(recipe, loaded)
     with DocumentReader(Path(command.corpus_path)) as reader:
         _check_corpus(reader.digest, manifest)
         documents, special = open_documents(reader, loaded.files_path, recipe)
@@ -196,16 +196,16 @@ def _looks_back_only(model: PreTrainedModel, context_size: int) -> bool:
     return anatomy.causal and all(context_size <= limit for limit in anatomy.rotation_limits)
 
 
-def _check_context(recipe: Recipe, model: PreTrainedModel) -> None:
+def _check_context(recipe: Recipe, loaded: LoadedModel) -> None:
     """Beyond its positions a model has no embedding, or rotates by angles that depend on what it saw before."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = loaded.n_positions
     if limit is not None and recipe.context_size > limit:
         raise FieldInvalid(
             f"context_size is {recipe.context_size}, and the model has {limit} positions; use at most that.",
             field="spec.recipe.context_size",
             metadata={"max_position_embeddings": str(limit)},
         )
-    _check_rotation(recipe, anatomy_of(model).rotation_limits)
+    _check_rotation(recipe, anatomy_of(loaded.model).rotation_limits)
 
 
 def _check_rotation(recipe: Recipe, limits: Sequence[int]) -> None:

@@ -54,6 +54,11 @@ class LoadedModel:
     measured_bytes: int
     runtime_bytes: int = 0  # Of them, what the process took before.
 
+    @property
+    def n_positions(self) -> int | None:
+        """Positions its text model has; None where the config sets no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
 
 def load_model(
     files_path: Path,

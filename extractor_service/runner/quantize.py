@@ -42,7 +42,7 @@ def quantize(command: Quantize, on_progress: OnProgress) -> dict[str, Any]:
     total_bytes = 2 * source_bytes
     options = {"load_options": command.load_options, "device": "cpu", "dtype": command.dtype}
     loaded = load_model(source, on_progress=lambda done, _: on_progress(done, total_bytes), **options)
-    token_ids = sample_ids(source, longest=getattr(loaded.model.config, "max_position_embeddings", None))
+    token_ids = sample_ids(source, longest=loaded.n_positions)
     reference = residuals(loaded.model, token_ids)
     del loaded
     gc.collect()  # Both at once would need the memory of both.

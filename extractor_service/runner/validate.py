@@ -163,7 +163,7 @@ def _load(trial: _Trial) -> tuple[str, Figures]:
 
 def _forward(trial: _Trial) -> tuple[str, Figures]:
     loaded = _held(trial)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = loaded.n_positions
     trial.token_ids = sample_ids(loaded.files_path, limit=_N_TOKENS, longest=limit)
     started = time.monotonic()
     with out_of_memory_as_typed(loaded.device, loaded.measured_bytes):

@@ -42,6 +42,18 @@ def test_documents_of_a_decoder_that_is_no_longer_causal_stay_apart_or_are_refus
         torch.testing.assert_close(rows(model, PIECES), torch.cat(alone), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_documents_of_a_gemma_that_looks_both_ways_stay_apart_or_are_refused(name):
+    """Gemma 1 and 2 make causal masks all the same, so that a row depends on whether its pass needs a mask."""
+    model = random_model(zoo_config(name, use_bidirectional_attention=True))
+    if name == "gemma3":
+        alone = torch.cat([rows(model, [piece]) for piece in PIECES])
+        torch.testing.assert_close(rows(model, PIECES), alone, rtol=1e-3, atol=1e-4)
+    else:
+        with pytest.raises(FieldInvalid, match="one_document"):
+            rows(model, PIECES)
+
+
 @pytest.mark.parametrize("name", ["llama", "falcon", "bloom"])
 def test_eager_attention_keeps_them_apart_too(name):
     model = random_model(zoo_config(name, is_causal=False), attention="eager")

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
+from extractor_service.errors import FieldInvalid
 from extractor_service.hookpoints import Catalogue
 from extractor_service.network import Network
 from extractor_service.places import FINAL
@@ -85,17 +86,23 @@ def test_rows_of_an_encoder_are_its_hidden_states_document_by_document(saved, ma
             np.testing.assert_allclose(rows[name][start:end], state[0].numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_text_half_of_a_multimodal_model_is_captured(tmp_path):
+@pytest.fixture
+def multimodal(tmp_path):
+    """Folder of a model whose text half has 64 positions."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
-        text_config={**ZOO["gemma3"][1], "vocab_size": 97},
+        text_config={**ZOO["gemma3"][1], "vocab_size": 97, "max_position_embeddings": 64},
         vision_config={**vision, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
         image_token_index=96,
     )
     torch.manual_seed(0)
-    Gemma3ForConditionalGeneration(config).eval().save_pretrained(tmp_path)
-    model = load(tmp_path).model
+    Gemma3ForConditionalGeneration(config).eval().save_pretrained(tmp_path / "multimodal")
+    return tmp_path / "multimodal"
+
+
+def test_the_text_half_of_a_multimodal_model_is_captured(multimodal):
+    model = load(multimodal).model
     document = documents(1, longest=20)[0] % 90
     sites = resolve(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
     rows = forward_rows(model, zoo_batch([document]), sites)
@@ -105,3 +112,12 @@ def test_the_text_half_of_a_multimodal_model_is_captured(tmp_path):
 
     assert rows["blocks.1.attn.hook_k"].shape[1] == 2 * 16
     assert torch.equal(rows["blocks.1.hook_resid_pre"], states[1][0])
+
+
+def test_a_context_longer_than_the_text_half_has_positions_is_refused(multimodal, make_set, make_corpus):
+    folder = make_set(["blocks.1.hook_resid_post"], context_size=65, batch_size=1)
+    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(documents(3))))
+
+    with pytest.raises(FieldInvalid, match="the model has 64 positions") as caught:
+        run_command(command, load(multimodal))
+    assert caught.value.field == "spec.recipe.context_size"
