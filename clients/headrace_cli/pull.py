@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 
 from headrace_cli import formats, tensor_files
 from headrace_cli.exits import reported
+from headrace_cli.only_one import only_one
 from headrace_cli.output import note, print_json
 from headrace_cli.progress import Bar
 from headrace_cli.settings import settings_of
@@ -124,12 +125,26 @@ class _Pull:
         self._start_row, self._end_row = start_row, end_row
 
     def run(self) -> dict[str, Any]:
-        """Pulls what is missing."""
+        """Pulls what is missing. Raises AlreadyExists while another process does."""
         done = self._done_before()
-        if done is not None:
-            note("already there, nothing pulled")
-            return done
+        if done is None:
+            with self._alone():
+                done = self._done_before()  # Another one may have finished just now.
+                if done is None:
+                    return self._pull()
+        note("already there, nothing pulled")
+        return done
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Keeps other pulls out of the folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        return only_one(
+            self._folder / tensor_files.LOCK_FILE,
+            busy=f"`headrace pull` already writes {self._out}",
+            remedy="let it end, stop it, or choose another --out",
+        )
+
+    def _pull(self) -> dict[str, Any]:
         next_row = self._resume_row()
         if next_row > self._start_row:
             note(f"goes on at row {formats.count(next_row)}")
@@ -149,7 +164,7 @@ class _Pull:
             raise _in_the_way(self._out)
         state = tensor_files.read_state(self._folder)
         if state is None:
-            if self._folder.exists() and any(self._folder.iterdir()):
+            if tensor_files.is_used(self._folder):
                 raise _in_the_way(self._folder)
             return None
         if state["identity"] != self._identity:

@@ -2,6 +2,7 @@
 
     out/                       out.safetensors.part/        while rows come
       pull.json                  pull.json                  what is pulled, and how many rows are safely on disk
+      pull.lock                  pull.lock                  locked by the process that writes here
       token_id.safetensors       token_id.safetensors       one tensor a column: space for the header, then the rows
 
 A file's header is written last. For a single file the columns are then joined into one.
@@ -19,6 +20,8 @@ from typing import IO, Any
 
 HEADER_BYTES = 4096  # The rows of a column begin on a page.
 STATE_FILE = "pull.json"
+LOCK_FILE = "pull.lock"
+_NEW_STATE_FILE = f"{STATE_FILE}.new"
 _DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -118,9 +121,14 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
+def is_used(folder: Path) -> bool:
+    """True if a folder without a state holds something that is not from a pull which has only just begun."""
+    return folder.exists() and any(path.name not in (LOCK_FILE, _NEW_STATE_FILE) for path in folder.iterdir())
+
+
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Replaces the state at once or not at all."""
-    new = folder / f"{STATE_FILE}.new"
+    new = folder / _NEW_STATE_FILE
     with new.open("w") as file:
         json.dump(state, file)
         file.flush()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Annotated
 import typer
 
 from headrace_cli.exits import reported
+from headrace_cli.only_one import only_one
 from headrace_cli.output import note, print_json
 from headrace_cli.serve import server_command
 from headrace_cli.settings import settings_of
@@ -73,7 +72,9 @@ def up(
         else:
             note(f"{name:<10} {text}")
 
-    with _only_one(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    busy, remedy = f"`headrace up` already runs on {folder}", "use that one, stop it, or choose another --data-dir"
+    with only_one(folder / "up.lock", busy=busy, remedy=remedy):  # Two sets of services on one folder would fight.
         _supervise(Supervisor(children, grace_s=grace_s, on_event=tell), children)
 
 
@@ -141,28 +142,6 @@ def _ready(folder: Path, name: str) -> Path:
 
 def _repeated(flag: str, paths: list[Path] | None) -> list[str]:
     return [word for path in paths or [] for word in (flag, str(path.expanduser().absolute()))]
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Holds the data folder's lock: two sets of services on one folder would fight."""
-    from headrace_client.errors import AlreadyExists  # noqa: PLC0415
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "up.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise AlreadyExists(
-                f"`headrace up` already runs on {folder}, as process {file.read().strip() or 'unknown'}",
-                reason="ALREADY_RUNNING",
-                remedy="use that one, stop it, or choose another --data-dir",
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextlib.contextmanager
