@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,7 +170,11 @@ class _Pull:
             return None
         if state["identity"] != self._identity:
             raise _in_the_way(self._folder)
-        return self._result(state["n_rows"], state["size_bytes"]) if state.get("complete") else None
+        if not state.get("complete"):
+            return None
+        for column in state.get("columns", ()):  # Earlier versions kept none.
+            tensor_files.check_rows(self._folder, ColumnSpec(**column), state["n_rows"])
+        return self._result(state["n_rows"], state["size_bytes"])
 
     def _resume_row(self) -> int:
         state = tensor_files.read_state(self._folder)
@@ -217,7 +222,8 @@ class _Pull:
             shutil.rmtree(self._folder)
             return self._result(n_rows, self._out.stat().st_size)
         size_bytes = sum(spec.row_bytes for spec in specs) * n_rows
-        self._save(end_row, complete=True, n_rows=n_rows, size_bytes=size_bytes)
+        columns = [asdict(spec) for spec in specs]
+        self._save(end_row, complete=True, columns=columns, n_rows=n_rows, size_bytes=size_bytes)
         return self._result(n_rows, size_bytes)
 
     def _result(self, n_rows: int, size_bytes: int) -> dict[str, Any]:

@@ -41,6 +41,10 @@ class ColumnSpec:
     width: int | None
     row_bytes: int
 
+    def path(self, folder: Path) -> Path:
+        """Its file."""
+        return folder / f"{self.name}.safetensors"
+
     def entry(self, n_rows: int, start: int) -> dict[str, Any]:
         """The column's entry in a safetensors header."""
         shape = [n_rows] if self.width is None else [n_rows, self.width]
@@ -48,11 +52,12 @@ class ColumnSpec:
 
 
 class ColumnFile:
-    """One column on disk: `write()` rows, `sync()`, and `finish()` with the header."""
+    """One column on disk, which has `n_rows`: `write()` more, `sync()`, and `finish()` with the header."""
 
     def __init__(self, folder: Path, spec: ColumnSpec, n_rows: int) -> None:
+        check_rows(folder, spec, n_rows)
         self.spec = spec
-        self.path = folder / f"{spec.name}.safetensors"
+        self.path = spec.path(folder)
         self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b")
         # What was written behind the last sync may be torn: those rows come again.
         self._file.truncate(HEADER_BYTES + n_rows * spec.row_bytes)
@@ -79,10 +84,25 @@ class ColumnFile:
         self._file.close()
 
 
+def check_rows(folder: Path, column: ColumnSpec, n_rows: int) -> None:
+    """Raises DataLoss unless a column's file holds that many rows: zeros must not pass for those that went missing."""
+    from headrace_client.errors import DataLoss  # noqa: PLC0415
+
+    path = column.path(folder)
+    size_bytes = path.stat().st_size if path.exists() else 0
+    n_there = max(size_bytes - HEADER_BYTES, 0) // column.row_bytes
+    if n_there < n_rows:
+        raise DataLoss(
+            f"{path.name} holds {n_there} rows, and {STATE_FILE} says that {n_rows} were written",
+            reason="ROWS_MISSING",
+            remedy=f"put the file back as it was; or remove {folder}, and pull all rows again",
+        )
+
+
 def join(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Mapping[str, str], out: Path) -> None:
     """Joins finished columns into one file, deleting each as soon as it is copied."""
     if len(columns) == 1:
-        (folder / f"{columns[0].name}.safetensors").replace(out)
+        columns[0].path(folder).replace(out)
         return
     starts, end = [], 0
     for column in columns:
@@ -92,7 +112,7 @@ def join(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Map
     with joined.open("wb") as file:
         file.write(_header(list(zip(columns, starts, strict=True)), n_rows, metadata, 0))
         for column in columns:
-            with (folder / f"{column.name}.safetensors").open("rb") as part:
+            with column.path(folder).open("rb") as part:
                 part.seek(HEADER_BYTES)
                 shutil.copyfileobj(part, file, 16 * 1024 * 1024)
         file.flush()

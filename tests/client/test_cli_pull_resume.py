@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from fix_client import EXTRACTION_ID, HOOKPOINT, Fault
+from fix_client import EXTRACTION_ID, HOOKPOINT, Fault, unavailable
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
 from safetensors.numpy import load_file
@@ -46,6 +46,20 @@ def pulling(registry_host, tmp_path):
                 process.kill()
 
     return run
+
+
+REFUSED = {"code": unavailable()["code"].INTERNAL, "reason": "INTERNAL", "message": "bug"}
+N_BYTES_AT_192 = 4096 + 192 * 32  # A cut after three chunks leaves so much.
+
+
+@pytest.fixture
+def broken(pull, scripted_extractor, tmp_path):
+    """The file of a pull that broke off at row 192."""
+    scripted_extractor.faults.append(Fault("cut", after=3, status=REFUSED))
+    assert error_of(pull())["reason"] == "INTERNAL"
+    file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors"
+    assert file.stat().st_size == N_BYTES_AT_192
+    return file
 
 
 def error_of(result):
@@ -88,3 +102,35 @@ def test_pull_says_so_where_files_can_not_be_locked(pull, scripted_extractor, tm
     assert result.exit_code == 0
     assert "can't be locked" in result.stderr
     assert_all_rows_in(tmp_path / "rows", scripted_extractor)
+
+
+def shorten(file):
+    with file.open("r+b") as opened:
+        opened.truncate(N_BYTES_AT_192 - 1)
+
+
+def remove(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize("harm", [shorten, remove])
+def test_rows_that_went_missing_are_not_made_up(pull, broken, harm):
+    state = (broken.parent / "pull.json").read_text()
+    harm(broken)
+    left = broken.read_bytes() if broken.exists() else None
+
+    error = error_of(pull())
+
+    assert error["reason"] == "ROWS_MISSING"
+    assert broken.name in error["message"]
+    assert str(broken.parent) in error["remedy"]
+    assert (broken.read_bytes() if broken.exists() else None) == left
+    assert (broken.parent / "pull.json").read_text() == state
+
+
+@pytest.mark.parametrize("harm", [shorten, remove])
+def test_a_finished_pull_whose_rows_went_missing_is_not_called_finished(pull, tmp_path, harm):
+    assert pull().exit_code == 0
+    harm(tmp_path / "rows" / f"{HOOKPOINT}.safetensors")
+
+    assert error_of(pull())["reason"] == "ROWS_MISSING"
