@@ -204,7 +204,10 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
             first, together = order.stretch(row)
             stop = min(row + min(self.rows_per_chunk, together), end_row)
             last = first + stop - row
-            while self.window_rows and stop > self.released + self.window_rows and context.is_active():
+            if self._is_full(stop):
+                full = service_pb.StreamProgress(n_rows=first, state=ex_pb.EXTRACTION_STATE_WAITING)
+                yield service_pb.StreamActivationsResponse(progress=full)
+            while self._is_full(stop) and context.is_active():
                 time.sleep(0.005)
             if not (fault.kind == "gap" and sent == fault.after):
                 buffers = [memoryview(np.ascontiguousarray(column[first:last])).cast("B") for column in columns]
@@ -213,6 +216,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
                 yield service_pb.StreamActivationsResponse.FromString(message)
             sent += 1
             row = row if fault.kind == "overlap" and sent == fault.after else stop
+
+    def _is_full(self, row):
+        return self.window_rows and row > self.released + self.window_rows
 
     def _break(self, fault, context):
         if fault.kind == "cut":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace_cli import formats, tensor_files
+from headrace_cli.column_files import ColumnFiles
 from headrace_cli.exits import reported
 from headrace_cli.only_one import only_one
 from headrace_cli.output import note, print_json
 from headrace_cli.progress import Bar
 from headrace_cli.settings import settings_of
-from headrace_cli.tensor_files import ColumnFile, ColumnSpec
+from headrace_cli.tensor_files import ColumnSpec
 
 if TYPE_CHECKING:
     from headrace_client import ChunkStream, HeadraceClient
     from headrace_client.order import Reading
     from headrace_client.values import Column, Extraction
 
-_SYNC_EVERY_S = 5.0  # What a crash may cost.
+_TAKE_S = 0.05  # A window that is full waits no longer than that before its rows are brought to disk.
 
 
 @reported
@@ -122,6 +123,7 @@ class _Pull:
             "block_rows": reading.block_rows,
             "transport": transport,
         }
+        self._reader = _reader_name()
         self._columns = columns
         self._start_row, self._end_row = start_row, end_row
 
@@ -150,10 +152,19 @@ class _Pull:
         if next_row > self._start_row:
             note(f"goes on at row {formats.count(next_row)}")
         with self._client.chunks(
-            self._extraction, self._columns, start_row=next_row, end_row=self._end_row, **self._options
+            self._extraction,
+            self._columns,
+            start_row=next_row,
+            end_row=self._end_row,
+            reader=self._reader,
+            **self._options,
         ) as stream:
-            specs = [_spec(column) for column in stream.header.columns]
-            end_row = self._copy(stream, specs, next_row)
+            try:
+                specs = [_spec(column) for column in stream.header.columns]
+                end_row = self._copy(stream, specs, next_row)
+            except BaseException:
+                stream.close(for_good=False)
+                raise
         return self._finish(specs, end_row)
 
     def _done_before(self) -> dict[str, Any] | None:
@@ -181,39 +192,36 @@ class _Pull:
         if state is None:
             self._save(self._start_row)
             return self._start_row
+        self._reader = state.get("reader", self._reader)  # Whose rows of a WINDOW set wait for it.
         return int(state["next_row"])
 
     def _save(self, next_row: int, **more: Any) -> None:
-        tensor_files.write_state(self._folder, {"identity": self._identity, "next_row": next_row, **more})
+        state = {"identity": self._identity, "reader": self._reader, "next_row": next_row, **more}
+        tensor_files.write_state(self._folder, state)
 
     def _copy(self, stream: ChunkStream, specs: list[ColumnSpec], next_row: int) -> int:
         """Writes all rows; returns the one past the last. What is written when it breaks off is kept."""
-        with ExitStack() as stack, Bar("pull") as bar:
-            files = [ColumnFile(self._folder, spec, next_row - self._start_row) for spec in specs]
-            for file in files:
-                stack.callback(file.close)
-            synced_at = time.monotonic()
+        n_rows, sync_bytes = next_row - self._start_row, _sync_bytes(self._extraction)
+        with ColumnFiles(self._folder, specs, n_rows, sync_bytes=sync_bytes) as files, Bar("pull") as bar:
             try:
-                while (chunk := stream.take(0.5)) is not None or not stream.ended:
+                while (chunk := stream.take(_TAKE_S, keep_from=next_row)) is not None or not stream.ended:
                     if chunk is not None:
-                        for file, rows in zip(files, chunk.buffers, strict=True):
-                            file.write(rows)
-                        next_row = chunk.end_place
+                        files.write(chunk.buffers, chunk.n_rows)
                     _show(bar, stream, self._start_row)
-                    if time.monotonic() - synced_at > _SYNC_EVERY_S:
-                        self._sync(files, next_row)
-                        synced_at = time.monotonic()
+                    if files.sync_is_due or stream.held_up:
+                        next_row = self._sync(files)
             finally:
-                self._sync(files, next_row)
+                next_row = self._sync(files)
             _show(bar, stream, self._start_row)
-            for file in files:
-                file.finish(next_row - self._start_row, self._metadata(next_row))
+            files.finish(self._metadata(next_row))
         return next_row
 
-    def _sync(self, files: list[ColumnFile], next_row: int) -> None:
-        for file in files:
-            file.sync()
-        self._save(next_row)
+    def _sync(self, files: ColumnFiles) -> int:
+        """Brings to disk what is not there yet; returns the row behind it."""
+        next_row = self._start_row + files.n_rows
+        if files.sync():
+            self._save(next_row)
+        return next_row
 
     def _finish(self, specs: list[ColumnSpec], end_row: int) -> dict[str, Any]:
         n_rows = end_row - self._start_row
@@ -258,6 +266,20 @@ def _reading(**options: Any) -> Reading:
     from headrace_client.order import Reading  # noqa: PLC0415
 
     return Reading(**options)
+
+
+def _reader_name() -> str:
+    from headrace_client.extractions import reader_name  # noqa: PLC0415
+
+    return reader_name()
+
+
+def _sync_bytes(extraction: Extraction) -> float:
+    """How much may be on its way to disk: of a WINDOW set little enough that its forward pass need not wait for it."""
+    from headrace_client.values import Window  # noqa: PLC0415
+
+    retention = extraction.retention
+    return retention.window_bytes / 4 if isinstance(retention, Window) else math.inf
 
 
 def _columns(extraction: Extraction, text: str) -> tuple[str, ...]:

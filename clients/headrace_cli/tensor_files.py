@@ -16,7 +16,8 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 HEADER_BYTES = 4096  # The rows of a column begin on a page.
 STATE_FILE = "pull.json"
@@ -79,8 +80,10 @@ class ColumnFile:
         self._file.write(header)
         self.sync()
 
-    def close(self) -> None:
-        """Closes the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
 
 

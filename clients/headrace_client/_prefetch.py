@@ -361,6 +361,7 @@ class Releaser:
     """
 
     def __init__(self, source: Source) -> None:
+        self.comes_back = False
         self._source = source
         self._changed = threading.Condition()
         self._row = 0
@@ -397,6 +398,8 @@ class Releaser:
                 _LOG.debug("release of rows before %d: %s", row, exc)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping, 0.5)
-        # Others of the window need not wait for this one to come back.
+        if self.comes_back:
+            return
+        # Others of the window need not wait for this one.
         with contextlib.suppress(HeadraceError):
             self._source.release(_FOR_GOOD)

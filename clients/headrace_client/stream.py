@@ -31,7 +31,8 @@ class ChunkStream:
         self.options = options
         self._prefetcher = Prefetcher(source, options)
         self._releaser = Releaser(source) if options.explicit_release else None
-        self._next_row = self._released = options.start_row
+        self._next_row = options.start_row
+        self._released = 0  # Rows before the first one too: who comes back may have left some that it had not released.
         self._size_bytes = 0
         self._unreleased_bytes = 0
         self._meter = _Meter()
@@ -59,11 +60,16 @@ class ChunkStream:
         """True when every row was handed out."""
         return self._prefetcher.queue.ended
 
+    @property
+    def held_up(self) -> bool:
+        """True if the forward pass waited for readers at the server's last word, and no row is at hand."""
+        return not self._prefetcher.queue.queued_bytes and self._prefetcher.held_up
+
     def take(self, wait_s: float, keep_from: int | None = None) -> ActivationChunk | None:
         """Returns the next chunk; None if none came within `wait_s`, or at the end (then `ended` is True).
 
         Taking a chunk says that the ones before are done with: rows of a WINDOW set may go. With `keep_from` only those
-        before that place, unless no row can come otherwise.
+        before that place; where the window is smaller than what is kept of it, the stream is `held_up` for good.
         """
         self._check_open()
         self._release(self._next_row if keep_from is None else keep_from)
@@ -102,9 +108,14 @@ class ChunkStream:
             mapped=behind.mapped,
         )
 
-    def close(self) -> None:
-        """Cancels the stream and waits for its thread. Any number of times."""
+    def close(self, *, for_good: bool = True) -> None:
+        """Cancels the stream and waits for its thread. Any number of times.
+
+        Unless `for_good`, rows of a WINDOW set wait for this reader to come back under its name, as after a cut.
+        """
         self._closed = True
+        if self._releaser is not None and not for_good:
+            self._releaser.comes_back = True
         self._finalizer()
 
     def __iter__(self) -> Self:
@@ -132,11 +143,9 @@ class ChunkStream:
 
     def _release(self, place: int) -> None:
         """Releases what is before `place`: in quarters of the queue, or sooner when the queue runs low."""
-        if self._releaser is None:
+        if self._releaser is None or self._prefetcher.header is None:  # The server does not know this reader yet.
             return
         queued_bytes, quarter = self._prefetcher.queue.queued_bytes, self.options.queue_bytes // 4
-        if not queued_bytes and self._prefetcher.held_up:
-            place = self._next_row  # The window is smaller than what the caller wants to keep of it.
         if place > self._released and (self._unreleased_bytes >= quarter or queued_bytes < quarter):
             self._releaser.offer(self.options.reading.first_row_needed(place))
             self._released, self._unreleased_bytes = place, 0

@@ -315,7 +315,9 @@ class ActivationStream:
         stream = self._opened()
         while True:
             try:
-                chunk = stream.take(_TAKE_S if wait else 0.0, keep_from=self._next_row)
+                # The window may be smaller than a batch: then none of it can be kept for who resumes before the batch.
+                keep_from = None if stream.held_up else self._next_row
+                chunk = stream.take(_TAKE_S if wait else 0.0, keep_from=keep_from)
             except Exception:
                 if wait:
                     raise

@@ -5,13 +5,17 @@ import fcntl
 import json
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from fix_client import EXTRACTION_ID, HOOKPOINT, Fault, unavailable
+from headrace.extractor.v1 import extraction_pb2 as ex_pb
+from headrace_cli import column_files
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
+from headrace_client.stream import ChunkStream
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -134,3 +138,68 @@ def test_a_finished_pull_whose_rows_went_missing_is_not_called_finished(pull, tm
     harm(tmp_path / "rows" / f"{HOOKPOINT}.safetensors")
 
     assert error_of(pull())["reason"] == "ROWS_MISSING"
+
+
+# -- a set that keeps a window of its rows -----------------------------------------------------------------------------
+
+FOR_GOOD = (1 << 63) - 1
+
+
+@pytest.fixture
+def window(scripted_extractor):
+    """The extractor, which sends no more than two chunks beyond what was released."""
+    retention = scripted_extractor.extraction.spec.retention
+    retention.kind, retention.window_bytes = ex_pb.RETENTION_KIND_WINDOW, 1 << 30
+    scripted_extractor.window_rows = 128
+    return scripted_extractor
+
+
+def test_rows_of_a_window_are_not_released_before_they_are_on_disk(pull, window, tmp_path, monkeypatch):
+    state, note = tmp_path / "rows" / "pull.json", window.note
+    seen = []
+
+    def look(method, request, context):
+        if method == "ReleaseRows":
+            seen.append((request.row, json.loads(state.read_text())["next_row"]))
+        note(method, request, context)
+
+    monkeypatch.setattr(window, "note", look)
+
+    assert pull().exit_code == 0
+
+    assert_all_rows_in(tmp_path / "rows", window)
+    released = [(row, n_on_disk) for row, n_on_disk in seen if row != FOR_GOOD]
+    assert max(row for row, _ in released) >= window.n_rows - window.window_rows
+    assert all(row <= n_on_disk for row, n_on_disk in released)
+
+
+def test_rows_of_a_window_go_to_disk_before_it_is_full(pull, window, tmp_path, monkeypatch):
+    window.d = 2048
+    window.extraction.spec.retention.window_bytes = window.window_rows * 4 * window.d
+    monkeypatch.setattr(ChunkStream, "held_up", False)
+    monkeypatch.setattr(column_files, "_SYNC_EVERY_S", float("inf"))
+
+    assert pull().exit_code == 0
+
+    assert_all_rows_in(tmp_path / "rows", window)
+
+
+def test_an_interrupted_pull_comes_back_as_the_reader_that_is_waited_for(pull, window, tmp_path):
+    window.faults.append(Fault("cut", after=2, status=REFUSED))
+    assert error_of(pull())["reason"] == "INTERNAL"
+    assert FOR_GOOD not in all_released(window)
+
+    assert pull().exit_code == 0
+
+    assert_all_rows_in(tmp_path / "rows", window)
+    first, second = (call.reader for call in window.calls["StreamActivations"])
+    assert first == second != ""
+    assert FOR_GOOD in all_released(window)
+
+
+def all_released(extractor):
+    """The rows of all releases, when no thread is left that could send one."""
+    for thread in threading.enumerate():
+        if thread.name == "headrace-release":
+            thread.join(30)
+    return [call.row for call in extractor.calls["ReleaseRows"]]

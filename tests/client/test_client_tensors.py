@@ -7,7 +7,6 @@ import pytest
 import torch
 from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace_client import errors, tensors
 from headrace_client.integrations.sae_lens import data_provider
 from headrace_client.outliers import NormLimit
@@ -234,21 +233,11 @@ def test_what_a_state_is_behind_is_not_released(client, scripted_extractor):
         assert scripted_extractor.released == stream.next_row == 150
 
 
-def test_a_batch_larger_than_the_window_comes(client, scripted_extractor, monkeypatch):
+def test_a_batch_larger_than_the_window_comes(client, scripted_extractor):
     """The forward pass says that it waits, and is let go on at the price of resuming within the batch."""
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
-    rows = type(scripted_extractor)._rows
-    full = service_pb.StreamProgress(n_rows=0, state=ex_pb.EXTRACTION_STATE_WAITING)
+    scripted_extractor.window_rows = 128
 
-    def within_a_window(self, *args):
-        for sent, message in enumerate(rows(self, *args), 1):
-            if sent * 64 > self.released + 128:
-                yield service_pb.StreamActivationsResponse(progress=full)
-            while sent * 64 > self.released + 128 and args[-1].is_active():
-                time.sleep(0.005)
-            yield message
-
-    monkeypatch.setattr(type(scripted_extractor), "_rows", within_a_window)
     with client.activations(EXTRACTION_ID, batch_size=400) as stream:
         got = torch.cat(list(stream))
 

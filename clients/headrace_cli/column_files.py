@@ -1,0 +1,60 @@
+"""The columns of a pull on their way to disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from headrace_cli.tensor_files import ColumnFile, ColumnSpec
+
+_SYNC_EVERY_S = 5.0  # What a crash may cost.
+
+
+class ColumnFiles:
+    """One file a column, open for the `with` block, each with `n_rows`; a sync is due after `sync_bytes`."""
+
+    def __init__(self, folder: Path, columns: Sequence[ColumnSpec], n_rows: int, *, sync_bytes: float) -> None:
+        self.n_rows = n_rows
+        self._n_synced = n_rows
+        self._row_bytes = sum(column.row_bytes for column in columns)
+        self._sync_bytes = sync_bytes
+        self._synced_at = time.monotonic()
+        with ExitStack() as stack:
+            self._files = [stack.enter_context(ColumnFile(folder, column, n_rows)) for column in columns]
+            self._stack = stack.pop_all()
+
+    @property
+    def sync_is_due(self) -> bool:
+        """True when a crash would cost much, or what came long ago."""
+        unsynced_bytes = (self.n_rows - self._n_synced) * self._row_bytes
+        return unsynced_bytes >= self._sync_bytes or time.monotonic() - self._synced_at > _SYNC_EVERY_S
+
+    def write(self, buffers: Sequence[memoryview], n_rows: int) -> None:
+        """Appends rows, a buffer a column."""
+        for file, rows in zip(self._files, buffers, strict=True):
+            file.write(rows)
+        self.n_rows += n_rows
+
+    def sync(self) -> bool:
+        """Brings to disk what was written; False if all was there."""
+        is_behind = self.n_rows > self._n_synced
+        if is_behind:
+            for file in self._files:
+                file.sync()
+        self._n_synced, self._synced_at = self.n_rows, time.monotonic()
+        return is_behind
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Writes the headers."""
+        for file in self._files:
+            file.finish(self.n_rows, metadata)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
