@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, Digest, columns_of, eventually, read, texts
 from headrace_client import errors
@@ -154,6 +158,31 @@ def test_a_client_that_died_may_come_back_at_its_row_within_the_grace(system, re
             digest.add(chunk)
 
     assert digest.value == read_retained(system)
+
+
+def test_a_pull_that_is_killed_goes_on_without_a_gap(system, tmp_path):
+    extraction = start(system)
+    out = tmp_path / "rows"
+    command = [sys.executable, "-m", "headrace_cli", "--registry", system.registry.address]
+    command += ["pull", extraction.id, "--out", str(out)]
+    environment = {**os.environ, "HEADRACE_TOKEN": system.token}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as first:
+        eventually(lambda: next_row_of(out), "rows are on disk")
+        first.kill()
+    at_kill = next_row_of(out)
+
+    subprocess.run(command, env=environment, check=True, timeout=PATIENCE_S, capture_output=True)
+
+    n_rows = now(system, extraction).n_rows
+    digest = Digest()
+    columns = {name: np.fromfile(out / f"{name}.safetensors", np.uint8, offset=4096) for name in columns_of(extraction)}
+    digest.add(SimpleNamespace(first_row=0, end_row=n_rows, arrays=columns))
+    assert 0 < at_kill < n_rows
+    assert digest.value == read_retained(system)
+
+
+def next_row_of(out):
+    return json.loads((out / "pull.json").read_text())["next_row"] if (out / "pull.json").exists() else 0
 
 
 class ReaderProcess:
