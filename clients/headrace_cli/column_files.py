@@ -28,6 +28,11 @@ class ColumnFiles:
             self._stack = stack.pop_all()
 
     @property
+    def is_behind(self) -> bool:
+        """True while rows are not on disk."""
+        return self.n_rows > self._n_synced
+
+    @property
     def sync_is_due(self) -> bool:
         """True when a crash would cost much, or what came long ago."""
         unsynced_bytes = (self.n_rows - self._n_synced) * self._row_bytes
@@ -39,14 +44,12 @@ class ColumnFiles:
             file.write(rows)
         self.n_rows += n_rows
 
-    def sync(self) -> bool:
-        """Brings to disk what was written; False if all was there."""
-        is_behind = self.n_rows > self._n_synced
-        if is_behind:
+    def sync(self) -> None:
+        """Brings to disk what was written."""
+        if self.is_behind:
             for file in self._files:
                 file.sync()
         self._n_synced, self._synced_at = self.n_rows, time.monotonic()
-        return is_behind
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the headers."""

@@ -1,7 +1,7 @@
 """Exit codes, and errors as people and machines read them.
 
 0 done · 1 failed · 2 usage · 3 not found · 4 unavailable or out of time · 5 refused: permission, state or capacity ·
-130 interrupted
+130 interrupted, by Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _R = TypeVar("_R")
 
 
 def end_when_interrupted() -> None:
-    """Has Ctrl-C end the process within `INTERRUPT_GRACE_S`, even where cleaning up hangs."""
+    """Has Ctrl-C and SIGTERM end the process within `INTERRUPT_GRACE_S`, even where cleaning up hangs."""
 
     def interrupt(number: int, frame: object) -> None:
         del number, frame
@@ -39,7 +39,8 @@ def end_when_interrupted() -> None:
         timer.start()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:

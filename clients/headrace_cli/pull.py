@@ -134,7 +134,7 @@ class _Pull:
             with self._alone():
                 done = self._done_before()  # Another one may have finished just now.
                 if done is None:
-                    return self._pull()
+                    return self._pull_and_tell()
         note("already there, nothing pulled")
         return done
 
@@ -146,6 +146,15 @@ class _Pull:
             busy=f"`headrace pull` already writes {self._out}",
             remedy="let it end, stop it, or choose another --out",
         )
+
+    def _pull_and_tell(self) -> dict[str, Any]:
+        try:
+            return self._pull()
+        except KeyboardInterrupt:
+            state = tensor_files.read_state(self._folder)
+            n_rows = state["next_row"] - self._start_row if state else 0
+            note(f"{formats.count(n_rows)} rows are kept; the same command goes on behind them")
+            raise
 
     def _pull(self) -> dict[str, Any]:
         next_row = self._resume_row()
@@ -208,7 +217,7 @@ class _Pull:
                     if chunk is not None:
                         files.write(chunk.buffers, chunk.n_rows)
                     _show(bar, stream, self._start_row)
-                    if files.sync_is_due or stream.held_up:
+                    if files.sync_is_due or (files.is_behind and stream.held_up):
                         next_row = self._sync(files)
             finally:
                 next_row = self._sync(files)
@@ -218,9 +227,9 @@ class _Pull:
 
     def _sync(self, files: ColumnFiles) -> int:
         """Brings to disk what is not there yet; returns the row behind it."""
+        files.sync()
         next_row = self._start_row + files.n_rows
-        if files.sync():
-            self._save(next_row)
+        self._save(next_row)
         return next_row
 
     def _finish(self, specs: list[ColumnSpec], end_row: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -36,7 +37,7 @@ def pull(registry_host, tmp_path):
 
 @pytest.fixture
 def pulling(registry_host, tmp_path):
-    """A process that pulls one column into `out`, and has begun to."""
+    """A process that pulls one column into `out`, and has some rows."""
 
     @contextmanager
     def run(out="rows"):
@@ -44,7 +45,8 @@ def pulling(registry_host, tmp_path):
         command += ["--columns", HOOKPOINT, "--out", str(tmp_path / out)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             try:
-                assert process.stderr.readline().startswith("pull ")
+                line = next(line for line in process.stderr if " 0 rows ·" not in line)
+                assert line.startswith("pull "), line
                 yield process
             finally:
                 process.kill()
@@ -74,6 +76,27 @@ def error_of(result):
 def assert_all_rows_in(path, extractor):
     file = path if path.suffix else path / f"{HOOKPOINT}.safetensors"
     np.testing.assert_array_equal(load_file(file)[HOOKPOINT], extractor.column(HOOKPOINT))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pull_that_is_interrupted_keeps_its_rows_and_says_how_to_go_on(
+    pull, pulling, scripted_extractor, tmp_path, number
+):
+    scripted_extractor.faults.append(Fault("hang", after=3))
+    with pulling() as process:
+        file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors"
+        process.send_signal(number)
+        rest = process.communicate(timeout=30)[1]
+    kept = json.loads((tmp_path / "rows" / "pull.json").read_text())["next_row"]
+
+    assert process.returncode == 130
+    assert kept > 0
+    assert file.stat().st_size == 4096 + kept * 32
+    assert f"{kept} rows are kept" in rest
+    assert "the same command goes on" in rest
+    assert "Traceback" not in rest
+    assert pull().exit_code == 0
+    assert_all_rows_in(tmp_path / "rows", scripted_extractor)
 
 
 @pytest.mark.parametrize("out", ["rows", "rows.safetensors"])
