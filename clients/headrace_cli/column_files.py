@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from activation_log.files import fsync_folder
 from headrace_cli.tensor_files import ColumnFile, ColumnSpec
 
 _SYNC_EVERY_S = 5.0  # What a crash may cost.
@@ -17,7 +19,9 @@ _SYNC_EVERY_S = 5.0  # What a crash may cost.
 class ColumnFiles:
     """One file a column, open for the `with` block, each with `n_rows`; a sync is due after `sync_bytes`."""
 
-    def __init__(self, folder: Path, columns: Sequence[ColumnSpec], n_rows: int, *, sync_bytes: float) -> None:
+    def __init__(
+        self, folder: Path, columns: Sequence[ColumnSpec], n_rows: int, *, sync_bytes: float = math.inf
+    ) -> None:
         self.n_rows = n_rows
         self._n_synced = n_rows
         self._row_bytes = sum(column.row_bytes for column in columns)
@@ -25,6 +29,7 @@ class ColumnFiles:
         self._synced_at = time.monotonic()
         with ExitStack() as stack:
             self._files = [stack.enter_context(ColumnFile(folder, column, n_rows)) for column in columns]
+            fsync_folder(folder)
             self._stack = stack.pop_all()
 
     @property

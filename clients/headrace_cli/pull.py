@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -130,11 +129,13 @@ class _Pull:
     def run(self) -> dict[str, Any]:
         """Pulls what is missing. Raises AlreadyExists while another process does."""
         done = self._done_before()
-        if done is None:
+        if done is None or self._is_left_over():
             with self._alone():
                 done = self._done_before()  # Another one may have finished just now.
                 if done is None:
                     return self._pull_and_tell()
+                if self._is_left_over():
+                    tensor_files.remove(self._folder)
         note("already there, nothing pulled")
         return done
 
@@ -151,15 +152,26 @@ class _Pull:
         try:
             return self._pull()
         except KeyboardInterrupt:
-            state = tensor_files.read_state(self._folder)
-            n_rows = state["next_row"] - self._start_row if state else 0
-            note(f"{formats.count(n_rows)} rows are kept; the same command goes on behind them")
+            if state := tensor_files.read_state(self._folder):
+                n_rows = formats.count(state["next_row"] - self._start_row)
+                note(f"{n_rows} rows are kept; the same command goes on behind them")
             raise
 
     def _pull(self) -> dict[str, Any]:
-        next_row = self._resume_row()
-        if next_row > self._start_row:
-            note(f"goes on at row {formats.count(next_row)}")
+        state = tensor_files.read_state(self._folder)
+        if state is None:
+            state = self._save(self._start_row)
+        elif state["next_row"] > self._start_row:
+            note(f"goes on at row {formats.count(state['next_row'])}")
+        self._reader = state.get("reader", self._reader)  # Whose rows of a WINDOW set wait for it.
+        if "columns" not in state:
+            specs, end_row = self._stream(state["next_row"])
+            # From here on it can be finished without a stream: the rows of a WINDOW set may be gone by then.
+            state = self._save(end_row, columns=[asdict(spec) for spec in specs])
+        return self._finish([ColumnSpec(**column) for column in state["columns"]], state["next_row"])
+
+    def _stream(self, next_row: int) -> tuple[list[ColumnSpec], int]:
+        """Brings all rows to disk; returns their columns, and the row one past the last."""
         with self._client.chunks(
             self._extraction,
             self._columns,
@@ -170,11 +182,10 @@ class _Pull:
         ) as stream:
             try:
                 specs = [_spec(column) for column in stream.header.columns]
-                end_row = self._copy(stream, specs, next_row)
+                return specs, self._copy(stream, specs, next_row)
             except BaseException:
                 stream.close(for_good=False)
                 raise
-        return self._finish(specs, end_row)
 
     def _done_before(self) -> dict[str, Any] | None:
         """The result of an earlier run that was finished; raises if something else is in the way."""
@@ -196,17 +207,17 @@ class _Pull:
             tensor_files.check_rows(self._folder, ColumnSpec(**column), state["n_rows"])
         return self._result(state["n_rows"], state["size_bytes"])
 
-    def _resume_row(self) -> int:
+    def _is_left_over(self) -> bool:
+        """True if the folder is that of this pull into one file, at work or cut off."""
+        if not self._one_file or not self._folder.exists():
+            return False
         state = tensor_files.read_state(self._folder)
-        if state is None:
-            self._save(self._start_row)
-            return self._start_row
-        self._reader = state.get("reader", self._reader)  # Whose rows of a WINDOW set wait for it.
-        return int(state["next_row"])
+        return state["identity"] == self._identity if state else not tensor_files.is_used(self._folder)
 
-    def _save(self, next_row: int, **more: Any) -> None:
+    def _save(self, next_row: int, **more: Any) -> dict[str, Any]:
         state = {"identity": self._identity, "reader": self._reader, "next_row": next_row, **more}
         tensor_files.write_state(self._folder, state)
+        return state
 
     def _copy(self, stream: ChunkStream, specs: list[ColumnSpec], next_row: int) -> int:
         """Writes all rows; returns the one past the last. What is written when it breaks off is kept."""
@@ -222,7 +233,6 @@ class _Pull:
             finally:
                 next_row = self._sync(files)
             _show(bar, stream, self._start_row)
-            files.finish(self._metadata(next_row))
         return next_row
 
     def _sync(self, files: ColumnFiles) -> int:
@@ -234,9 +244,11 @@ class _Pull:
 
     def _finish(self, specs: list[ColumnSpec], end_row: int) -> dict[str, Any]:
         n_rows = end_row - self._start_row
+        with ColumnFiles(self._folder, specs, n_rows) as files:
+            files.finish(self._metadata(end_row))
         if self._one_file:
             tensor_files.join(specs, self._folder, n_rows, self._metadata(end_row), self._out)
-            shutil.rmtree(self._folder)
+            tensor_files.remove(self._folder)
             return self._result(n_rows, self._out.stat().st_size)
         size_bytes = sum(spec.row_bytes for spec in specs) * n_rows
         columns = [asdict(spec) for spec in specs]

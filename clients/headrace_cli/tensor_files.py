@@ -5,7 +5,7 @@
       pull.lock                  pull.lock                  locked by the process that writes here
       token_id.safetensors       token_id.safetensors       one tensor a column: space for the header, then the rows
 
-A file's header is written last. For a single file the columns are then joined into one.
+Headers are written when all rows are there. For a single file the columns are then joined, and the folder goes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+
+from activation_log.files import fsync_folder
 
 HEADER_BYTES = 4096  # The rows of a column begin on a page.
 STATE_FILE = "pull.json"
@@ -103,10 +106,13 @@ def check_rows(folder: Path, column: ColumnSpec, n_rows: int) -> None:
 
 
 def join(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Mapping[str, str], out: Path) -> None:
-    """Joins finished columns into one file, deleting each as soon as it is copied."""
-    if len(columns) == 1:
-        columns[0].path(folder).replace(out)
-        return
+    """Makes one file of finished columns, at once or not at all."""
+    joined = columns[0].path(folder) if len(columns) == 1 else _joined(columns, folder, n_rows, metadata)
+    joined.replace(out)
+    fsync_folder(out.parent)
+
+
+def _joined(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Mapping[str, str]) -> Path:
     starts, end = [], 0
     for column in columns:
         starts.append(end)
@@ -120,7 +126,16 @@ def join(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Map
                 shutil.copyfileobj(part, file, 16 * 1024 * 1024)
         file.flush()
         os.fsync(file.fileno())
-    joined.replace(out)
+    return joined
+
+
+def remove(folder: Path) -> None:
+    """Removes the folder of a pull: the state behind all that it tells of, the lock behind the state."""
+    last = {STATE_FILE: 1, LOCK_FILE: 2}
+    for path in sorted(folder.iterdir(), key=lambda path: last.get(path.name, 0)):
+        path.unlink()
+    with suppress(OSError):  # Another pull looks in just now, and finds all done.
+        folder.rmdir()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -157,6 +172,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(folder / STATE_FILE)
+    fsync_folder(folder)
 
 
 def _header(

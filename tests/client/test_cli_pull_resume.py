@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_cli import column_files
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
+from headrace_cli.tensor_files import ColumnFile, write_state
 from headrace_client.stream import ChunkStream
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -76,6 +79,64 @@ def error_of(result):
 def assert_all_rows_in(path, extractor):
     file = path if path.suffix else path / f"{HOOKPOINT}.safetensors"
     np.testing.assert_array_equal(load_file(file)[HOOKPOINT], extractor.column(HOOKPOINT))
+
+
+@pytest.mark.parametrize("columns", [HOOKPOINT, f"token_id,{HOOKPOINT}"])
+@pytest.mark.parametrize("out", ["rows", "rows.safetensors"])
+def test_a_crash_at_any_point_leaves_a_pull_that_goes_on_or_is_finished(
+    pull, scripted_extractor, tmp_path, monkeypatch, out, columns
+):
+    folder = tmp_path / "first"
+    with monkeypatch.context() as patch:
+        crashed = left_by_crashes(patch, folder)
+        assert pull("--columns", columns, out=f"first/{out}").exit_code == 0
+    assert len(crashed) > 5
+
+    for copy in crashed:
+        again = pull("--columns", columns, out=copy / out)
+        assert again.exit_code == 0, (copy, again.stderr)
+        assert_all_rows_in(copy / out, scripted_extractor)
+        assert [path.name for path in copy.iterdir()] == [out]
+
+
+def left_by_crashes(patch, folder):
+    """The paths of copies of `folder`, one of each moment before a step on its files."""
+    copies = []
+
+    def copying(step):
+        def run(*args, **options):
+            copies.append(folder.with_name(f"left-{len(copies)}"))
+            shutil.copytree(folder, copies[-1])
+            return step(*args, **options)
+
+        return run
+
+    for step in ("fsync", "replace", "unlink", "rmdir"):
+        patch.setattr(os, step, copying(getattr(os, step)))
+    return copies
+
+
+def test_a_pull_that_has_all_rows_is_finished_without_a_stream(pull, scripted_extractor, tmp_path, monkeypatch):
+    """Of a WINDOW set that was read to its end, nothing may be left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ColumnFile, "finish", lambda *_: 1 / 0)
+        assert error_of(pull())["reason"] == "BUG"
+
+    assert pull().exit_code == 0
+
+    assert len(scripted_extractor.calls["StreamActivations"]) == 1
+    assert_all_rows_in(tmp_path / "rows", scripted_extractor)
+
+
+def test_what_another_pull_left_is_not_cleared_away(pull, tmp_path):
+    assert pull("--rows", "0:10", out="rows.safetensors").exit_code == 0
+    part = tmp_path / "rows.safetensors.part"
+    part.mkdir()
+    write_state(part, {"identity": {}, "next_row": 1})
+
+    assert pull("--rows", "0:10", out="rows.safetensors").exit_code == 0
+
+    assert part.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
