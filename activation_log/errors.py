@@ -4,6 +4,7 @@ LogError
 ├── SetCorrupt        a file contradicts the manifest or the index
 ├── DigestMismatch    a sealed segment's bytes are not the ones that were written
 ├── DiskFull          no room for what comes next
+├── TooManyFiles      no descriptor left to open a file with
 └── RowsExpired       a WINDOW set has let these rows go
 """
 
@@ -40,6 +41,17 @@ class DiskFull(LogError):
         self.path = path
         self.required_bytes = required_bytes
         self.free_bytes = free_bytes
+
+
+class TooManyFiles(LogError):
+    """This process, or the machine, has all the files open that it may; a mapped segment counts as one."""
+
+    def __init__(self, *, max_files: int) -> None:
+        super().__init__(
+            f"no more files can be opened, of at most {max_files} in this process; read fewer columns or streams at "
+            "once, or start it with a higher limit (ulimit -n)"
+        )
+        self.max_files = max_files
 
 
 class RowsExpired(LogError):

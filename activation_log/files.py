@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from activation_log.errors import DiskFull
+from activation_log.errors import DiskFull, TooManyFiles
 
 # EFBIG: the size limit of a process, which is no different to its user.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The limit of the process, and that of the machine.
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
@@ -24,6 +27,17 @@ def disk_full_as_typed(path: Path, required_bytes: int) -> Iterator[None]:
             raise
         stats = os.statvfs(path.parent)
         raise DiskFull(path, required_bytes=required_bytes, free_bytes=stats.f_bavail * stats.f_frsize) from exc
+
+
+@contextmanager
+def too_many_files_as_typed() -> Iterator[None]:
+    """Turns the errors of a process that can open no more files into TooManyFiles."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _NO_DESCRIPTOR:
+            raise
+        raise TooManyFiles(max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0]) from exc
 
 
 def fsync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from activation_log.errors import RowsExpired, SetCorrupt
+from activation_log.files import too_many_files_as_typed
 from activation_log.index import SegmentIndex, dropped_rows
 from activation_log.layout import ColumnSpec
 from activation_log.manifest import Manifest
@@ -89,7 +90,8 @@ class SetReader:
     def __init__(
         self, folder: Path, columns: Sequence[str], *, handed_on: bool = False, keep_segments: int = 1
     ) -> None:
-        manifest = Manifest.load(folder)
+        with too_many_files_as_typed():
+            manifest = Manifest.load(folder)
         self._handed_on = handed_on
         self._folder = folder
         self.columns = tuple(manifest.column(name) for name in columns)
@@ -112,16 +114,17 @@ class SetReader:
         return self._sealed_rows
 
     def refresh(self) -> None:
-        """Looks at the index again: what was sealed or dropped since."""
-        self.first_row = dropped_rows(self._folder)
-        self._index = self._index.refreshed(self._folder)
-        self._sealed_rows = self._index.n_rows(self._names, known_rows=self._sealed_rows)
+        """Looks at the index again: what was sealed or dropped since. Raises TooManyFiles."""
+        with too_many_files_as_typed():
+            self.first_row = dropped_rows(self._folder)
+            self._index = self._index.refreshed(self._folder)
+            self._sealed_rows = self._index.n_rows(self._names, known_rows=self._sealed_rows)
 
     def read(self, row: int, max_rows: int, *, end_row: int) -> RowRun:
         """Reads up to `max_rows` rows from `row` on, at most to `end_row` and to the end of the segment.
 
-        `end_row` is the committed row count the caller knows of; `row` must lie before it. Raises RowsExpired and
-        SetCorrupt.
+        `end_row` is the committed row count the caller knows of; `row` must lie before it. Raises RowsExpired,
+        TooManyFiles and SetCorrupt.
         """
         assert row < end_row, "read only what is committed"
         if row < self.first_row:

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from activation_log.errors import SetCorrupt
-from activation_log.files import disk_full_as_typed
+from activation_log.files import disk_full_as_typed, too_many_files_as_typed
 from activation_log.layout import ColumnSpec, open_segment_path, segment_path
 
 # Pages are 4 KiB nearly everywhere; readers map whole files, so larger pages do no harm.
@@ -59,12 +59,13 @@ class OpenSegment:
         self._path = open_segment_path(folder, column, segment)
         self._sealed_path = segment_path(folder, column, segment)
         size = DATA_OFFSET + capacity_rows * column.row_bytes
-        with disk_full_as_typed(folder / column.name, size):
+        with disk_full_as_typed(folder / column.name, size), too_many_files_as_typed():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             _allocate(self._fd, self._path, size + spare_bytes)
-            self._map = mmap.mmap(self._fd, size)
+            with too_many_files_as_typed():
+                self._map = mmap.mmap(self._fd, size)  # It has a descriptor of its own.
         except BaseException:
             os.close(self._fd)
             self._path.unlink(missing_ok=True)
@@ -109,12 +110,15 @@ class OpenSegment:
 
 
 def map_segment(folder: Path, column: ColumnSpec, segment: int, *, private: bool = False) -> mmap.mmap:
-    """Maps a segment file, sealed or open, for reading; with `private`, what is written stays in this mapping."""
+    """Maps a segment file, sealed or open, for reading; with `private`, what is written stays in this mapping.
+
+    The mapping keeps a descriptor of its own. Raises TooManyFiles and SetCorrupt.
+    """
     access = mmap.ACCESS_COPY if private else mmap.ACCESS_READ
     sealed, opened = segment_path(folder, column, segment), open_segment_path(folder, column, segment)
     for path in (sealed, opened, sealed):  # It may be renamed between the first and the second look.
         try:
-            with path.open("rb") as file:
+            with too_many_files_as_typed(), path.open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=access)
         except FileNotFoundError:
             continue

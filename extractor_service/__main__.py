@@ -20,7 +20,7 @@ from pathlib import Path
 import grpc
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 
-from chassis import logs
+from chassis import descriptors, logs
 from chassis.errors import StartError
 from chassis.flags import add_common_flags, options_from
 from chassis.metrics import Metrics
@@ -278,6 +278,7 @@ def main(arguments: Sequence[str], environment: dict[str, str]) -> int:
     args.data_dir = args.data_dir.resolve()
     args.data_dir.mkdir(parents=True, exist_ok=True)
     logs.configure(args.log_level, sys.stderr)
+    descriptors.raise_limit()
     try:
         asyncio.run(serve(args, environment))
     except StartError as exc:

@@ -16,6 +16,7 @@ from activation_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 from chassis.shutdown import Shutdown
 from extractor_service.errors import DigestMismatch, FieldInvalid, HookpointNotFound
 from extractor_service.extraction import ExtractionJob, rows_expired
+from extractor_service.log_errors import log_errors_as_typed, too_many_streams
 from extractor_service.readers import Reader
 from extractor_service.values import ExtractionState
 from extractor_service.ways import OrderRequest, way_of
@@ -171,7 +172,8 @@ class RowStream:
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:
             there_and_back = self._way.block_rows and not self._job.value.spec.retention.is_window
-            return SetReader(self._job.folder, columns, keep_segments=KEPT_SEGMENTS if there_and_back else 1)
+            with log_errors_as_typed():
+                return SetReader(self._job.folder, columns, keep_segments=KEPT_SEGMENTS if there_and_back else 1)
         except FileNotFoundError as exc:
             value = self._job.value
             if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
@@ -198,6 +200,8 @@ class RowStream:
             return self._reader.read(row, self._chunk_rows, end_row=end_row)
         except log_errors.RowsExpired as exc:
             raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
+        except log_errors.TooManyFiles as exc:
+            raise too_many_streams(exc) from exc
         except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:
             if row >= self._reader.sealed_rows and not self._job.value.state.ended:
                 return None

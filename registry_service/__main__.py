@@ -24,7 +24,7 @@ from headrace.registry.v1 import (
     residency_service_pb2_grpc,
 )
 
-from chassis import logs
+from chassis import descriptors, logs
 from chassis.errors import StartError
 from chassis.flags import add_common_flags, options_from
 from chassis.metrics import Metrics
@@ -113,6 +113,7 @@ def main() -> int:
     """Runs until a signal; returns the exit status."""
     args = _parser().parse_args()
     logs.configure(args.log_level, sys.stderr)
+    descriptors.raise_limit()
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # The calls that fail tell it better.
     try:
         settings = _settings(args, os.environ)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from activation_log.errors import DiskFull, LogError
+from activation_log.errors import DiskFull, LogError, TooManyFiles
 from extractor_service import errors
 from extractor_service.runner.freed_memory import freed_memory_kept
 from extractor_service.runner.gate import Gate
@@ -222,6 +222,9 @@ def failure_of(exc: Exception) -> Failed:
     if isinstance(exc, DiskFull):
         sizes = {"required_bytes": str(exc.required_bytes), "free_bytes": str(exc.free_bytes)}
         return Failed(reason=errors.DiskFull.reason, message=str(exc), metadata=sizes)
+    if isinstance(exc, TooManyFiles):
+        limit = {"max_files": str(exc.max_files)}
+        return Failed(reason=errors.TooManyStreams.reason, message=str(exc), metadata=limit)
     if isinstance(exc, LogError):  # The set contradicts itself.
         return Failed(reason=errors.DigestMismatch.reason, message=str(exc))
     traceback.print_exception(exc, file=sys.stderr)

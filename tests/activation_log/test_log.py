@@ -469,3 +469,38 @@ def test_what_vanishes_while_a_set_is_counted_counts_no_more(tmp_path):
 
     assert retention.sizes(tmp_path) == (5, 3)
     assert retention.sizes(tmp_path / "never") == (0, 0)
+
+
+SHUFFLED_READER = """
+import resource, sys
+from pathlib import Path
+from activation_log.errors import TooManyFiles
+from activation_log.reader import KEPT_SEGMENTS, SetReader
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+reader = SetReader(Path(sys.argv[1]), sys.argv[2:], keep_segments=KEPT_SEGMENTS)
+n_read = 0
+try:
+    while True:
+        n_read += reader.read(n_read, 10, end_row=200).n_rows
+except TooManyFiles as exc:
+    print(n_read, exc.max_files, exc)
+reader.close()
+print(bytes(reader.read(190, 10, end_row=200).columns[0]).hex())
+"""
+
+
+def test_a_reader_without_a_descriptor_left_says_so_and_lets_go_of_those_it_has(tmp_path):
+    with SetWriter.open(make_set(tmp_path)) as writer:
+        write_rows(writer, 200, step=10)
+        writer.finish()
+
+    command = [sys.executable, "-c", SHUFFLED_READER, str(tmp_path), *names()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)
+
+    refused, rest = done.stdout.splitlines()
+    n_read, max_files, *_ = refused.split()
+    assert 0 < int(n_read) < 16 * 10
+    assert max_files == "40"
+    assert "ulimit -n" in refused
+    assert rest == expected(COLUMNS, 190, 200)[names()[0]].hex()

@@ -8,11 +8,12 @@ import pytest
 import pytest_asyncio
 from fix_runner import documents
 
-from activation_log import retention
+from activation_log import reader, retention
+from activation_log.errors import TooManyFiles
 from activation_log.order import Shard, Shuffled
 from activation_log.reader import SetReader
 from extractor_service import row_stream
-from extractor_service.errors import ExtractionCancelled, FieldInvalid, RowsExpired
+from extractor_service.errors import ExtractionCancelled, FieldInvalid, RowsExpired, TooManyStreams
 from extractor_service.nonces import Nonces
 from extractor_service.row_stream import End, Pause, RowStream, StreamRequest
 from extractor_service.values import ExtractionState, Retention
@@ -274,3 +275,21 @@ async def test_a_set_that_is_gone_is_the_failure_of_its_extraction(extractor):
 
     with pytest.raises(ExtractionCancelled):
         RowStream(job, StreamRequest(start_row=job.value.n_rows))
+
+
+@pytest.mark.parametrize("at", ["map_segment", "dropped_rows"])
+async def test_a_stream_of_a_server_without_a_descriptor_left_is_one_too_many(done, asked, monkeypatch, at):
+    job, _ = done
+
+    def fail(*args, **kwargs):
+        raise TooManyFiles(max_files=1024)
+
+    monkeypatch.setattr(reader, at, fail)
+
+    with pytest.raises(TooManyStreams) as caught:
+        await read(job, order=asked())
+
+    assert "ulimit -n" in caught.value.message
+    assert caught.value.metadata == {"max_files": "1024"}
+    monkeypatch.undo()
+    assert (await read(job, order=asked()))[0]

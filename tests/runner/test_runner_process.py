@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fix_runner import documents
 
-from activation_log.errors import DiskFull, SetCorrupt
+from activation_log.errors import DiskFull, SetCorrupt, TooManyFiles
 from extractor_service import errors
 from extractor_service.runner.process import Runner, failure_of
 from extractor_service.runner.throttle import Throttle
@@ -155,6 +155,7 @@ def test_unforeseen_error_goes_to_standard_error_only(capsys):
         (errors.NonFinite("x", metadata={"document": "1"}), "NON_FINITE", {"document": "1"}),
         (DiskFull(Path("x"), required_bytes=2, free_bytes=1), "DISK_FULL", {"required_bytes": "2", "free_bytes": "1"}),
         (SetCorrupt("x"), "DIGEST_MISMATCH", {}),
+        (TooManyFiles(max_files=1024), "TOO_MANY_STREAMS", {"max_files": "1024"}),
         (errors.FieldInvalid("x", field="dtype"), "FIELD_INVALID", {"field": "dtype"}),
     ],
 )
