@@ -116,7 +116,7 @@ class EmbeddedPostgres:
         with self._lock:
             try:
                 if self._postmaster() is not None:
-                    self._choose_account()
+                    self._reach_data()
                     stop = ("stop", "-w", "-m", "fast", "-t", str(_STOP_TIMEOUT_S), "-D", str(self.pgdata))
                     self._execute("pg_ctl", stop, timeout_s=_STOP_TIMEOUT_S + 5)
                 if self.socket_dir != self.pgdata:
@@ -132,11 +132,10 @@ class EmbeddedPostgres:
 
     def _start(self) -> None:
         self._data_dir.mkdir(parents=True, exist_ok=True)
-        self._choose_account()
         if not (self.pgdata / "PG_VERSION").exists():
+            self._choose_account()
             self._initialize()
-        if self._account is not None:
-            _let_through(self.pgdata)
+        self._reach_data()
         if self._postmaster() is None:
             self._clear_dead()
             self._prepare_socket_dir()
@@ -145,6 +144,12 @@ class EmbeddedPostgres:
             start = ("start", "-w", "-t", str(_START_TIMEOUT_S), *arguments)
             self._execute("pg_ctl", start, timeout_s=_START_TIMEOUT_S + 5)
         self._await_ready()
+
+    def _reach_data(self) -> None:
+        """Makes sure that the account of Postgres gets at its data, whatever became of the folders above."""
+        self._choose_account()
+        if self._account is not None:
+            _let_through(self.pgdata)
 
     def _choose_account(self) -> None:
         if self._account is None and os.geteuid() == 0:

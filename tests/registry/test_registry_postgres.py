@@ -168,6 +168,15 @@ def test_a_server_that_can_not_be_stopped_holds_up_no_exit(data_dir, monkeypatch
     server.stop()
 
 
+def test_a_server_is_stopped_though_its_folder_was_closed_to_others_meanwhile(data_dir):
+    server = EmbeddedPostgres(data_dir, settings=FAST_SETTINGS)
+    server.start()
+    data_dir.chmod(0o700)
+    server.stop()
+
+    assert not server.running()
+
+
 def test_a_running_server_is_attached_to_and_a_data_directory_has_one_owner(data_dir):
     first = EmbeddedPostgres(data_dir, settings=FAST_SETTINGS)
     first.own()
