@@ -11,10 +11,14 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}-[0-9a-f]{12}(-[a-z0-9]{1,16})?")
+# Where a node makes a folder; each attempt has a place of its own.
+_PARTIAL = re.compile(rf"\.(?P<name>{_NAME.pattern})(\.[0-9a-f]{{8}})?\.partial")
 _TRASH = re.compile(r"\..+\.[0-9a-f]{8}\.trash")
 _MAX_ENTRIES = 100_000
 
@@ -55,13 +59,19 @@ class ModelFolders:
         return shutil.disk_usage(self.root).free
 
     def discard(self, path: str) -> None:
-        """Takes the folder, and what a node left of making it, out of use; `empty_trash` then gives the bytes back."""
-        if not self.owns(path):
-            return
-        for name in (Path(path).name, f".{Path(path).name}.partial"):
-            trash = self.root / f".{name.strip('.')}.{uuid.uuid4().hex[:8]}.trash"
-            with contextlib.suppress(FileNotFoundError):
-                (self.root / name).rename(trash)
+        """Takes the folder, and what nodes left of making it, out of use; `empty_trash` then gives the bytes back."""
+        if self.owns(path):
+            attempts = [partial for partial, made in self._partials() if str(made) == path]
+            self._throw_away([Path(path), *attempts])
+
+    def discard_leftovers(self, wanted: Collection[str], *, untouched_s: float) -> None:
+        """As `discard`, what attempts that ended left of folders other than those that are `wanted`.
+
+        Nobody says that an attempt was killed: it is one in which nothing was written for `untouched_s`.
+        """
+        before = time.time() - untouched_s
+        partials = [partial for partial, made in self._partials() if str(made) not in wanted]
+        self._throw_away([partial for partial in partials if _last_written(partial) < before])
 
     def empty_trash(self) -> int:
         """Removes what was discarded, also by a process that was killed meanwhile; returns how many entries."""
@@ -72,6 +82,18 @@ class ModelFolders:
                     _remove(Path(entry.path))
                     n_removed += 1
         return n_removed
+
+    def _partials(self) -> list[tuple[Path, Path]]:
+        """What nodes make or left, each with the folder it is to become."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            found = [(entry.path, match["name"]) for entry in entries if (match := _PARTIAL.fullmatch(entry.name))]
+            return [(Path(path), self.root / name) for path, name in found]
+        return []
+
+    def _throw_away(self, paths: list[Path]) -> None:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(self.root / f".{path.name.strip('.')}.{uuid.uuid4().hex[:8]}.trash")
 
 
 def tree_bytes(path: Path) -> int:
@@ -85,6 +107,13 @@ def tree_bytes(path: Path) -> int:
         return sum(tree_bytes(child) for child in path.iterdir())
     except OSError:
         return 0  # Renamed or removed in between.
+
+
+def _last_written(folder: Path) -> float:
+    try:
+        return max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:
+        return time.time()  # Renamed or removed in between.
 
 
 def _remove(path: Path) -> None:

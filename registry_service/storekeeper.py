@@ -50,9 +50,10 @@ class Storekeeper:
                 if not started:
                     await self._start()
                     started = True
-                await self._remove()
                 if round_number % _NOTE_EVERY_TICKS == 0:
                     await self._store.note_use(since_s=_LOOK_BACK_S)
+                    await self._store.discard_leftovers()
+                await self._remove()
             except DatabaseUnavailable as exc:
                 log.warning("the store is not tended: %s", exc.message)
             except Exception:

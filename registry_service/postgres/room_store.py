@@ -21,6 +21,8 @@ from registry_service.wakeups import Wakeups
 _REMOVED_AT_ONCE = 100
 _ORPHANS_AT_ONCE = 1000
 _DECISIONS = 5
+# As long as a folder given up is kept in mind: a node may still be at it, and rests no longer between two writes.
+_LEFTOVER_S = 3600.0
 
 
 class _Changed(Exception):
@@ -77,6 +79,16 @@ class RoomStore:
             await conn.execute(queries.FOLDERS_FORGET, {"paths": paths})
 
         await self._database.run(work)
+
+    async def discard_leftovers(self) -> None:
+        """Takes out of use what killed attempts left of folders that nobody makes any more."""
+
+        async def work(conn: Connection) -> list[str]:
+            rows = await (await conn.execute(queries.FOLDERS_WANTED)).fetchall()
+            return [row["target_path"] for row in rows]
+
+        wanted = await self._database.run(work)
+        await asyncio.to_thread(self._folders.discard_leftovers, wanted, untouched_s=_LEFTOVER_S)
 
     async def doom_unused(self, path: str) -> None:
         """Marks a folder that nobody loads from, or is about to; others stay."""

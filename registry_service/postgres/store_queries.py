@@ -47,6 +47,7 @@ ORDER BY doom_time LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 FOLDERS_FORGET = """
 DELETE FROM store_folders WHERE path = ANY(%(paths)s) AND doom_time < registry_now() - interval '1 hour'
 """
+FOLDERS_WANTED = "SELECT target_path FROM preparations WHERE target_path <> ''"
 # Used: loaded somewhere or on its way, on a node that may come back, pinned, in preparation, or somebody's own source.
 FOLDERS = """
 SELECT f.path, u.ids AS models, u.gguf,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,61 @@ def test_a_link_in_the_store_is_neither_filled_nor_followed(tmp_path):
     assert folders.empty_trash() == 1
     assert (outside / "precious").exists()
     assert not path.is_symlink()
+
+
+def partial_of(path: Path, attempt: str) -> Path:
+    """What an attempt to make `path` left long ago."""
+    left = path.with_name(f".{path.name}.{attempt}.partial")
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(bytes(100))
+    for each in (left / "model.safetensors", left):
+        os.utime(each, (0, 0))
+    return left
+
+
+def test_what_all_attempts_left_of_a_folder_goes_with_it(tmp_path):
+    folders = ModelFolders(tmp_path)
+    path, other = folders.root / f"tiny-{SHA[:12]}", folders.root / f"tiny-{SHA[:12]}-int8"
+    partial_of(path, "01234567")
+    partial_of(path, "89abcdef")
+    kept = partial_of(other, "01234567")
+    folders.discard(str(path))
+
+    assert folders.empty_trash() == 2
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_leftovers_go_when_nobody_wants_their_folder_and_nothing_was_written_for_long(tmp_path):
+    folders = ModelFolders(tmp_path)
+    path, wanted = folders.root / f"tiny-{SHA[:12]}", folders.root / f"tiny-{SHA[:12]}-int8"
+    partial_of(path, "01234567")
+    at_work, in_line = partial_of(path, "89abcdef"), partial_of(wanted, "01234567")
+    now = time.time()
+    os.utime(at_work / "model.safetensors", (now, now))
+    (tmp_path / ".notes.partial").mkdir()
+    os.utime(tmp_path / ".notes.partial", (0, 0))
+    folders.discard_leftovers([str(wanted)], untouched_s=3600)
+
+    assert folders.empty_trash() == 1
+    assert set(tmp_path.iterdir()) == {at_work, in_line, tmp_path / ".notes.partial"}
+
+
+async def test_the_registry_removes_what_killed_builds_left(database_url, tmp_path):
+    root = tmp_path / "data" / "models"
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    async with running_registry(database_url, tmp_path / "data", roots=(tmp_path,)) as registry:
+        source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(gguf)))
+        model = model_pb2.Model(id="m", source=source)
+        await registry.stubs.models.RegisterModel(pb.RegisterModelRequest(model=model), timeout=20)
+        await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="m"), timeout=20)
+        watch = registry.stubs.models.WatchModel(pb.WatchModelRequest(model_id="m", after_seq=1), timeout=20)
+        event = await anext(event async for event in watch if event.message.startswith("waits for a node"))
+        watch.cancel()
+    wanted = partial_of(root / f"m-{event.model.commit_sha[7:19]}", "01234567")
+    partial_of(root / f"gone-{SHA[:12]}", "01234567")
+    async with running_registry(database_url, tmp_path / "data", roots=(tmp_path,)):
+        await until(lambda: folder_names(tmp_path / "data") == {wanted.name})
 
 
 async def prepared(stubs: RegistryStubs, model_id: str, *, revision: str = "main") -> model_pb2.Model:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from extractor_service.errors import DiskFull, LoadFailed, ModelUnsupported
 from extractor_service.runner import convert
+from extractor_service.runner.new_folder import new_folder
 
 
 @pytest.fixture
@@ -59,3 +60,19 @@ def test_finished_conversion_is_not_repeated(tmp_path):
     (tmp_path / "out").mkdir()
 
     convert.convert_gguf(tmp_path / "gone.gguf", tmp_path / "out", lambda *_: None)
+
+
+def write_files(folder, text):
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+
+
+def test_two_nodes_that_make_one_folder_leave_each_other_alone_and_the_first_names_it(tmp_path):
+    with new_folder(tmp_path / "out") as first:
+        write_files(first, "first")
+        with new_folder(tmp_path / "out") as second:
+            write_files(second, "second")
+        assert (first / "config.json").read_text() == "first"
+
+    assert (tmp_path / "out" / "config.json").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
