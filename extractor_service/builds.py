@@ -62,7 +62,7 @@ class Builds:
                 await runner.kill()
         await try_to_tell(
             lambda: self._registry.report_build(
-                self._epoch(), build.model.id, done=failure is None, transfer=None, failure=failure, fidelity=fidelity
+                self._epoch(), build, done=failure is None, transfer=None, failure=failure, fidelity=fidelity
             ),
             5,
             f"build of {build.model.id}",
@@ -80,7 +80,7 @@ class Builds:
                 transfer = meter.at(event.done_bytes, event.total_bytes, now)
                 await try_to_tell(
                     lambda transfer=transfer: self._registry.report_build(  # type: ignore[misc]
-                        self._epoch(), build.model.id, done=False, transfer=transfer, failure=None
+                        self._epoch(), build, done=False, transfer=transfer, failure=None
                     ),
                     1,
                     f"build of {build.model.id}",

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from extractor_service.held_set import HeldSet, SetOrders
 from extractor_service.runner_protocol import Message
 from extractor_service.values import (
+    Build,
     DesiredState,
     Device,
     Failure,
@@ -39,7 +40,7 @@ class NodeRegistry(Protocol):
     async def report_build(
         self,
         epoch: int,
-        model_id: str,
+        build: Build,
         *,
         done: bool,
         transfer: Transfer | None,

@@ -78,7 +78,7 @@ class FakeRegistry:
             self.assigned[report.residency_id] = replace(assignment, state=report.state)
         self._notify()
 
-    async def report_build(self, epoch, model_id, *, done, transfer, failure, fidelity=None):
+    async def report_build(self, epoch, build, *, done, transfer, failure, fidelity=None):
         pass
 
     async def report_validation(self, epoch, report):

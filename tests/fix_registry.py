@@ -214,15 +214,13 @@ class FakeNode:
         await self.report(residency, STATES.RESIDENCY_STATE_UNLOADED)
 
     async def _build(self, build: node_service_pb2.Build) -> None:
-        request = node_service_pb2.ReportBuildRequest(node_id=self.id, epoch=self.epoch, model_id=build.model.id)
+        of = {"node_id": self.id, "epoch": self.epoch, "model_id": build.model.id, "target_path": build.target_path}
+        request = node_service_pb2.ReportBuildRequest(**of)
         request.transfer.CopyFrom(transfer_pb2.Transfer(done_bytes=1, total_bytes=4, percent=25.0))
         await self.stubs.nodes.ReportBuild(request, timeout=20)
         assert self.convert is not None
         await asyncio.to_thread(self.convert, build)
-        done = node_service_pb2.ReportBuildRequest(
-            node_id=self.id, epoch=self.epoch, model_id=build.model.id, done=True
-        )
-        await self.stubs.nodes.ReportBuild(done, timeout=20)
+        await self.stubs.nodes.ReportBuild(node_service_pb2.ReportBuildRequest(**of, done=True), timeout=20)
 
 
 async def until(fact: Callable[[], object | Awaitable[object]], *, timeout_s: float = 20.0) -> None:

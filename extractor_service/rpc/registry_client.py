@@ -25,6 +25,7 @@ from extractor_service.errors import ExtractorError, RegistryUnavailable, error_
 from extractor_service.held_set import HeldSet, SetOrders
 from extractor_service.rpc import convert, set_convert
 from extractor_service.values import (
+    Build,
     DesiredState,
     Device,
     Failure,
@@ -143,7 +144,7 @@ class RegistryClient:
     async def report_build(
         self,
         epoch: int,
-        model_id: str,
+        build: Build,
         *,
         done: bool,
         transfer: Transfer | None,
@@ -154,7 +155,8 @@ class RegistryClient:
         request = node_service_pb2.ReportBuildRequest(
             node_id=self.node_id,
             epoch=epoch,
-            model_id=model_id,
+            model_id=build.model.id,
+            target_path=build.target_path,
             done=done,
             transfer=convert.transfer_to_pb(transfer),
             failure=convert.failure_to_pb(failure),

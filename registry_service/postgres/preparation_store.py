@@ -247,6 +247,7 @@ class PreparationStore:
         node_id: str,
         epoch: int,
         model_id: str,
+        target_path: str,
         done: bool,
         transfer: Transfer | None,
         failure: Failure | None,
@@ -260,6 +261,7 @@ class PreparationStore:
             parameters = {
                 "model_id": model_id,
                 "node_id": node_id,
+                "target_path": target_path,
                 "done": done,
                 "failure": json_of(failure),
                 "fidelity": json_of(fidelity),

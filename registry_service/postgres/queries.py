@@ -107,10 +107,12 @@ SELECT m.*, p.target_path, p.source_path FROM preparations p JOIN models m ON m.
 WHERE p.node_id = %(node_id)s AND p.target_path <> '' AND NOT p.done AND p.failure IS NULL
 ORDER BY p.create_time, m.id
 """
+# What is done stays done: a word on progress may come later than the last one.
 BUILD_REPORT = """
 UPDATE preparations
-SET done = %(done)s, failure = %(failure)s, fidelity = COALESCE(%(fidelity)s, fidelity), report_time = registry_now()
-WHERE model_id = %(model_id)s AND node_id = %(node_id)s
+SET done = done OR %(done)s, failure = COALESCE(%(failure)s, failure), fidelity = COALESCE(%(fidelity)s, fidelity),
+    report_time = registry_now()
+WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND %(target_path)s IN ('', target_path)
 RETURNING model_id, target_path, source_path
 """
 

@@ -130,6 +130,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             node_id=_node_id(request.node_id),
             epoch=request.epoch,
             model_id=checked_id(request.model_id, field="model_id"),
+            target_path=checked_text(request.target_path, field="target_path", max_length=4096),
             done=request.done,
             transfer=transfer_from_pb(request.transfer) if request.HasField("transfer") else None,
             failure=failure_from_pb(request.failure) if request.HasField("failure") else None,

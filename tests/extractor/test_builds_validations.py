@@ -29,8 +29,8 @@ class Listener:
         self.validations = []
         self.refusal = None
 
-    async def report_build(self, epoch, model_id, *, done, transfer, failure, fidelity=None):
-        self.builds.append((model_id, done, transfer, failure, fidelity))
+    async def report_build(self, epoch, build, *, done, transfer, failure, fidelity=None):
+        self.builds.append((build.model.id, done, transfer, failure, fidelity))
 
     async def report_validation(self, epoch, report):
         self.validations.append(report)

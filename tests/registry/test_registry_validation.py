@@ -49,17 +49,18 @@ def follow_builds(node, builds, *, failure=None):
         builds.append(message)
         if failure is None:
             await asyncio.to_thread(write_model, Path(message.target_path), tensors=SMALL)
-        request = node_service_pb2.ReportBuildRequest(
-            node_id=node.id,
-            epoch=node.epoch,
-            model_id=message.model.id,
-            done=failure is None,
-            failure=failure,
-            fidelity=FIDELITY if failure is None else None,
-        )
-        await node.stubs.nodes.ReportBuild(request, timeout=20)
+            await tell(node, message, done=True, fidelity=FIDELITY)
+        else:
+            await tell(node, message, failure=failure)
 
     node._build = build
+
+
+async def tell(node, build, **fields):
+    request = node_service_pb2.ReportBuildRequest(
+        node_id=node.id, epoch=node.epoch, model_id=build.model.id, target_path=build.target_path, **fields
+    )
+    await node.stubs.nodes.ReportBuild(request, timeout=20)
 
 
 async def test_a_quantized_model_is_made_once_and_keeps_its_fidelity(registry, start_node, tmp_path):
@@ -125,6 +126,29 @@ async def test_models_of_one_gguf_file_share_the_unquantized_files(registry, sta
     base = (await registry.stubs.models.GetModel(pb.GetModelRequest(model_id="m"))).model.files_path
 
     assert [(b.model.id, b.source_path) for b in builds] == [("m", ""), ("m-int8", base), ("m-int4", base)]
+
+
+async def test_a_late_word_on_one_build_says_nothing_of_the_next(registry, start_node, tmp_path):
+    file = tmp_path / "m.gguf"
+    await asyncio.to_thread(file.write_bytes, b"GGUF" + bytes(100))
+    node, builds = await start_node(), []
+
+    async def convert_only(message):
+        await asyncio.to_thread(write_model, Path(message.target_path), tensors=SMALL)
+        if not message.source_path:
+            await tell(node, message, done=True)
+        builds.append(message)
+
+    node._build = convert_only
+    source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(file)))
+    await prepare(registry.stubs, model_pb2.Model(id="m-int8", source=source, quantization=INT8))
+    await until(lambda: len(builds) == 2)
+    await tell(node, builds[0], done=True, fidelity=FIDELITY)
+    await tell(node, builds[1], done=True)
+    model = await until_state(registry.stubs, "m-int8", READY)
+
+    assert builds[0].target_path != builds[1].target_path
+    assert not model.HasField("fidelity")
 
 
 async def test_an_unquantized_model_takes_the_files_a_quantized_one_was_made_from(registry, start_node, tmp_path):

@@ -406,6 +406,7 @@ class ReportBuildRequest(_message.Message):
     TRANSFER_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     FIDELITY_FIELD_NUMBER: _builtins.int
+    TARGET_PATH_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node."""
     epoch: _builtins.int
@@ -414,6 +415,10 @@ class ReportBuildRequest(_message.Message):
     """Model being built."""
     done: _builtins.bool
     """True when `target_path` is complete."""
+    target_path: _builtins.str
+    """`target_path` of the build it is about: a report of another than the model's present one is ignored. Empty: of
+    whichever the node has.
+    """
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
         """Progress."""
@@ -436,10 +441,11 @@ class ReportBuildRequest(_message.Message):
         transfer: _transfer_pb2.Transfer | None = ...,
         failure: _model_pb2.Failure | None = ...,
         fidelity: _model_pb2.Fidelity | None = ...,
+        target_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "fidelity", b"fidelity", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "epoch", b"epoch", "failure", b"failure", "fidelity", b"fidelity", "model_id", b"model_id", "node_id", b"node_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "epoch", b"epoch", "failure", b"failure", "fidelity", b"fidelity", "model_id", b"model_id", "node_id", b"node_id", "target_path", b"target_path", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
