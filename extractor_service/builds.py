@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from extractor_service.errors import ModelUnsupported, reason_of
 from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
 from extractor_service.reporting import REPORT_INTERVAL_S, try_to_tell
 from extractor_service.runner_protocol import Convert, Converted, Converting, Message, Quantize, Quantized
-from extractor_service.values import Build, Failure, TransferMeter
+from extractor_service.values import Build, Failure, Transfer, TransferMeter
 
+# A step may say nothing for longer than the ten minutes after which the registry takes a build to be forgotten.
+_SIGN_OF_LIFE_S = 60.0
 # Quantized weights are compared with their source on the CPU, where float16 is several times slower.
 _COMPARED = ("float32", "bfloat16")
 
@@ -28,11 +31,13 @@ class Builds:
         *,
         epoch: Callable[[], int],
         environment: Mapping[str, str],
+        sign_of_life_s: float = _SIGN_OF_LIFE_S,
     ) -> None:
         self._registry = registry
         self._start_runner = start_runner
         self._epoch = epoch
         self._environment = environment
+        self._sign_of_life_s = sign_of_life_s
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def follow(self, wanted: Sequence[Build]) -> None:
@@ -70,22 +75,47 @@ class Builds:
         self._running.pop(build.target_path, None)
 
     async def _carry_out(self, runner: Runner, build: Build) -> Mapping[str, Any] | None:
-        meter, reported = TransferMeter(time.monotonic()), 0.0
-        async for event in runner.run(command_of(build), ends=(Converted, Quantized)):
-            now = time.monotonic()
-            if isinstance(event, Quantized):
-                return event.fidelity
-            if isinstance(event, Converting) and now - reported >= REPORT_INTERVAL_S:
-                reported = now
-                transfer = meter.at(event.done_bytes, event.total_bytes, now)
-                await try_to_tell(
-                    lambda transfer=transfer: self._registry.report_build(  # type: ignore[misc]
-                        self._epoch(), build, done=False, transfer=transfer, failure=None
-                    ),
-                    1,
-                    f"build of {build.model.id}",
-                )
+        progress = _Progress()
+        telling = asyncio.create_task(self._tell(build, progress), name=f"progress-{build.model.id}")
+        try:
+            async for event in runner.run(command_of(build), ends=(Converted, Quantized)):
+                if isinstance(event, Quantized):
+                    return event.fidelity
+                if isinstance(event, Converting):
+                    progress.note(event)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
         return None
+
+    async def _tell(self, build: Build, progress: _Progress) -> None:
+        """Reports progress as it comes, and what is known already when none comes for long."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(progress.moved.wait(), self._sign_of_life_s)
+            progress.moved.clear()
+            await try_to_tell(
+                lambda: self._registry.report_build(
+                    self._epoch(), build, done=False, transfer=progress.transfer, failure=None
+                ),
+                1,
+                f"build of {build.model.id}",
+            )
+            await asyncio.sleep(REPORT_INTERVAL_S)
+
+
+class _Progress:
+    """How far a build is."""
+
+    def __init__(self) -> None:
+        self.transfer: Transfer | None = None
+        self.moved = asyncio.Event()
+        self._meter = TransferMeter(time.monotonic())
+
+    def note(self, event: Converting) -> None:
+        """Takes what a runner said."""
+        self.transfer = self._meter.at(event.done_bytes, event.total_bytes, time.monotonic())
+        self.moved.set()
 
 
 def command_of(build: Build) -> Message:

@@ -14,7 +14,7 @@ from fix_extractor import model_info
 from extractor_service.builds import Builds, command_of
 from extractor_service.errors import ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
 from extractor_service.runner_process import RunnerProcess
-from extractor_service.runner_protocol import Quantize
+from extractor_service.runner_protocol import Converted, Converting, Quantize
 from extractor_service.validations import Validations
 from extractor_service.values import Build, Device, Validation
 
@@ -93,6 +93,38 @@ async def test_quantizing_reports_progress_and_fidelity_and_leaves_no_runner(
     assert (tmp_path / "q" / "model.safetensors").exists()
     assert len(runners[1]) == 1
     assert not psutil.pid_exists(runners[1][0].pid)
+
+
+class Silent:
+    """A runner that says how far it is, then nothing until it is told to end."""
+
+    def __init__(self):
+        self.ending = asyncio.Event()
+
+    async def run(self, command, *, ends):
+        yield Converting(done_bytes=3, total_bytes=4)
+        await self.ending.wait()
+        yield Converted()
+
+    async def kill(self):
+        pass
+
+
+async def test_build_that_says_nothing_for_long_is_not_taken_to_be_forgotten(tiny_llama, listener):
+    runner = Silent()
+
+    async def start(*, environment):
+        return runner
+
+    builds = Builds(listener, start, epoch=lambda: 1, environment={}, sign_of_life_s=0.01)
+    builds.follow([Build(model=model_info(tiny_llama), source_path="a", target_path="b")])
+    await until(lambda: len(listener.builds) >= 3)
+    runner.ending.set()
+    await until(lambda: listener.builds[-1][1])
+    await builds.close()
+
+    assert {(done, transfer.done_bytes) for _, done, transfer, _, _ in listener.builds[:-1]} == {(False, 3)}
+    assert [done for _, done, *_ in listener.builds].count(True) == 1
 
 
 async def test_failed_quantizing_says_why(tmp_path, listener, builds):
