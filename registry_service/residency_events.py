@@ -10,7 +10,7 @@ from registry_service.residency import Residency
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyEvent:
-    """A residency as it was after something happened to it."""
+    """A residency as it was after something happened to it. `seq` is 0 in a snapshot, but for its last event."""
 
     seq: int
     time: datetime

@@ -10,7 +10,7 @@ from registry_service.wakeups import Wakeups
 
 
 class ResidencyWatch:
-    """One watcher's way through the log. `seq`: everything up to it has been sent."""
+    """One watcher's way through the log. `seq`: everything up to it has been sent; 0 while a snapshot is."""
 
     def __init__(self, store: EventStore, wakeups: Wakeups, *, model_id: str, after_seq: int) -> None:
         self._store = store
@@ -26,7 +26,7 @@ class ResidencyWatch:
             reading = None if begins else await self._store.after(self.seq, self._model_id)
             if reading is None:
                 reading, begins = await self._store.snapshot(self._model_id), False
-                moved = True
+                self.seq, moved = 0, True
             else:
                 moved = reading.seq != self.seq
             for event in reading.events:

@@ -264,7 +264,8 @@ class Residency:
 class ResidencyEvent:
     """A residency as it was after something happened to it.
 
-    With `snapshot` it tells what is there: at the beginning, and again where events were missed for good.
+    With `snapshot` it tells what is there: at the beginning, and again where events were missed for good. A snapshot's
+    events but the last have `seq` 0: a watch that goes on from there is sent all of it again.
     """
 
     seq: int

@@ -35,16 +35,20 @@ class EventStore:
         self._keep = keep
 
     async def snapshot(self, model_id: str) -> Reading:
-        """Reads the active residencies (of one model, or all) and the log's head of the same moment."""
+        """Reads the active residencies (of one model, or all) and the log's head of the same moment.
+
+        Only the last event carries that head: who has not seen it has not seen the snapshot, and begins anew.
+        """
 
         async def work(conn: Connection) -> Reading:
             await conn.execute(event_queries.ONE_MOMENT)
             await _publish(conn)
             head = await _head(conn)
             rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE, {"model_id": model_id})).fetchall()
+            numbers = [*(0 for _ in rows[1:]), head["head"]]
             events = (
-                ResidencyEvent(seq=head["head"], time=head["now"], residency=residency_of(row), snapshot=True)
-                for row in rows
+                ResidencyEvent(seq=seq, time=head["now"], residency=residency_of(row), snapshot=True)
+                for seq, row in zip(numbers, rows, strict=False)
             )
             return Reading(seq=head["head"], events=tuple(events))
 

@@ -86,6 +86,24 @@ async def test_a_watcher_begins_with_what_is_there(registry, cluster):
     assert min(event.seq for event in rest) > first.seq
 
 
+async def test_a_watcher_cut_within_the_snapshot_is_sent_it_again(registry, cluster):
+    for model_id in ("tiny", "other"):
+        await load(registry.stubs, model_id)
+    cut = watching(registry.stubs)
+    first = await cut.read()
+    cut.cancel()
+    again = watching(registry.stubs, after_seq=first.seq)
+    snapshot = [await again.read(), await again.read()]
+    again.cancel()
+    resumed = watching(registry.stubs, after_seq=snapshot[-1].seq)
+    await unload(registry.stubs)
+    next_one = next(event for event in await read_until(resumed, r.RESIDENCY_STATE_UNLOADED) if not event.heartbeat)
+    resumed.cancel()
+
+    assert [(event.snapshot, event.residency.model_id) for event in snapshot] == [(True, "tiny"), (True, "other")]
+    assert (next_one.snapshot, next_one.seq) == (False, snapshot[-1].seq + 1)
+
+
 async def test_a_resumed_watcher_gets_what_it_missed_and_nothing_again(registry, cluster):
     call = watching(registry.stubs)
     await load(registry.stubs)

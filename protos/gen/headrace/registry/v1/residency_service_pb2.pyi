@@ -711,7 +711,7 @@ class WatchResidenciesResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
-    """Grows with each event."""
+    """Grows with each event. 0 in a snapshot, but for its last event: who resumes with 0 is sent the snapshot again."""
     snapshot: _builtins.bool
     """True while the snapshot is sent."""
     heartbeat: _builtins.bool
