@@ -222,6 +222,11 @@ class World:
         statement = "SELECT 1 FROM pins WHERE model_id = %s AND (expire_time IS NULL OR expire_time > registry_now())"
         return self.sync.execute(statement, (model,)).fetchone() is not None
 
+    def leased(self, model: str) -> bool:
+        """On silent nodes, too."""
+        statement = "SELECT 1 FROM leases WHERE model_id = %s AND state = 'HELD' AND expire_time > registry_now()"
+        return self.sync.execute(statement, (model,)).fetchone() is not None
+
     # Time ------------------------------------------------------------------------------------------------------------
 
     def advance(self, seconds: float) -> None:

@@ -64,6 +64,13 @@ WHERE id = %(id)s
 RESIDENCY_LOST_BYTES = """
 UPDATE devices SET lost_bytes = lost_bytes + %(lost_bytes)s WHERE node_id = %(node_id)s AND id = %(device_id)s
 """
+# Also what a silent node would bring back.
+RESIDENCIES_OF_MODEL_TO_END = """
+SELECT id, state FROM residencies
+WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)
+  AND (state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR state_when_lost IS NOT NULL)
+ORDER BY node_id, device_id, id FOR UPDATE
+"""
 
 # Waiters -------------------------------------------------------------------------------------------------------------
 

@@ -18,11 +18,12 @@ _S = ResidencyState
 async def send_off(conn: Connection, model_id: str, *, node_id: str, force: bool, actor: str, why: str) -> list[str]:
     """Ends what is queued and unloads what holds memory; returns the ids concerned. The caller settles the nodes.
 
-    Raises ModelInUse while leased or pinned. With `force` the leases are lost, and pins do not keep it.
+    What a silent node held is given up: the node drops it once it is heard again, which may be never. Raises
+    ModelInUse while leased or pinned. With `force` the leases are lost, and pins do not keep it.
     """
     await lock_place(conn, node_id)
     place = {"model_id": model_id, "node_id": node_id}
-    rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, place)).fetchall()
+    rows = await (await conn.execute(residency_queries.RESIDENCIES_OF_MODEL_TO_END, place)).fetchall()
     if rows and not force:
         await _check_free(conn, model_id, node_id)
     ids = [row["id"] for row in rows]
@@ -34,8 +35,9 @@ async def send_off(conn: Connection, model_id: str, *, node_id: str, force: bool
 
 
 async def _send_off_one(conn: Connection, residency_id: str, state: ResidencyState, *, reason: str, actor: str) -> None:
-    if state is _S.QUEUED:
-        await move(conn, residency_id, _S.UNLOADED, reason=reason, actor=actor)
+    if state in (_S.QUEUED, _S.LOST):
+        ended = _S.UNLOADED if state is _S.QUEUED else _S.LOST
+        await move(conn, residency_id, ended, reason=reason, actor=actor)
         return
     if state is _S.RESIDENT:
         await move(conn, residency_id, _S.DRAINING, reason=reason, actor=actor)

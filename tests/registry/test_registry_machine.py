@@ -111,7 +111,7 @@ class Residencies(RuleBasedStateMachine):
         if dice > 1:
             return
         leased = [lease for lease in self.held.values() if lease.model_id == model]
-        in_use = leased or self.world.pinned(model)
+        in_use = self.world.leased(model) or self.world.pinned(model)
         try:
             ended = self.world.unload(model, force=force)
         except ModelInUse:

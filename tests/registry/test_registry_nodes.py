@@ -212,6 +212,36 @@ async def test_a_silent_node_is_lost_and_comes_back_with_its_residencies(databas
         await node.stop()
 
 
+@pytest.mark.parametrize("force", [False, True])
+async def test_what_a_silent_node_held_can_be_unloaded_and_does_not_come_back(database_url, tmp_path, force):
+    async with running_registry(database_url, tmp_path / "d", roots=(tmp_path,), heartbeat_interval_s=0.3) as registry:
+        stubs = registry.stubs
+        await ready_model(stubs, tmp_path, "tiny")
+        node = FakeNode(stubs, "node-a", [cpu()])
+        node.load_gate.set()
+        await node.start()
+        lease = await acquire(stubs, "tiny", ttl_s=60)
+        await until_node(stubs, r.NODE_STATE_LOST)
+        unload = residency_service_pb2.UnloadModelRequest(model_id="tiny", force=force)
+        if not force:
+            in_use = await refused(stubs.residencies.UnloadModel(unload))
+            release = residency_service_pb2.ReleaseLeaseRequest(lease_id=lease.id, fence=lease.fence)
+            await stubs.residencies.ReleaseLease(release)
+            assert in_use.reason == "MODEL_IN_USE"
+        unloaded = (await stubs.residencies.UnloadModel(unload)).residencies
+
+        async def dropped():
+            await node.heartbeat()
+            return not node.messages[-1].assignments
+
+        await until(dropped)
+
+        assert [(each.id, each.state) for each in unloaded] == [(lease.residency_id, r.RESIDENCY_STATE_LOST)]
+        assert unloaded[0].reason == "unload asked for"
+        assert (await residency_of(stubs, lease.residency_id)).state == r.RESIDENCY_STATE_LOST
+        await node.stop()
+
+
 async def test_the_same_boot_registering_again_after_silence_keeps_what_it_holds(database_url, tmp_path):
     async with running_registry(database_url, tmp_path / "d", roots=(tmp_path,), heartbeat_interval_s=0.3) as registry:
         stubs = registry.stubs

@@ -106,7 +106,8 @@ class ResidencyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`.
+        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
+        LOST, and does not come back with the node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,9 @@ class ResidencyServiceStub:
     pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.UnloadModelRequest, _residency_service_pb2.UnloadModelResponse]
-    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`."""
+    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
+    LOST, and does not come back with the node.
+    """
     AcquireLease: _grpc.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
     leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
@@ -75,7 +77,9 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.UnloadModelRequest, _residency_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`."""
+    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
+    LOST, and does not come back with the node.
+    """
     AcquireLease: _aio.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
     leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
@@ -120,7 +124,9 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.UnloadModelResponse, _abc.Awaitable[_residency_service_pb2.UnloadModelResponse]]:
-        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`."""
+        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
+        LOST, and does not come back with the node.
+        """
 
     @_abc_1.abstractmethod
     def AcquireLease(
