@@ -73,8 +73,9 @@ def plan(node: NodeView, policy: Policy) -> Plan:
     """Decides for a whole node; deterministic."""
     planner = _Planner(node, policy)
     planner.end_unawaited()
-    planner.end_drains()
+    planner.keep_pinned()
     planner.serve_queues()
+    planner.end_drains()
     planner.end_idle()
     return Plan(steps=tuple(planner.steps), outcomes=planner.outcomes)
 
@@ -106,10 +107,12 @@ def _by_use(occupant: Occupant) -> tuple[bool, float, int, str]:
 
 @dataclass
 class _Claims:
-    """What those first in line have been promised of what comes back."""
+    """What those first in line have been promised of what comes back, and where somebody is promised nothing yet."""
 
     bytes_by_device: dict[str, int] = field(default_factory=dict)
     n_residents: int = 0
+    held_up: set[str] = field(default_factory=set)
+    node_held_up: bool = False
 
 
 class _Planner:
@@ -122,6 +125,7 @@ class _Planner:
         self._policy = policy
         self._devices = {device.id: device for device in node.devices}
         self._states = {occupant.residency_id: occupant.state for occupant in node.occupants}
+        self._claims = _Claims()
 
     def end_unawaited(self) -> None:
         """A queued residency that nobody waits for never loads."""
@@ -129,33 +133,36 @@ class _Planner:
             if not occupant.n_waiters:
                 self._step(occupant, _S.UNLOADED, "nobody waits any more")
 
-    def end_drains(self) -> None:
-        """Who drained goes; who drains for nobody, or is pinned meanwhile, stays."""
-        nobody_waits = not self._in(_S.QUEUED)
+    def keep_pinned(self) -> None:
+        """Who is pinned meanwhile does not drain any more."""
         for occupant in self._in(_S.DRAINING):
-            if (nobody_waits or occupant.pinned) and not self._has_successor(occupant):
-                why = "pinned" if occupant.pinned else "nobody waits for its memory any more"
-                self._step(occupant, _S.RESIDENT, why)
+            if occupant.pinned and not self._has_successor(occupant):
+                self._step(occupant, _S.RESIDENT, "pinned")
+
+    def end_drains(self) -> None:
+        """Who drained goes; who drains for nobody stays, those with leases before those without."""
+        draining = [o for o in self._in(_S.DRAINING) if o.state is _S.DRAINING]
+        for occupant in sorted(draining, key=lambda o: (bool(o.n_leases), *_by_use(o)), reverse=True):
+            if not self._is_needed(occupant) and not self._has_successor(occupant):
+                self._step(occupant, _S.RESIDENT, "nobody waits for its memory any more")
             elif not occupant.n_leases:
                 self._step(occupant, _S.UNLOADING, "drained: its last lease ended")
 
     def serve_queues(self) -> None:
         """Serves in the order of arrival; who can't be served holds up those behind on the device."""
-        claims = _Claims()
-        held_up: set[str] = set()
-        node_held_up = False
+        claims = self._claims
         for waiting in self._in(_S.QUEUED):
-            if node_held_up or waiting.device_id in held_up:
+            if claims.node_held_up or waiting.device_id in claims.held_up:
                 self.outcomes[waiting.residency_id] = Outcome.QUEUE
                 continue
             if not self._could_ever(waiting):
                 self.outcomes[waiting.residency_id] = Outcome.QUEUE
                 continue
-            outcome = self._serve(waiting, claims)
+            outcome = self._serve(waiting)
             self.outcomes[waiting.residency_id] = outcome
             if outcome is Outcome.QUEUE:
-                held_up.add(waiting.device_id)
-                node_held_up = self._missing_bytes(waiting, claims) <= 0
+                claims.held_up.add(waiting.device_id)
+                claims.node_held_up = self._missing_bytes(waiting.device_id, waiting) <= 0
             elif outcome is not Outcome.LOAD:
                 claimed = claims.bytes_by_device.get(waiting.device_id, 0)
                 claims.bytes_by_device[waiting.device_id] = claimed + waiting.reserved_bytes
@@ -169,30 +176,38 @@ class _Planner:
             if not occupant.in_use and not occupant.pinned and unused_s >= limit_s:
                 self._step(occupant, _S.UNLOADING, f"idle for {limit_s:g} s")
 
-    def _serve(self, waiting: Occupant, claims: _Claims) -> Outcome:
-        missing = self._missing_bytes(waiting, claims)
-        surplus = self._surplus_residents(claims)
+    def _serve(self, waiting: Occupant) -> Outcome:
+        missing = self._missing_bytes(waiting.device_id, waiting)
+        surplus = self._surplus_residents(waiting)
         if self._node.max_loads and self._count((_S.LOADING,)) >= self._node.max_loads:
             return Outcome.WAIT
         if missing <= 0 and surplus <= 0:
             self._step(waiting, _S.LOADING, "memory is there")
             return Outcome.LOAD
-        missing -= self._bytes(waiting.device_id, _GOING)
-        surplus -= self._count(_GOING)
-        if missing <= 0 and surplus <= 0:
-            return Outcome.WAIT
-        victims = self._victims(waiting, missing, surplus)
+        idle = [o for o in self._in(_S.RESIDENT) if self._replaceable(o) and not o.in_use]
+        for going in self._going():
+            missing, surplus = _less(going, waiting.device_id, missing, surplus)
+            if missing <= 0 and surplus <= 0:
+                return Outcome.WAIT
+            if self._evict(idle, waiting, missing, surplus):
+                return Outcome.EVICT
+        if waiting.age_s >= self._policy.max_wait_s:
+            old_enough = [o for o in self._in(_S.RESIDENT) if self._replaceable(o)]
+            if self._evict(old_enough, waiting, missing, surplus):
+                return Outcome.EVICT
+        return Outcome.QUEUE
+
+    def _going(self) -> tuple[list[Occupant], list[Occupant]]:
+        """Who goes now; and who goes some day, once its last lease ends."""
+        draining = self._in(_S.DRAINING)
+        now = [*self._in(_S.UNLOADING), *(o for o in draining if not o.n_leases)]
+        return now, [o for o in draining if o.n_leases]
+
+    def _evict(self, candidates: Sequence[Occupant], waiting: Occupant, missing: int, surplus: int) -> bool:
+        victims = _enough(candidates, waiting.device_id, missing, surplus)
         for victim in victims:
             self._send_off(victim, waiting)
-        return Outcome.EVICT if victims else Outcome.QUEUE
-
-    def _victims(self, waiting: Occupant, missing: int, surplus: int) -> tuple[Occupant, ...]:
-        old_enough = [o for o in self._in(_S.RESIDENT) if self._replaceable(o)]
-        idle = [o for o in old_enough if not o.in_use]
-        found = _enough(idle, waiting.device_id, missing, surplus)
-        if not found and waiting.age_s >= self._policy.max_wait_s:
-            found = _enough(old_enough, waiting.device_id, missing, surplus)
-        return found
+        return bool(victims)
 
     def _replaceable(self, occupant: Occupant) -> bool:
         # One that was about to leave and stays has no age in its new state.
@@ -213,18 +228,31 @@ class _Planner:
             return False
         return waiting.reserved_bytes <= device.capacity_bytes - pinned_bytes(self._node, device.id)
 
-    def _missing_bytes(self, waiting: Occupant, claims: _Claims) -> int:
-        device = self._devices[waiting.device_id]
-        held = self._bytes(device.id, (_S.LOADING, _S.RESIDENT, *_GOING)) + device.lost_bytes
-        promised = claims.bytes_by_device.get(device.id, 0)
-        return waiting.reserved_bytes + promised + held - device.capacity_bytes
+    def _is_needed(self, draining: Occupant) -> bool:
+        """Whether somebody in line would get less if it stayed."""
+        claims, device_id = self._claims, draining.device_id
+        if claims.node_held_up or device_id in claims.held_up:
+            return True
+        missing, surplus = self._missing_bytes(device_id), self._surplus_residents()
+        others = [o for o in (*self._in(_S.DRAINING), *self._in(_S.UNLOADING)) if o is not draining]
+        missing, surplus = _less(others, device_id, missing, surplus)
+        return (missing > 0 and device_id in claims.bytes_by_device) or (surplus > 0 and claims.n_residents > 0)
 
-    def _surplus_residents(self, claims: _Claims) -> int:
-        """By how many models the node's limit would be passed with one more."""
+    def _missing_bytes(self, device_id: str, *more: Occupant) -> int:
+        """Bytes that all who were promised some, and `more`, still lack on a device while everything stays."""
+        device = self._devices.get(device_id)
+        if device is None:
+            return 0
+        held = self._bytes(device.id, (_S.LOADING, _S.RESIDENT, *_GOING)) + device.lost_bytes
+        wanted = self._claims.bytes_by_device.get(device.id, 0) + sum(o.reserved_bytes for o in more)
+        return wanted + held - device.capacity_bytes
+
+    def _surplus_residents(self, *more: Occupant) -> int:
+        """By how many models the node's limit would be passed with all who were promised a place, and `more`."""
         if not self._node.max_residents:
             return 0
         n_held = self._count((_S.LOADING, _S.RESIDENT, *_GOING))
-        return n_held + claims.n_residents + 1 - self._node.max_residents
+        return n_held + self._claims.n_residents + len(more) - self._node.max_residents
 
     def _has_successor(self, occupant: Occupant) -> bool:
         active = (*self._in(_S.QUEUED), *self._in(_S.LOADING), *self._in(_S.RESIDENT))
@@ -258,6 +286,12 @@ def pinned_bytes(node: NodeView, device_id: str) -> int:
         for o in node.occupants
         if o.device_id == device_id and o.pinned_for_good and o.state in (_S.LOADING, _S.RESIDENT)
     )
+
+
+def _less(going: Iterable[Occupant], device_id: str, missing: int, surplus: int) -> tuple[int, int]:
+    """What is still missing, of bytes on the device and of places on the node, once these are gone."""
+    gone = list(going)
+    return missing - sum(o.reserved_bytes for o in gone if o.device_id == device_id), surplus - len(gone)
 
 
 def _enough(candidates: Sequence[Occupant], device_id: str, missing: int, surplus: int) -> tuple[Occupant, ...]:

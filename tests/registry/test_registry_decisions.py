@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from fix_scheduling import POLICY, S, node, occupant, queued, states
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,40 +15,14 @@ from registry_service.nodes import DeviceKind
 from registry_service.placement import Action, Backoff, Space, decide_on_device, decide_placement
 from registry_service.policy import Policy
 from registry_service.residency import Occupant, ResidencyState, follow_report
-from registry_service.scheduling import DeviceView, NodeView, Outcome, choose_victims, plan
+from registry_service.scheduling import DeviceView, Outcome, choose_victims, plan
 from registry_service.upkeep import Listening
-
-S = ResidencyState
-POLICY = Policy()
-OLD = 1000.0
-
-
-def occupant(name: str, n_bytes: int = 10, state: ResidencyState = S.RESIDENT, **fields: object) -> Occupant:
-    """Old enough to go; whoever is queued has a waiter."""
-    given = {"model_id": f"model-{name}", "device_id": "cpu", "age_s": OLD, "idle_s": 100.0, **fields}
-    if state is S.QUEUED:
-        given = {"n_waiters": 1, "age_s": 1.0, **given, **fields}
-    return Occupant(residency_id=name, state=state, reserved_bytes=n_bytes, **given)
-
-
-def queued(name: str, n_bytes: int, seq: int, **fields: object) -> Occupant:
-    return occupant(name, n_bytes, S.QUEUED, **{"queue_seq": seq, "age_s": 1.0, **fields})
-
-
-def node(*occupants: Occupant, capacity: int = 100, lost: int = 0, **fields: object) -> NodeView:
-    device = DeviceView(id="cpu", kind=DeviceKind.CPU, capacity_bytes=capacity, lost_bytes=lost)
-    return NodeView(**{"id": "n", "devices": (device,), "occupants": occupants, **fields})
 
 
 def space(*occupants: Occupant, needed: int = 40, node_id: str = "n", kind: DeviceKind = DeviceKind.CPU, **fields):
     backoff = fields.pop("backoff", None)
     view = replace(node(*occupants, **fields), id=node_id)
     return Space(node=view, device=replace(view.devices[0], kind=kind), required_bytes=needed, backoff=backoff)
-
-
-def states(view: NodeView, policy: Policy = POLICY) -> dict[str, ResidencyState]:
-    """What a plan does."""
-    return {step.residency_id: step.state for step in plan(view, policy).steps}
 
 
 def decide(*args: object, **fields: object) -> Action:

@@ -1,0 +1,34 @@
+"""Nodes and what is on them, in a line each, and what a plan does with them."""
+
+from __future__ import annotations
+
+from registry_service.nodes import DeviceKind
+from registry_service.policy import Policy
+from registry_service.residency import Occupant, ResidencyState
+from registry_service.scheduling import DeviceView, NodeView, plan
+
+S = ResidencyState
+POLICY = Policy()
+OLD = 1000.0
+
+
+def occupant(name: str, n_bytes: int = 10, state: ResidencyState = S.RESIDENT, **fields: object) -> Occupant:
+    """Old enough to go; whoever is queued has a waiter."""
+    given = {"model_id": f"model-{name}", "device_id": "cpu", "age_s": OLD, "idle_s": 100.0, **fields}
+    if state is S.QUEUED:
+        given = {"n_waiters": 1, "age_s": 1.0, **given, **fields}
+    return Occupant(residency_id=name, state=state, reserved_bytes=n_bytes, **given)
+
+
+def queued(name: str, n_bytes: int, seq: int, **fields: object) -> Occupant:
+    return occupant(name, n_bytes, S.QUEUED, **{"queue_seq": seq, "age_s": 1.0, **fields})
+
+
+def node(*occupants: Occupant, capacity: int = 100, lost: int = 0, **fields: object) -> NodeView:
+    device = DeviceView(id="cpu", kind=DeviceKind.CPU, capacity_bytes=capacity, lost_bytes=lost)
+    return NodeView(**{"id": "n", "devices": (device,), "occupants": occupants, **fields})
+
+
+def states(view: NodeView, policy: Policy = POLICY) -> dict[str, ResidencyState]:
+    """What a plan does."""
+    return {step.residency_id: step.state for step in plan(view, policy).steps}
