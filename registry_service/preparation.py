@@ -24,7 +24,7 @@ from registry_service.files import Inspection, Reading, Stopped, file_digest, in
 from registry_service.hub.events import Event, Job
 from registry_service.models import Failure, Model, SourceKind, Transfer
 from registry_service.paths import ModelRoots
-from registry_service.postgres.preparation_store import BuildState, ClaimLost, PreparationStore
+from registry_service.postgres.preparation_store import BuildState, ClaimLost, FilesDoomed, PreparationStore
 from registry_service.quantizing import is_quantized, merged, quantized_folder, unpickled_folder
 from registry_service.storekeeper import Storekeeper
 from registry_service.wakeups import Wakeups
@@ -131,7 +131,7 @@ class Preparer:
             try:
                 self._allowances.check(model.source, model.load_options)
                 await prepare[model.source.kind](model)
-            except (ClaimLost, DatabaseUnavailable):
+            except (ClaimLost, FilesDoomed, DatabaseUnavailable):
                 raise
             except ServiceError as exc:
                 await self._fail(model, self._reason_of(exc), exc.message)
@@ -142,6 +142,8 @@ class Preparer:
                 await self._fail(model, "INTERNAL", "a bug in the registry; its log has the cause")
         except ClaimLost:
             log.info("preparation of %s ended elsewhere", model.id)
+        except FilesDoomed:
+            log.info("the files of %s are being removed; its preparation starts again", model.id)
         except DatabaseUnavailable as exc:
             log.warning("preparation of %s starts again later: %s", model.id, exc.message)
 

@@ -136,6 +136,7 @@ class ModelStore:
             await check_unused(conn, model_id, "delete")
             if not force:
                 await _check_unpinned(conn, model_id)
+            await conn.execute(store_queries.FOLDERS_LOCK_OF_MODEL, {"id": model_id})
             await conn.execute(store_queries.FOLDERS_DOOM_OF_MODEL, {"id": model_id})
             await conn.execute(queries.MODEL_DELETE, {"id": model_id})
             await remember(conn, request, model_id)

@@ -31,6 +31,10 @@ class ClaimLost(Exception):
     """The preparation was cancelled, finished or taken over."""
 
 
+class FilesDoomed(Exception):
+    """The files are about to be removed: they are to be made again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildState:
     """A build as its worker sees it. `node_id` is empty while no node has it."""
@@ -146,7 +150,7 @@ class PreparationStore:
         base_path: str = "",
         fidelity: Fidelity | None = None,
     ) -> None:
-        """Makes the model READY. Raises ClaimLost."""
+        """Makes the model READY. Raises ClaimLost and FilesDoomed."""
         weights = inspection.weights
         columns = {
             "state": ModelState.READY,
@@ -278,6 +282,10 @@ class PreparationStore:
             await hold_claim(conn, model_id, worker)
             await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
             if columns["state"] is ModelState.READY:
+                folder = await conn.execute(store_queries.FOLDER_KEEP, {"path": columns["files_path"]})
+                row = await folder.fetchone()
+                if row is not None and row["doomed"]:
+                    raise FilesDoomed
                 await conn.execute(store_queries.MODEL_PREPARED, {"id": model_id})
             await change_model(conn, model_id, message, columns)
 

@@ -94,6 +94,7 @@ class RoomStore:
         """Marks a folder that nobody loads from, or is about to; others stay."""
 
         async def work(conn: Connection) -> None:
+            await conn.execute(queries.STORE_LOCK)
             await conn.execute(queries.FOLDER_DOOM_UNUSED, {"path": path})
 
         await self._database.run(work)
@@ -102,6 +103,7 @@ class RoomStore:
         """Marks folders whose model is gone, as after a kill; returns them."""
 
         async def work(conn: Connection) -> list[str]:
+            await conn.execute(queries.STORE_LOCK)
             rows = await conn.execute(queries.FOLDERS_DOOM_ORPHANS, {"limit": _ORPHANS_AT_ONCE})
             return [row["path"] for row in await rows.fetchall()]
 

@@ -20,13 +20,22 @@ WHERE f.path = %(path)s AND f.doom_time IS NULL
   AND NOT EXISTS (SELECT 1 FROM preparations p
                   WHERE p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path))
 """
+# Before the statement that dooms them: what others decided about them while this waited is seen by that one only.
+FOLDERS_LOCK_OF_MODEL = """
+SELECT path FROM store_folders f
+WHERE f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)
+ORDER BY path FOR UPDATE
+"""
 FOLDERS_DOOM_OF_MODEL = """
 UPDATE store_folders f SET doom_time = registry_now(), reserved_bytes = 0
 WHERE (f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)) AND f.doom_time IS NULL
   AND NOT EXISTS (SELECT 1 FROM models o WHERE o.id <> %(id)s
                   AND (o.files_path = f.path OR (o.source_kind = 'folder' AND o.location = f.path)))
-  AND NOT EXISTS (SELECT 1 FROM preparations p WHERE p.model_id <> %(id)s AND p.source_path = f.path)
+  AND NOT EXISTS (SELECT 1 FROM preparations p WHERE p.model_id <> %(id)s
+                  AND (p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path)))
 """
+# Nobody dooms it until the transaction ends.
+FOLDER_KEEP = "SELECT doom_time IS NOT NULL AS doomed FROM store_folders WHERE path = %(path)s FOR SHARE"
 FOLDERS_DOOM_ORPHANS = """
 UPDATE store_folders SET doom_time = registry_now(), reserved_bytes = 0
 WHERE path IN (
@@ -94,6 +103,6 @@ WHERE m.id <> %(model_id)s AND m.state = 'READY' AND f.doom_time IS NULL
   AND m.source_kind = %(source_kind)s AND m.commit_sha = %(commit_sha)s
   AND (m.source_kind = 'gguf' OR m.location = %(location)s)
   AND (m.quantization <> 'NONE' OR %(quantization)s <> 'NONE')
-ORDER BY m.create_time, m.id LIMIT 1
+ORDER BY m.create_time, m.id LIMIT 1 FOR SHARE OF f
 """
 BASE_TAKE = "UPDATE preparations SET source_path = %(path)s WHERE model_id = %(model_id)s"
