@@ -92,7 +92,8 @@ class Builds:
         """Reports progress as it comes, and what is known already when none comes for long."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(progress.moved.wait(), self._sign_of_life_s)
+                async with asyncio.timeout(self._sign_of_life_s):
+                    await progress.moved.wait()
             progress.moved.clear()
             await try_to_tell(
                 lambda: self._registry.report_build(

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
@@ -38,6 +37,7 @@ from extractor_service.log_errors import log_errors_as_typed
 from extractor_service.node import Node
 from extractor_service.ports import Corpora, Models, SetRegistry
 from extractor_service.records import Records
+from extractor_service.requests import checked_request_id
 from extractor_service.set_keeper import WINDOW_MARK, SetKeeper
 from extractor_service.set_notes import SetNotes, note_use
 from extractor_service.set_passes import PassContext, SetPasses
@@ -49,7 +49,6 @@ MAX_ENDED = 1000
 # Readers often leave together.
 SEVERAL_LET_GO_S = 0.05
 MIN_WINDOW_BYTES = 1024 * 1024
-_UUID4 = re.compile(r"^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$")
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +105,7 @@ class Extractions:
 
     async def start(self, request_id: str, spec: ExtractionSpec) -> Extraction:
         """Starts an extraction, or returns one that already does or did what is asked for."""
-        if request_id and not _UUID4.match(request_id):
-            raise FieldInvalid("request_id is no UUID4; send one per intended call.", field="request_id")
+        checked_request_id(request_id)
         # Two equal requests at once become one extraction.
         async with self._starting:
             if known := self._by_request(request_id):

@@ -30,6 +30,7 @@ from extractor_service.corpora.spec import Corpus, CorpusSpec, DocumentKind, che
 from extractor_service.corpora.upload import CorpusUpload
 from extractor_service.corpora.writer import DocumentWriter, disk_errors, sync_folder
 from extractor_service.errors import AlreadyExists, CorpusNotFound, DigestMismatch, FieldInvalid, PathNotAllowed
+from extractor_service.requests import Requests
 
 DEFAULT_MAX_BYTES = 1024**4
 DEFAULT_PAGE_SIZE = 100
@@ -52,6 +53,7 @@ class CorpusStore:
         self._now = now
         self._lock = threading.Lock()
         self._closed = False
+        self.deletions = Requests()
         self._names = itertools.count()
         self._corpora: dict[str, Corpus] = {}
         self._damaged: dict[str, DigestMismatch] = {}
@@ -84,14 +86,17 @@ class CorpusStore:
             page = [self._corpora[corpus_id] for corpus_id in rest[:size]]
         return page, _to_token(page[-1].id) if len(rest) > size else ""
 
-    def delete(self, corpus_id: str) -> None:
-        """Removes a corpus; who has it open goes on reading. Raises CorpusNotFound."""
+    def delete(self, corpus_id: str, request_id: str = "") -> None:
+        """Removes a corpus; who has it open goes on reading. Raises CorpusNotFound, unless that request removed it."""
         trash = self._temporary("deleted")
         with self._lock:
+            if self.deletions.recall(request_id) is not None:
+                return
             corpus = self._corpora.get(corpus_id)
             if corpus is None and corpus_id not in self._damaged:
                 raise _not_found(corpus_id)
             (self._root / corpus_id).rename(trash)
+            self.deletions.remember(request_id, corpus_id)
             self._corpora.pop(corpus_id, None)
             self._damaged.pop(corpus_id, None)
         shutil.rmtree(trash, ignore_errors=True)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -19,6 +20,7 @@ from extractor_service.corpora.spec import Corpus, CorpusSpec
 from extractor_service.corpora.store import CorpusStore
 from extractor_service.errors import FieldInvalid, QueueFull, StateConflict
 from extractor_service.hub.client import HubDatasets
+from extractor_service.requests import Requests, checked_request_id
 from extractor_service.rpc import convert, convert_corpora
 
 MAX_CONTENT_BYTES = 1024 * 1024
@@ -39,6 +41,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         self._hub = hub
         self._in_use = in_use
         self._shutdown = shutdown
+        self._registrations = Requests()
         self._n_ingests = 0
         # Datasets take hours: they must not take the threads that everything else shares, heartbeats among it.
         self._threads = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="corpora")
@@ -56,20 +59,12 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
     async def RegisterCorpus(
         self, request: corpus_service_pb2.RegisterCorpusRequest, context: Context
     ) -> corpus_service_pb2.RegisterCorpusResponse:
-        spec, source = convert.corpus_spec_from_pb(request.spec), request.WhichOneof("source")
-        with self._ingesting():
-            if source == "path":
-                corpus = await self._in_thread(self._store.ingest_path, spec, request.path.path)
-            elif source == "token_ids":
-                documents = [document.token_ids for document in request.token_ids.documents]
-                corpus = await self._in_thread(self._store.ingest_tokens, spec.id, documents)
-            elif source == "hub":
-                corpus = await self._read_hub(spec, request.hub)
-            elif source == "mix":
-                mix = convert_corpora.mix_from_pb(request.mix)
-                corpus = await self._in_thread(self._store.ingest_mix, spec.id, mix)
-            else:
-                raise FieldInvalid("Set one of `path`, `token_ids`, `hub` and `mix`.", field="source")
+        known = self._registrations.recall(checked_request_id(request.request_id))
+        if known is not None:
+            corpus = self._store.get(known)
+        else:
+            with self._ingesting():
+                corpus = await self._register(request)
         return corpus_service_pb2.RegisterCorpusResponse(corpus=convert.corpus_to_pb(corpus))
 
     async def GetCorpus(
@@ -88,16 +83,39 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
     async def DeleteCorpus(
         self, request: corpus_service_pb2.DeleteCorpusRequest, context: Context
     ) -> corpus_service_pb2.DeleteCorpusResponse:
-        if self._in_use(request.corpus_id):
+        repeated = self._store.deletions.recall(checked_request_id(request.request_id)) is not None
+        if not repeated and self._in_use(request.corpus_id):
             raise StateConflict(
                 f"An extraction reads corpus {request.corpus_id}; wait for its end or cancel it.",
                 resource=("Corpus", request.corpus_id),
             )
-        await asyncio.to_thread(self._store.delete, request.corpus_id)
+        await asyncio.to_thread(self._store.delete, request.corpus_id, request.request_id)
         return corpus_service_pb2.DeleteCorpusResponse()
 
-    async def _read_hub(self, spec: CorpusSpec, source: corpus_service_pb2.HubDatasetSource) -> Corpus:
-        kind, job = convert_corpora.hub_job_from_pb(spec, source)
+    async def _register(self, request: corpus_service_pb2.RegisterCorpusRequest) -> Corpus:
+        spec, source = convert.corpus_spec_from_pb(request.spec), request.WhichOneof("source")
+        if source == "hub":
+            return await self._read_hub(spec, request)
+        ingest: Callable[[], Corpus]
+        if source == "path":
+            ingest = partial(self._store.ingest_path, spec, request.path.path)
+        elif source == "token_ids":
+            documents = [document.token_ids for document in request.token_ids.documents]
+            ingest = partial(self._store.ingest_tokens, spec.id, documents)
+        elif source == "mix":
+            ingest = partial(self._store.ingest_mix, spec.id, convert_corpora.mix_from_pb(request.mix))
+        else:
+            raise FieldInvalid("Set one of `path`, `token_ids`, `hub` and `mix`.", field="source")
+        return await self._in_thread(self._remembered, request.request_id, ingest)
+
+    def _remembered(self, request_id: str, ingest: Callable[[], Corpus]) -> Corpus:
+        # In the thread, which goes on when the call it works for is cut.
+        corpus = ingest()
+        self._registrations.remember(request_id, corpus.id)
+        return corpus
+
+    async def _read_hub(self, spec: CorpusSpec, request: corpus_service_pb2.RegisterCorpusRequest) -> Corpus:
+        kind, job = convert_corpora.hub_job_from_pb(spec, request.hub)
         left = threading.Event()
 
         def check() -> None:
@@ -113,7 +131,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 )
 
         try:
-            return await self._in_thread(read)
+            return await self._in_thread(self._remembered, request.request_id, read)
         finally:
             left.set()  # A thread is not cancelled with the call it works for.
 
