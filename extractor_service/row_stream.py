@@ -167,7 +167,7 @@ class RowStream:
     def close(self) -> None:
         """Detaches the reader."""
         self._reader.close()
-        self._job.detach(self._attached, at_end=self._over)
+        self._job.detach(self._attached, at_end=self._over and self._all_released())
 
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:
@@ -179,6 +179,11 @@ class RowStream:
             if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
                 raise self._job.failure_error() from exc
             raise rows_expired(self._request.start_row, first_row=value.n_rows, n_rows=value.n_rows) from exc
+
+    def _all_released(self) -> bool:
+        """True unless the reader still has rows to release: it may be back for them, as after a cut."""
+        needed = min(self._way.first_row_needed(self.next_row), self._job.value.n_rows)
+        return not self._request.explicit_release or self._attached.released_row >= needed
 
     def _at_end(self) -> bool:
         end_row, value = self.end_row, self._job.value

@@ -70,6 +70,37 @@ async def test_rows_of_a_reader_that_was_cut_off_wait_for_it(extractor):
     assert head + tail == content == await whole(extractor, job)
 
 
+async def test_rows_that_were_sent_to_the_last_wait_until_they_are_released(extractor):
+    """Their reader may be killed before it has brought them to safety."""
+    job = await start(extractor, seed=56)
+    fast, slow = open_stream(job, "fast"), open_stream(job, "slow", end_row=500, explicit_release=True)
+    await read(slow)
+    slow.close()
+    reading = asyncio.create_task(read(fast))
+    await until_waiting(extractor, job)
+    waiting_for = job.value.waiting_for
+
+    job.release("slow", FOR_GOOD)
+    content = await reading
+    fast.close()
+
+    assert [(status.reader, status.next_row) for status in waiting_for] == [("slow", 0)]
+    assert content == await whole(extractor, job)
+
+
+async def test_a_reader_that_has_released_all_it_was_sent_holds_nobody_up(extractor):
+    job = await start(extractor, seed=57)
+    fast, slow = open_stream(job, "fast"), open_stream(job, "slow", end_row=500, explicit_release=True)
+    await read(slow)
+    job.release("slow", 500)
+    slow.close()
+
+    content = await read(fast)
+    fast.close()
+
+    assert content == await whole(extractor, job)
+
+
 async def test_a_reader_that_says_good_bye_holds_nobody_up(extractor):
     job = await start(extractor, seed=52)
     fast, slow = open_stream(job, "fast"), open_stream(job, "slow")
