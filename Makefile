@@ -30,8 +30,9 @@ demo: install ## Runs the main job: model, extraction, SAE training (MODEL=owner
 up: install ## Starts registry and extractor on this machine
 	$(BIN)/headrace up
 
+# More threads than cores would spend a fifth of their time waiting for one another.
 test: install ## Runs the tests, in minutes
-	$(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 fault: install ## Kills real processes at bad moments
 	$(BIN)/python -m pytest -m 'fault' --timeout 600

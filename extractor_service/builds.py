@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from chassis.errors import ServiceError
-from extractor_service.errors import ModelUnsupported, reason_of
+from extractor_service.errors import LoadFailed, ModelUnsupported, reason_of
 from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
 from extractor_service.reporting import REPORT_INTERVAL_S, try_to_tell
 from extractor_service.runner_protocol import Convert, Converted, Converting, Message, Quantize, Quantized
 from extractor_service.values import Build, Failure, Transfer, TransferMeter
 
+logger = logging.getLogger(__name__)
+
 # A step may say nothing for longer than the ten minutes after which the registry takes a build to be forgotten.
 _SIGN_OF_LIFE_S = 60.0
+# Hours pass until a large model is done, but not one without a word of its runner.
+_SILENCE_S = 3600.0
 # Quantized weights are compared with their source on the CPU, where float16 is several times slower.
 _COMPARED = ("float32", "bfloat16")
 
@@ -32,12 +37,14 @@ class Builds:
         epoch: Callable[[], int],
         environment: Mapping[str, str],
         sign_of_life_s: float = _SIGN_OF_LIFE_S,
+        silence_s: float = _SILENCE_S,
     ) -> None:
         self._registry = registry
         self._start_runner = start_runner
         self._epoch = epoch
         self._environment = environment
         self._sign_of_life_s = sign_of_life_s
+        self._silence_s = silence_s
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def follow(self, wanted: Sequence[Build]) -> None:
@@ -56,36 +63,44 @@ class Builds:
     async def _build(self, build: Build) -> None:
         failure: Failure | None = None
         fidelity: Mapping[str, Any] | None = None
-        runner: Runner | None = None
         try:
-            runner = await self._start_runner(environment=self._environment)
-            fidelity = await self._carry_out(runner, build)
+            fidelity = await self._in_runner(build)
         except ServiceError as exc:
             failure = Failure(reason=reason_of(exc), message=exc.message)
-        finally:
-            if runner:
-                await runner.kill()
-        await try_to_tell(
-            lambda: self._registry.report_build(
-                self._epoch(), build, done=failure is None, transfer=None, failure=failure, fidelity=fidelity
-            ),
-            5,
-            f"build of {build.model.id}",
-        )
-        self._running.pop(build.target_path, None)
+        except OSError as exc:  # TimeoutError is one.
+            failure = Failure(
+                reason=LoadFailed.reason, message=f"The build broke off ({exc!r}); look at the node's log."
+            )
+        try:
+            await try_to_tell(
+                lambda: self._registry.report_build(
+                    self._epoch(), build, done=failure is None, transfer=None, failure=failure, fidelity=fidelity
+                ),
+                5,
+                f"build of {build.model.id}",
+            )
+        finally:  # If it is still wanted, it begins anew.
+            self._running.pop(build.target_path, None)
 
-    async def _carry_out(self, runner: Runner, build: Build) -> Mapping[str, Any] | None:
+    async def _in_runner(self, build: Build) -> Mapping[str, Any] | None:
+        runner = await self._start_runner(environment=self._environment)
         progress = _Progress()
         telling = asyncio.create_task(self._tell(build, progress), name=f"progress-{build.model.id}")
         try:
+            return await self._carry_out(runner, build, progress)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+            await _end(runner)
+
+    async def _carry_out(self, runner: Runner, build: Build, progress: _Progress) -> Mapping[str, Any] | None:
+        async with asyncio.timeout(self._silence_s) as silence:
             async for event in runner.run(command_of(build), ends=(Converted, Quantized)):
+                silence.reschedule(asyncio.get_running_loop().time() + self._silence_s)
                 if isinstance(event, Quantized):
                     return event.fidelity
                 if isinstance(event, Converting):
                     progress.note(event)
-        finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
         return None
 
     async def _tell(self, build: Build, progress: _Progress) -> None:
@@ -103,6 +118,13 @@ class Builds:
                 f"build of {build.model.id}",
             )
             await asyncio.sleep(REPORT_INTERVAL_S)
+
+
+async def _end(runner: Runner) -> None:
+    try:
+        await runner.kill()
+    except TimeoutError:  # What it made, or why it failed, is known all the same.
+        logger.error("a build's runner can't be ended; it keeps its memory while it lives")  # noqa: TRY400
 
 
 class _Progress:

@@ -127,6 +127,34 @@ async def test_build_that_says_nothing_for_long_is_not_taken_to_be_forgotten(tin
     assert [done for _, done, *_ in listener.builds].count(True) == 1
 
 
+async def test_a_build_whose_runner_hangs_does_not_start_or_does_not_end_is_over_all_the_same(tiny_llama, listener):
+    build, runner = Build(model=model_info(tiny_llama), source_path="a", target_path="b"), Silent()
+    runner.refusal = OSError(11, "no more processes")
+
+    async def start(*, environment):
+        if runner.refusal:
+            raise runner.refusal
+        return runner
+
+    async def kill():
+        raise TimeoutError
+
+    runner.kill = kill
+    builds = Builds(listener, start, epoch=lambda: 1, environment={}, silence_s=0.3)
+    builds.follow([build])
+    await until(lambda: not builds._running)
+    assert "no more processes" in listener.builds[-1][3].message
+    runner.refusal = None
+    builds.follow([build])
+    await until(lambda: not builds._running)
+    assert (listener.builds[-1][3].reason, listener.builds[-1][1]) == ("LOAD_FAILED", False)
+    assert "TimeoutError" in listener.builds[-1][3].message
+    runner.ending.set()
+    builds.follow([build])
+    await until(lambda: not builds._running)
+    assert (listener.builds[-1][3], listener.builds[-1][1]) == (None, True)
+
+
 async def test_failed_quantizing_says_why(tmp_path, listener, builds):
     builds.follow([Build(model=int8(tmp_path), source_path=str(tmp_path), target_path=str(tmp_path / "q"))])
     await until(lambda: listener.builds)
