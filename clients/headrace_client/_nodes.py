@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from headrace_client import _convert as convert
+from headrace_client._convert.residencies import node_from_pb, residency_from_pb
 from headrace_client._transport import Endpoint
 from headrace_client.errors import HeadraceError, NodeLost, NodeNotFound, NotFound, Unavailable
 from headrace_client.values import Node, NodeState, Residency, ResidencyState
@@ -38,9 +38,7 @@ class Nodes:
 
     def list(self, *, deadline_s: float | None = None) -> tuple[Node, ...]:
         """All nodes, alive or not."""
-        return tuple(
-            pages(self.registry, "ResidencyService.ListNodes", "nodes", convert.node_from_pb, deadline_s=deadline_s)
-        )
+        return tuple(pages(self.registry, "ResidencyService.ListNodes", "nodes", node_from_pb, deadline_s=deadline_s))
 
     def residencies(
         self, *, model_id: str = "", node_id: str = "", include_ended: bool = False
@@ -51,7 +49,7 @@ class Nodes:
                 self.registry,
                 "ResidencyService.ListResidencies",
                 "residencies",
-                convert.residency_from_pb,
+                residency_from_pb,
                 model_id=model_id,
                 node_id=node_id,
                 include_ended=include_ended,

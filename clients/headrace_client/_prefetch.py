@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from activation_log import frames
-from headrace_client import _convert as convert
+from headrace_client._convert.extractions import extraction_state_from_pb
+from headrace_client._convert.streams import header_from_pb, stream_event_from_pb
 from headrace_client._mapped import MappedRows, Unmappable
 from headrace_client._queue import ChunkQueue
 from headrace_client._watch import Backoff
@@ -270,16 +271,16 @@ class Prefetcher:
 
     def _event(self, message: memoryview, outage: Outage) -> bool:
         """Takes a header, a progress or an end; True for the end."""
-        event = convert.stream_event_from_pb(bytes(message))
+        event = stream_event_from_pb(bytes(message))
         match event.WhichOneof("event"):
             case "header":
-                self._greet(convert.header_from_pb(event.header))
+                self._greet(header_from_pb(event.header))
             case "progress":
                 outage.alive()
                 self.waited = self.waited.over(outage.alive_at, no_rows=True).begun(outage.alive_at)
                 self.state = StreamState.WAITING
                 self.n_rows_committed = event.progress.n_rows
-                self.extraction_state = convert.extraction_state_from_pb(event.progress.state)
+                self.extraction_state = extraction_state_from_pb(event.progress.state)
             case "end":
                 self._check_end(event.end.next_row)
                 self.n_rows_committed = event.end.n_rows
@@ -330,7 +331,7 @@ def _decode(message: memoryview) -> frames.Chunk | None:
         raise DataLoss(f"a message of the stream is damaged: {exc}") from exc
     if chunk is not None:
         return chunk
-    event = convert.stream_event_from_pb(bytes(message))
+    event = stream_event_from_pb(bytes(message))
     if event.WhichOneof("event") != "chunk":
         return None
     pb = event.chunk  # Framed by somebody else, with its fields in another order.

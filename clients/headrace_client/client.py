@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from headrace_client import _convert as convert
+from headrace_client._convert.extractions import hookpoint_from_pb
 from headrace_client._nodes import Nodes
 from headrace_client._prefetch import StreamOptions
 from headrace_client._transport import DEADLINE_S, SILENCE_S, Endpoint, Security
@@ -98,7 +98,7 @@ class HeadraceClient:
         """Lists the hookpoints of a model, in the order of the forward pass."""
         endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node, model_id=model))
         answer = endpoint.unary("ExtractionService.ListHookpoints", model_id=model)
-        return tuple(convert.hookpoint_from_pb(one) for one in answer.hookpoints)
+        return tuple(hookpoint_from_pb(one) for one in answer.hookpoints)
 
     def decode_tokens(self, model: str, ids: Sequence[int]) -> list[str]:
         """Turns token ids into text, one string per id."""

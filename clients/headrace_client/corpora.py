@@ -7,8 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace_client import _convert as convert
-from headrace_client._convert_corpora import hub_to_pb, mix_to_pb
+from headrace_client._convert.corpora import (
+    UPLOAD_PIECE_BYTES,
+    corpus_from_pb,
+    corpus_spec_to_pb,
+    hub_to_pb,
+    mix_to_pb,
+    path_to_pb,
+    token_ids_to_pb,
+    upload_parts,
+)
 from headrace_client._nodes import Nodes, pages
 from headrace_client._transport import Endpoint, new_request_id
 from headrace_client.errors import InvalidArgument
@@ -46,7 +54,7 @@ class Corpora:
         file = None if path is None else Path(path)
         if file is not None and not file.is_file():
             raise InvalidArgument(f"{file} is no file", fields={"path": str(file)})
-        spec = convert.corpus_spec_to_pb(
+        spec = corpus_spec_to_pb(
             corpus_id=id,
             file_format=format if file else "jsonl",
             text_column=text_column if file else "text",
@@ -56,10 +64,8 @@ class Corpora:
         )
         content = _file_blocks(file) if file else _document_blocks(documents or ())
         endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
-        answer = endpoint.upload(
-            "CorpusService.UploadCorpus", convert.upload_parts(spec, content), deadline_s=deadline_s
-        )
-        return convert.corpus_from_pb(answer.corpus)
+        answer = endpoint.upload("CorpusService.UploadCorpus", upload_parts(spec, content), deadline_s=deadline_s)
+        return corpus_from_pb(answer.corpus)
 
     def register_path(
         self,
@@ -74,7 +80,7 @@ class Corpora:
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> Corpus:
         """Takes a file that lies on the node, under one of its corpus roots. Its content is copied."""
-        spec = convert.corpus_spec_to_pb(
+        spec = corpus_spec_to_pb(
             corpus_id=id,
             file_format=format,
             text_column=text_column,
@@ -82,7 +88,7 @@ class Corpora:
             file_name=Path(path).name,
             chat=chat,
         )
-        return self._register(node, deadline_s, spec=spec, path=convert.path_to_pb(str(path)))
+        return self._register(node, deadline_s, spec=spec, path=path_to_pb(str(path)))
 
     def register_token_ids(
         self,
@@ -93,8 +99,8 @@ class Corpora:
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> Corpus:
         """Takes documents as token ids, in one message: the server's limit (4 MiB by default) holds for all of them."""
-        spec = convert.corpus_spec_to_pb(corpus_id=id)
-        return self._register(node, deadline_s, spec=spec, token_ids=convert.token_ids_to_pb(documents))
+        spec = corpus_spec_to_pb(corpus_id=id)
+        return self._register(node, deadline_s, spec=spec, token_ids=token_ids_to_pb(documents))
 
     def register_hub(
         self,
@@ -116,7 +122,7 @@ class Corpora:
 
         `max_documents` stops earlier. `hub_token` is neither stored nor logged; without it the node's own serves.
         """
-        spec = convert.corpus_spec_to_pb(
+        spec = corpus_spec_to_pb(
             corpus_id=id, file_format="token_ids" if token_ids else "", text_column=text_column, chat=chat
         )
         source = hub_to_pb(
@@ -138,7 +144,7 @@ class Corpora:
 
         Each gives its documents in order; the mixture ends when one that is drawn has none left, or at `max_documents`.
         """
-        spec = convert.corpus_spec_to_pb(corpus_id=id)
+        spec = corpus_spec_to_pb(corpus_id=id)
         return self._register(node, deadline_s, spec=spec, mix=mix_to_pb(weights, seed, max_documents))
 
     def get(self, corpus_id: str) -> Corpus:
@@ -146,7 +152,7 @@ class Corpora:
 
         def probe(endpoint: Endpoint) -> Corpus:
             answer = endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
-            return convert.corpus_from_pb(answer.corpus)
+            return corpus_from_pb(answer.corpus)
 
         return self._nodes.find(probe)[1]
 
@@ -155,7 +161,7 @@ class Corpora:
         places = (self._nodes.pick(node_id=node),) if node else self._nodes.alive()
         for place in places:
             endpoint = self._nodes.endpoint(place)
-            yield from pages(endpoint, "CorpusService.ListCorpora", "corpora", convert.corpus_from_pb)
+            yield from pages(endpoint, "CorpusService.ListCorpora", "corpora", corpus_from_pb)
 
     def delete(self, corpus_id: str) -> None:
         """Deletes a corpus; sets made from it stay."""
@@ -172,7 +178,7 @@ class Corpora:
         answer = endpoint.unary(
             "CorpusService.RegisterCorpus", deadline_s=deadline_s, request_id=new_request_id(), **fields
         )
-        return convert.corpus_from_pb(answer.corpus)
+        return corpus_from_pb(answer.corpus)
 
 
 def _file_blocks(path: Path) -> Iterator[bytes]:
@@ -191,7 +197,7 @@ def _document_blocks(documents: Iterable[str | Sequence[Mapping[str, Any]]]) -> 
         line = json.dumps({"text": document}).encode() + b"\n"
         lines.append(line)
         n_bytes += len(line)
-        if n_bytes >= convert.UPLOAD_PIECE_BYTES:
+        if n_bytes >= UPLOAD_PIECE_BYTES:
             yield b"".join(lines)
             lines, n_bytes = [], 0
     yield b"".join(lines)

@@ -10,7 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from headrace_client import _convert as convert
+from headrace_client._convert.extractions import (
+    estimate_from_pb,
+    extraction_event_from_pb,
+    extraction_from_pb,
+    spec_to_pb,
+)
 from headrace_client._mapped import Unmappable, seems_here
 from headrace_client._nodes import Nodes, Place, pages
 from headrace_client._transport import SILENCE_S, STREAM_LIFE_S, Endpoint, RawStream, ServerStream, new_request_id
@@ -64,7 +69,7 @@ class Extractions:
         spec = _spec(model, corpus, hookpoints, recipe, retention, max_rows=max_rows, allow_non_finite=False)
         place = self._nodes.pick(node_id=node, model_id=model, corpus_id=corpus)
         endpoint = self._nodes.endpoint(place)
-        return convert.estimate_from_pb(
+        return estimate_from_pb(
             endpoint.unary("ExtractionService.EstimateExtraction", deadline_s=deadline_s, spec=spec)
         )
 
@@ -86,7 +91,7 @@ class Extractions:
         answer = self._nodes.endpoint(place).unary(
             "ExtractionService.StartExtraction", request_id=new_request_id(), spec=spec
         )
-        extraction = convert.extraction_from_pb(answer.extraction)
+        extraction = extraction_from_pb(answer.extraction)
         self._places[extraction.id] = place
         return extraction
 
@@ -99,7 +104,7 @@ class Extractions:
         places = (self._nodes.pick(node_id=node),) if node else self._nodes.alive()
         for place in places:
             endpoint = self._nodes.endpoint(place)
-            yield from pages(endpoint, "ExtractionService.ListExtractions", "extractions", convert.extraction_from_pb)
+            yield from pages(endpoint, "ExtractionService.ListExtractions", "extractions", extraction_from_pb)
 
     def cancel(self, extraction_id: str) -> Extraction:
         """Stops an extraction; rows so far stay."""
@@ -107,7 +112,7 @@ class Extractions:
         answer = self._nodes.endpoint(place).unary(
             "ExtractionService.CancelExtraction", request_id=new_request_id(), extraction_id=extraction_id
         )
-        return convert.extraction_from_pb(answer.extraction)
+        return extraction_from_pb(answer.extraction)
 
     def watch(
         self, extraction_id: str, *, after_seq: int = 0, deadline_s: float | None = None
@@ -128,7 +133,7 @@ class Extractions:
                 after_seq=seq,
             )
 
-        return watch(connect, convert.extraction_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+        return watch(connect, extraction_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
 
     def wait(
         self,
@@ -155,7 +160,7 @@ class Extractions:
     def _located(self, extraction_id: str) -> tuple[Place, Extraction]:
         def probe(endpoint: Endpoint) -> Extraction:
             answer = endpoint.unary("ExtractionService.GetExtraction", extraction_id=extraction_id)
-            return convert.extraction_from_pb(answer.extraction)
+            return extraction_from_pb(answer.extraction)
 
         place = self._places.get(extraction_id)
         if place is not None:
@@ -292,7 +297,7 @@ def _spec(
     max_rows: int,
     allow_non_finite: bool,
 ) -> object:
-    return convert.spec_to_pb(
+    return spec_to_pb(
         model_id=model,
         corpus_id=corpus,
         hookpoints=(hookpoints,) if isinstance(hookpoints, str) else hookpoints,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace_client import _convert as convert
-from headrace_client._convert_memory import advice_from_pb, catalog_entry_from_pb
-from headrace_client._convert_validation import attempt_from_pb, step_from_pb
+from headrace_client._convert.memory import advice_from_pb, catalog_entry_from_pb
+from headrace_client._convert.models import model_event_from_pb, model_from_pb, model_to_pb, struct_of
+from headrace_client._convert.validations import attempt_from_pb, step_from_pb
 from headrace_client._nodes import pages
 from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
 from headrace_client._watch import watch
@@ -42,7 +42,7 @@ class Models:
         Paths are on the registry's disk. An empty id is derived from the source. The same model again answers with the
         existing one; another one under the same id raises AlreadyExists.
         """
-        pb = convert.model_to_pb(
+        pb = model_to_pb(
             source=_source(hub=hub, folder=folder, gguf=gguf, revision=revision),
             model_id=id,
             quantization=choice(Quantization, quantization, "quantization"),
@@ -52,15 +52,15 @@ class Models:
         answer = self._registry.unary(
             "ModelService.RegisterModel", request_id=new_request_id(), model=pb, hub_token=hub_token
         )
-        return convert.model_from_pb(answer.model)
+        return model_from_pb(answer.model)
 
     def get(self, model_id: str) -> Model:
         """Reads one model."""
-        return convert.model_from_pb(self._registry.unary("ModelService.GetModel", model_id=model_id).model)
+        return model_from_pb(self._registry.unary("ModelService.GetModel", model_id=model_id).model)
 
     def list(self, filter: str = "") -> Iterator[Model]:  # noqa: A002 - the contract's word.
         """Iterates over models by id, all pages; `filter` such as `state = READY AND id : smol`."""
-        return pages(self._registry, "ModelService.ListModels", "models", convert.model_from_pb, filter=filter)
+        return pages(self._registry, "ModelService.ListModels", "models", model_from_pb, filter=filter)
 
     def delete(self, model_id: str, *, force: bool = False, etag: str = "") -> None:
         """Deletes a model; ModelInUse while leased, pinned or resident.
@@ -100,12 +100,12 @@ class Models:
         answer = self._registry.unary(
             "ModelService.PrepareModel", request_id=new_request_id(), model_id=model_id, hub_token=hub_token
         )
-        return convert.model_from_pb(answer.model)
+        return model_from_pb(answer.model)
 
     def cancel_preparation(self, model_id: str) -> Model:
         """Stops a preparation; what was fetched is kept for the next try."""
         answer = self._registry.unary("ModelService.CancelPreparation", request_id=new_request_id(), model_id=model_id)
-        return convert.model_from_pb(answer.model)
+        return model_from_pb(answer.model)
 
     def watch(self, model_id: str, *, after_seq: int = 0, deadline_s: float | None = None) -> Iterator[ModelEvent]:
         """Yields the model's events, a snapshot first; reconnects behind the last one seen."""
@@ -115,7 +115,7 @@ class Models:
                 "ModelService.WatchModel", life_s=life_s or STREAM_LIFE_S, model_id=model_id, after_seq=seq
             )
 
-        return watch(connect, convert.model_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+        return watch(connect, model_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
 
     def validate(
         self,
@@ -133,7 +133,7 @@ class Models:
         """
         fields: dict[str, Any] = {"model_id": model_id, "node_id": node_id, "device_id": device_id}
         if load_options is not None:
-            fields["load_options"] = convert.struct_of(load_options)
+            fields["load_options"] = struct_of(load_options)
         attempt: ValidationAttempt | None = None
         # A load says nothing for as long as it takes.
         stream = self._registry.stream("ModelService.ValidateModel", silence_s=deadline_s, life_s=deadline_s, **fields)

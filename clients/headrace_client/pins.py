@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from headrace_client import _convert as convert
+from headrace_client._convert.residencies import pin_from_pb, pin_to_pb
 from headrace_client._nodes import pages
 from headrace_client._transport import Endpoint, new_request_id
 from headrace_client.values import Pin
@@ -24,11 +24,9 @@ class Pins:
 
         It loads nothing. What is pinned is neither evicted nor unloaded for being idle.
         """
-        pin = convert.pin_to_pb(
-            Pin(model_id=model_id, node_id=node, owner=owner, reason=reason, expire_time=expire_time)
-        )
+        pin = pin_to_pb(Pin(model_id=model_id, node_id=node, owner=owner, reason=reason, expire_time=expire_time))
         answer = self._registry.unary("ResidencyService.PinModel", request_id=new_request_id(), pin=pin)
-        return convert.pin_from_pb(answer.pin)
+        return pin_from_pb(answer.pin)
 
     def unpin(self, model_id: str, owner: str, *, node: str = "") -> None:
         """Removes a pin; one that is not there is no error."""
@@ -38,4 +36,4 @@ class Pins:
 
     def list(self, *, model: str = "") -> Iterator[Pin]:
         """Iterates over living pins by model, node and owner, all pages."""
-        return pages(self._registry, "ResidencyService.ListPins", "pins", convert.pin_from_pb, model_id=model)
+        return pages(self._registry, "ResidencyService.ListPins", "pins", pin_from_pb, model_id=model)

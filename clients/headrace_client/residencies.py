@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headrace_client import _convert as convert
+from headrace_client._convert.residencies import residency_event_from_pb, residency_from_pb
 from headrace_client._nodes import Nodes
 from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
 from headrace_client._watch import watch
@@ -35,7 +35,7 @@ class Residencies:
                 "ResidencyService.WatchResidencies", life_s=life_s or STREAM_LIFE_S, model_id=model, after_seq=seq
             )
 
-        return watch(connect, convert.residency_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+        return watch(connect, residency_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
 
     def load(self, model_id: str, *, node: str = "", device: str = "") -> Residency:
         """Asks for a model to become resident; answers at once with a residency that may still be loading."""
@@ -46,11 +46,11 @@ class Residencies:
             node_id=node,
             device_id=device,
         )
-        return convert.residency_from_pb(answer.residency)
+        return residency_from_pb(answer.residency)
 
     def unload(self, model_id: str, *, node: str = "", force: bool = False) -> tuple[Residency, ...]:
         """Drains and unloads a model on one node, or everywhere; ModelInUse while leased or pinned, unless `force`."""
         answer = self._registry.unary(
             "ResidencyService.UnloadModel", request_id=new_request_id(), model_id=model_id, node_id=node, force=force
         )
-        return tuple(convert.residency_from_pb(one) for one in answer.residencies)
+        return tuple(residency_from_pb(one) for one in answer.residencies)

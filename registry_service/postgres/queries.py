@@ -177,7 +177,6 @@ SELECT d.*, COALESCE((
 FROM devices d WHERE d.node_id = ANY(%(node_ids)s) AND d.present ORDER BY d.node_id, d.ordinal, d.id
 """
 DEVICES_OF_NODE_LOCK = "SELECT id FROM devices WHERE node_id = %(node_id)s ORDER BY id FOR UPDATE"
-DEVICE_LOCK = "SELECT * FROM devices WHERE node_id = %(node_id)s AND id = %(id)s FOR UPDATE"
 
 # Residencies ---------------------------------------------------------------------------------------------------------
 
@@ -229,33 +228,6 @@ ORDER BY r.create_time, r.id
 """
 )
 MODELS_OF_IDS = "SELECT * FROM models WHERE id = ANY(%(ids)s)"
-OCCUPANTS = """
-SELECT r.id, r.model_id, r.node_id, r.device_id, r.state, r.reserved_bytes,
-       extract(epoch FROM r.last_used_time)::float8 AS last_used,
-       ARRAY(SELECT l.holder FROM leases l WHERE l.residency_id = r.id AND l.state = 'HELD'
-             AND l.expire_time > registry_now() ORDER BY l.grant_time) AS holders,
-       (SELECT count(*) FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > registry_now())::int
-           AS n_waiters,
-       EXISTS (SELECT 1 FROM pins p WHERE p.model_id = r.model_id AND p.node_id IN ('', r.node_id)
-               AND (p.expire_time IS NULL OR p.expire_time > registry_now())) AS pinned
-FROM residencies r JOIN nodes n ON n.id = r.node_id
-WHERE r.state NOT IN ('UNLOADED', 'FAILED', 'LOST')
-  AND (%(node_id)s = '' OR r.node_id = %(node_id)s) AND (%(device_id)s = '' OR r.device_id = %(device_id)s)
-ORDER BY r.create_time, r.id
-"""
-RESIDENCY_INSERT = """
-INSERT INTO residencies (id, model_id, node_id, device_id, state, reserved_bytes, load_dtype, fence, node_epoch,
-                         reason, actor)
-VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, %(state)s, %(reserved_bytes)s, %(load_dtype)s,
-        nextval('residency_fences'), %(node_epoch)s, %(reason)s, %(actor)s)
-"""
-RESIDENCY_MOVE = """
-UPDATE residencies
-SET state = %(state)s, reason = %(reason)s, actor = %(actor)s, update_time = registry_now(),
-    fence = CASE WHEN %(new_fence)s THEN nextval('residency_fences') ELSE fence END,
-    state_when_lost = NULL
-WHERE id = %(id)s
-"""
 RESIDENCY_LOCK = """
 SELECT *, extract(epoch FROM registry_now() - state_time)::float8 AS age_s
 FROM residencies WHERE id = %(id)s FOR UPDATE
@@ -278,11 +250,6 @@ SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM ("""
     + RESIDENCY_IN_FULL
     + "WHERE r.id = %(id)s) r"
 )
-RESIDENCY_LEARNED = """
-SELECT r.measured_bytes FROM residencies r JOIN devices d ON d.node_id = r.node_id AND d.id = r.device_id
-WHERE r.model_id = %(model_id)s AND d.kind = %(kind)s AND r.load_dtype = %(load_dtype)s AND r.measured_bytes > 0
-ORDER BY r.update_time DESC LIMIT 1
-"""
 RESIDENCIES_LOSE = """
 UPDATE residencies
 SET state = CASE WHEN %(silent)s AND state = 'QUEUED' THEN 'UNLOADED' ELSE 'LOST' END,
@@ -311,34 +278,11 @@ WHERE r.model_id = %(model_id)s AND (%(node_id)s = '' OR r.node_id = %(node_id)s
   AND l.state = 'HELD' AND l.expire_time > registry_now()
 ORDER BY l.grant_time LIMIT 20
 """
-QUEUE = """
-SELECT id, reserved_bytes FROM residencies
-WHERE node_id = %(node_id)s AND device_id = %(device_id)s AND state = 'QUEUED' ORDER BY create_time, id
-"""
-DEVICE_ROOM = """
-SELECT d.capacity_bytes - COALESCE(sum(r.reserved_bytes), 0)::bigint AS free_bytes
-FROM devices d LEFT JOIN residencies r ON r.node_id = d.node_id AND r.device_id = d.id
-     AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')
-WHERE d.node_id = %(node_id)s AND d.id = %(device_id)s
-GROUP BY d.capacity_bytes
-"""
-DEVICES_WITH_QUEUE = """
-SELECT DISTINCT r.node_id, r.device_id FROM residencies r JOIN nodes n ON n.id = r.node_id
-WHERE r.state = 'QUEUED' AND n.state = 'ALIVE' ORDER BY 1, 2
-"""
-QUEUE_ABANDONED = """
-SELECT r.id FROM residencies r
-WHERE r.state = 'QUEUED' AND r.node_id = %(node_id)s AND r.device_id = %(device_id)s
-  AND NOT EXISTS (SELECT 1 FROM waiters w WHERE w.residency_id = r.id AND w.expire_time > registry_now())
-FOR UPDATE
-"""
 WAITER_UPSERT = """
 INSERT INTO waiters (id, residency_id, expire_time)
 VALUES (%(id)s, %(residency_id)s, registry_now() + make_interval(secs => %(ttl_s)s))
 ON CONFLICT (id) DO UPDATE SET residency_id = excluded.residency_id, expire_time = excluded.expire_time
 """
-WAITER_DELETE = "DELETE FROM waiters WHERE id = %(id)s RETURNING residency_id"
-WAITERS_EXPIRE = "DELETE FROM waiters WHERE expire_time <= registry_now()"
 
 # Leases --------------------------------------------------------------------------------------------------------------
 

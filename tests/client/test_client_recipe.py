@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from headrace.extractor.v1 import extraction_pb2 as pb
 from headrace_client import LongDocuments, Recipe, TokenWindow, errors
-from headrace_client import _convert as convert
+from headrace_client._convert.recipes import recipe_from_pb, recipe_to_pb
 
 from extractor_service.recipe import Recipe as ServerRecipe
 from extractor_service.recipe import TokenWindow as ServerWindow
@@ -24,16 +24,16 @@ from extractor_service.rpc import convert as server
 def test_a_recipe_arrives_at_the_server_and_comes_back(recipe):
     sent = Recipe(**recipe)
 
-    received = server.recipe_from_pb(pb.Recipe.FromString(convert.recipe_to_pb(sent).SerializeToString()))
+    received = server.recipe_from_pb(pb.Recipe.FromString(recipe_to_pb(sent).SerializeToString()))
 
     assert received.long_documents == sent.long_documents
     assert received.window == (ServerWindow(start=sent.window.start, end=sent.window.end) if sent.window else None)
-    assert convert.recipe_from_pb(server.recipe_to_pb(received)) == sent
+    assert recipe_from_pb(server.recipe_to_pb(received)) == sent
 
 
 def test_unset_fields_are_the_defaults_on_both_sides():
     assert server.recipe_from_pb(pb.Recipe()) == ServerRecipe()
-    assert convert.recipe_from_pb(pb.Recipe()) == Recipe()
+    assert recipe_from_pb(pb.Recipe()) == Recipe()
     assert Recipe().long_documents is LongDocuments.SPLIT
     assert Recipe(packing="one_document").long_documents is LongDocuments.TRUNCATE
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from headrace.extractor.v1 import extraction_service_pb2 as pb
-from headrace_client import _convert
+from headrace_client._convert.streams import header_from_pb
 
 from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
 from activation_log.manifest import Manifest
@@ -50,7 +50,7 @@ def make_set(tmp_path):
 def through_the_wire(statistics):
     sent = pb.StreamHeader(set_id="s", statistics=statistics).SerializeToString()
     assert len(sent) < GRPC_MESSAGE_BYTES
-    return _convert.header_from_pb(pb.StreamHeader.FromString(sent)).statistics
+    return header_from_pb(pb.StreamHeader.FromString(sent)).statistics
 
 
 def test_the_columns_asked_for_have_statistics_of_the_sealed_rows(make_set):

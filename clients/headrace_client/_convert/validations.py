@@ -5,7 +5,8 @@ from __future__ import annotations
 from google.protobuf.json_format import MessageToDict
 from headrace.registry.v1 import model_pb2 as model_pb
 
-from headrace_client import _convert as convert
+from headrace_client._convert.common import failure_from_pb, time_from_pb
+from headrace_client._convert.models import quantization_from_pb
 from headrace_client.validation import StepState, ValidationAttempt, ValidationStep
 
 
@@ -16,15 +17,15 @@ def attempt_from_pb(pb: model_pb.ValidationAttempt) -> ValidationAttempt:
         model_id=pb.model_id,
         node_id=pb.node_id,
         device_id=pb.device_id,
-        quantization=convert.quantization_from_pb(pb.quantization),
+        quantization=quantization_from_pb(pb.quantization),
         load_options=MessageToDict(pb.load_options),
         steps=tuple(step_from_pb(step) for step in pb.steps),
         done=pb.done,
         passed=pb.passed,
-        failure=convert.failure_from_pb(pb),
+        failure=failure_from_pb(pb),
         versions=dict(pb.versions),
-        create_time=convert.time_from_pb(pb, "create_time"),
-        update_time=convert.time_from_pb(pb, "update_time"),
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
     )
 
 

@@ -1,0 +1,43 @@
+"""What values of several kinds hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Dtype(StrEnum):
+    """Element type of a column."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT32 = "int32"
+    FLOAT8_E4M3 = "float8_e4m3"
+    INT8 = "int8"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2}.get(self.value, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How far a piece of work that moves bytes has come. None where the server does not know."""
+
+    done_bytes: int
+    total_bytes: int | None
+    percent: float | None
+    rate_bytes_per_s: float | None
+    eta_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why long work ended badly."""
+
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)

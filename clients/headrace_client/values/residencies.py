@@ -1,0 +1,120 @@
+"""Nodes, their devices, and what is loaded there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from headrace_client.values.common import Failure, Transfer
+
+
+class ResidencyState(StrEnum):
+    """Where one model on one device stands."""
+
+    QUEUED = "QUEUED"
+    LOADING = "LOADING"
+    RESIDENT = "RESIDENT"
+    DRAINING = "DRAINING"
+    UNLOADING = "UNLOADING"
+    UNLOADED = "UNLOADED"
+    FAILED = "FAILED"
+    LOST = "LOST"
+    UNKNOWN = "UNKNOWN"
+
+
+class NodeState(StrEnum):
+    """Whether the registry hears from a node."""
+
+    ALIVE = "ALIVE"
+    LOST = "LOST"
+    UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU of a node, or its CPU; sizes in bytes."""
+
+    id: str
+    kind: str
+    name: str
+    capacity_bytes: int
+    reserved_bytes: int
+    free_bytes: int
+    total_bytes: int = 0
+    lost_bytes: int = 0
+    capability: str = ""
+    flash_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine running one extractor. Bytes are 0 while unknown; limits of 0 are none."""
+
+    id: str
+    address: str
+    epoch: int
+    state: NodeState
+    devices: tuple[Device, ...]
+    version: str = ""
+    heartbeat_time: datetime | None = None
+    memory_bytes: int = 0
+    memory_free_bytes: int = 0
+    runtime_bytes: int = 0
+    max_loads: int = 0
+    max_residents: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """One model on one device of one node."""
+
+    id: str
+    model_id: str
+    node_id: str
+    device_id: str
+    state: ResidencyState
+    reserved_bytes: int
+    measured_bytes: int
+    n_leases: int
+    reason: str = ""
+    actor: str = ""
+    transfer: Transfer | None = None
+    failure: Failure | None = None
+    create_time: datetime | None = None
+    update_time: datetime | None = None
+    last_used_time: datetime | None = None
+    queue_position: int = 0
+    pinned: bool = False
+    holders: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more happens to it."""
+        return self.state in (ResidencyState.UNLOADED, ResidencyState.FAILED, ResidencyState.LOST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyEvent:
+    """A residency as it was after something happened to it.
+
+    With `snapshot` it tells what is there: at the beginning, and again where events were missed for good. A snapshot's
+    events but the last have `seq` 0: a watch that goes on from there is sent all of it again.
+    """
+
+    seq: int
+    residency: Residency
+    snapshot: bool = False
+    time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Somebody's wish that a model stays where it is resident, on one node or on any (an empty `node_id`)."""
+
+    model_id: str
+    owner: str
+    node_id: str = ""
+    reason: str = ""
+    expire_time: datetime | None = None
+    create_time: datetime | None = None
