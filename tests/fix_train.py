@@ -8,7 +8,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fix_client import ScriptedExtractor, ScriptedRegistry
+from fix_scripted_extractor import ScriptedExtractor
+from fix_scripted_registry import ScriptedRegistry
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import model_pb2

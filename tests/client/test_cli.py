@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault, unavailable
+from fix_scripted import unavailable
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli import formats

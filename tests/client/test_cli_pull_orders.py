@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fix_client import EXTRACTION_ID, HOOKPOINT, Fault, unavailable
+from fix_scripted import unavailable
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace_cli.app import app
 from headrace_cli.pull import _Pull
 from headrace_cli.settings import Defaults

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from fix_client import EXTRACTION_ID, HOOKPOINT, Fault, unavailable
+from fix_scripted import unavailable
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_cli import column_files
 from headrace_cli.app import app

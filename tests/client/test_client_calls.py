@@ -6,7 +6,9 @@ import time
 
 import grpc
 import pytest
-from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, ScriptedExtractor, ScriptedRegistry, unavailable
+from fix_scripted import unavailable
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, ScriptedExtractor
+from fix_scripted_registry import ScriptedRegistry
 from headrace.common.v1 import error_reason_pb2
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
 from headrace.extractor.v1 import extraction_pb2 as ex_pb

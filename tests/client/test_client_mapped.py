@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from headrace_client import errors
 from headrace_client._watch import Backoff
 

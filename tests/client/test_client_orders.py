@@ -7,7 +7,8 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from fix_client import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, unavailable
+from fix_scripted import unavailable
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb

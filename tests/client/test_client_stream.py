@@ -8,7 +8,8 @@ import time
 import grpc
 import numpy as np
 import pytest
-from fix_client import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault, unavailable
+from fix_scripted import unavailable
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault
 from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_client import HeadraceClient, _prefetch, _queue, errors
