@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from extractor_service.losses import Loss, Losses, free_wanted
+from extractor_service.losses import Level, Loss, Losses, free_wanted
 from extractor_service.ports import Runner
 from extractor_service.values import Device
 
@@ -32,9 +32,23 @@ class Endings:
         self._losses = losses
         self._deadline_s = deadline_s
 
-    async def end(self, runner: Runner, *, device_id: str, held_bytes: int) -> int:
-        """Ends a runner that holds so much of a device. Returns the bytes that did not come back in time."""
+    async def level_of(self, device_id: str) -> Level | None:
+        """Notes what is free on a GPU with a model that was just loaded; None for main memory."""
+        if not device_id.startswith("cuda"):
+            return None
+        level = Level(device_id, await self._free_bytes(device_id))
+        self._losses.watch(level)
+        return level
+
+    async def end(self, runner: Runner, *, device_id: str, held_bytes: int, level: Level | None = None) -> int:
+        """Ends a runner that holds so much of a device. Returns the bytes that did not come back in time.
+
+        `level` is that of its model: a process that died may have given its memory back before anybody looks.
+        """
         free_before = await self._free_bytes(device_id) if device_id.startswith("cuda") else 0
+        if level:
+            free_before = min(free_before, level.free_bytes)
+            self._losses.unwatch(level)
         try:
             await runner.kill()
         except TimeoutError:

@@ -25,11 +25,28 @@ class Loss:
         return self.ended() and free_bytes >= self.wanted_free_bytes
 
 
+@dataclass(eq=False)
+class Level:
+    """What was free on a device with a model on it: what its end is compared with, should its process end by itself."""
+
+    device_id: str
+    free_bytes: int
+
+
 class Losses:
     """All that is missing on this node."""
 
     def __init__(self) -> None:
         self._losses: list[Loss] = []
+        self._levels: list[Level] = []
+
+    def watch(self, level: Level) -> None:
+        """Keeps a level up to date from now on."""
+        self._levels.append(level)
+
+    def unwatch(self, level: Level) -> None:
+        """Forgets a level."""
+        self._levels = [each for each in self._levels if each is not level]
 
     def add(self, loss: Loss) -> None:
         """Notes what did not come back."""
@@ -44,6 +61,9 @@ class Losses:
         for loss in self._losses:
             if loss.device_id == device_id and loss.wanted_free_bytes:
                 loss.wanted_free_bytes -= n_bytes
+        for level in self._levels:
+            if level.device_id == device_id:
+                level.free_bytes -= n_bytes
 
     def marked(self, devices: Sequence[Device]) -> tuple[Device, ...]:
         """Returns the devices with their lost bytes, and forgets what is back."""

@@ -25,7 +25,7 @@ from extractor_service.errors import (
     WaitTimeout,
     reason_of,
 )
-from extractor_service.losses import Losses
+from extractor_service.losses import Level, Losses
 from extractor_service.ports import NodeRegistry, Runner, RunnerFactory
 from extractor_service.reporting import REPORT_INTERVAL_S, RETRY_S, try_to_tell
 from extractor_service.runner_protocol import Load, Loaded, Loading
@@ -54,6 +54,7 @@ class Holding:
     runner: Runner | None = None
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     measured_bytes: int = 0
+    level: Level | None = None
     task: asyncio.Task[None] | None = None
 
     @property
@@ -201,6 +202,7 @@ class Node:
                 await self._load(holding, runner)
             holding.loaded.set()
             await self._report_resident(holding)
+            holding.level = await self._endings.level_of(holding.assignment.device_id)
             await runner.wait()
             raise RunnerLost("The model's process died; it is loaded again on demand.", retry_after_s=RETRY_S)
         except (ServiceError, OSError) as raised:
@@ -278,11 +280,13 @@ class Node:
 
     async def _let_go(self, residency_id: str) -> int:
         """Ends a runner, whatever it does; returns the bytes that did not come back."""
-        return await self._to_the_end(self._stop(self._holdings.pop(residency_id)))
+        holding = self._holdings.pop(residency_id)
+        if holding.task:
+            holding.task.cancel()  # At once: nobody else must begin to end its runner.
+        return await self._to_the_end(self._stop(holding))
 
     async def _stop(self, holding: Holding) -> int:
         if holding.task:
-            holding.task.cancel()
             await asyncio.gather(holding.task, return_exceptions=True)
         return await self._end_runner(holding)
 
@@ -290,7 +294,9 @@ class Node:
         if holding.runner is None:
             return 0
         device_id = holding.assignment.device_id
-        ending = self._endings.end(holding.runner, device_id=device_id, held_bytes=holding.held_bytes)
+        ending = self._endings.end(
+            holding.runner, device_id=device_id, held_bytes=holding.held_bytes, level=holding.level
+        )
         return await self._to_the_end(ending)
 
     async def _to_the_end(self, ending: Coroutine[Any, Any, int]) -> int:

@@ -41,7 +41,11 @@ class FakeRunner:
     async def kill(self):
         if self.unkillable:
             raise TimeoutError
-        self.gpu.free_bytes += self.takes_bytes - self.keeps_bytes
+        self.die()
+
+    def die(self):
+        if not self.ended.is_set():
+            self.gpu.free_bytes += self.takes_bytes - self.keeps_bytes
         self.ended.set()
 
 
@@ -218,15 +222,21 @@ async def test_a_runner_that_does_not_start_is_a_failure_at_once():
         assert "no more processes" in registry.reports[-1].failure.message
 
 
-async def test_a_runner_that_dies_reports_what_it_kept():
+@pytest.mark.parametrize("keeps", [0, 9 * GB])
+async def test_a_runner_that_dies_reports_what_it_kept(keeps):
+    """The driver has its memory back before anybody looks."""
     gpu = Gpu()
-    async with running_node(gpu, takes_bytes=10 * GB, keeps_bytes=9 * GB) as (registry, runners):
+    async with running_node(gpu, takes_bytes=10 * GB, keeps_bytes=keeps) as (registry, runners):
         await load(registry, assignment(gpu))
-        runners[0].ended.set()
+        await load(registry, assignment(gpu, "r2"))
+        gpu.asked.clear()
+        await until(gpu.asked.is_set)  # By a heartbeat; the levels of both are known.
+        runners[0].die()
         await until(lambda: registry.reports[-1].state == "FAILED")
 
         assert registry.reports[-1].failure.reason == "RUNNER_LOST"
-        assert registry.reports[-1].lost_bytes == 9 * GB
+        assert registry.reports[-1].lost_bytes == keeps
+        await until(lambda: lost_bytes(registry) == keeps)
 
 
 async def test_the_size_of_an_empty_runner_is_told_from_the_first_load_on():
