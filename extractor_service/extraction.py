@@ -328,24 +328,22 @@ class ExtractionJob:
         return reader
 
     def release(self, name: str, row: int) -> None:
-        """Lets rows before `row` go for the reader called `name`; FOR_GOOD: it comes no more."""
-        if row == FOR_GOOD:
-            self._readers.dismiss(name)
-        elif reader := self._readers.named(name):
-            self.release_reader(reader, row)
+        """Lets rows before `row` go for the reader called `name`; FOR_GOOD: it comes no more.
 
-    def release_reader(self, reader: Reader, row: int) -> None:
-        """Lets rows before `row` go; in a WINDOW set this makes room for the forward pass."""
-        reader.released_row = max(reader.released_row, min(row, self.value.n_rows))
+        In a WINDOW set this makes room for the forward pass.
+        """
+        if row != FOR_GOOD:
+            row = min(row, self.value.n_rows)
+        self._readers.release(name, row, until=self._grace_end())
         if self._window and self._make_room(self._window):
             self._spawn(self._passes.grant(self._window.grant_row))
 
-    def detach(self, reader: Reader, *, at_end: bool = False) -> None:
+    def detach(self, reader: Reader) -> None:
         """Detaches a reader. The last one of a WINDOW set leaves it to itself after its grace.
 
-        While others read, they wait for one that was cut off in mid-way, as long as that.
+        While others read, they wait for one that is not done, as long as that.
         """
-        self._readers.detach(reader, back_until=0.0 if at_end or not self._window else self._grace_end())
+        self._readers.detach(reader, back_until=self._grace_end() if self._window else 0.0)
         self._context.room.used(self.folder)
         self.update(readers=self._readers.statuses())
         self._context.let_go()

@@ -16,13 +16,22 @@ FOR_GOOD = (1 << 63) - 1
 
 @dataclass(eq=False, slots=True)
 class Reader:
-    """A reader; rows before `released_row` may go. One that comes back has the same `key`, empty if nobody knows."""
+    """A reader; rows before `released_row` may go. One that comes back has the same `key`, empty if nobody knows.
+
+    It is done with once it has released `last_row`, which is known when it was sent its end.
+    """
 
     name: str
     released_row: int
     key: str = ""
     is_shard: bool = False
-    leaves: bool = False
+    has_released: bool = False
+    last_row: int = FOR_GOOD
+
+    @property
+    def is_done(self) -> bool:
+        """True when it needs no row any more."""
+        return self.released_row >= self.last_row
 
     @property
     def status(self) -> ReaderStatus:
@@ -72,27 +81,39 @@ class Readers:
                 self._keep(Reader(key, first_row, key, is_shard=True), until)
 
     def detach(self, reader: Reader, *, back_until: float = 0.0) -> None:
-        """Removes a reader. One that was cut off, and has a key, is waited for until then."""
+        """Removes a reader. One that has rows to release, and a key, is waited for until then."""
         self._readers.remove(reader)
-        if reader.leaves or not back_until:
-            self._gone |= {reader.key} if reader.is_shard else set()
-            return
-        if not reader.key:
-            return
-        if again := next((other for other in self._readers if other.key == reader.key), None):
-            again.released_row = min(again.released_row, reader.released_row)
-        else:
+        if reader.is_done or not back_until:
+            self._leave(reader)
+        elif again := next((other for other in self._readers if reader.key and other.key == reader.key), None):
+            if not again.has_released:  # What it has said since holds.
+                again.released_row = min(again.released_row, reader.released_row)
+        elif reader.key:
             self._keep(reader, back_until)
 
-    def dismiss(self, name: str) -> None:
-        """One comes no more once it has left, or has left already."""
-        if reader := self.named(name):
-            reader.leaves = True
-        self._away = {key: away for key, away in self._away.items() if away[0].name != name}
+    def release(self, name: str, row: int, *, until: float) -> None:
+        """Lets rows before `row` go for the reader of that name, attached or away; FOR_GOOD: it needs no more rows.
 
-    def named(self, name: str) -> Reader | None:
-        """The reader with that name."""
-        return next((reader for reader in self._readers if reader.name == name), None)
+        One that is away is alive all the same, with rows that it was sent before: it has until then to come back.
+        """
+        reader = next((reader for reader in self._readers if reader.name == name), None)
+        away = None if reader else next((each for each, _ in self._away.values() if each.name == name), None)
+        if not (found := reader or away):
+            return
+        if row == FOR_GOOD:
+            found.last_row = 0
+        else:
+            found.released_row, found.has_released = max(found.released_row, row), True
+        if away:
+            del self._away[away.key]
+            if away.is_done:
+                self._leave(away)
+            else:
+                self._keep(away, until)
+
+    def _leave(self, reader: Reader) -> None:
+        if reader.is_shard:
+            self._gone.add(reader.key)
 
     def released_row(self, default: int) -> int:
         """The row before which every reader has let go; `default` while none is attached."""

@@ -151,7 +151,7 @@ class RowStream:
                 yield run
                 self.next_row += run.n_rows
                 if not self._request.explicit_release:
-                    self._job.release_reader(self._attached, self._way.first_row_needed(self.next_row))
+                    self._job.release(self._attached.name, self._way.first_row_needed(self.next_row))
                 quiet_until = time.monotonic() + CAUGHT_UP_S
             elif self._job.value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
                 raise self._job.failure_error()
@@ -167,7 +167,11 @@ class RowStream:
     def close(self) -> None:
         """Detaches the reader."""
         self._reader.close()
-        self._job.detach(self._attached, at_end=self._over and self._all_released())
+        if self._over:  # What it was sent last it may release now, or come back for.
+            explicit = self._request.explicit_release
+            last_row = min(self._way.first_row_needed(self.next_row), self._job.value.n_rows) if explicit else 0
+            self._attached.last_row = min(self._attached.last_row, last_row)
+        self._job.detach(self._attached)
 
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:
@@ -179,11 +183,6 @@ class RowStream:
             if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
                 raise self._job.failure_error() from exc
             raise rows_expired(self._request.start_row, first_row=value.n_rows, n_rows=value.n_rows) from exc
-
-    def _all_released(self) -> bool:
-        """True unless the reader still has rows to release: it may be back for them, as after a cut."""
-        needed = min(self._way.first_row_needed(self.next_row), self._job.value.n_rows)
-        return not self._request.explicit_release or self._attached.released_row >= needed
 
     def _at_end(self) -> bool:
         end_row, value = self.end_row, self._job.value

@@ -1,12 +1,14 @@
 """Several readers of a WINDOW set: nobody's rows go while it is away for a moment, and nobody waits for ever."""
 
 import asyncio
+import time
 from contextlib import aclosing
 
 import pytest
 from fix_runner import documents
 
-from extractor_service.readers import FOR_GOOD
+from activation_log.order import Shard
+from extractor_service.readers import FOR_GOOD, Readers, shard_key
 from extractor_service.row_stream import End, RowStream, StreamRequest
 from extractor_service.values import ExtractionState, Retention
 from extractor_service.ways import OrderRequest
@@ -99,6 +101,62 @@ async def test_a_reader_that_has_released_all_it_was_sent_holds_nobody_up(extrac
     fast.close()
 
     assert content == await whole(extractor, job)
+
+
+async def test_what_a_reader_releases_after_its_end_was_sent_counts(extractor):
+    """A client has up to its queue's bytes before it when the server is done with it."""
+    job = await start(extractor, seed=58)
+    fast, slow = open_stream(job, "fast"), open_stream(job, "slow", end_row=500, explicit_release=True)
+    await read(slow)
+    slow.close()
+    reading = asyncio.create_task(read(fast))
+    await until_waiting(extractor, job)
+    job.release("slow", 250)
+    half = job.value.waiting_for
+
+    job.release("slow", 500)
+    content = await reading
+    fast.close()
+
+    assert [(status.reader, status.next_row) for status in half] == [("slow", 0)]
+    assert content == await whole(extractor, job)
+
+
+async def test_what_a_new_connection_has_released_outlasts_the_one_that_broke():
+    """The server may notice later than the client that a connection is dead."""
+    readers = Readers()
+    broken = readers.attach("me", 0)
+    readers.release("me", 100, until=time.monotonic() + 60)
+    readers.attach("me", 500)
+    readers.release("me#2", 400, until=time.monotonic() + 60)
+    readers.detach(broken, back_until=time.monotonic() + 60)
+
+    assert readers.released_row(0) == 500
+    assert readers.all_back()
+
+
+async def test_a_connection_that_has_released_nothing_has_what_the_broken_one_had_left():
+    readers = Readers()
+    broken = readers.attach("me", 0)
+    readers.attach("me", 500)
+    readers.release("me", 100, until=time.monotonic() + 60)
+    readers.detach(broken, back_until=time.monotonic() + 60)
+
+    assert readers.released_row(0) == 100
+
+
+async def test_a_shard_that_left_for_good_while_it_was_away_is_expected_no_more():
+    readers, until = Readers(), time.monotonic() + 60
+    keys = [shard_key(Shard(index, 2)) for index in range(2)]
+    first = readers.attach("rank-0", 0, shard=keys[0])
+    readers.expect(2, 0, until=until)
+    readers.detach(first, back_until=until)
+    readers.release("rank-0", FOR_GOOD, until=until)
+    readers.attach("rank-1", 700, shard=keys[1])
+    readers.release("rank-1", 900, until=until)
+    readers.expect(2, 0, until=until)
+
+    assert [status.reader for status in readers.slowest()] == ["rank-1"]
 
 
 async def test_a_reader_that_says_good_bye_holds_nobody_up(extractor):
