@@ -148,10 +148,22 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 await self._in_thread(upload.write, request.content)
             return await self._in_thread(upload.finish)
         finally:
-            await self._in_thread(upload.__exit__, *sys.exc_info())
+            await asyncio.to_thread(upload.__exit__, *sys.exc_info())  # It must not wait for a place of its own.
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        """Runs a part of an ingest; a thread that goes on when its call is cut keeps the call's place."""
+        thread = self._threads.submit(work, *args)
+        try:
+            return await asyncio.wrap_future(thread)
+        except asyncio.CancelledError:
+            if not thread.done():
+                self._n_ingests += 1
+                loop = asyncio.get_running_loop()
+                thread.add_done_callback(lambda _: _call_soon(loop, self._give_place))
+            raise
+
+    def _give_place(self) -> None:
+        self._n_ingests -= 1
 
     @contextlib.contextmanager
     def _ingesting(self) -> Iterator[None]:
@@ -162,4 +174,9 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         try:
             yield
         finally:
-            self._n_ingests -= 1
+            self._give_place()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # The server has ended meanwhile.
+        loop.call_soon_threadsafe(callback)

@@ -14,6 +14,7 @@ from headrace.extractor.v1 import corpus_service_pb2 as pb
 from chassis.shutdown import Shutdown
 from extractor_service import __main__ as extractor
 from extractor_service.corpora.store import CorpusStore
+from extractor_service.errors import QueueFull
 from extractor_service.estimate import RowCount
 from extractor_service.hub.client import HubDatasets
 from extractor_service.recipe import Recipe
@@ -64,6 +65,34 @@ async def test_ingests_leave_the_threads_of_everything_else_alone(tmp_path, monk
     await assert_threads_are_free(begun, MAX_INGESTS)
     going_on.set()
     assert {(await call).corpus.n_documents for call in calls} == {1}
+
+
+async def test_an_ingest_whose_call_was_cut_keeps_its_place_until_it_ends(tmp_path, monkeypatch, going_on):
+    store, begun = CorpusStore(tmp_path), []
+
+    def ingest_tokens(corpus_id, documents):
+        begun.append(corpus_id)
+        going_on.wait(60)
+        return CorpusStore.ingest_tokens(store, corpus_id, documents)
+
+    monkeypatch.setattr(store, "ingest_tokens", ingest_tokens)
+    servicer = CorpusServicer(store, HubDatasets({}), in_use=lambda _: False, shutdown=Shutdown())
+    tokens = pb.TokenIdsSource(documents=[pb.TokenDocument(token_ids=[1, 2, 3])])
+    requests = [pb.RegisterCorpusRequest(spec=pb.CorpusSpec(id=f"c{n}"), token_ids=tokens) for n in range(MAX_INGESTS)]
+    calls = [asyncio.create_task(servicer.RegisterCorpus(request, None)) for request in requests]
+    await assert_threads_are_free(begun, MAX_INGESTS)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    last = pb.RegisterCorpusRequest(spec=pb.CorpusSpec(id="last"), token_ids=tokens)
+
+    with pytest.raises(QueueFull):
+        await servicer.RegisterCorpus(last, None)
+    going_on.set()
+    async with asyncio.timeout(20):
+        while servicer._n_ingests:  # noqa: ASYNC110 -- told by threads
+            await asyncio.sleep(0.01)
+    assert (await servicer.RegisterCorpus(last, None)).corpus.n_documents == 1
 
 
 async def test_counts_leave_the_threads_of_everything_else_alone(tmp_path, monkeypatch, going_on, few_threads):
