@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 # A step may say nothing for longer than the ten minutes after which the registry takes a build to be forgotten.
 _SIGN_OF_LIFE_S = 60.0
-# Hours pass until a large model is done, but not one without a word of its runner.
+# A runner says nothing while it writes the files of a model, reads them again and brings them to disk.
 _SILENCE_S = 3600.0
+_SLOWEST_BYTES_PER_S = 20e6
 # Quantized weights are compared with their source on the CPU, where float16 is several times slower.
 _COMPARED = ("float32", "bfloat16")
 
@@ -61,6 +62,12 @@ class Builds:
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     async def _build(self, build: Build) -> None:
+        try:
+            await self._build_and_tell(build)
+        finally:  # If it is still wanted, it begins anew.
+            self._running.pop(build.target_path, None)
+
+    async def _build_and_tell(self, build: Build) -> None:
         failure: Failure | None = None
         fidelity: Mapping[str, Any] | None = None
         try:
@@ -71,16 +78,13 @@ class Builds:
             failure = Failure(
                 reason=LoadFailed.reason, message=f"The build broke off ({exc!r}); look at the node's log."
             )
-        try:
-            await try_to_tell(
-                lambda: self._registry.report_build(
-                    self._epoch(), build, done=failure is None, transfer=None, failure=failure, fidelity=fidelity
-                ),
-                5,
-                f"build of {build.model.id}",
-            )
-        finally:  # If it is still wanted, it begins anew.
-            self._running.pop(build.target_path, None)
+        await try_to_tell(
+            lambda: self._registry.report_build(
+                self._epoch(), build, done=failure is None, transfer=None, failure=failure, fidelity=fidelity
+            ),
+            5,
+            f"build of {build.model.id}",
+        )
 
     async def _in_runner(self, build: Build) -> Mapping[str, Any] | None:
         runner = await self._start_runner(environment=self._environment)
@@ -96,11 +100,12 @@ class Builds:
     async def _carry_out(self, runner: Runner, build: Build, progress: _Progress) -> Mapping[str, Any] | None:
         async with asyncio.timeout(self._silence_s) as silence:
             async for event in runner.run(command_of(build), ends=(Converted, Quantized)):
-                silence.reschedule(asyncio.get_running_loop().time() + self._silence_s)
                 if isinstance(event, Quantized):
                     return event.fidelity
                 if isinstance(event, Converting):
                     progress.note(event)
+                    silence_s = self._silence_s + event.total_bytes / _SLOWEST_BYTES_PER_S
+                    silence.reschedule(asyncio.get_running_loop().time() + silence_s)
         return None
 
     async def _tell(self, build: Build, progress: _Progress) -> None:
@@ -110,13 +115,16 @@ class Builds:
                 async with asyncio.timeout(self._sign_of_life_s):
                     await progress.moved.wait()
             progress.moved.clear()
-            await try_to_tell(
-                lambda: self._registry.report_build(
-                    self._epoch(), build, done=False, transfer=progress.transfer, failure=None
-                ),
-                1,
-                f"build of {build.model.id}",
-            )
+            try:
+                await try_to_tell(
+                    lambda: self._registry.report_build(
+                        self._epoch(), build, done=False, transfer=progress.transfer, failure=None
+                    ),
+                    1,
+                    f"build of {build.model.id}",
+                )
+            except ServiceError as exc:  # The next word may be heard.
+                logger.warning("progress of the build of %s is not heard: %s", build.model.id, exc.message)
             await asyncio.sleep(REPORT_INTERVAL_S)
 
 

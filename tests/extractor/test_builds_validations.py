@@ -12,7 +12,7 @@ import pytest_asyncio
 from fix_extractor import model_info
 
 from extractor_service.builds import Builds, command_of
-from extractor_service.errors import ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
+from extractor_service.errors import LoadFailed, ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
 from extractor_service.runner_process import RunnerProcess
 from extractor_service.runner_protocol import Converted, Converting, Quantize
 from extractor_service.validations import Validations
@@ -31,6 +31,8 @@ class Listener:
 
     async def report_build(self, epoch, build, *, done, transfer, failure, fidelity=None):
         self.builds.append((build.model.id, done, transfer, failure, fidelity))
+        if self.refusal and len(self.builds) == 1:
+            raise self.refusal
 
     async def report_validation(self, epoch, report):
         self.validations.append(report)
@@ -110,8 +112,10 @@ class Silent:
         pass
 
 
-async def test_build_that_says_nothing_for_long_is_not_taken_to_be_forgotten(tiny_llama, listener):
+@pytest.mark.parametrize("refusal", [None, LoadFailed("an error of the registry that nobody expects")])
+async def test_build_that_says_nothing_for_long_is_not_taken_to_be_forgotten(tiny_llama, listener, refusal):
     runner = Silent()
+    listener.refusal = refusal
 
     async def start(*, environment):
         return runner
