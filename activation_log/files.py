@@ -13,6 +13,8 @@ from activation_log.errors import DiskFull, TooManyFiles
 
 # EFBIG: the size limit of a process, which is no different to its user.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of file systems over a network and in user space: their names are as durable as they make them.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 # The limit of the process, and that of the machine.
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
@@ -41,10 +43,13 @@ def too_many_files_as_typed() -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes renames and new names in `folder` survive a power cut."""
+    """Makes renames and new names in `folder` survive a power cut, where the file system syncs folders."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(fd)
 

@@ -165,13 +165,11 @@ class _Pull:
             note(f"goes on at row {formats.count(state['next_row'])}")
         self._reader = state.get("reader", self._reader)  # Whose rows of a WINDOW set wait for it.
         if "columns" not in state:
-            specs, end_row = self._stream(state["next_row"])
-            # From here on it can be finished without a stream: the rows of a WINDOW set may be gone by then.
-            state = self._save(end_row, columns=[asdict(spec) for spec in specs])
+            state = self._stream(state["next_row"])
         return self._finish([ColumnSpec(**column) for column in state["columns"]], state["next_row"])
 
-    def _stream(self, next_row: int) -> tuple[list[ColumnSpec], int]:
-        """Brings all rows to disk; returns their columns, and the row one past the last."""
+    def _stream(self, next_row: int) -> dict[str, Any]:
+        """Brings all rows to disk; returns the state then."""
         with self._client.chunks(
             self._extraction,
             self._columns,
@@ -181,8 +179,7 @@ class _Pull:
             **self._options,
         ) as stream:
             try:
-                specs = [_spec(column) for column in stream.header.columns]
-                return specs, self._copy(stream, specs, next_row)
+                return self._copy(stream, [_spec(column) for column in stream.header.columns], next_row)
             except BaseException:
                 stream.close(for_good=False)
                 raise
@@ -219,8 +216,12 @@ class _Pull:
         tensor_files.write_state(self._folder, state)
         return state
 
-    def _copy(self, stream: ChunkStream, specs: list[ColumnSpec], next_row: int) -> int:
-        """Writes all rows; returns the one past the last. What is written when it breaks off is kept."""
+    def _copy(self, stream: ChunkStream, specs: list[ColumnSpec], next_row: int) -> dict[str, Any]:
+        """Writes all rows; returns the state then. What is written when it breaks off is kept.
+
+        With all rows, the state has the columns: from there on it can be finished without a stream, since the rows of a
+        WINDOW set go when that is closed.
+        """
         n_rows, sync_bytes = next_row - self._start_row, _sync_bytes(self._extraction)
         with ColumnFiles(self._folder, specs, n_rows, sync_bytes=sync_bytes) as files, Bar("pull") as bar:
             try:
@@ -229,18 +230,17 @@ class _Pull:
                         files.write(chunk.buffers, chunk.n_rows)
                     _show(bar, stream, self._start_row)
                     if files.sync_is_due or (files.is_behind and stream.held_up):
-                        next_row = self._sync(files)
-            finally:
-                next_row = self._sync(files)
+                        next_row = self._sync(files)["next_row"]
+            except BaseException:
+                self._sync(files)
+                raise
             _show(bar, stream, self._start_row)
-        return next_row
+            return self._sync(files, columns=[asdict(spec) for spec in specs])
 
-    def _sync(self, files: ColumnFiles) -> int:
-        """Brings to disk what is not there yet; returns the row behind it."""
+    def _sync(self, files: ColumnFiles, **more: Any) -> dict[str, Any]:
+        """Brings to disk what is not there yet; returns the state then."""
         files.sync()
-        next_row = self._start_row + files.n_rows
-        self._save(next_row)
-        return next_row
+        return self._save(self._start_row + files.n_rows, **more)
 
     def _finish(self, specs: list[ColumnSpec], end_row: int) -> dict[str, Any]:
         n_rows = end_row - self._start_row

@@ -20,6 +20,7 @@ from headrace_cli import column_files
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
 from headrace_cli.tensor_files import ColumnFile, write_state
+from headrace_client import ChunkStream
 from headrace_client.stream import ChunkStream
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -117,10 +118,11 @@ def left_by_crashes(patch, folder):
     return copies
 
 
-def test_a_pull_that_has_all_rows_is_finished_without_a_stream(pull, scripted_extractor, tmp_path, monkeypatch):
-    """Of a WINDOW set that was read to its end, nothing may be left."""
+@pytest.mark.parametrize("step", [(ChunkStream, "__exit__"), (ColumnFile, "finish")])
+def test_a_pull_that_has_all_rows_is_finished_without_a_stream(pull, scripted_extractor, tmp_path, monkeypatch, step):
+    """Of a WINDOW set whose stream was closed at its end, nothing may be left."""
     with monkeypatch.context() as patch:
-        patch.setattr(ColumnFile, "finish", lambda *_: 1 / 0)
+        patch.setattr(*step, lambda *_: 1 / 0)
         assert error_of(pull())["reason"] == "BUG"
 
     assert pull().exit_code == 0
