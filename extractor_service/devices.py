@@ -37,21 +37,22 @@ def device_lister(wanted: str, cpu_bytes: int) -> Callable[[], Sequence[Device]]
 
     Raises StartError for a GPU that is not there. A driver that does not answer later has its GPUs listed as they were.
     """
-    kind = wanted.partition(":")[0] or _best_kind()
-    if kind != "cuda":
-        return lambda: (_memory(kind, kind, cpu_bytes),)
-    known = _wanted_gpus(wanted)
+    known = _wanted_gpus(wanted) if wanted.partition(":")[0] in ("", "cuda") else ()
     if not known:
-        raise StartError(
-            f"--device {wanted}: nvidia-smi lists no such GPU; look at what it answers, or start with --device cpu."
-        )
+        if wanted.startswith("cuda"):
+            raise StartError(
+                f"--device {wanted}: nvidia-smi lists no such GPU; look at what it answers, or start with --device cpu."
+            )
+        kind = wanted or _kind_without_gpu()
+        return lambda: (_memory(kind, kind, cpu_bytes),)
+    answers = True
 
     def gpus() -> Sequence[Device]:
-        nonlocal known
+        nonlocal known, answers
         found = _wanted_gpus(wanted)
-        if not found:
+        if answers and not found:
             logger.warning("nvidia-smi does not list the GPUs any more; they are reported as they were")
-        known = found or known
+        answers, known = bool(found), found or known
         return known
 
     return gpus
@@ -61,9 +62,7 @@ def _wanted_gpus(wanted: str) -> tuple[Device, ...]:
     return tuple(device for device in _cuda_devices() if wanted in ("", "cuda", device.id))
 
 
-def _best_kind() -> str:
-    if _cuda_devices():
-        return "cuda"
+def _kind_without_gpu() -> str:
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     return "mps" if apple else "cpu"
 

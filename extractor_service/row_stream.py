@@ -192,13 +192,13 @@ class RowStream:
 
     def _read(self) -> RowRun | None:
         """The next rows; None if they were not sealed and their writer has given them up, of which word is to come."""
-        if self._generation != self._job.generation:
-            self._reader.forget_open_segment()
-            self._generation = self._job.generation
         n_rows, end = self._job.value.n_rows, self.end_row
         row, together = self._way.stretch(self.next_row)
         end_row = min(n_rows, row + together, row + end - self.next_row) if end else min(n_rows, row + together)
         try:
+            if self._generation != self._job.generation:
+                self._reader.forget_open_segment()
+                self._generation = self._job.generation
             if self.mapped and (n_sealed := self._reader.sealed_after(row)):
                 return RowRun(row, min(n_sealed, self._range_rows, end_row - row), ())
             return self._reader.read(row, self._chunk_rows, end_row=end_row)

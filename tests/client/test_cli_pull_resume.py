@@ -20,7 +20,6 @@ from headrace_cli import column_files
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
 from headrace_cli.tensor_files import ColumnFile, write_state
-from headrace_client import ChunkStream
 from headrace_client.stream import ChunkStream
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
