@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -34,8 +33,6 @@ from headrace_client.waits import Waited
 
 JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
 _LARGEST_CHUNK_BYTES = 16 * 1024 * 1024
-_FOR_GOOD = (1 << 63) - 1  # Releasing this row says that the reader comes no more.
-_RELEASE_PAUSE_S = 0.05  # Between ReleaseRows calls: one call covers all rows taken in between.
 _LOG = logging.getLogger("headrace_client")
 
 
@@ -353,54 +350,3 @@ def _cut(chunk: frames.Chunk, place: int, columns: tuple[Column, ...]) -> Activa
         buffers=buffers,
         size_bytes=len(chunk.payload),
     )
-
-
-class Releaser:
-    """Sends ReleaseRows for a WINDOW set from a thread of its own.
-
-    Not from the prefetching one: when the window is full that one waits for rows which come only after a release.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.comes_back = False
-        self._source = source
-        self._changed = threading.Condition()
-        self._row = 0
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="headrace-release", daemon=True)
-        self._thread.start()
-
-    def offer(self, row: int) -> None:
-        """Tells that rows before `row` are done with; returns at once."""
-        with self._changed:
-            self._row = max(self._row, row)
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        """Ends the thread; a call in progress ends by its own deadline."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        sent = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._row > sent)  # noqa: B023 - called before `sent` changes.
-                if self._stopping:
-                    break
-                row = self._row
-            try:
-                self._source.release(row)
-                sent = row
-                time.sleep(_RELEASE_PAUSE_S)
-            except HeadraceError as exc:
-                # While the stream reconnects there is no reader to release for; the next call covers these rows too.
-                _LOG.debug("release of rows before %d: %s", row, exc)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, 0.5)
-        if self.comes_back:
-            return
-        # Others of the window need not wait for this one.
-        with contextlib.suppress(HeadraceError):
-            self._source.release(_FOR_GOOD)

@@ -8,7 +8,8 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-from headrace_client._prefetch import Prefetcher, Releaser, Source, StreamOptions
+from headrace_client._prefetch import Prefetcher, Source, StreamOptions
+from headrace_client._releaser import Releaser
 from headrace_client.chunk import ActivationChunk
 from headrace_client.errors import Cancelled
 from headrace_client.values import Progress, StreamHeader, StreamState
