@@ -235,7 +235,9 @@ class _Planner:
             return True
         missing, surplus = self._missing_bytes(device_id), self._surplus_residents()
         others = [o for o in (*self._in(_S.DRAINING), *self._in(_S.UNLOADING)) if o is not draining]
-        missing, surplus = _less(others, device_id, missing, surplus)
+        # What is in use and can't come back goes some day either way; nobody has to wait for it.
+        sooner = [o for o in others if not (o.n_leases and self._has_successor(o))]
+        missing, surplus = _less(sooner, device_id, missing, surplus)
         return (missing > 0 and device_id in claims.bytes_by_device) or (surplus > 0 and claims.n_residents > 0)
 
     def _missing_bytes(self, device_id: str, *more: Occupant) -> int:

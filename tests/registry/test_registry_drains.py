@@ -58,6 +58,21 @@ def test_one_that_is_drained_already_goes_before_one_in_use():
     assert states(node(*drains, queued("q", 40, 1))) == {"used": S.RESIDENT, "free": S.UNLOADING}
 
 
+@pytest.mark.parametrize(
+    ("beside", "waiting"),
+    [
+        ((), queued("q", 40, 1, model_id="b", age_s=500)),
+        ((occupant("b", 20, model_id="b", n_leases=1),), queued("q", 20, 1, model_id="c")),
+    ],
+)
+def test_what_is_drained_goes_though_one_in_use_that_can_not_come_back_would_give_enough(beside, waiting):
+    leased = draining("leased", 60 - sum(o.reserved_bytes for o in beside), model_id="b")
+    found = plan(node(draining("free", 40, n_leases=0, model_id="a"), leased, *beside, waiting), POLICY)
+
+    assert {step.residency_id: step.state for step in found.steps} == {"free": S.UNLOADING}
+    assert found.outcomes == {"q": Outcome.WAIT}
+
+
 def test_who_waits_for_another_device_keeps_nobody_draining():
     held, waiting = occupant("held", 90, n_leases=1), queued("q", 40, 1)
 
