@@ -111,7 +111,7 @@ def tree_bytes(path: Path) -> int:
 
 def _last_written(folder: Path) -> float:
     try:
-        return max(path.lstat().st_mtime for path in (folder, *folder.iterdir()))
+        return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
     except OSError:
         return time.time()  # Renamed or removed in between.
 

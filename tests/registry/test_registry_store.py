@@ -166,9 +166,10 @@ def test_a_link_in_the_store_is_neither_filled_nor_followed(tmp_path):
 def partial_of(path: Path, attempt: str) -> Path:
     """What an attempt to make `path` left long ago."""
     left = path.with_name(f".{path.name}.{attempt}.partial")
-    left.mkdir(parents=True)
-    (left / "model.safetensors").write_bytes(bytes(100))
-    for each in (left / "model.safetensors", left):
+    files = left / path.name
+    files.mkdir(parents=True)
+    (files / "model.safetensors").write_bytes(bytes(100))
+    for each in (files / "model.safetensors", files, left):
         os.utime(each, (0, 0))
     return left
 
@@ -191,7 +192,7 @@ def test_leftovers_go_when_nobody_wants_their_folder_and_nothing_was_written_for
     partial_of(path, "01234567")
     at_work, in_line = partial_of(path, "89abcdef"), partial_of(wanted, "01234567")
     now = time.time()
-    os.utime(at_work / "model.safetensors", (now, now))
+    os.utime(at_work / path.name / "model.safetensors", (now, now))
     (tmp_path / ".notes.partial").mkdir()
     os.utime(tmp_path / ".notes.partial", (0, 0))
     folders.discard_leftovers([str(wanted)], untouched_s=3600)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -76,3 +80,48 @@ def test_two_nodes_that_make_one_folder_leave_each_other_alone_and_the_first_nam
 
     assert (tmp_path / "out" / "config.json").read_text() == "second"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+LEAVE = """
+import os, sys
+from pathlib import Path
+from extractor_service.runner.new_folder import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(100))
+    os._exit(0)
+"""
+
+
+def die_while_making(target):
+    """As after a kill: nothing is cleared away."""
+    subprocess.run([sys.executable, "-c", LEAVE, str(target)], check=True, timeout=30)
+
+
+def test_what_a_dead_attempt_left_goes_when_the_next_one_begins(tmp_path):
+    die_while_making(tmp_path / "out")
+    die_while_making(tmp_path / "out-int8")
+    left = sorted(path.name[:-17] for path in tmp_path.iterdir())
+    with new_folder(tmp_path / "out") as folder:
+        assert sorted(path.name[:-17] for path in tmp_path.iterdir()) == left
+        write_files(folder, "whole")
+
+    assert left == [".out", ".out-int8"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert sorted(path.name[:-17] for path in tmp_path.iterdir() if path.name != "out") == [".out-int8"]
+
+
+def test_where_the_disk_knows_no_locks_all_attempts_stay(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    die_while_making(tmp_path / "out")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with new_folder(tmp_path / "out") as first:
+        write_files(first, "first")
+        monkeypatch.undo()
+        with new_folder(tmp_path / "out") as second:
+            write_files(second, "second")
+        assert (first / "config.json").read_text() == "first"
+
+    assert (tmp_path / "out" / "config.json").read_text() == "second"
