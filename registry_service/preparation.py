@@ -185,8 +185,7 @@ class Preparer:
     async def _unpickled(self, model: Model, pickled: Path) -> Path:
         """Has a node write safetensors from pickled weights, once."""
         target = unpickled_folder(pickled)
-        if not await asyncio.to_thread((target / "config.json").is_file):
-            await self._make_room(model, str(target), await self._storekeeper.bytes_of(str(pickled)), make=False)
+        if not await self._keep(model, target, await self._storekeeper.bytes_of(str(pickled))):
             await self._build(model, target, pickled)
         return target
 
@@ -210,6 +209,14 @@ class Preparer:
     async def _make_room(self, model: Model, path: str, total_bytes: int, *, make: bool = True) -> None:
         await self._storekeeper.make_room(model.id, self.worker, path=path, total_bytes=total_bytes, make=make)
 
+    async def _keep(self, model: Model, folder: Path, total_bytes: int) -> bool:
+        """Keeps a folder that is whole and returns True; else makes room for it. One that was to go is not there."""
+        config = folder / "config.json"
+        if await asyncio.to_thread(config.is_file):
+            total_bytes = await self._storekeeper.bytes_of(str(folder))
+        await self._make_room(model, str(folder), total_bytes, make=False)
+        return await asyncio.to_thread(config.is_file)
+
     async def _gguf(self, model: Model) -> None:
         source = Path(self._roots.file(model.source.location, field="model.source.gguf.path"))
         digest = await self._read(model, "reading the file", lambda reading: _gguf_digest(source, reading))
@@ -218,11 +225,11 @@ class Preparer:
         base = await self._base_of(model, f"sha256:{digest}")
         if base is not None:
             target = base
-        elif not (target / "config.json").is_file():
+        else:
             size_bytes = (await asyncio.to_thread(source.stat)).st_size
             # What is packed in less than half of float32 grows by more; the quota then holds from the next time on.
-            await self._make_room(model, str(target), _UNPACKED * size_bytes, make=False)
-            await self._build(model, target)
+            if not await self._keep(model, target, _UNPACKED * size_bytes):
+                await self._build(model, target)
         await self._finish(model, f"sha256:{digest}", target, await self._inspect(model, target, None))
 
     async def _base_of(self, model: Model, commit_sha: str) -> Path | None:

@@ -169,6 +169,26 @@ async def test_an_unquantized_model_takes_the_files_a_quantized_one_was_made_fro
     assert await asyncio.to_thread(Path(plain.files_path, "config.json").exists)
 
 
+async def test_a_model_deleted_and_prepared_again_at_once_is_quantized_from_files_that_stay(
+    registry, start_node, tmp_path
+):
+    file = tmp_path / "m.gguf"
+    await asyncio.to_thread(file.write_bytes, b"GGUF" + bytes(100))
+    node, builds = await start_node(), []
+    follow_builds(node, builds)
+    source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(file)))
+    model = model_pb2.Model(id="m-int8", source=source, quantization=INT8)
+    await prepare(registry.stubs, model)
+    await until_state(registry.stubs, "m-int8", READY)
+    node._tasks.clear()  # It makes again what it made before.
+    await registry.stubs.models.DeleteModel(pb.DeleteModelRequest(model_id="m-int8"), timeout=20)
+    await prepare(registry.stubs, model)
+    await until_state(registry.stubs, "m-int8", READY)
+
+    assert [build.source_path for build in builds] == ["", builds[0].target_path] * 2
+    assert await asyncio.to_thread(Path(builds[-1].source_path, "config.json").exists)
+
+
 # -- validations -------------------------------------------------------------------------------------------------------
 
 
