@@ -10,7 +10,7 @@ from registry_service.estimate import FORMS, Bytes, Profile, estimate
 from registry_service.memory import load_dtype
 from registry_service.models import Model, Quantization
 from registry_service.nodes import DeviceKind
-from registry_service.placement import Action, Space, decide_on_device, with_candidate
+from registry_service.placement import Action, Space, decide_on_device, plan_with_candidate
 from registry_service.policy import Policy
 from registry_service.residency import ResidencyState
 from registry_service.scheduling import DeviceView, NodeView, plan
@@ -186,7 +186,7 @@ def _fit(model_id: str, space: Space, policy: Policy) -> tuple[Fit, tuple[str, .
     due_anyway = {step.residency_id for step in plan(space.node, policy).steps}
     gone = {
         step.residency_id
-        for step in plan(with_candidate(model_id, space), policy).steps
+        for step in plan_with_candidate(model_id, space, policy).steps
         if step.state in (ResidencyState.UNLOADING, ResidencyState.DRAINING) and step.residency_id not in due_anyway
     }
     return Fit.AFTER_EVICTION, tuple(o.model_id for o in space.node.occupants if o.residency_id in gone)

@@ -10,7 +10,7 @@ from registry_service.models import Failure
 from registry_service.nodes import DeviceKind
 from registry_service.policy import Policy
 from registry_service.residency import Occupant, ResidencyState
-from registry_service.scheduling import DeviceView, NodeView, Outcome, pinned_bytes, plan
+from registry_service.scheduling import DeviceView, NodeView, Outcome, Plan, pinned_bytes, plan
 
 # Stands for the model that is being placed; no residency has an empty id.
 _CANDIDATE = ""
@@ -102,17 +102,15 @@ def _action(model_id: str, space: Space, policy: Policy, queued: Occupant | None
     if required > capacity - pinned_bytes(space.node, space.device.id):
         return Action.BUSY
     if queued is not None:
-        awaited = [replace(o, n_waiters=1) if o is queued else o for o in space.node.occupants]
-        outcomes = plan(replace(space.node, occupants=tuple(awaited)), policy).outcomes
-        return Action(outcomes[queued.residency_id])
-    outcome = plan(with_candidate(model_id, space), policy).outcomes[_CANDIDATE]
+        return Action(plan(space.node, policy, awaited=queued.residency_id).outcomes[queued.residency_id])
+    outcome = plan_with_candidate(model_id, space, policy).outcomes[_CANDIDATE]
     if outcome is not Outcome.LOAD and n_queued(space) >= policy.max_queued:
         return Action.FULL
     return Action(outcome)
 
 
-def with_candidate(model_id: str, space: Space) -> NodeView:
-    """The node as it is with the model last in its device's queue."""
+def plan_with_candidate(model_id: str, space: Space, policy: Policy) -> Plan:
+    """What would happen with the model last in its device's queue."""
     last = max((o.queue_seq for o in space.node.occupants), default=0) + 1
     candidate = Occupant(
         residency_id=_CANDIDATE,
@@ -123,7 +121,8 @@ def with_candidate(model_id: str, space: Space) -> NodeView:
         queue_seq=last,
         n_waiters=1,
     )
-    return replace(space.node, occupants=(*space.node.occupants, candidate))
+    with_it = replace(space.node, occupants=(*space.node.occupants, candidate))
+    return plan(with_it, policy, awaited=_CANDIDATE)
 
 
 def n_queued(space: Space) -> int:

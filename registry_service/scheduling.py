@@ -7,7 +7,7 @@ and nobody overtakes who waits longer on the same device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -69,15 +69,29 @@ class Plan:
     outcomes: Mapping[str, Outcome]
 
 
-def plan(node: NodeView, policy: Policy) -> Plan:
-    """Decides for a whole node; deterministic."""
-    planner = _Planner(node, policy)
-    planner.end_unawaited()
-    planner.keep_pinned()
-    planner.serve_queues()
-    planner.end_drains()
-    planner.end_idle()
-    return Plan(steps=tuple(planner.steps), outcomes=planner.outcomes)
+def plan(node: NodeView, policy: Policy, *, awaited: str = "") -> Plan:
+    """Decides for a whole node; deterministic. Whoever asks waits for `awaited`, which stays in line."""
+    needless = _doubled(node, awaited)
+    while True:
+        planner = _Planner(node, policy)
+        planner.end_unawaited(awaited)
+        planner.end_needless(needless)
+        planner.keep_pinned()
+        planner.serve_queues()
+        planner.end_drains()
+        planner.end_idle()
+        # One that has to stay in line after all may need what another's model would come back to.
+        still = planner.served_by_what_stays(needless)
+        if still == needless:
+            return Plan(steps=tuple(planner.steps), outcomes=planner.outcomes)
+        needless = still
+
+
+def _doubled(node: NodeView, awaited: str) -> set[str]:
+    """Who is queued for a model that drains on the same device: it need not load if that stays."""
+    draining = {(o.model_id, o.device_id) for o in node.occupants if o.state is _S.DRAINING}
+    queued = (o for o in node.occupants if o.state is _S.QUEUED and o.residency_id != awaited)
+    return {o.residency_id for o in queued if (o.model_id, o.device_id) in draining}
 
 
 def choose_victims(candidates: Sequence[Occupant], missing_bytes: int) -> tuple[Occupant, ...]:
@@ -127,11 +141,23 @@ class _Planner:
         self._states = {occupant.residency_id: occupant.state for occupant in node.occupants}
         self._claims = _Claims()
 
-    def end_unawaited(self) -> None:
+    def end_unawaited(self, awaited: str) -> None:
         """A queued residency that nobody waits for never loads."""
         for occupant in self._in(_S.QUEUED):
-            if not occupant.n_waiters:
+            if not occupant.n_waiters and occupant.residency_id != awaited:
                 self._step(occupant, _S.UNLOADED, "nobody waits any more")
+
+    def end_needless(self, needless: Collection[str]) -> None:
+        """Who waits for a model to load that stays on the device has only to join it."""
+        for occupant in self._in(_S.QUEUED):
+            if occupant.residency_id in needless:
+                self._step(occupant, _S.UNLOADED, "the model stays where it drained; nobody else waits for its memory")
+
+    def served_by_what_stays(self, needless: Collection[str]) -> set[str]:
+        """Those of `needless` whose model is there."""
+        there = {(o.model_id, o.device_id) for o in self._in(_S.RESIDENT)}
+        ended = (o for o in self._node.occupants if o.residency_id in needless)
+        return {o.residency_id for o in ended if (o.model_id, o.device_id) in there}
 
     def keep_pinned(self) -> None:
         """Who is pinned meanwhile does not drain any more."""

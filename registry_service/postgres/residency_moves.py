@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from registry_service.errors import LeaseLost
 from registry_service.policy import Policy
 from registry_service.postgres import queries
@@ -12,7 +10,7 @@ from registry_service.postgres.node_views import lock_nodes, read_nodes
 from registry_service.postgres.pool import Connection, Database
 from registry_service.postgres.rows import residency_of
 from registry_service.residency import Residency, ResidencyState
-from registry_service.scheduling import NodeView, Outcome, Step, plan
+from registry_service.scheduling import Outcome, Step, plan
 
 # A node follows an assignment anew, and reports under its fence, when it shall load or end something.
 _ASSIGNED_ANEW = (ResidencyState.LOADING, ResidencyState.UNLOADING)
@@ -47,7 +45,7 @@ async def settle(conn: Connection, node_id: str, policy: Policy, *, awaited: str
     found = await read_nodes(conn, (node_id,))
     if node_id not in found:
         return False
-    due = plan(_with_waiter(found[node_id].view, awaited), policy)
+    due = plan(found[node_id].view, policy, awaited=awaited)
     for step in due.steps:
         await _take(conn, step, first=fresh and step.residency_id == awaited)
     outcome = due.outcomes.get(awaited)
@@ -88,8 +86,3 @@ async def _take(conn: Connection, step: Step, *, first: bool) -> None:
     await move(conn, step.residency_id, step.state, reason=reason, actor=step.actor)
     if step.state.ended:
         await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": step.residency_id})
-
-
-def _with_waiter(view: NodeView, awaited: str) -> NodeView:
-    occupants = tuple(replace(o, n_waiters=o.n_waiters + 1) if o.residency_id == awaited else o for o in view.occupants)
-    return replace(view, occupants=occupants)

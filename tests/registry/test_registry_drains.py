@@ -58,19 +58,44 @@ def test_one_that_is_drained_already_goes_before_one_in_use():
     assert states(node(*drains, queued("q", 40, 1))) == {"used": S.RESIDENT, "free": S.UNLOADING}
 
 
-@pytest.mark.parametrize(
-    ("beside", "waiting"),
-    [
-        ((), queued("q", 40, 1, model_id="b", age_s=500)),
-        ((occupant("b", 20, model_id="b", n_leases=1),), queued("q", 20, 1, model_id="c")),
-    ],
-)
-def test_what_is_drained_goes_though_one_in_use_that_can_not_come_back_would_give_enough(beside, waiting):
-    leased = draining("leased", 60 - sum(o.reserved_bytes for o in beside), model_id="b")
-    found = plan(node(draining("free", 40, n_leases=0, model_id="a"), leased, *beside, waiting), POLICY)
+def test_what_is_drained_goes_though_one_in_use_that_can_not_come_back_would_give_enough():
+    leased, again = draining("leased", 40, model_id="b"), occupant("again", 20, model_id="b", n_leases=1)
+    found = plan(node(draining("free", 40, n_leases=0), leased, again, queued("q", 20, 1)), POLICY)
 
     assert {step.residency_id: step.state for step in found.steps} == {"free": S.UNLOADING}
     assert found.outcomes == {"q": Outcome.WAIT}
+
+
+@pytest.mark.parametrize("n_leases", [0, 1])
+def test_a_model_asked_for_again_stays_once_nobody_else_waits_for_its_memory(n_leases):
+    drains, used = draining("d", 60, model_id="m", n_leases=n_leases), occupant("used", 30, n_leases=1)
+    again = queued("q", 60, 2, model_id="m", age_s=500)
+    other = queued("first", 60, 1, age_s=500)
+
+    assert [(s.residency_id, s.state) for s in plan(node(drains, used, again), POLICY).steps] == [
+        ("q", S.UNLOADED),  # First: a model is active once on a device.
+        ("d", S.RESIDENT),
+    ]
+    assert "q" not in states(node(drains, used, again, other))
+    assert plan(node(drains, used, again), POLICY, awaited="q").outcomes == {"q": Outcome.WAIT}
+
+
+def test_models_asked_for_again_all_stay_where_nobody_else_waits():
+    drains = (draining("a1", 60, model_id="a"), draining("b1", 20, model_id="b"), draining("b2", 20, model_id="b"))
+    again = (queued("a3", 60, 1, model_id="a"), queued("b3", 20, 2, model_id="b"))
+    stay = {"a3": S.UNLOADED, "b3": S.UNLOADED, "a1": S.RESIDENT}
+
+    assert states(node(*drains, *again)) in ({**stay, "b1": S.RESIDENT}, {**stay, "b2": S.RESIDENT})
+
+
+def test_who_is_drained_stays_when_the_one_that_waits_for_memory_needs_only_to_join():
+    drains = (draining("free", 40, n_leases=0), draining("leased", 60, model_id="b"))
+
+    assert states(node(*drains, queued("q", 40, 1, model_id="b", age_s=500))) == {
+        "q": S.UNLOADED,
+        "free": S.RESIDENT,
+        "leased": S.RESIDENT,
+    }
 
 
 def test_who_waits_for_another_device_keeps_nobody_draining():

@@ -229,6 +229,34 @@ def test_a_stream_of_new_leases_does_not_starve_who_waits(world):
     assert world.poll(waiting) is not None
 
 
+@pytest.mark.parametrize("standing", [False, True])
+def test_a_model_in_use_that_drained_for_one_who_left_serves_those_who_asked_for_it_meanwhile(world, standing):
+    one_device(world)
+    lease = world.acquire("a")
+    world.advance(POLICY.min_residency_s + 1)
+    world.heartbeat("n")
+    left, again = world.ask("b"), world.ask("a")
+    world.poll(left)
+    for _ in range(4):
+        world.advance(POLICY.max_wait_s / 4 + 1)
+        world.heartbeat("n")
+        world.poll(left)
+    if standing:
+        world.load("a")
+    else:
+        world.poll(again)
+    assert world.residency(lease.residency_id)["state"] == S.DRAINING
+    assert world.latest("a")["state"] == S.QUEUED
+    world.run(left.give_up())
+    world.tick()
+
+    assert world.residency(lease.residency_id)["state"] == S.RESIDENT
+    granted = world.poll(again)
+    assert granted is not None
+    assert granted.residency_id == lease.residency_id
+    assert world.latest("a")["state"] == S.UNLOADED
+
+
 def test_two_models_that_do_not_fit_together_take_turns_of_the_minimum(world):
     one_device(world)
     world.release(world.acquire("a"))
