@@ -18,6 +18,7 @@ from registry_service.postgres.connect import DatabaseUnreachable, migrate_when_
 from registry_service.postgres.embedded import EmbeddedFailed, EmbeddedPostgres
 from registry_service.postgres.migrations import Migration, SchemaMismatch, migrate, packaged_migrations
 from registry_service.postgres.pool import Database
+from registry_service.postgres.residency_queries import RESIDENCIES_OF_MODEL_TO_END
 
 MORE = Migration(version=2, name="more", sql="ALTER TABLE models ADD COLUMN extra integer NOT NULL DEFAULT 7")
 
@@ -42,6 +43,16 @@ async def test_replicas_that_start_together_migrate_once(empty_database_url):
     applied = await asyncio.gather(*(migrate(empty_database_url, packaged_migrations()) for _ in range(4)))
 
     assert sorted(len(versions) for versions in applied) == [0, 0, 0, len(packaged_migrations())]
+
+
+async def test_the_residencies_of_a_model_are_found_by_an_index(database_url):
+    places = {"model_id": "m", "node_id": ""}
+    async with await psycopg.AsyncConnection.connect(database_url) as conn:
+        await conn.execute("SET enable_seqscan = off")
+        rows = await conn.execute(f"EXPLAIN {RESIDENCIES_OF_MODEL_TO_END}", places)
+        plan = " ".join(line for (line,) in await rows.fetchall())
+
+    assert "residencies_of_model" in plan
 
 
 async def test_a_failing_migration_leaves_nothing(empty_database_url):
