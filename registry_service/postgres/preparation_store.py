@@ -278,18 +278,21 @@ class PreparationStore:
         await self._change(work)
 
     async def _end(self, model_id: str, worker: str, message: str, columns: dict[str, Any]) -> None:
-        async def work(conn: Connection) -> None:
+        async def work(conn: Connection) -> bool:
             await hold_claim(conn, model_id, worker)
-            await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
             if columns["state"] is ModelState.READY:
                 folder = await conn.execute(store_queries.FOLDER_KEEP, {"path": columns["files_path"]})
                 row = await folder.fetchone()
                 if row is not None and row["doomed"]:
-                    raise FilesDoomed
+                    await conn.execute(queries.BUILD_UNDO, {"model_id": model_id})
+                    return False
                 await conn.execute(store_queries.MODEL_PREPARED, {"id": model_id})
+            await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
             await change_model(conn, model_id, message, columns)
+            return True
 
-        await self._change(work)
+        if not await self._change(work):
+            raise FilesDoomed
 
     async def _change(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         result = await self._database.run(work)

@@ -91,6 +91,8 @@ SET node_id = %(node_id)s, target_path = %(target_path)s, source_path = %(source
     fidelity = NULL, report_time = registry_now()
 WHERE model_id = %(model_id)s
 """
+# What was made is about to go; whoever takes the preparation up again has it made anew.
+BUILD_UNDO = "UPDATE preparations SET node_id = NULL, target_path = '', done = false WHERE model_id = %(model_id)s"
 BUILD_CHOOSE_NODE = """
 SELECT n.id FROM nodes n
 LEFT JOIN preparations p ON p.node_id = n.id AND NOT p.done

@@ -126,3 +126,15 @@ async def test_a_model_is_not_ready_with_files_that_are_about_to_go(store, tmp_p
 
     assert (await store.models.get("guest")).state.preparing
     assert await store.preparations.claim(ME, running=(), limit=1)
+
+
+async def test_a_build_whose_result_is_about_to_go_is_done_again(store, tmp_path):
+    inspection = inspect_folder(await asyncio.to_thread(write_model, tmp_path / "m"), reading=Reading())
+    await store.preparations.assign_build("guest", ME, target_path=BASE)
+    await store.conn.execute("UPDATE preparations SET done = true")
+    await store.conn.execute("UPDATE store_folders SET doom_time = registry_now()")
+    await store.conn.commit()
+    with pytest.raises(FilesDoomed):
+        await store.preparations.finish("guest", ME, commit_sha=SHA, files_path=BASE, inspection=inspection)
+
+    assert not (await store.preparations.build_state("guest", ME)).done
