@@ -113,7 +113,9 @@ class ScriptedRegistry(
 
     def ListResidencies(self, request, context):
         self.note("ListResidencies", request, context)
-        return residencies_pb.ListResidenciesResponse(residencies=self.residencies)
+        ended = (residency_pb.RESIDENCY_STATE_UNLOADED, residency_pb.RESIDENCY_STATE_FAILED)
+        listed = [one for one in self.residencies if request.include_ended or one.state not in ended]
+        return residencies_pb.ListResidenciesResponse(residencies=listed)
 
     def LoadModel(self, request, context):
         self.note("LoadModel", request, context)

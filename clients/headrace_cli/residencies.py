@@ -153,11 +153,13 @@ def _until_resident(client: HeadraceClient, residency: Residency, bar: Bar, wait
 
 
 def _again(client: HeadraceClient, residency: Residency) -> Residency:
-    for include_ended in (False, True):
-        for one in client.residencies.list(model=residency.model_id, include_ended=include_ended):
-            if one.id == residency.id:
-                return one
-    return residency
+    """The residency as it is now; another one of the model where that took the place of one that never loaded."""
+    active = client.residencies.list(model=residency.model_id)
+    if same := [one for one in active if one.id == residency.id]:
+        return same[0]
+    ended = client.residencies.list(model=residency.model_id, include_ended=True)
+    now = next((one for one in ended if one.id == residency.id), residency)
+    return active[0] if active and now.state == "UNLOADED" else now
 
 
 def _print(settings: Settings, residency: Residency) -> None:

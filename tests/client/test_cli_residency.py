@@ -89,6 +89,20 @@ def test_load_waits_until_resident_and_shows_the_way(headrace, scripted_registry
     assert at_once["state"] == "LOADING"
 
 
+def test_load_goes_on_with_the_residency_that_took_the_place_of_the_one_it_waited_for(headrace, scripted_registry):
+    scripted_registry.residencies = [residency("UNLOADED"), residency("RESIDENT", id="res-2")]
+
+    assert answer(headrace("models", "load", "tiny", "--json"))["id"] == "res-2"
+
+
+def test_a_load_that_somebody_ended_says_so(headrace, scripted_registry):
+    scripted_registry.residencies = [residency("UNLOADED", reason="sent off by anna")]
+    result = headrace("models", "load", "tiny")
+
+    assert result.exit_code == 1
+    assert "sent off by anna" in result.stderr
+
+
 def test_a_load_that_fails_exits_with_its_reason(headrace, scripted_registry):
     failed = residency("FAILED")
     failed.failure.reason, failed.failure.message = "DEVICE_OOM", "no room"
