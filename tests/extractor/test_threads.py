@@ -47,8 +47,9 @@ def few_threads():
     return take
 
 
-async def test_ingests_leave_the_threads_of_everything_else_alone(tmp_path, monkeypatch, going_on, few_threads):
-    few_threads()
+@pytest.fixture
+def ingesting(tmp_path, monkeypatch, going_on):
+    """A servicer whose ingests wait for `going_on`, and the ids of those that have begun."""
     store, begun = CorpusStore(tmp_path), []
 
     def ingest_tokens(corpus_id, documents):
@@ -57,42 +58,40 @@ async def test_ingests_leave_the_threads_of_everything_else_alone(tmp_path, monk
         return CorpusStore.ingest_tokens(store, corpus_id, documents)
 
     monkeypatch.setattr(store, "ingest_tokens", ingest_tokens)
-    servicer = CorpusServicer(store, HubDatasets({}), in_use=lambda _: False, shutdown=Shutdown())
+    return CorpusServicer(store, HubDatasets({}), in_use=lambda _: False, shutdown=Shutdown()), begun
+
+
+async def register(servicer, corpus_id):
     tokens = pb.TokenIdsSource(documents=[pb.TokenDocument(token_ids=[1, 2, 3])])
-    requests = [pb.RegisterCorpusRequest(spec=pb.CorpusSpec(id=f"c{n}"), token_ids=tokens) for n in range(MAX_INGESTS)]
-    calls = [asyncio.create_task(servicer.RegisterCorpus(request, None)) for request in requests]
+    request = pb.RegisterCorpusRequest(spec=pb.CorpusSpec(id=corpus_id), token_ids=tokens)
+    return await servicer.RegisterCorpus(request, None)
+
+
+async def test_ingests_leave_the_threads_of_everything_else_alone(ingesting, going_on, few_threads):
+    few_threads()
+    servicer, begun = ingesting
+    calls = [asyncio.create_task(register(servicer, f"c{n}")) for n in range(MAX_INGESTS)]
 
     await assert_threads_are_free(begun, MAX_INGESTS)
     going_on.set()
     assert {(await call).corpus.n_documents for call in calls} == {1}
 
 
-async def test_an_ingest_whose_call_was_cut_keeps_its_place_until_it_ends(tmp_path, monkeypatch, going_on):
-    store, begun = CorpusStore(tmp_path), []
-
-    def ingest_tokens(corpus_id, documents):
-        begun.append(corpus_id)
-        going_on.wait(60)
-        return CorpusStore.ingest_tokens(store, corpus_id, documents)
-
-    monkeypatch.setattr(store, "ingest_tokens", ingest_tokens)
-    servicer = CorpusServicer(store, HubDatasets({}), in_use=lambda _: False, shutdown=Shutdown())
-    tokens = pb.TokenIdsSource(documents=[pb.TokenDocument(token_ids=[1, 2, 3])])
-    requests = [pb.RegisterCorpusRequest(spec=pb.CorpusSpec(id=f"c{n}"), token_ids=tokens) for n in range(MAX_INGESTS)]
-    calls = [asyncio.create_task(servicer.RegisterCorpus(request, None)) for request in requests]
+async def test_an_ingest_whose_call_was_cut_keeps_its_place_until_it_ends(ingesting, going_on):
+    servicer, begun = ingesting
+    calls = [asyncio.create_task(register(servicer, f"c{n}")) for n in range(MAX_INGESTS)]
     await assert_threads_are_free(begun, MAX_INGESTS)
     for call in calls:
         call.cancel()
     await asyncio.wait(calls)
-    last = pb.RegisterCorpusRequest(spec=pb.CorpusSpec(id="last"), token_ids=tokens)
 
     with pytest.raises(QueueFull):
-        await servicer.RegisterCorpus(last, None)
+        await register(servicer, "last")
     going_on.set()
     async with asyncio.timeout(20):
         while servicer._n_ingests:  # noqa: ASYNC110 -- told by threads
             await asyncio.sleep(0.01)
-    assert (await servicer.RegisterCorpus(last, None)).corpus.n_documents == 1
+    assert (await register(servicer, "last")).corpus.n_documents == 1
 
 
 async def test_counts_leave_the_threads_of_everything_else_alone(tmp_path, monkeypatch, going_on, few_threads):
