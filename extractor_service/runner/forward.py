@@ -24,6 +24,7 @@ from activation_log.layout import scale_column
 from extractor_service.packing import TokenBatch
 from extractor_service.runner.capture import Site, capture
 from extractor_service.runner.hookpoints import isolation
+from extractor_service.runner.linear import fast_linear_layers
 from extractor_service.runner.quantized_rows import quantize_rows
 
 # One being filled by the device while the other is written to the log.
@@ -51,7 +52,7 @@ def forward_rows(model: PreTrainedModel, batch: TokenBatch, sites: Sequence[Site
     """Runs the model over a batch as far as the deepest site; returns `[T, D]` a site, on the model's device."""
     token_ids_BS = torch.from_numpy(batch.token_ids).to(model.device, torch.int64)
     position_ids_BS = torch.from_numpy(batch.position_ids).to(model.device, torch.int64)
-    with capture(sites) as captured, isolation(model, position_ids_BS) as arguments:
+    with capture(sites) as captured, fast_linear_layers(), isolation(model, position_ids_BS) as arguments:
         model(input_ids=token_ids_BS, use_cache=False, **arguments)
     n_tokens = token_ids_BS.numel()
     return {name: acts.reshape(n_tokens, -1) for name, acts in captured.items()}

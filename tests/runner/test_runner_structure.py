@@ -12,6 +12,7 @@ from extractor_service.errors import FieldInvalid, HookpointNotFound, ModelUnsup
 from extractor_service.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
 from extractor_service.runner.forward import forward_rows
 from extractor_service.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
+from extractor_service.runner.linear import fast_linear_layers
 
 SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
 PARALLEL = {"falcon", "falcon-new", "gpt_neox", "gptj", "phi"}
@@ -156,7 +157,8 @@ def test_rows_of_a_network_that_takes_no_positions_come_without():
     sites = resolve(model, ["blocks.1.hook_resid_post"])
     rows = forward_rows(model, zoo_batch([[3, 4, 5]]), sites)["blocks.1.hook_resid_post"]
 
-    assert torch.equal(rows, model(torch.tensor([[3, 4, 5]]))[0])
+    with torch.inference_mode(), fast_linear_layers():
+        assert torch.equal(rows, model(torch.tensor([[3, 4, 5]]))[0])
     with pytest.raises(FieldInvalid, match="one_document"):
         forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), sites)
 

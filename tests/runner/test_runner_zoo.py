@@ -14,9 +14,11 @@ from torch.nn import functional
 from transformers.models.gemma2 import modeling_gemma2
 
 from extractor_service.errors import FieldInvalid
+from extractor_service.runner import linear as linear_layers
 from extractor_service.runner.capture import capture
 from extractor_service.runner.forward import forward_rows
 from extractor_service.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
+from extractor_service.runner.linear import fast_linear_layers
 
 N_LAYERS = 3
 LENGTHS = (7, 20, 5, 17, 15)
@@ -41,10 +43,11 @@ def relative(found, expected):
 
 @torch.inference_mode()
 def whole_pass(name, document):
-    """transformers' own answer for one document, and what each site captures beside it."""
+    """transformers' own answer for one document by the same products, and what each site captures beside it."""
     model = zoo_model(name)
     ids = torch.from_numpy(document)[None]
-    out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    with fast_linear_layers():
+        out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     rows = forward_rows(model, zoo_batch([document]), offered_sites(model))
     return model, out, rows
 
@@ -81,6 +84,19 @@ def test_residual_stream_is_what_transformers_calls_hidden_states(name):
         assert torch.equal(rows[f"blocks.{layer}.hook_resid_pre"], out.hidden_states[layer][0])
         if layer + 1 < N_LAYERS:
             assert torch.equal(rows[f"blocks.{layer}.hook_resid_post"], out.hidden_states[layer + 1][0])
+
+
+@pytest.mark.parametrize("name", ZOO)
+@torch.inference_mode()
+def test_faster_products_differ_by_rounding_alone(name, monkeypatch):
+    model, document = zoo_model(name), zoo_batch(pieces()[1:2])
+    sites = offered_sites(model)
+    monkeypatch.setattr(linear_layers, "onednn_is_faster", lambda: False)
+    plain = forward_rows(model, document, sites)
+    monkeypatch.setattr(linear_layers, "onednn_is_faster", torch.backends.mkldnn.is_available)
+
+    for site, rows in forward_rows(model, document, sites).items():
+        assert relative(rows, plain[site]) < 1e-5, site
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -20,6 +20,7 @@ from extractor_service.network import Network
 from extractor_service.places import FINAL
 from extractor_service.runner.forward import forward_rows
 from extractor_service.runner.hookpoints import anatomy_of, resolve
+from extractor_service.runner.linear import fast_linear_layers
 from extractor_service.runner.loading import stored_config
 from extractor_service.runner_protocol import Extract
 
@@ -106,7 +107,7 @@ def test_the_text_half_of_a_multimodal_model_is_captured(multimodal):
     document = documents(1, longest=20)[0] % 90
     sites = resolve(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
     rows = forward_rows(model, zoo_batch([document]), sites)
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_linear_layers():
         ids = torch.from_numpy(document)[None].long()
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
 
