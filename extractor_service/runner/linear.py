@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ def fast_linear_layers() -> Iterator[None]:
         return
     own = nn.Linear.forward, Conv1D.forward
     try:
-        nn.Linear.forward = _or_onednn(own[0], lambda layer: layer.weight)
-        Conv1D.forward = _or_onednn(own[1], lambda layer: layer.weight.t())
+        nn.Linear.forward = _or_onednn(own[0], transposed=False)
+        Conv1D.forward = _or_onednn(own[1], transposed=True)
         yield
     finally:
         nn.Linear.forward, Conv1D.forward = own
@@ -50,16 +51,16 @@ def onednn_is_faster() -> bool:
     )
 
 
-def _or_onednn(
-    own: Callable[..., Tensor], weight_of: Callable[[nn.Module], Tensor]
-) -> Callable[[nn.Module, Tensor], Tensor]:
-    """A `forward` by oneDNN for what it is faster with, and by `own` for everything else."""
+def _or_onednn(own: Callable[..., Tensor], *, transposed: bool) -> Callable[[Any, Tensor], Tensor]:
+    """A `forward` by oneDNN; by `own` for other dtypes, other devices and weights in a form of their own."""
 
-    def forward(layer: nn.Module, inputs: Tensor) -> Tensor:
-        weight = weight_of(layer)
-        if not (inputs.dtype == weight.dtype == torch.float32 and inputs.device == weight.device == _CPU):
+    def forward(layer: nn.Linear | Conv1D, inputs: Tensor) -> Tensor:
+        weight = layer.weight
+        is_plain = type(weight) is nn.Parameter and inputs.device == weight.device == _CPU
+        if not (is_plain and inputs.dtype == weight.dtype == torch.float32):
             return own(layer, inputs)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, layer.bias, "none", [], "")  # noqa: SLF001
+        matrix = weight.t() if transposed else weight
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, matrix, layer.bias, "none", [], "")  # noqa: SLF001
         return product
 
     return forward

@@ -78,6 +78,23 @@ def test_other_dtypes_are_left_to_torch(faster, monkeypatch):
     assert not calls
 
 
+class Packed(torch.Tensor):
+    """A weight in the form of a quantizer."""
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_weights_in_a_form_of_their_own_are_left_to_torch(faster, monkeypatch):
+    layer, inputs = nn.Linear(48, 24), torch.randn(5, 48)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
+    calls = counted(monkeypatch)
+
+    with fast_linear_layers():
+        assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
+
+    assert not calls
+
+
 @needs_onednn
 @torch.inference_mode()
 def test_an_input_of_another_dtype_is_refused_as_torch_refuses_it(faster):
