@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_CPU = torch.device("cpu")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 @contextmanager
-def fast_linear_layers() -> Iterator[None]:
-    """In the block, linear layers in float32 on a CPU take oneDNN's product where that is faster.
+def fast_linear_layers(device: torch.device) -> Iterator[None]:
+    """In the block, linear layers in float32 take oneDNN's product where that is faster: on some CPUs.
 
-    The layers' classes are changed meanwhile: one block at a time, and inside of `torch.inference_mode`, since this
-    product has no gradient.
+    `device` is the model's. The layers' classes are changed meanwhile: one block at a time, and inside of
+    `torch.inference_mode`, since this product has no gradient.
     """
-    if not onednn_is_faster():
+    if device.type != "cpu" or not onednn_is_faster():
         yield
         return
     own = nn.Linear.forward, Conv1D.forward
@@ -52,12 +51,11 @@ def onednn_is_faster() -> bool:
 
 
 def _or_onednn(own: Callable[..., Tensor], *, transposed: bool) -> Callable[[Any, Tensor], Tensor]:
-    """A `forward` by oneDNN; by `own` for other dtypes, other devices and weights in a form of their own."""
+    """A `forward` by oneDNN, and by `own` for other dtypes and for weights in a form of their own."""
 
     def forward(layer: nn.Linear | Conv1D, inputs: Tensor) -> Tensor:
         weight = layer.weight
-        is_plain = type(weight) is nn.Parameter and inputs.device == weight.device == _CPU
-        if not (is_plain and inputs.dtype == weight.dtype == torch.float32):
+        if not (type(weight) is nn.Parameter and inputs.dtype == weight.dtype == torch.float32):
             return own(layer, inputs)
         matrix = weight.t() if transposed else weight
         product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, matrix, layer.bias, "none", [], "")  # noqa: SLF001

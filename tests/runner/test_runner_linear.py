@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from extractor_service.runner import linear
 from extractor_service.runner.linear import fast_linear_layers, onednn_is_faster
 
+CPU = torch.device("cpu")
 OWN = nn.Linear.forward, Conv1D.forward
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -50,7 +51,7 @@ def test_the_product_is_that_of_torch_up_to_rounding(layer, shape, faster, monke
     expected = layer(inputs)
     calls = counted(monkeypatch)
 
-    with fast_linear_layers():
+    with fast_linear_layers(CPU):
         found = layer(inputs)
 
     assert len(calls) == 1
@@ -62,7 +63,7 @@ def test_the_product_is_that_of_torch_up_to_rounding(layer, shape, faster, monke
 def test_rows_that_do_not_lie_side_by_side_are_multiplied_as_they_are(faster):
     layer, inputs = nn.Linear(48, 24), torch.randn(5, 96)[:, ::2]
 
-    with fast_linear_layers():
+    with fast_linear_layers(CPU):
         torch.testing.assert_close(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
 
 
@@ -72,7 +73,7 @@ def test_other_dtypes_are_left_to_torch(faster, monkeypatch):
     layer, inputs = nn.Linear(48, 24).bfloat16(), torch.randn(5, 48).bfloat16()
     calls = counted(monkeypatch)
 
-    with fast_linear_layers():
+    with fast_linear_layers(CPU):
         assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
 
     assert not calls
@@ -89,7 +90,7 @@ def test_weights_in_a_form_of_their_own_are_left_to_torch(faster, monkeypatch):
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed))
     calls = counted(monkeypatch)
 
-    with fast_linear_layers():
+    with fast_linear_layers(CPU):
         assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
 
     assert not calls
@@ -98,12 +99,17 @@ def test_weights_in_a_form_of_their_own_are_left_to_torch(faster, monkeypatch):
 @needs_onednn
 @torch.inference_mode()
 def test_an_input_of_another_dtype_is_refused_as_torch_refuses_it(faster):
-    with fast_linear_layers(), pytest.raises(RuntimeError, match="same dtype"):
+    with fast_linear_layers(CPU), pytest.raises(RuntimeError, match="same dtype"):
         nn.Linear(48, 24)(torch.randn(5, 48).bfloat16())
 
 
+def test_a_model_on_another_device_keeps_its_layers(faster):
+    with fast_linear_layers(torch.device("meta")):
+        assert nn.Linear.forward is OWN[0]
+
+
 def test_behind_the_block_layers_are_as_they_were_also_after_an_error(faster):
-    with pytest.raises(KeyError), fast_linear_layers():
+    with pytest.raises(KeyError), fast_linear_layers(CPU):
         assert nn.Linear.forward is not OWN[0]
         raise KeyError
 
@@ -128,5 +134,5 @@ def test_without_it_layers_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(linear, "onednn_is_faster", onednn_is_faster.__wrapped__)
 
-    with fast_linear_layers():
+    with fast_linear_layers(CPU):
         assert nn.Linear.forward is OWN[0]

@@ -157,7 +157,7 @@ def test_rows_of_a_network_that_takes_no_positions_come_without():
     sites = resolve(model, ["blocks.1.hook_resid_post"])
     rows = forward_rows(model, zoo_batch([[3, 4, 5]]), sites)["blocks.1.hook_resid_post"]
 
-    with torch.inference_mode(), fast_linear_layers():
+    with torch.inference_mode(), fast_linear_layers(model.device):
         assert torch.equal(rows, model(torch.tensor([[3, 4, 5]]))[0])
     with pytest.raises(FieldInvalid, match="one_document"):
         forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), sites)

@@ -46,7 +46,7 @@ def whole_pass(name, document):
     """transformers' own answer for one document by the same products, and what each site captures beside it."""
     model = zoo_model(name)
     ids = torch.from_numpy(document)[None]
-    with fast_linear_layers():
+    with fast_linear_layers(model.device):
         out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     rows = forward_rows(model, zoo_batch([document]), offered_sites(model))
     return model, out, rows

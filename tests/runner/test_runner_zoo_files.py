@@ -107,7 +107,7 @@ def test_the_text_half_of_a_multimodal_model_is_captured(multimodal):
     document = documents(1, longest=20)[0] % 90
     sites = resolve(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
     rows = forward_rows(model, zoo_batch([document]), sites)
-    with torch.inference_mode(), fast_linear_layers():
+    with torch.inference_mode(), fast_linear_layers(model.device):
         ids = torch.from_numpy(document)[None].long()
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
 
