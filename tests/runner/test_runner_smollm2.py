@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from extractor_service.corpora.tokenizer import Tokenizer
 from extractor_service.corpora.writer import DocumentWriter
+from extractor_service.runner import linear
 from extractor_service.runner.convert import convert_gguf
 from extractor_service.runner_protocol import Extract
 
@@ -89,7 +90,12 @@ def test_converted_folder_has_its_tokenizer_and_is_not_quantized(gguf, smollm2):
     assert "quantization_config" not in (smollm2 / "config.json").read_text()
 
 
-def test_paragraphs_by_themselves_equal_hidden_states_exactly(smollm2, paragraphs, text_corpus, make_set):
+@pytest.mark.parametrize("faster_products", [False, torch.backends.mkldnn.is_available()])
+def test_paragraphs_by_themselves_equal_hidden_states_exactly(
+    faster_products, smollm2, paragraphs, text_corpus, make_set, monkeypatch
+):
+    """To the bit what transformers computes with the same products; torch's own are one kind of them."""
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: faster_products)
     names = ["blocks.0.hook_resid_pre", MIDDLE, "blocks.28.hook_resid_post"]
     folder = make_set(names, width=WIDTH, context_size=512, packing="one_document")
     rows = extract(load(smollm2), folder, text_corpus(paragraphs[:6]))
@@ -97,7 +103,7 @@ def test_paragraphs_by_themselves_equal_hidden_states_exactly(smollm2, paragraph
 
     for document in range(6):
         here = rows["document"] == document
-        with torch.inference_mode():
+        with torch.inference_mode(), linear.fast_linear_layers(reference.device):
             token_ids = torch.from_numpy(rows["token_id"][here]).long()[None]
             states = reference(input_ids=token_ids, output_hidden_states=True).hidden_states
         for name, state in zip(names, (states[0], states[15], states[29]), strict=True):
