@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from headrace_client._convert.residencies import node_from_pb, residency_from_pb
-from headrace_client._transport import Endpoint
+from headrace_client._transport import Endpoint, client_closed
 from headrace_client.errors import HeadraceError, NodeLost, NodeNotFound, NotFound, Unavailable
 from headrace_client.values import Node, NodeState, Residency, ResidencyState
 
@@ -35,6 +35,7 @@ class Nodes:
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
     _known: tuple[Place, ...] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _closed: bool = False
 
     def list(self, *, deadline_s: float | None = None) -> tuple[Node, ...]:
         """All nodes, alive or not."""
@@ -78,8 +79,10 @@ class Nodes:
         return places
 
     def endpoint(self, place: Place) -> Endpoint:
-        """The connection to an extractor, made once for each address."""
+        """The connection to an extractor, made once for each address. Raises Cancelled once closed."""
         with self._lock:
+            if self._closed:
+                raise client_closed()
             if place.address not in self._endpoints:
                 self._endpoints[place.address] = self.dial(place.address)
             return self._endpoints[place.address]
@@ -123,6 +126,7 @@ class Nodes:
     def close(self) -> None:
         """Closes all connections to extractors."""
         with self._lock:
+            self._closed = True
             endpoints, self._endpoints = list(self._endpoints.values()), {}
         for endpoint in endpoints:
             endpoint.close()

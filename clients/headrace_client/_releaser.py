@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 
 from headrace_client._prefetch import Source
 from headrace_client.errors import HeadraceError
 
 _FOR_GOOD = (1 << 63) - 1  # Releasing this row says that the reader comes no more.
 _RELEASE_PAUSE_S = 0.05  # Between ReleaseRows calls: one call covers all rows taken in between.
+_RETRY_PAUSE_S = 0.5
+_FAREWELL_S = 2.0  # A server that is there takes the last release at once.
 _LOG = logging.getLogger("headrace_client")
 
 
@@ -37,10 +38,15 @@ class Releaser:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Ends the thread; a call in progress ends by its own deadline."""
+        """Has the thread say farewell and end."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+
+    def join(self) -> None:
+        """Waits until the server has been told, up to a deadline: behind it a client closes its connections."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_FAREWELL_S)
 
     def _run(self) -> None:
         sent = 0
@@ -52,13 +58,13 @@ class Releaser:
                 row = self._row
             try:
                 self._source.release(row)
-                sent = row
-                time.sleep(_RELEASE_PAUSE_S)
+                sent, pause_s = row, _RELEASE_PAUSE_S
             except HeadraceError as exc:
                 # While the stream reconnects there is no reader to release for; the next call covers these rows too.
                 _LOG.debug("release of rows before %d: %s", row, exc)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, 0.5)
+                pause_s = _RETRY_PAUSE_S
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, pause_s)
         if self.comes_back:
             return
         # Others of the window need not wait for this one.

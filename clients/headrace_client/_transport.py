@@ -193,7 +193,7 @@ class Endpoint:
         known = _methods()[method]
         request = _request(known, fields).SerializeToString()
         if self._closed:
-            raise _client_closed()
+            raise client_closed()
         with self._mapped_errors():
             sock = connect(self.address, self.security.ca_pem)
         with contextlib.closing(sock):
@@ -226,7 +226,7 @@ class Endpoint:
         except ValueError as exc:
             if not self._closed:
                 raise
-            raise _client_closed() from exc
+            raise client_closed() from exc
 
 
 class _Remembering:
@@ -325,7 +325,8 @@ class RawStream(ServerStream):
             self._waiting_since = None
 
 
-def _client_closed() -> errors.Cancelled:
+def client_closed() -> errors.Cancelled:
+    """What calls of a closed client raise."""
     return errors.Cancelled("the client is closed", reason="CLIENT_CLOSED")
 
 

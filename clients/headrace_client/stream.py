@@ -110,7 +110,7 @@ class ChunkStream:
         )
 
     def close(self, *, for_good: bool = True) -> None:
-        """Cancels the stream and waits for its thread. Any number of times.
+        """Cancels the stream and waits for its threads, up to a deadline. Any number of times.
 
         Unless `for_good`, rows of a WINDOW set wait for this reader to come back under its name, as after a cut.
         """
@@ -156,6 +156,8 @@ def _stop(prefetcher: Prefetcher, releaser: Releaser | None) -> None:
     if releaser is not None:
         releaser.stop()
     prefetcher.stop()
+    if releaser is not None:
+        releaser.join()
 
 
 class _Meter:

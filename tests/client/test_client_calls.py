@@ -113,6 +113,15 @@ def test_a_closed_client_says_so(registry_host):
         client.models.get("x")
 
 
+def test_a_closed_client_does_not_connect_again(registry_host):
+    client = HeadraceClient.connect(registry_host.address)
+    client.extractions.get(EXTRACTION_ID)  # Now it knows where.
+    client.close()
+
+    with pytest.raises(errors.Cancelled, match="closed"):
+        client.extractions.get(EXTRACTION_ID)
+
+
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:99999", "http://x"])
 def test_a_malformed_address_is_refused(address):
     with pytest.raises(errors.InvalidArgument):

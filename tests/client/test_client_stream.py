@@ -15,6 +15,7 @@ from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_client import HeadraceClient, _prefetch, _queue, errors
 from headrace_client._http2 import SocketCall
 from headrace_client._watch import Backoff
+from headrace_client.extractions import RELEASE_DEADLINE_S
 from headrace_client.values import StreamState
 
 FAST = Backoff(first_s=0.01, most_s=0.05)
@@ -325,6 +326,38 @@ def test_releases_carry_the_name_that_the_server_gave(client, scripted_extractor
         rows_of(stream)
 
     assert {call.reader for call in scripted_extractor.calls["ReleaseRows"]} == {"me#2"}
+
+
+def test_a_closed_reader_of_a_window_has_said_that_it_comes_no_more(registry_host, scripted_extractor, monkeypatch):
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+    note, told = scripted_extractor.note, []
+
+    def slow(method, request, context):
+        note(method, request, context)
+        if method == "ReleaseRows":
+            time.sleep(0.3)  # A closed connection would have ended the call by now.
+            told.append(request.row if context.is_active() else "nobody listens")
+
+    monkeypatch.setattr(scripted_extractor, "note", slow)
+
+    with HeadraceClient.connect(registry_host.address) as client, client.chunks(EXTRACTION_ID) as stream:
+        next(stream)
+
+    assert told == [(1 << 63) - 1]
+
+
+def test_a_server_that_does_not_answer_does_not_keep_a_reader_of_a_window(client, scripted_extractor):
+    scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
+    scripted_extractor.hang.add("ReleaseRows")
+    stream = client.chunks(EXTRACTION_ID)
+    next(stream)
+
+    began = time.monotonic()
+    stream.close()
+    client.close()
+
+    assert time.monotonic() - began < RELEASE_DEADLINE_S
+    eventually(lambda: not stream_threads(), "the end of all threads")
 
 
 def test_rows_that_were_not_taken_are_not_released(client, scripted_extractor):
