@@ -51,7 +51,9 @@ def rows_of(system, model_id, corpus_id, hookpoint=HOOKPOINT, **recipe):
     return np.concatenate(parts), extraction.set_id
 
 
-@pytest.mark.parametrize(("alias", "quantization"), [("Q8", "int8"), ("int4", "int4")])
+@pytest.mark.parametrize(
+    ("alias", "quantization"), [pytest.param("Q8", "int8", marks=pytest.mark.slow), ("int4", "int4")]
+)
 def test_quantized_model_is_made_loaded_extracted_and_streamed(quantized_system, text_llama, alias, quantization):
     system, model_id = quantized_system, f"tiny-{quantization}"
     model, states, _ = add(system, model_id, alias, folder=text_llama)
@@ -71,8 +73,9 @@ def test_quantized_model_is_made_loaded_extracted_and_streamed(quantized_system,
 def test_quantizations_of_one_source_are_different_sets(quantized_system, text_llama):
     system = quantized_system
     system.client.corpora.upload("for-all", documents=texts(20))
-    for model_id, quantization in (("all-none", "FP16"), ("all-int8", "int8")):
-        add(system, model_id, quantization, folder=text_llama)
+    for model_id, alias, quantization in (("all-none", "FP16", "none"), ("all-int8", "Q8", "int8")):
+        model, *_ = add(system, model_id, alias, folder=text_llama)
+        assert model.quantization == quantization
     plain, plain_set = rows_of(system, "all-none", "for-all")
     small, small_set = rows_of(system, "all-int8", "for-all")
 
