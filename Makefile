@@ -30,9 +30,10 @@ demo: install ## Runs the main job: model, extraction, SAE training (MODEL=owner
 up: install ## Starts registry and extractor on this machine
 	$(BIN)/headrace up
 
-# More threads than cores would spend a fifth of their time waiting for one another.
+# More threads than cores would spend a fifth of their time waiting for one another; two workers on two cores, a fifth
+# of theirs for processes that they have started.
 test: install ## Runs the tests, in minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses 3 --dist worksteal
 
 fault: install ## Kills real processes at bad moments
 	$(BIN)/python -m pytest -m 'fault' --timeout 600
