@@ -67,10 +67,11 @@ def up(
     children = [registry, _extractor(folder, extractor_listen, options)]
 
     def tell(name: str, text: str) -> None:
-        if settings.json:
-            print_json({"service": name, "event": text})
-        else:
-            note(f"{name:<10} {text}")
+        with contextlib.suppress(OSError):  # The services don't depend on a terminal that is still there.
+            if settings.json:
+                print_json({"service": name, "event": text})
+            else:
+                note(f"{name:<10} {text}")
 
     folder.mkdir(parents=True, exist_ok=True)
     busy, remedy = f"`headrace up` already runs on {folder}", "use that one, stop it, or choose another --data-dir"
@@ -146,8 +147,10 @@ def _repeated(flag: str, paths: list[Path] | None) -> list[str]:
 
 @contextlib.contextmanager
 def _signals(stopping: list[int]) -> Iterator[None]:
-    """Notes SIGINT and SIGTERM instead of being ended by them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Notes SIGINT, SIGTERM and SIGHUP, of a closed terminal, instead of being ended by them; nohup is respected."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, lambda got, _frame: stopping.append(got))
     try:

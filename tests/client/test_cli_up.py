@@ -70,6 +70,21 @@ def test_up_starts_both_restarts_a_killed_one_and_stops_both(running):
     assert not alive(extractor_pid)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_up_stops_both_when_its_terminal_is_gone(running, number):
+    registry_pid = int(next_event(running, "registry", r"process (\d+)")[1])
+    extractor_pid = int(next_event(running, "extractor", r"process (\d+)")[1])
+    next_event(running, "extractor", r"ready at (.+)")
+    running.stdout.close()
+    running.stderr.close()
+
+    running.send_signal(number)
+    running.wait(30)
+
+    assert not alive(registry_pid)
+    assert not alive(extractor_pid)
+
+
 def devices(registry, address):
     """Nodes, as soon as the one at `address` is alive."""
     for _ in range(20):
