@@ -327,7 +327,7 @@ class RawStream(ServerStream):
 
 def client_closed() -> errors.Cancelled:
     """What calls of a closed client raise."""
-    return errors.Cancelled("the client is closed", reason="CLIENT_CLOSED")
+    return errors.Cancelled("the client is closed", reason="CLIENT_CLOSED", remedy="connect a new one")
 
 
 def _request(method: _Method, fields: dict[str, Any]) -> Any:

@@ -118,8 +118,10 @@ def test_a_closed_client_does_not_connect_again(registry_host):
     client.extractions.get(EXTRACTION_ID)  # Now it knows where.
     client.close()
 
-    with pytest.raises(errors.Cancelled, match="closed"):
+    with pytest.raises(errors.Cancelled, match="closed") as caught:
         client.extractions.get(EXTRACTION_ID)
+
+    assert (caught.value.reason, caught.value.remedy) == ("CLIENT_CLOSED", "connect a new one")
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:99999", "http://x"])

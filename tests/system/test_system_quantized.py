@@ -112,7 +112,6 @@ def test_validation_passes_and_is_kept(quantized_system, text_llama):
     assert not system.client.residencies.list(model="sound")
 
 
-@pytest.mark.slow
 def test_command_line_validates_and_shows(quantized_system, text_llama):
     system = quantized_system
     add(system, "by-hand", "int8", folder=text_llama)
