@@ -8,13 +8,13 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from headrace_client import HeadraceClient
 from rich.console import Console
 
 from bench.end_to_end import start_services
 from bench.fan_out import N_ROWS, read, upload
 from bench.figures import Figure, compare
 from bench.interleave import interleave
+from headrace_client import HeadraceClient
 
 LAYERS = (0, 4, 9, 14, 19, 24, 29)
 _AGAIN = "layer 14 again"

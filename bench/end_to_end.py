@@ -15,13 +15,13 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from headrace_client import HeadraceClient
 from rich.console import Console
 
 from bench.figures import Figure, compare
 from bench.interleave import interleave
 from bench.processes import ProcessFailed, Worker, server
 from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, paragraphs
+from headrace_client import HeadraceClient
 
 MODEL_ID = "smollm2"
 HOOKPOINT = f"blocks.{LAYER}.hook_resid_post"
@@ -75,13 +75,13 @@ def start_services(stack: ExitStack, work_dir: Path, *, database_url: str = "") 
     flags = ["--listen", "127.0.0.1:0", "--data-dir"]
     registry, _ = stack.enter_context(
         server(
-            "registry_service",
+            "headrace_registry",
             [*flags, str(work_dir / "registry"), "--models-root", str(gguf.parent), "--database-url", database_url],
             work_dir=work_dir,
         )
     )
     stack.enter_context(
-        server("extractor_service", [*flags, str(work_dir / "node"), "--registry", registry], work_dir=work_dir)
+        server("headrace_extractor", [*flags, str(work_dir / "node"), "--registry", registry], work_dir=work_dir)
     )
     client = stack.enter_context(HeadraceClient.connect(registry))
     client.models.register(gguf=gguf, id=MODEL_ID)

@@ -11,13 +11,13 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from headrace_client import HeadraceClient, Recipe
 from rich.console import Console
 
 from bench.end_to_end import MODEL_ID, start_services
 from bench.figures import Figure, compare
 from bench.interleave import interleave
 from bench.text import BATCH_SIZE, CONTEXT_SIZE, paragraphs
+from headrace_client import HeadraceClient, Recipe
 
 LAYERS = (5, 8, 11, 14)
 N_ROWS = 8 * CONTEXT_SIZE * BATCH_SIZE

@@ -25,8 +25,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from headrace_client import Dtype, HeadraceClient, Recipe, TokenPolicy
-from headrace_client.errors import SetNotFound, StateConflict
 from rich.console import Console
 
 from bench import gpu_memory
@@ -35,6 +33,8 @@ from bench.gpu_models import Job
 from bench.interleave import interleave
 from bench.processes import ROOT, Worker, server
 from bench.replay import touch
+from headrace_client import Dtype, HeadraceClient, Recipe, TokenPolicy
+from headrace_client.errors import SetNotFound, StateConflict
 
 LLAMA = Job(architecture="llama-3.1-8b", context_size=1024, batch_size=8, n_contexts=256, layers=(4, 7, 10, 13, 16))
 GPT2 = Job(architecture="gpt2-medium", context_size=1024, batch_size=16, n_contexts=1000, layers=(3, 7, 11, 15, 19))
@@ -65,13 +65,13 @@ class Bench:
         flags = ["--listen", "127.0.0.1:0", "--data-dir"]
         registry, _ = stack.enter_context(
             server(
-                "registry_service",
+                "headrace_registry",
                 [*flags, str(work_dir / "registry"), "--models-root", str(self._models)],
                 work_dir=work_dir,
             )
         )
         node = [*flags, str(work_dir / "node"), "--registry", registry, "--device", device]
-        stack.enter_context(server("extractor_service", node, work_dir=work_dir))
+        stack.enter_context(server("headrace_extractor", node, work_dir=work_dir))
         self.client = stack.enter_context(HeadraceClient.connect(registry))
 
     def add(self, job: Job) -> Path:

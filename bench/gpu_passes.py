@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from bench.gpu_models import Job
 from bench.processes import answer, questions
-from extractor_service.packing import Packer, SpecialTokens, TokenBatch
-from extractor_service.recipe import Recipe
-from extractor_service.runner.forward import DirectFetch, fetch_for, forward_rows
-from extractor_service.runner.hookpoints import resolve
+from headrace_extractor.packing import Packer, SpecialTokens, TokenBatch
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.runner.forward import DirectFetch, fetch_for, forward_rows
+from headrace_extractor.runner.hookpoints import resolve
 
 
 class Passes:

@@ -62,7 +62,7 @@ def measure(work_dir: Path, console: Console) -> bool:
     replay = make_replay_set(work_dir / "data", SET_BYTES)
     sizes = [str(replay.size_bytes), str(replay.chunk_bytes)]
     with (
-        server("extractor_service", wire.extractor_arguments(replay), work_dir=work_dir) as (address, pid),
+        server("headrace_extractor", wire.extractor_arguments(replay), work_dir=work_dir) as (address, pid),
         Worker("bench.wire_clients", ["headrace", address, *sizes]) as client,
     ):
         client.ask({}, deadline_s=wire.PASS_DEADLINE_S)

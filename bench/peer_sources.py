@@ -32,7 +32,7 @@ def contexts(files_path: str) -> list[torch.Tensor]:
     """Token batches `[BATCH_SIZE, CONTEXT_SIZE]` of all documents one after the other, no padding."""
     import torch  # noqa: PLC0415 -- each process imports what it measures
 
-    from extractor_service.corpora.tokenizer import Tokenizer  # noqa: PLC0415
+    from headrace_extractor.corpora.tokenizer import Tokenizer  # noqa: PLC0415
 
     tokens = [token for document in Tokenizer.load(files_path).encode_batch(paragraphs()) for token in document]
     size = BATCH_SIZE * CONTEXT_SIZE

@@ -33,7 +33,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int, set_bytes: int = S
     replay = make_replay_set(work_dir / "reading", set_bytes)
     console.print(f"reading: {', '.join(SIDES)} in turns, {rounds} rounds of {replay.size_bytes / 1e9:.2f} GB each")
     with ExitStack() as stack:
-        address, _ = stack.enter_context(server("extractor_service", extractor_arguments(replay), work_dir=work_dir))
+        address, _ = stack.enter_context(server("headrace_extractor", extractor_arguments(replay), work_dir=work_dir))
         worker = stack.enter_context(Worker("bench.reading_client", [address, str(replay.folder)]))
         sides = {side: partial(_read, worker, side, replay.n_rows) for side in SIDES}
         for side in sides.values():

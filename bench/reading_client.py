@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from headrace_client import HeadraceClient
 
-from activation_log.manifest import Manifest
 from bench.processes import answer, questions
 from bench.replay import EXTRACTION_ID, HOOKPOINT, runs
+from headrace_client import HeadraceClient
+from headrace_log.manifest import Manifest
 
 BATCH_SIZE = 4096
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import grpc
 import psycopg
-from headrace.registry.v1 import residency_service_pb2 as residency_pb
-from headrace.registry.v1 import residency_service_pb2_grpc as residency_grpc
 from rich.console import Console
 
 from bench.end_to_end import MODEL_ID, Services, start_services
 from bench.figures import Figure, compare
 from bench.interleave import interleave
 from bench.processes import Worker, server
-from registry_service.postgres.embedded import EmbeddedPostgres
+from headrace.registry.v1 import residency_service_pb2 as residency_pb
+from headrace.registry.v1 import residency_service_pb2_grpc as residency_grpc
+from headrace_registry.postgres.embedded import EmbeddedPostgres
 
 N_MODELS = 100_000
 DEADLINE_S = 300.0

@@ -15,14 +15,14 @@ from typing import Any
 
 import grpc
 import psycopg
-from headrace.registry.v1 import model_service_pb2 as models_pb
-from headrace.registry.v1 import model_service_pb2_grpc as models_grpc
-from headrace.registry.v1 import residency_service_pb2 as residency_pb
-from headrace.registry.v1 import residency_service_pb2_grpc as residency_grpc
 from psycopg.rows import dict_row
 
 from bench.processes import answer, questions
 from bench.registry_servers import METHOD
+from headrace.registry.v1 import model_service_pb2 as models_pb
+from headrace.registry.v1 import model_service_pb2_grpc as models_grpc
+from headrace.registry.v1 import residency_service_pb2 as residency_pb
+from headrace.registry.v1 import residency_service_pb2_grpc as residency_grpc
 
 DEADLINE_S = 60.0
 _PAGE = "SELECT * FROM models WHERE id > %(after)s ORDER BY id LIMIT %(limit)s"

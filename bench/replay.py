@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from activation_log.reader import RowRun, SetReader
-from activation_log.writer import SetWriter
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.identity import new_manifest
-from extractor_service.recipe import Recipe
-from extractor_service.values import ExtractionSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.identity import new_manifest
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.values import ExtractionSpec
+from headrace_log.reader import RowRun, SetReader
+from headrace_log.writer import SetWriter
 
 HOOKPOINT = "blocks.14.hook_resid_post"
 WIDTH = 2304  # Gemma-2 2B.

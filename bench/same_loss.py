@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from headrace_client import Recipe
-from headrace_client.integrations.sae_lens import data_provider, set_scaling
 from rich.console import Console
 
 from bench.end_to_end import HOOKPOINT, MODEL_ID, Services, start_services
 from bench.figures import Figure
 from bench.text import LAYER, paragraphs
+from headrace_client import Recipe
+from headrace_client.integrations.sae_lens import data_provider, set_scaling
 
 CONTEXT_SIZE = 256
 SEQUENCES = 4  # In one forward pass, on both sides.

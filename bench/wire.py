@@ -57,7 +57,7 @@ class Side:
     """Server and client of one contender, for as long as `stack` is open."""
 
     def __init__(self, stack: ExitStack, kind: str, replay: ReplaySet, work_dir: Path) -> None:
-        module = "extractor_service" if kind == "headrace" else "bench.wire_servers"
+        module = "headrace_extractor" if kind == "headrace" else "bench.wire_servers"
         arguments = [kind, "--folder", str(replay.folder), "--rows", str(replay.n_rows)]
         arguments = extractor_arguments(replay) if kind == "headrace" else arguments
         address, self._server_pid = stack.enter_context(server(module, arguments, work_dir=work_dir))

@@ -32,6 +32,7 @@ def generated(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryvi
     """The generated stub."""
     del n_bytes, chunk_bytes
     import grpc  # noqa: PLC0415
+
     from headrace.extractor.v1 import extraction_service_pb2 as pb  # noqa: PLC0415
     from headrace.extractor.v1 import extraction_service_pb2_grpc as pb_grpc  # noqa: PLC0415
 

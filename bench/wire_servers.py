@@ -14,12 +14,12 @@ from typing import Any
 
 import grpc
 import pyarrow as pa
-from headrace.extractor.v1 import extraction_service_pb2 as pb
-from headrace.extractor.v1 import extraction_service_pb2_grpc as pb_grpc
 from pyarrow import flight
 
 from bench.processes import announce
 from bench.replay import CHUNK_BYTES, HOOKPOINT, runs
+from headrace.extractor.v1 import extraction_service_pb2 as pb
+from headrace.extractor.v1 import extraction_service_pb2_grpc as pb_grpc
 
 
 class GeneratedService(pb_grpc.ExtractionServiceServicer):

@@ -23,16 +23,16 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf.wrappers_pb2 import StringValue
-from headrace.registry.v1 import model_service_pb2_grpc
 
-from chassis import logs
-from chassis.errors import ServiceError
-from chassis.flags import add_common_flags, options_from
-from chassis.metrics import Metrics
-from chassis.server import Server, ServerOptions
-from chassis.shutdown import Shutdown
-from chassis.status import StatusTable
-from chassis.watch import watch
+from headrace.registry.v1 import model_service_pb2_grpc
+from headrace_chassis import logs
+from headrace_chassis.errors import ServiceError
+from headrace_chassis.flags import add_common_flags, options_from
+from headrace_chassis.metrics import Metrics
+from headrace_chassis.server import Server, ServerOptions
+from headrace_chassis.shutdown import Shutdown
+from headrace_chassis.status import StatusTable
+from headrace_chassis.watch import watch
 
 PROTOS = Path(__file__).parents[1] / "protos"
 SERVICE = "headrace.test.Probe"

@@ -4,6 +4,7 @@ from concurrent import futures
 
 import grpc
 import pytest
+
 from fix_scripted_extractor import ScriptedExtractor
 from fix_scripted_registry import ScriptedRegistry
 from headrace.extractor.v1 import corpus_service_pb2_grpc as corpora_grpc

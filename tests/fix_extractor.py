@@ -8,23 +8,16 @@ from dataclasses import replace
 
 import pytest_asyncio
 
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import ModelNotFound, error_for
-from extractor_service.estimate import RowCount
-from extractor_service.extractions import Extractions
-from extractor_service.held_set import SetOrders
-from extractor_service.node import Node
-from extractor_service.recipe import Recipe
-from extractor_service.row_stream import End, Pause, RowStream, StreamRequest
-from extractor_service.runner_process import RunnerProcess
-from extractor_service.values import (
-    Assignment,
-    DesiredState,
-    Device,
-    ExtractionSpec,
-    Lease,
-    ModelInfo,
-)
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import ModelNotFound, error_for
+from headrace_extractor.estimate import RowCount
+from headrace_extractor.extractions import Extractions
+from headrace_extractor.held_set import SetOrders
+from headrace_extractor.node import Node
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.row_stream import End, Pause, RowStream, StreamRequest
+from headrace_extractor.runner_process import RunnerProcess
+from headrace_extractor.values import Assignment, DesiredState, Device, ExtractionSpec, Lease, ModelInfo
 
 
 class FakeRegistry:

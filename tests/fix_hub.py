@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from fix_registry import write_model
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

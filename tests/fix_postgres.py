@@ -26,19 +26,19 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+
 from headrace.registry.v1 import (
     activation_set_service_pb2_grpc,
     model_service_pb2_grpc,
     node_service_pb2_grpc,
     residency_service_pb2_grpc,
 )
-
-from chassis.server import ServerOptions
-from chassis.shutdown import Shutdown
-from registry_service.__main__ import Settings, run
-from registry_service.policy import Policy
-from registry_service.postgres.embedded import EmbeddedPostgres
-from registry_service.postgres.migrations import migrate, packaged_migrations
+from headrace_chassis.server import ServerOptions
+from headrace_chassis.shutdown import Shutdown
+from headrace_registry.__main__ import Settings, run
+from headrace_registry.policy import Policy
+from headrace_registry.postgres.embedded import EmbeddedPostgres
+from headrace_registry.postgres.migrations import migrate, packaged_migrations
 
 # What is idle may be evicted at once.
 AT_ONCE = Policy(min_residency_s=0.0)
@@ -232,7 +232,7 @@ def start_registry(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Reg
     def start(*flags: str, listen: str = "127.0.0.1:0", environment: dict[str, str] | None = None) -> RegistryProcess:
         ready_file = tmp_path / f"ready-{len(started)}"
         log_path = tmp_path / f"registry-{len(started)}.log"
-        command = [sys.executable, "-m", "registry_service", "--listen", listen, "--data-dir", str(data_dir)]
+        command = [sys.executable, "-m", "headrace_registry", "--listen", listen, "--data-dir", str(data_dir)]
         with log_path.open("wb") as output:
             process = subprocess.Popen(
                 [*command, "--ready-file", str(ready_file), "--grace-s", "4", *flags],

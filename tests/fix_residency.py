@@ -13,21 +13,21 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.rows import dict_row
 
-from chassis.errors import ServiceError
-from registry_service.admission import Attempt
-from registry_service.leases import Lease, LeaseTerms
-from registry_service.models import Failure, Transfer
-from registry_service.nodes import Announcement, Device, DeviceKind
-from registry_service.policy import Policy
-from registry_service.postgres.admit import Wish
-from registry_service.postgres.lease_store import LeaseStore
-from registry_service.postgres.node_store import NodeStore
-from registry_service.postgres.pool import Connection
-from registry_service.postgres.requests import Request
-from registry_service.postgres.residency_store import ResidencyReport, ResidencyStore
-from registry_service.postgres.residency_upkeep import ResidencyUpkeep
-from registry_service.residency import Residency, ResidencyState
-from registry_service.wakeups import Wakeups
+from headrace_chassis.errors import ServiceError
+from headrace_registry.admission import Attempt
+from headrace_registry.leases import Lease, LeaseTerms
+from headrace_registry.models import Failure, Transfer
+from headrace_registry.nodes import Announcement, Device, DeviceKind
+from headrace_registry.policy import Policy
+from headrace_registry.postgres.admit import Wish
+from headrace_registry.postgres.lease_store import LeaseStore
+from headrace_registry.postgres.node_store import NodeStore
+from headrace_registry.postgres.pool import Connection
+from headrace_registry.postgres.requests import Request
+from headrace_registry.postgres.residency_store import ResidencyReport, ResidencyStore
+from headrace_registry.postgres.residency_upkeep import ResidencyUpkeep
+from headrace_registry.residency import Residency, ResidencyState
+from headrace_registry.wakeups import Wakeups
 
 T = TypeVar("T")
 S = ResidencyState

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from activation_log.index import SegmentIndex
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
-from activation_log.manifest import Manifest, set_id_of
-from activation_log.reader import SetReader
-from extractor_service.corpora.writer import DocumentWriter
-from extractor_service.recipe import Recipe
-from extractor_service.runner_protocol import Extract, Failed, decode, encode
+from headrace_extractor.corpora.writer import DocumentWriter
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.runner_protocol import Extract, Failed, decode, encode
+from headrace_log.index import SegmentIndex
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
+from headrace_log.manifest import Manifest, set_id_of
+from headrace_log.reader import SetReader
 
 VOCAB_SIZE = 97
 N_LAYERS = 4
@@ -79,7 +79,7 @@ def save_model(kind, config, folder):
 
 
 def load(path, **options):
-    from extractor_service.runner.loading import load_model
+    from headrace_extractor.runner.loading import load_model
 
     settings = {"device": "cpu", "dtype": "float32", "load_options": {}, "on_progress": lambda *_: None} | options
     return load_model(Path(path), **settings)
@@ -143,8 +143,8 @@ def extract(make_corpus, make_set):
 
 
 def run_command(command, model, gate=None, on_event=lambda _: None):
-    from extractor_service.runner.extract import run_extraction
-    from extractor_service.runner.gate import Gate
+    from headrace_extractor.runner.extract import run_extraction
+    from headrace_extractor.runner.gate import Gate
 
     events = []
 
@@ -183,7 +183,7 @@ class RunnerInProcess:
 
     def __init__(self):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "extractor_service.runner"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "headrace_extractor.runner"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._events = queue.Queue()
         self.seen = []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from registry_service.nodes import DeviceKind
-from registry_service.policy import Policy
-from registry_service.residency import Occupant, ResidencyState
-from registry_service.scheduling import DeviceView, NodeView, plan
+from headrace_registry.nodes import DeviceKind
+from headrace_registry.policy import Policy
+from headrace_registry.residency import Occupant, ResidencyState
+from headrace_registry.scheduling import DeviceView, NodeView, plan
 
 S = ResidencyState
 POLICY = Policy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
+
 from fix_scripted import Scripted, abort, unavailable
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
@@ -14,9 +15,8 @@ from headrace.extractor.v1 import corpus_service_pb2_grpc as corpora_grpc
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace.extractor.v1 import extraction_service_pb2_grpc as service_grpc
-
-from activation_log import frames
-from activation_log.order import Sequential, Shard, Shuffled
+from headrace_log import frames
+from headrace_log.order import Sequential, Shard, Shuffled
 
 HOOKPOINT = "blocks.1.hook_resid_post"
 

@@ -4,6 +4,7 @@
 import time
 
 import grpc
+
 from fix_scripted import Scripted, abort, unavailable
 from fix_scripted_extractor import HOOKPOINT
 from headrace.registry.v1 import activation_set_service_pb2 as sets_pb

@@ -30,10 +30,11 @@ import numpy as np
 import psutil
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from fix_runner import save_model
 from headrace_client import HeadraceClient
 from headrace_client.values import PROVENANCE_COLUMNS, Recipe
-from tokenizers import decoders, models, pre_tokenizers
 
 N_LAYERS = 4
 WIDTH = 32
@@ -226,7 +227,7 @@ class System:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.extractor.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "extractor_service.runner" in child.cmdline():
+                    if "headrace_extractor.runner" in child.cmdline():
                         found.append(child)
         return sorted(found, key=lambda child: child.create_time())
 
@@ -317,12 +318,12 @@ def systems(folder: Path) -> Iterator[StartSystem]:
             extractor = (*extractor, "--registry-token-file", str(home / "token"))
         data = [] if "--data-dir" in extractor else ["--data-dir", str(home / "data")]
         serving = Process(
-            "registry_service",
+            "headrace_registry",
             home,
             [*common, "--data-dir", str(home / "data"), "--models-root", str(models_root), *registry],
         )
         working = Process(
-            "extractor_service",
+            "headrace_extractor",
             home,
             [*common, *data, "--registry", serving.address, "--device", "cpu", "--node-id", "here", *extractor],
         )

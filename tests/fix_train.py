@@ -8,15 +8,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+
 from fix_scripted_extractor import ScriptedExtractor
 from fix_scripted_registry import ScriptedRegistry
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import model_pb2
+from headrace_extractor.packing import Packer, SpecialTokens
+from headrace_extractor.recipe import Recipe as ServerRecipe
 from headrace_train.rows import RowBlock
-
-from extractor_service.packing import Packer, SpecialTokens
-from extractor_service.recipe import Recipe as ServerRecipe
 
 BOS = 1
 CONTEXT_SIZE = 16

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from activation_log.files import fsync_folder
 from headrace_cli.tensor_files import ColumnFile, ColumnSpec
+from headrace_log.files import fsync_folder
 
 _SYNC_EVERY_S = 5.0  # What a crash may cost.
 

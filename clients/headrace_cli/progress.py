@@ -12,9 +12,10 @@ import typer
 from headrace_cli import formats
 
 if TYPE_CHECKING:
-    from headrace_client.values import Extraction, Model, Residency, Transfer
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+    from headrace_client.values import Extraction, Model, Residency, Transfer
 
 _LINE_EVERY_S = 2.0
 

@@ -13,7 +13,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
-MODULES = {"registry": "registry_service", "extractor": "extractor_service"}
+MODULES = {"registry": "headrace_registry", "extractor": "headrace_extractor"}
 
 
 def server_command(name: str, arguments: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from activation_log.files import fsync_folder
+from headrace_log.files import fsync_folder
 
 HEADER_BYTES = 4096  # The rows of a column begin on a page.
 STATE_FILE = "pull.json"

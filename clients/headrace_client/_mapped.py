@@ -10,12 +10,12 @@ import hmac
 from collections.abc import Iterator
 from pathlib import Path
 
-from activation_log.errors import LogError
-from activation_log.frames import Chunk
-from activation_log.holding import Hold
-from activation_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 from headrace_client.chunk import ActivationChunk
 from headrace_client.values import StreamHeader
+from headrace_log.errors import LogError
+from headrace_log.frames import Chunk
+from headrace_log.holding import Hold
+from headrace_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 
 _NONCE_NAME = "nonce"
 _UNREADABLE = (OSError, LogError, ValueError)  # ValueError: of a nonce that is no text, and of an empty file's mapping.

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from activation_log.order import mixed_rows
 from headrace_client._tables import Table
+from headrace_log.order import mixed_rows
 
 
 class Pull(Protocol):

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from activation_log import frames
 from headrace_client._convert.extractions import extraction_state_from_pb
 from headrace_client._convert.streams import header_from_pb, stream_event_from_pb
 from headrace_client._mapped import MappedRows, Unmappable
@@ -30,6 +29,7 @@ from headrace_client.errors import (
 from headrace_client.order import PLAIN, Reading
 from headrace_client.values import Column, ExtractionState, StreamHeader, StreamState
 from headrace_client.waits import Waited
+from headrace_log import frames
 
 JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
 _LARGEST_CHUNK_BYTES = 16 * 1024 * 1024

@@ -24,9 +24,9 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
+
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 from headrace.registry.v1 import activation_set_service_pb2, model_service_pb2, residency_service_pb2
-
 from headrace_client import errors
 from headrace_client._http2 import STATUS_DETAILS_KEY, CallFailed, SocketCall, authority, connect
 

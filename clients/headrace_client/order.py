@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
-from activation_log.order import DEFAULT_BLOCK_ROWS, Sequential, Shard
 from headrace_client.errors import InvalidArgument
 from headrace_client.values import choice
+from headrace_log.order import DEFAULT_BLOCK_ROWS, Sequential, Shard
 
 
 class ReadOrder(StrEnum):

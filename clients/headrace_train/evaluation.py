@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from headrace_client.errors import InvalidArgument
 
+from headrace_client.errors import InvalidArgument
 from headrace_train.rows import RowBlock, RowFilter
 
 _MOST_ACTS_BYTES = 64 * 1024 * 1024

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headrace_client.values import PROVENANCE_COLUMNS, Progress, StreamState
 
+from headrace_client.values import PROVENANCE_COLUMNS, Progress, StreamState
 from headrace_train.analysis import Contexts, FeatureCounter, RowCounts, TopRows, count_features, find_contexts
 from headrace_train.evaluation import batch_rows
 from headrace_train.progress import Meter, Reporter

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headrace_client import HeadraceClient
-from headrace_client.values import Extraction
 from sae_lens import SAE
 
+from headrace_client import HeadraceClient
+from headrace_client.values import Extraction
 from headrace_train import metadata
 from headrace_train.arguments import Arguments
 from headrace_train.evaluation import HeldOut, evaluate, held_out_rows

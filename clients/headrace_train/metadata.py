@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from headrace_client.values import Model, TokenPolicy
-
 from headrace_train.analysis import RowCounts
 from headrace_train.arguments import Arguments
 from headrace_train.evaluation import Metrics

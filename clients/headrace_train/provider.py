@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
-from headrace_client.errors import InvalidArgument
 
+from headrace_client.errors import InvalidArgument
 from headrace_train.rows import RowBlock, RowFilter, norms
 
 _MOST_BUFFER_BYTES = 1 << 30

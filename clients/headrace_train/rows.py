@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
 from headrace_client.values import Packing, Recipe, TokenPolicy
 
 POSITION = "position"

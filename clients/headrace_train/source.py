@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
 from headrace_client import ActivationStream, HeadraceClient
 from headrace_client.errors import FailedPrecondition, HookpointNotFound, InvalidArgument, ModelNotFound
 from headrace_client.values import Extraction, ExtractionState, Model, Progress, Window
-
 from headrace_train.arguments import Arguments
 from headrace_train.rows import POSITION
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from headrace_client.errors import InvalidArgument
 from sae_lens import SAETrainer
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
 
+from headrace_client.errors import InvalidArgument
 from headrace_train.arguments import USES_K, Arguments
 from headrace_train.provider import MixingProvider
 from headrace_train.rows import norms

@@ -6,7 +6,6 @@ from typing import Any
 
 from headrace_client.values import Progress
 from headrace_client.waits import Bottleneck
-
 from headrace_train.evaluation import HeldOut, Metrics, evaluate
 from headrace_train.progress import Meter, Reporter, Throttle
 from headrace_train.provider import MixingProvider

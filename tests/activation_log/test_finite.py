@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from activation_log.finite import non_finite
-from activation_log.index import SegmentIndex
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column, segment_path
-from activation_log.manifest import Manifest
-from activation_log.writer import SetWriter
+from headrace_log.finite import non_finite
+from headrace_log.index import SegmentIndex
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column, segment_path
+from headrace_log.manifest import Manifest
+from headrace_log.writer import SetWriter
 
 WIDTH = 3
 SEGMENT_ROWS = 10

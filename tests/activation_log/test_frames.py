@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from headrace.extractor.v1 import extraction_service_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activation_log.frames import ALIGNMENT, FrameError, decode_chunk, encode_chunk
-from activation_log.layout import Dtype
+from headrace.extractor.v1 import extraction_service_pb2 as pb
+from headrace_log.frames import ALIGNMENT, FrameError, decode_chunk, encode_chunk
+from headrace_log.layout import Dtype
 
 ROW_NUMBERS = st.integers(min_value=0, max_value=2**62)
 DTYPES = st.sampled_from(list(Dtype))

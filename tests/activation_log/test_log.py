@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from activation_log import index as index_module
-from activation_log import retention
-from activation_log.errors import DiskFull, RowsExpired, SetCorrupt
-from activation_log.index import SegmentIndex
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, open_segment_path, segment_path
-from activation_log.manifest import Manifest, segment_rows_for, set_id_of
-from activation_log.reader import SetReader
-from activation_log.segment import DATA_OFFSET, file_digest, header_bytes
-from activation_log.writer import SetWriter
+from headrace_log import index as index_module
+from headrace_log import retention
+from headrace_log.errors import DiskFull, RowsExpired, SetCorrupt
+from headrace_log.index import SegmentIndex
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, open_segment_path, segment_path
+from headrace_log.manifest import Manifest, segment_rows_for, set_id_of
+from headrace_log.reader import SetReader
+from headrace_log.segment import DATA_OFFSET, file_digest, header_bytes
+from headrace_log.writer import SetWriter
 
 HOOK = ColumnSpec(name="blocks.1.hook_resid_post", dtype=Dtype.FLOAT32, width=5)
 HALF = ColumnSpec(name="blocks.2.hook_resid_post", dtype=Dtype.FLOAT16, width=3)
@@ -242,7 +242,7 @@ WRITER_PROGRAM = """
     from pathlib import Path
     sys.path[:0] = {path!r}
     from test_log import COLUMNS, write_rows
-    from activation_log.writer import SetWriter
+    from headrace_log.writer import SetWriter
     with SetWriter.open(Path(sys.argv[1])) as writer:
         while writer.next_row < 3000:
             write_rows(writer, 1)
@@ -474,8 +474,8 @@ def test_what_vanishes_while_a_set_is_counted_counts_no_more(tmp_path):
 SHUFFLED_READER = """
 import resource, sys
 from pathlib import Path
-from activation_log.errors import TooManyFiles
-from activation_log.reader import KEPT_SEGMENTS, SetReader
+from headrace_log.errors import TooManyFiles
+from headrace_log.reader import KEPT_SEGMENTS, SetReader
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 reader = SetReader(Path(sys.argv[1]), sys.argv[2:], keep_segments=KEPT_SEGMENTS)

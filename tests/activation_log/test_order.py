@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_log.order import Sequential, Shard, Shuffled, mixed_rows, permuted, shuffle_key, slot_of
+from headrace_log.order import Sequential, Shard, Shuffled, mixed_rows, permuted, shuffle_key, slot_of
 
 SEEDS = st.integers(0, 2**64 - 1)
 

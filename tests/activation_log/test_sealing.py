@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from activation_log.index import SegmentIndex
-from activation_log.layout import OPEN_SUFFIX, PROVENANCE, ColumnSpec, Dtype
-from activation_log.manifest import Manifest
-from activation_log.reader import SetReader
-from activation_log.statistics import ColumnStatistics
-from activation_log.writer import SetWriter
+from headrace_log.index import SegmentIndex
+from headrace_log.layout import OPEN_SUFFIX, PROVENANCE, ColumnSpec, Dtype
+from headrace_log.manifest import Manifest
+from headrace_log.reader import SetReader
+from headrace_log.statistics import ColumnStatistics
+from headrace_log.writer import SetWriter
 
 HOOK = ColumnSpec(name="blocks.1.hook_resid_post", dtype=Dtype.FLOAT32, width=5)
 SEGMENT_ROWS = 10

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from activation_log import retention
-from activation_log.index import SegmentIndex
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
-from activation_log.manifest import Manifest
-from activation_log.statistics import ColumnStatistics, load_statistics, statistics_path
-from activation_log.writer import SetWriter
+from headrace_log import retention
+from headrace_log.index import SegmentIndex
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
+from headrace_log.manifest import Manifest
+from headrace_log.statistics import ColumnStatistics, load_statistics, statistics_path
+from headrace_log.writer import SetWriter
 
 HOOK = ColumnSpec(name="blocks.1.hook_resid_post", dtype=Dtype.FLOAT32, width=5)
 OTHER = ColumnSpec(name="blocks.2.hook_resid_post", dtype=Dtype.FLOAT32, width=3)
@@ -223,7 +223,7 @@ WRITER_PROGRAM = """
     from pathlib import Path
     sys.path[:0] = {path!r}
     from test_statistics import summarize, write
-    from activation_log.writer import SetWriter
+    from headrace_log.writer import SetWriter
     with SetWriter.open(Path(sys.argv[1]), summarize=summarize) as writer:
         for end in range(1, 3000):
             write(writer, end)

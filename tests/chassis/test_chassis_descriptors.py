@@ -9,8 +9,8 @@ import pytest
 
 # Started so, they end before they listen.
 REFUSED = {
-    "registry_service": ["--models-root", "/nowhere"],
-    "extractor_service": ["--listen", "0.0.0.0:0"],
+    "headrace_registry": ["--models-root", "/nowhere"],
+    "headrace_extractor": ["--listen", "0.0.0.0:0"],
 }
 
 

@@ -10,7 +10,7 @@ import warnings
 import grpc
 import pytest
 
-from chassis import logs
+from headrace_chassis import logs
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:

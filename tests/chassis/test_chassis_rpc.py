@@ -7,12 +7,12 @@ import random
 
 import grpc
 import pytest
-from fix_chassis import MODEL_SERVICE, SERVICE, eventually
 from google.protobuf.wrappers_pb2 import StringValue
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from chassis.status import reason_of
+from fix_chassis import MODEL_SERVICE, SERVICE, eventually
+from headrace_chassis.status import reason_of
 
 
 async def refusal(call) -> tuple[grpc.StatusCode, str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fix_chassis import MODEL_SERVICE, SERVICE, TOKEN, make_server
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,8 +16,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from test_chassis_rpc import outcome, refusal
 
-from chassis.auth import TokenGate, is_loopback, read_tls, read_token, split_address
-from chassis.errors import (
+from fix_chassis import MODEL_SERVICE, SERVICE, TOKEN, make_server
+from headrace_chassis.auth import TokenGate, is_loopback, read_tls, read_token, split_address
+from headrace_chassis.errors import (
     AddressInvalid,
     ListenFailed,
     ListenRefused,
@@ -27,7 +27,7 @@ from chassis.errors import (
     TokenFileInvalid,
     TokenInvalid,
 )
-from chassis.server import ServerOptions
+from headrace_chassis.server import ServerOptions
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -17,12 +17,13 @@ from typing import Any
 
 import grpc
 import pytest
-from fix_chassis import SERVICE, eventually
 from google.protobuf.wrappers_pb2 import StringValue
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from test_chassis_rpc import outcome
+
+from fix_chassis import SERVICE, eventually
 
 SHUTTING_DOWN = (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
 PROGRAM = Path(__file__).parents[1] / "fix_chassis.py"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from fix_chassis import STATUSES, ProbeError, StateWrong, ThingMissing, Unlisted, failure
 from google.rpc import error_details_pb2 as details
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from chassis.errors import ServiceError
-from chassis.status import CHASSIS_ROWS, DOMAIN, StatusTable, reason_of, shorten
+from fix_chassis import STATUSES, ProbeError, StateWrong, ThingMissing, Unlisted, failure
+from headrace_chassis.errors import ServiceError
+from headrace_chassis.status import CHASSIS_ROWS, DOMAIN, StatusTable, reason_of, shorten
 
 
 def detail(status: status_pb2.Status, kind: type) -> object:

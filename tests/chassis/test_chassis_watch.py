@@ -8,9 +8,9 @@ from contextlib import aclosing
 
 import pytest
 
-from chassis.errors import ShuttingDown
-from chassis.shutdown import Shutdown
-from chassis.watch import watch
+from headrace_chassis.errors import ShuttingDown
+from headrace_chassis.shutdown import Shutdown
+from headrace_chassis.watch import watch
 
 
 class Source:

@@ -8,6 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
@@ -19,8 +22,6 @@ from headrace_cli.progress import Bar, show_model
 from headrace_cli.serve import server_command
 from headrace_cli.settings import Defaults
 from headrace_client.values import ModelState, Transfer
-from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 
 @pytest.fixture
@@ -383,7 +384,7 @@ def test_global_options_are_taken_behind_the_command():
 
 
 def test_serve_passes_its_options_on():
-    assert server_command("registry", ["--listen", "x"])[1:] == ["-m", "registry_service", "--listen", "x"]
+    assert server_command("registry", ["--listen", "x"])[1:] == ["-m", "headrace_registry", "--listen", "x"]
 
 
 def test_sources_are_told_apart(tmp_path):

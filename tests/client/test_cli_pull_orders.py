@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace_cli.app import app
 from headrace_cli.pull import _Pull
 from headrace_cli.settings import Defaults
 from headrace_client.order import Reading
-from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 SHUFFLED = ["--order", "shuffled", "--seed", "7", "--epoch", "2", "--block-rows", "50"]
 

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
@@ -20,8 +23,6 @@ from headrace_cli.app import app
 from headrace_cli.settings import Defaults
 from headrace_cli.tensor_files import ColumnFile, write_state
 from headrace_client.stream import ChunkStream
-from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import io
 import json
 
 import pytest
+from typer.testing import CliRunner
+
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli import formats
 from headrace_cli.app import app
 from headrace_cli.live import LiveResidencies
 from headrace_cli.residencies import HEADINGS, row
 from headrace_cli.settings import Defaults
-from typer.testing import CliRunner
 
 
 def residency(state="RESIDENT", **fields):

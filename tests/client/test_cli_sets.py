@@ -6,10 +6,11 @@ import datetime as dt
 import json
 
 import pytest
+from typer.testing import CliRunner
+
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
 from headrace_client import errors
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from headrace_cli.supervisor import Child, StartFailed, Supervisor
 from headrace_cli.tensor_files import read_state, write_state
 

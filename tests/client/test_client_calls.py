@@ -6,6 +6,7 @@ import time
 
 import grpc
 import pytest
+
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault, ScriptedExtractor
 from fix_scripted_registry import ScriptedRegistry

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from headrace_client.contexts import ContextCutter
 from hypothesis import given
 from hypothesis import strategies as st
+
+from headrace_client.contexts import ContextCutter
 
 
 def table(lengths):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import grpc_testing
 import pytest
+
 from headrace.registry.v1 import model_pb2, model_service_pb2
 from headrace_client import errors
 from headrace_client._transport import Endpoint, Security

@@ -12,6 +12,7 @@ import h2.config
 import h2.connection
 import h2.events
 import pytest
+
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT
 from headrace.extractor.v1 import extraction_service_pb2_grpc as service_grpc
 from headrace_client import errors

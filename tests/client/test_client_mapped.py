@@ -7,14 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from headrace_client import errors
 from headrace_client._watch import Backoff
-
-from activation_log.holding import HOLD_NAME
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
-from activation_log.manifest import Manifest
-from activation_log.writer import SetWriter
+from headrace_log.holding import HOLD_NAME
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
+from headrace_log.manifest import Manifest
+from headrace_log.writer import SetWriter
 
 COLUMNS = ["token_id", HOOKPOINT, SECOND]
 FAST = Backoff(first_s=0.01, most_s=0.05)

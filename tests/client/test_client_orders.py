@@ -7,6 +7,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from fix_system import eventually

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pytest
+
 from headrace.extractor.v1 import extraction_pb2 as pb
 from headrace_client import LongDocuments, Recipe, TokenWindow, errors
 from headrace_client._convert.recipes import recipe_from_pb, recipe_to_pb
-
-from extractor_service.recipe import Recipe as ServerRecipe
-from extractor_service.recipe import TokenWindow as ServerWindow
-from extractor_service.rpc import convert as server
+from headrace_extractor.recipe import Recipe as ServerRecipe
+from headrace_extractor.recipe import TokenWindow as ServerWindow
+from headrace_extractor.rpc import convert as server
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import datetime as dt
 
 import pytest
+
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_client import errors
 

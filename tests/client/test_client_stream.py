@@ -8,6 +8,7 @@ import time
 import grpc
 import numpy as np
 import pytest
+
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault
 from fix_system import eventually

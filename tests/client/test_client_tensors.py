@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_client import errors, tensors

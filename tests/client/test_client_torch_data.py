@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from fix_scripted_extractor import EXTRACTION_ID
 from headrace_client import errors
 from headrace_client.integrations.torch_data import ActivationDataset, ActivationLoader

@@ -14,6 +14,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace_client.errors import DataLoss, FailedPrecondition, InvalidArgument

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from fix_system import MODEL, TOKEN, texts
 
 ROOT = Path(__file__).parents[2]

@@ -9,14 +9,14 @@ from dataclasses import replace
 import psutil
 import pytest
 import pytest_asyncio
-from fix_extractor import model_info
 
-from extractor_service.builds import Builds, command_of
-from extractor_service.errors import LoadFailed, ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
-from extractor_service.runner_process import RunnerProcess
-from extractor_service.runner_protocol import Converted, Converting, Quantize
-from extractor_service.validations import Validations
-from extractor_service.values import Build, Device, Validation
+from fix_extractor import model_info
+from headrace_extractor.builds import Builds, command_of
+from headrace_extractor.errors import LoadFailed, ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
+from headrace_extractor.runner_process import RunnerProcess
+from headrace_extractor.runner_protocol import Converted, Converting, Quantize
+from headrace_extractor.validations import Validations
+from headrace_extractor.values import Build, Device, Validation
 
 STEPS = ["dry_load", "load", "forward", "finite", "parity", "unload", "memory_back"]
 

@@ -5,10 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activation_log.index import SegmentIndex, SegmentRecord
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
-from activation_log.manifest import Manifest
-from extractor_service.cache import (
+from headrace_extractor.cache import (
     CachedSet,
     Disk,
     Limits,
@@ -19,6 +16,9 @@ from extractor_service.cache import (
     unused,
     victims,
 )
+from headrace_log.index import SegmentIndex, SegmentRecord
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
+from headrace_log.manifest import Manifest
 
 DISK = Disk(total_bytes=10_000, free_bytes=9_000)
 LIMITS = Limits(quota_bytes=1_000, idle_s=30.0, reserve_bytes=500)

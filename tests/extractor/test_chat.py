@@ -9,15 +9,15 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from extractor_service.chat_template import ChatTemplate
-from extractor_service.corpora import chat, counting
-from extractor_service.corpora.chat import ChatRenderer
-from extractor_service.corpora.documents import open_documents
-from extractor_service.corpora.spec import CorpusFormat, CorpusSpec
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import CorpusMalformed, FieldInvalid, ModelUnsupported
-from extractor_service.packing import Packer
-from extractor_service.recipe import Recipe
+from headrace_extractor.chat_template import ChatTemplate
+from headrace_extractor.corpora import chat, counting
+from headrace_extractor.corpora.chat import ChatRenderer
+from headrace_extractor.corpora.documents import open_documents
+from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import CorpusMalformed, FieldInvalid, ModelUnsupported
+from headrace_extractor.packing import Packer
+from headrace_extractor.recipe import Recipe
 
 TALKS = [
     [{"role": "user", "content": "Where does the water go?"}, {"role": "assistant", "content": "To the wheel."}],

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extractor_service.corpora import arrays, contents
-from extractor_service.corpora.parsers import parse
-from extractor_service.corpora.spec import CorpusFormat, CorpusSpec
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import CorpusEmpty, CorpusMalformed, FieldInvalid
+from headrace_extractor.corpora import arrays, contents
+from headrace_extractor.corpora.parsers import parse
+from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import CorpusEmpty, CorpusMalformed, FieldInvalid
 
 TALK = [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "Hi"}]
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extractor_service.corpora.mixing import Mix, MixPart
-from extractor_service.corpora.spec import CorpusFormat, CorpusSpec
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import AlreadyExists, CorpusMalformed, CorpusNotFound, FieldInvalid
+from headrace_extractor.corpora.mixing import Mix, MixPart
+from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import AlreadyExists, CorpusMalformed, CorpusNotFound, FieldInvalid
 
 
 @pytest.fixture

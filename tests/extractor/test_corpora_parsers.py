@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extractor_service.corpora import contents, parsers
-from extractor_service.corpora import parquet as room
-from extractor_service.corpora.parsers import parse
-from extractor_service.corpora.spec import CorpusFormat, CorpusSpec, TextSplit
-from extractor_service.errors import CorpusMalformed, FieldInvalid
+from headrace_extractor.corpora import contents, parsers
+from headrace_extractor.corpora import parquet as room
+from headrace_extractor.corpora.parsers import parse
+from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, TextSplit
+from headrace_extractor.errors import CorpusMalformed, FieldInvalid
 
 
 def documents(content: bytes, format_: str = "txt", **spec) -> list[str]:

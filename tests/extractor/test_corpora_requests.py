@@ -5,14 +5,14 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from headrace.extractor.v1 import corpus_service_pb2 as pb
 
-from chassis.shutdown import Shutdown
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import AlreadyExists, CorpusNotFound, FieldInvalid, StateConflict
-from extractor_service.hub.client import HubDatasets
-from extractor_service.requests import Requests
-from extractor_service.rpc.corpus_servicer import CorpusServicer
+from headrace.extractor.v1 import corpus_service_pb2 as pb
+from headrace_chassis.shutdown import Shutdown
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import AlreadyExists, CorpusNotFound, FieldInvalid, StateConflict
+from headrace_extractor.hub.client import HubDatasets
+from headrace_extractor.requests import Requests
+from headrace_extractor.rpc.corpus_servicer import CorpusServicer
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from headrace.extractor.v1.corpus_service_pb2 import TokenDocument
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chassis.errors import ShuttingDown
-from extractor_service.corpora.reader import DocumentReader
-from extractor_service.corpora.spec import CorpusFormat, CorpusSpec
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import (
+from headrace.extractor.v1.corpus_service_pb2 import TokenDocument
+from headrace_chassis.errors import ShuttingDown
+from headrace_extractor.corpora.reader import DocumentReader
+from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import (
     AlreadyExists,
     CorpusEmpty,
     CorpusMalformed,
@@ -407,9 +407,9 @@ def test_the_quota_covers_corpora_and_uploads(tmp_path):
 def test_a_full_disk_is_disk_full_and_the_store_goes_on(tmp_path):
     code = """
 import io, sys
-from extractor_service.corpora.spec import CorpusSpec
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import DiskFull
+from headrace_extractor.corpora.spec import CorpusSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import DiskFull
 store = CorpusStore(sys.argv[1])
 spec = CorpusSpec(id="c", file_name="a.txt")
 try:

@@ -7,10 +7,10 @@ import importlib.util
 import psutil
 import pytest
 
-from chassis.errors import StartError
-from extractor_service import __main__ as extractor
-from extractor_service.devices import device_lister, machine_reader
-from extractor_service.values import Device
+from headrace_chassis.errors import StartError
+from headrace_extractor import __main__ as extractor
+from headrace_extractor.devices import device_lister, machine_reader
+from headrace_extractor.values import Device
 
 MIB = 1024 * 1024
 

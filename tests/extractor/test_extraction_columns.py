@@ -5,13 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from fix_extractor import model_info
-from fix_runner import documents
 from transformers import AutoModelForCausalLM
 
-from extractor_service.packing import SpecialTokens, count_rows
-from extractor_service.recipe import Recipe
-from extractor_service.values import ExtractionState
+from fix_extractor import model_info
+from fix_runner import documents
+from headrace_extractor.packing import SpecialTokens, count_rows
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.values import ExtractionState
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,14 +6,14 @@ import signal
 from dataclasses import replace
 
 import pytest
-from fix_runner import documents
 
-from extractor_service import errors
-from extractor_service.packing import SpecialTokens, count_rows
-from extractor_service.recipe import Recipe
-from extractor_service.row_stream import RowStream, StreamRequest
-from extractor_service.set_passes import MAX_FRUITLESS_TRIES, RECOVERY_DEADLINE_S
-from extractor_service.values import ExtractionState, Retention
+from fix_runner import documents
+from headrace_extractor import errors
+from headrace_extractor.packing import SpecialTokens, count_rows
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.row_stream import RowStream, StreamRequest
+from headrace_extractor.set_passes import MAX_FRUITLESS_TRIES, RECOVERY_DEADLINE_S
+from headrace_extractor.values import ExtractionState, Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

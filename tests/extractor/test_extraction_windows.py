@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from fix_runner import documents
 
-from activation_log import retention
-from activation_log.manifest import Manifest
-from extractor_service import errors
-from extractor_service.row_stream import RowStream, StreamRequest
-from extractor_service.values import ExtractionState, Retention
+from fix_runner import documents
+from headrace_extractor import errors
+from headrace_extractor.row_stream import RowStream, StreamRequest
+from headrace_extractor.values import ExtractionState, Retention
+from headrace_log import retention
+from headrace_log.manifest import Manifest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

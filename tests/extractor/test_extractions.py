@@ -3,15 +3,15 @@
 import asyncio
 
 import pytest
-from fix_runner import documents
 
-from activation_log import retention
-from extractor_service import errors
-from extractor_service.held_set import HeldSet
-from extractor_service.packing import SpecialTokens, count_rows
-from extractor_service.recipe import Recipe
-from extractor_service.row_stream import RowStream, StreamRequest
-from extractor_service.values import ExtractionState, Retention
+from fix_runner import documents
+from headrace_extractor import errors
+from headrace_extractor.held_set import HeldSet
+from headrace_extractor.packing import SpecialTokens, count_rows
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.row_stream import RowStream, StreamRequest
+from headrace_extractor.values import ExtractionState, Retention
+from headrace_log import retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

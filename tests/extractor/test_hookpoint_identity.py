@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from fix_extractor import model_info
 
-from activation_log.layout import ColumnSpec, Dtype
-from extractor_service.hookpoints import catalogue_of
-from extractor_service.identity import identity_of, new_manifest
-from extractor_service.recipe import Recipe
-from extractor_service.values import ExtractionSpec
+from fix_extractor import model_info
+from headrace_extractor.hookpoints import catalogue_of
+from headrace_extractor.identity import identity_of, new_manifest
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.values import ExtractionSpec
+from headrace_log.layout import ColumnSpec, Dtype
 
 CONFIG = {
     "num_hidden_layers": 2,

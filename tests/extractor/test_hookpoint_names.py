@@ -5,13 +5,13 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from fix_extractor import model_info
 from safetensors.numpy import save_file
 
-from extractor_service.errors import FieldInvalid, HookpointNotFound
-from extractor_service.hookpoints import SITES, Catalogue, catalogue_of, check_isolation, forward_order, layer_of
-from extractor_service.network import Network
-from extractor_service.recipe import Recipe
+from fix_extractor import model_info
+from headrace_extractor.errors import FieldInvalid, HookpointNotFound
+from headrace_extractor.hookpoints import SITES, Catalogue, catalogue_of, check_isolation, forward_order, layer_of
+from headrace_extractor.network import Network
+from headrace_extractor.recipe import Recipe
 
 LLAMA = {
     "model_type": "llama",

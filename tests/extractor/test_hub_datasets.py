@@ -13,17 +13,17 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from fix_hub_datasets import DATASET_SHA, REPO
 from headrace.extractor.v1 import corpus_service_pb2 as pb
-
-from chassis.errors import ShuttingDown
-from chassis.shutdown import Shutdown
-from extractor_service import errors
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.hub import client
-from extractor_service.hub.client import HubDatasets
-from extractor_service.hub.job import HubJob
-from extractor_service.rpc.corpus_servicer import CorpusServicer
+from headrace_chassis.errors import ShuttingDown
+from headrace_chassis.shutdown import Shutdown
+from headrace_extractor import errors
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.hub import client
+from headrace_extractor.hub.client import HubDatasets
+from headrace_extractor.hub.job import HubJob
+from headrace_extractor.rpc.corpus_servicer import CorpusServicer
 
 pytest.importorskip("datasets")
 

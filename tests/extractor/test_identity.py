@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from activation_log.manifest import set_id_of
-from extractor_service.identity import identity_of
-from extractor_service.recipe import Recipe, TokenWindow
-from extractor_service.values import ExtractionSpec, ModelInfo
+from headrace_extractor.identity import identity_of
+from headrace_extractor.recipe import Recipe, TokenWindow
+from headrace_extractor.values import ExtractionSpec, ModelInfo
+from headrace_log.manifest import set_id_of
 
 MODEL = ModelInfo(
     id="tiny",

@@ -8,11 +8,11 @@ import threading
 from dataclasses import replace
 
 import pytest
-from fix_extractor import FakeRegistry, model_info
 
-from extractor_service.node import Node
-from extractor_service.runner_protocol import Loaded
-from extractor_service.values import Assignment, Device, Machine
+from fix_extractor import FakeRegistry, model_info
+from headrace_extractor.node import Node
+from headrace_extractor.runner_protocol import Loaded
+from headrace_extractor.values import Assignment, Device, Machine
 
 GB = 10**9
 

@@ -1,9 +1,9 @@
 import asyncio
 
 import pytest
-from fix_runner import documents
 
-from extractor_service.values import ExtractionState
+from fix_runner import documents
+from headrace_extractor.values import ExtractionState
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extractor_service import packing
-from extractor_service.errors import FieldInvalid
-from extractor_service.packing import Cursor, Packer, SpecialTokens, TokenBatch, count_rows
-from extractor_service.recipe import Recipe, TokenWindow
+from headrace_extractor import packing
+from headrace_extractor.errors import FieldInvalid
+from headrace_extractor.packing import Cursor, Packer, SpecialTokens, TokenBatch, count_rows
+from headrace_extractor.recipe import Recipe, TokenWindow
 
 BOS, EOS = 1, 2
 SPECIAL = SpecialTokens(bos_id=BOS, eos_id=EOS, ids=frozenset({0}))

@@ -1,5 +1,5 @@
-from activation_log.index import SegmentIndex, SegmentRecord
-from extractor_service.passes import Pass, Want, next_pass
+from headrace_extractor.passes import Pass, Want, next_pass
+from headrace_log.index import SegmentIndex, SegmentRecord
 
 
 def index(*segments):

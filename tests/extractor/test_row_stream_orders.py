@@ -6,18 +6,18 @@ from itertools import pairwise
 
 import pytest
 import pytest_asyncio
-from fix_runner import documents
 
-from activation_log import reader, retention
-from activation_log.errors import TooManyFiles
-from activation_log.order import Shard, Shuffled
-from activation_log.reader import SetReader
-from extractor_service import row_stream
-from extractor_service.errors import ExtractionCancelled, FieldInvalid, RowsExpired, TooManyStreams
-from extractor_service.nonces import Nonces
-from extractor_service.row_stream import End, Pause, RowStream, StreamRequest
-from extractor_service.values import ExtractionState, Retention
-from extractor_service.ways import OrderRequest, ReadOrder
+from fix_runner import documents
+from headrace_extractor import row_stream
+from headrace_extractor.errors import ExtractionCancelled, FieldInvalid, RowsExpired, TooManyStreams
+from headrace_extractor.nonces import Nonces
+from headrace_extractor.row_stream import End, Pause, RowStream, StreamRequest
+from headrace_extractor.values import ExtractionState, Retention
+from headrace_extractor.ways import OrderRequest, ReadOrder
+from headrace_log import reader, retention
+from headrace_log.errors import TooManyFiles
+from headrace_log.order import Shard, Shuffled
+from headrace_log.reader import SetReader
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

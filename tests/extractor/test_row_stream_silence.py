@@ -2,11 +2,11 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from fix_runner import documents
 
-from extractor_service import row_stream
-from extractor_service.errors import RegistryUnavailable
-from extractor_service.row_stream import Pause, RowStream, StreamRequest
+from fix_runner import documents
+from headrace_extractor import row_stream
+from headrace_extractor.errors import RegistryUnavailable
+from headrace_extractor.row_stream import Pause, RowStream, StreamRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,18 +6,18 @@ import time
 from dataclasses import replace
 
 import pytest
-from fix_runner import documents
 
-from activation_log.holding import Hold, nobody_holds
-from extractor_service import errors, extraction
-from extractor_service.cache import Limits
-from extractor_service.estimate import RowCount
-from extractor_service.held_set import SetOrders
-from extractor_service.packing import SpecialTokens, count_rows
-from extractor_service.recipe import Recipe
-from extractor_service.row_stream import RowStream, StreamRequest
-from extractor_service.set_notes import LAST_USED_NAME
-from extractor_service.values import ExtractionState, Retention
+from fix_runner import documents
+from headrace_extractor import errors, extraction
+from headrace_extractor.cache import Limits
+from headrace_extractor.estimate import RowCount
+from headrace_extractor.held_set import SetOrders
+from headrace_extractor.packing import SpecialTokens, count_rows
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.row_stream import RowStream, StreamRequest
+from headrace_extractor.set_notes import LAST_USED_NAME
+from headrace_extractor.values import ExtractionState, Retention
+from headrace_log.holding import Hold, nobody_holds
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
-from fix_runner import documents
 
-from activation_log.index import SegmentIndex
-from extractor_service import errors, set_passes
-from extractor_service.runner_protocol import Committed, Extract
-from extractor_service.turns import Turns
-from extractor_service.values import ExtractionState
+from fix_runner import documents
+from headrace_extractor import errors, set_passes
+from headrace_extractor.runner_protocol import Committed, Extract
+from headrace_extractor.turns import Turns
+from headrace_extractor.values import ExtractionState
+from headrace_log.index import SegmentIndex
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

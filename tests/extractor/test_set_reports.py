@@ -4,11 +4,11 @@ import asyncio
 import errno
 
 import pytest
-from fix_runner import documents
 
-from extractor_service.held_set import HeldSet
-from extractor_service.set_reports import SetReports
-from extractor_service.values import Retention
+from fix_runner import documents
+from headrace_extractor.held_set import HeldSet
+from headrace_extractor.set_reports import SetReports
+from headrace_extractor.values import Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
+
 from headrace.extractor.v1 import extraction_service_pb2 as pb
 from headrace_client._convert.streams import header_from_pb
-
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype
-from activation_log.manifest import Manifest
-from activation_log.statistics import ColumnStatistics
-from activation_log.writer import SetWriter
-from extractor_service.rpc.statistics_convert import MAX_VECTOR_BYTES, statistics_to_pb
+from headrace_extractor.rpc.statistics_convert import MAX_VECTOR_BYTES, statistics_to_pb
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
+from headrace_log.manifest import Manifest
+from headrace_log.statistics import ColumnStatistics
+from headrace_log.writer import SetWriter
 
 GRPC_MESSAGE_BYTES = 4 * 1024 * 1024
 

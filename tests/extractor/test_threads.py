@@ -8,18 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+
 from fix_extractor import model_info
 from headrace.extractor.v1 import corpus_service_pb2 as pb
-
-from chassis.shutdown import Shutdown
-from extractor_service import __main__ as extractor
-from extractor_service.corpora.store import CorpusStore
-from extractor_service.errors import QueueFull
-from extractor_service.estimate import RowCount
-from extractor_service.hub.client import HubDatasets
-from extractor_service.recipe import Recipe
-from extractor_service.rpc.corpus_servicer import MAX_INGESTS, CorpusServicer
-from extractor_service.values import ExtractionSpec
+from headrace_chassis.shutdown import Shutdown
+from headrace_extractor import __main__ as extractor
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import QueueFull
+from headrace_extractor.estimate import RowCount
+from headrace_extractor.hub.client import HubDatasets
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.rpc.corpus_servicer import MAX_INGESTS, CorpusServicer
+from headrace_extractor.values import ExtractionSpec
 
 
 @pytest.fixture

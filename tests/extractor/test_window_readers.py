@@ -5,13 +5,13 @@ import time
 from contextlib import aclosing
 
 import pytest
-from fix_runner import documents
 
-from activation_log.order import Shard
-from extractor_service.readers import FOR_GOOD, Readers, shard_key
-from extractor_service.row_stream import End, RowStream, StreamRequest
-from extractor_service.values import ExtractionState, Retention
-from extractor_service.ways import OrderRequest
+from fix_runner import documents
+from headrace_extractor.readers import FOR_GOOD, Readers, shard_key
+from headrace_extractor.row_stream import End, RowStream, StreamRequest
+from headrace_extractor.values import ExtractionState, Retention
+from headrace_extractor.ways import OrderRequest
+from headrace_log.order import Shard
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

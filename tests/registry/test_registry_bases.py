@@ -6,17 +6,17 @@ import asyncio
 
 import psycopg
 import pytest
+
 from fix_hub import SHA
 from fix_registry import until, write_model
-
-from registry_service.files import Reading, inspect_folder
-from registry_service.postgres import store_queries
-from registry_service.postgres.model_store import ModelStore
-from registry_service.postgres.pool import Database
-from registry_service.postgres.preparation_store import FilesDoomed, PreparationStore
-from registry_service.postgres.queries import MODEL_DELETE
-from registry_service.postgres.requests import Request
-from registry_service.wakeups import Wakeups
+from headrace_registry.files import Reading, inspect_folder
+from headrace_registry.postgres import store_queries
+from headrace_registry.postgres.model_store import ModelStore
+from headrace_registry.postgres.pool import Database
+from headrace_registry.postgres.preparation_store import FilesDoomed, PreparationStore
+from headrace_registry.postgres.queries import MODEL_DELETE
+from headrace_registry.postgres.requests import Request
+from headrace_registry.wakeups import Wakeups
 
 BASE = f"/store/owner-{SHA[:12]}"
 ME = "a worker"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import grpc
 import pytest
+
 from fix_postgres import refused
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-
-from registry_service.catalog import CATALOG, CATEGORIES, MEMORY_SIZES
-from registry_service.estimate import FORMS, estimate
-from registry_service.nodes import DeviceKind
-from registry_service.workload import Workload
+from headrace_registry.catalog import CATALOG, CATEGORIES, MEMORY_SIZES
+from headrace_registry.estimate import FORMS, estimate
+from headrace_registry.nodes import DeviceKind
+from headrace_registry.workload import Workload
 
 # As the models' authors or the hub's own headers give them.
 PUBLISHED = {

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fix_scheduling import POLICY, S, node, occupant, queued, states
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry_service.memory import load_dtype
-from registry_service.models import Failure
-from registry_service.nodes import DeviceKind
-from registry_service.placement import Action, Backoff, Space, decide_on_device, decide_placement
-from registry_service.policy import Policy
-from registry_service.residency import Occupant, ResidencyState, follow_report
-from registry_service.scheduling import DeviceView, Outcome, choose_victims, plan
-from registry_service.upkeep import Listening
+from fix_scheduling import POLICY, S, node, occupant, queued, states
+from headrace_registry.memory import load_dtype
+from headrace_registry.models import Failure
+from headrace_registry.nodes import DeviceKind
+from headrace_registry.placement import Action, Backoff, Space, decide_on_device, decide_placement
+from headrace_registry.policy import Policy
+from headrace_registry.residency import Occupant, ResidencyState, follow_report
+from headrace_registry.scheduling import DeviceView, Outcome, choose_victims, plan
+from headrace_registry.upkeep import Listening
 
 
 def space(*occupants: Occupant, needed: int = 40, node_id: str = "n", kind: DeviceKind = DeviceKind.CPU, **fields):

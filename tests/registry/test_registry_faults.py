@@ -10,9 +10,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from fix_postgres import RegistryStubs, refusal_of
 from fix_registry import FakeNode, acquire, cpu, ready_model, until_state, write_model
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.registry.v1 import model_pb2, node_service_pb2, residency_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 
@@ -122,7 +123,7 @@ async def test_the_program_serves_its_services_and_says_when_it_is_ready(start_r
     assert refused == "PATH_NOT_ALLOWED"
     assert refusal_of(ended.value).reason == "SHUTTING_DOWN"
     assert took_s < 6
-    assert [line["message"] for line in running.log_lines() if line["logger"] == "registry_service"] == [
+    assert [line["message"] for line in running.log_lines() if line["logger"] == "headrace_registry"] == [
         "registry ready"
     ]
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 
 import pytest
-from fix_registry import LLAMA, write_model, write_safetensors
 from safetensors import safe_open
 
-from registry_service.architecture import architecture_from
-from registry_service.errors import DigestMismatch, ModelUnsupported
-from registry_service.files import Reading, Stopped, inspect_folder, read_header
+from fix_registry import LLAMA, write_model, write_safetensors
+from headrace_registry.architecture import architecture_from
+from headrace_registry.errors import DigestMismatch, ModelUnsupported
+from headrace_registry.files import Reading, Stopped, inspect_folder, read_header
 
 
 def test_counts_and_bytes_are_exact(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import psycopg
+
 from fix_postgres import refused
 from fix_registry import (
     ROOM_FOR_ONE,
@@ -19,13 +20,12 @@ from fix_registry import (
 from headrace.registry.v1 import model_service_pb2 as models
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
-
-from registry_service.deletion import Deletions
-from registry_service.errors import ModelInUse
-from registry_service.postgres.model_store import ModelStore
-from registry_service.postgres.pool import Database
-from registry_service.postgres.requests import Request
-from registry_service.wakeups import Wakeups
+from headrace_registry.deletion import Deletions
+from headrace_registry.errors import ModelInUse
+from headrace_registry.postgres.model_store import ModelStore
+from headrace_registry.postgres.pool import Database
+from headrace_registry.postgres.requests import Request
+from headrace_registry.wakeups import Wakeups
 
 
 def deletion(**fields: object) -> models.DeleteModelRequest:

@@ -10,20 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from fix_hub import SHA, Fault, Hub
 from fix_registry import until
-
-from chassis.errors import ServiceError
-from registry_service.errors import (
-    DigestMismatch,
-    HubGated,
-    HubNotFound,
-    HubUnavailable,
-    ModelUnsupported,
-    NotAllowed,
-)
-from registry_service.hub.client import HubClient
-from registry_service.hub.events import Event, Job
+from headrace_chassis.errors import ServiceError
+from headrace_registry.errors import DigestMismatch, HubGated, HubNotFound, HubUnavailable, ModelUnsupported, NotAllowed
+from headrace_registry.hub.client import HubClient
+from headrace_registry.hub.events import Event, Job
 
 WEIGHTS = "model.safetensors"
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import grpc
 import psycopg
 import pytest
+from test_registry_hub import WEIGHTS, download_children
+
 from fix_hub import SHA, Fault, Hub
 from fix_postgres import RegistryStubs, refused, running_registry
 from fix_registry import FakeNode, cpu, until, until_state, write_model
 from headrace.registry.v1 import model_pb2, node_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-from test_registry_hub import WEIGHTS, download_children
-
-from registry_service.allowances import Allowances
-from registry_service.postgres.embedded import EmbeddedPostgres
+from headrace_registry.allowances import Allowances
+from headrace_registry.postgres.embedded import EmbeddedPostgres
 
 STATES = model_pb2.ModelState
 TOKEN = "hf_0123456789secret"

@@ -8,22 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chassis.errors import ServiceError
-from registry_service import errors
-from registry_service.errors import FieldInvalid, ModelUnsupported, PathNotAllowed
-from registry_service.filters import Match, parse_filter
-from registry_service.identifiers import (
-    checked_id,
-    checked_labels,
-    checked_repo,
-    checked_request_id,
-    derived_ids,
-)
-from registry_service.leases import checked_ttl_s, checked_wait_s
-from registry_service.models import NewModel, Source, SourceKind
-from registry_service.paging import page_from
-from registry_service.paths import ModelRoots
-from registry_service.rpc.status import STATUSES
+from headrace_chassis.errors import ServiceError
+from headrace_registry import errors
+from headrace_registry.errors import FieldInvalid, ModelUnsupported, PathNotAllowed
+from headrace_registry.filters import Match, parse_filter
+from headrace_registry.identifiers import checked_id, checked_labels, checked_repo, checked_request_id, derived_ids
+from headrace_registry.leases import checked_ttl_s, checked_wait_s
+from headrace_registry.models import NewModel, Source, SourceKind
+from headrace_registry.paging import page_from
+from headrace_registry.paths import ModelRoots
+from headrace_registry.rpc.status import STATUSES
 
 
 def test_every_error_has_a_code_and_a_reason():

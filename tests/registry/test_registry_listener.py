@@ -7,11 +7,11 @@ import contextlib
 import time
 
 import psycopg
-from fix_registry import until
 
-from registry_service.postgres.listener import Listener
-from registry_service.postgres.pool import Database
-from registry_service.wakeups import Wakeups
+from fix_registry import until
+from headrace_registry.postgres.listener import Listener
+from headrace_registry.postgres.pool import Database
+from headrace_registry.wakeups import Wakeups
 
 
 @contextlib.asynccontextmanager

@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from fix_residency import SILENT_S, S, World
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from chassis.errors import ServiceError
-from registry_service.admission import Attempt
-from registry_service.errors import AdmissionTimeout, EpochStale, LeaseLost, ModelInUse
-from registry_service.leases import Lease
-from registry_service.memory import estimated_bytes
-from registry_service.policy import Policy
-from registry_service.residency import Residency
+from fix_residency import SILENT_S, S, World
+from headrace_chassis.errors import ServiceError
+from headrace_registry.admission import Attempt
+from headrace_registry.errors import AdmissionTimeout, EpochStale, LeaseLost, ModelInUse
+from headrace_registry.leases import Lease
+from headrace_registry.memory import estimated_bytes
+from headrace_registry.policy import Policy
+from headrace_registry.residency import Residency
 
 POLICY = Policy(max_queued=3, max_waiters=8, idle_timeout_s=600.0)
 SIZES = {"small": 1_000_000, "medium": 50_000_000, "large": 120_000_000, "huge": 250_000_000}

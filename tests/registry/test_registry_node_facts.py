@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fix_postgres import refused
 from fix_registry import GIB
 from headrace.registry.v1 import node_service_pb2 as nodes

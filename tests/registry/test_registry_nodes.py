@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 import pytest
+
 from fix_postgres import refused, running_registry
 from fix_registry import FakeNode, acquire, cpu, lease_request, ready_model, residency_of, until, until_residency
 from headrace.registry.v1 import activation_set_service_pb2 as sets_pb

@@ -7,6 +7,8 @@ import datetime as dt
 
 import psycopg
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from fix_postgres import refused
 from fix_registry import (
     ROOM_FOR_ONE,
@@ -18,7 +20,6 @@ from fix_registry import (
     until_residency,
     write_model,
 )
-from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 

@@ -7,9 +7,10 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from fix_postgres import refused
 from fix_registry import FakeNode, cpu
-from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.registry.v1 import activation_set_service_pb2 as pb
 
 

@@ -7,18 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fix_hub import SHA, Hub
 from fix_postgres import RegistryStubs, running_registry
 from fix_registry import FakeNode, acquire, cpu, until, until_state
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-from hypothesis import given
-from hypothesis import strategies as st
-
-from registry_service.errors import DiskFull
-from registry_service.model_folders import ModelFolders
-from registry_service.names import unsafe_name
-from registry_service.room import StoredFolder, plan_room
+from headrace_registry.errors import DiskFull
+from headrace_registry.model_folders import ModelFolders
+from headrace_registry.names import unsafe_name
+from headrace_registry.room import StoredFolder, plan_room
 
 
 def plan(folders: list[StoredFolder], sizes: dict[str, int], total: int, **limits: int) -> list[str]:

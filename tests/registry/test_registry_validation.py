@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from fix_postgres import refused, running_registry
 from fix_registry import GIB, cpu, ready_model, register_folder, residency_of, until, until_state, write_model
 from headrace.registry.v1 import model_pb2, node_service_pb2, residency_pb2

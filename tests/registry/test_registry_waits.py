@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from fix_residency import S, World, told
 
-from registry_service.errors import AdmissionTimeout, CapacityBusy, DeviceOom, LeaseLost, LoadFailed, QueueFull
-from registry_service.memory import estimated_bytes
-from registry_service.policy import Policy
+from fix_residency import S, World, told
+from headrace_registry.errors import AdmissionTimeout, CapacityBusy, DeviceOom, LeaseLost, LoadFailed, QueueFull
+from headrace_registry.memory import estimated_bytes
+from headrace_registry.policy import Policy
 
 TINY = estimated_bytes({"F32": 1000}, "float32")
 ONE = TINY * 3 // 2

@@ -7,16 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from fix_runner import documents, load, run_command, save_model
-from fix_zoo import DECODERS, random_model, zoo_batch, zoo_config
 from transformers import AutoModelForCausalLM
 
-from extractor_service.errors import FieldInvalid
-from extractor_service.recipe import TokenWindow
-from extractor_service.runner import parity
-from extractor_service.runner.forward import forward_rows
-from extractor_service.runner.hookpoints import anatomy_of, resolve
-from extractor_service.runner_protocol import Extract
+from fix_runner import documents, load, run_command, save_model
+from fix_zoo import DECODERS, random_model, zoo_batch, zoo_config
+from headrace_extractor.errors import FieldInvalid
+from headrace_extractor.recipe import TokenWindow
+from headrace_extractor.runner import parity
+from headrace_extractor.runner.forward import forward_rows
+from headrace_extractor.runner.hookpoints import anatomy_of, resolve
+from headrace_extractor.runner_protocol import Extract
 
 SITE = "blocks.2.hook_resid_post"
 PIECES = [np.arange(3, 20), np.arange(30, 52)[::-1].copy(), np.arange(60, 70)]

@@ -11,9 +11,9 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-from extractor_service.errors import DiskFull, LoadFailed, ModelUnsupported
-from extractor_service.runner import convert
-from extractor_service.runner.new_folder import new_folder
+from headrace_extractor.errors import DiskFull, LoadFailed, ModelUnsupported
+from headrace_extractor.runner import convert
+from headrace_extractor.runner.new_folder import new_folder
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_two_nodes_that_make_one_folder_leave_each_other_alone_and_the_first_nam
 LEAVE = """
 import os, sys
 from pathlib import Path
-from extractor_service.runner.new_folder import new_folder
+from headrace_extractor.runner.new_folder import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(100))

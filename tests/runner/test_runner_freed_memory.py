@@ -15,7 +15,7 @@ _PAGE_BYTES = 4096
 # In a process of its own: what is set stays set.
 _SCRIPT = f"""
 import json, resource
-from extractor_service.runner.freed_memory import freed_memory_kept
+from headrace_extractor.runner.freed_memory import freed_memory_kept
 
 def passes(n):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fix_runner import N_LAYERS, load
-from fix_zoo import random_model, zoo_config, zoo_model
 from transformers import GPTNeoXConfig
 
-from extractor_service.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
-from extractor_service.hookpoints import SITES
-from extractor_service.runner.capture import capture
-from extractor_service.runner.hookpoints import check_identity, offered_sites, resolve
+from fix_runner import N_LAYERS, load
+from fix_zoo import random_model, zoo_config, zoo_model
+from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
+from headrace_extractor.hookpoints import SITES
+from headrace_extractor.runner.capture import capture
+from headrace_extractor.runner.hookpoints import check_identity, offered_sites, resolve
 
 
 def test_hookpoints_are_listed_in_forward_order(tiny_model):

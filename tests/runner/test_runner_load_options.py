@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fix_runner import load, save_model
-from fix_zoo import zoo_config
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from extractor_service.errors import DeviceOom, FieldInvalid
-from extractor_service.runner import load_options
-from extractor_service.runner.probe import residuals
+from fix_runner import load, save_model
+from fix_zoo import zoo_config
+from headrace_extractor.errors import DeviceOom, FieldInvalid
+from headrace_extractor.runner import load_options
+from headrace_extractor.runner.probe import residuals
 
 IDS = list(range(3, 60))
 

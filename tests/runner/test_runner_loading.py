@@ -5,18 +5,12 @@ import shutil
 
 import pytest
 import torch
-from fix_runner import load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from extractor_service.errors import (
-    DeviceOom,
-    FieldInvalid,
-    LoadFailed,
-    ModelUnsupported,
-    NotImplementedYet,
-)
-from extractor_service.runner import loading
+from fix_runner import load
+from headrace_extractor.errors import DeviceOom, FieldInvalid, LoadFailed, ModelUnsupported, NotImplementedYet
+from headrace_extractor.runner import loading
 
 WEIGHTS = "model.safetensors"
 

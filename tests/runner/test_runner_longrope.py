@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from fix_runner import VOCAB_SIZE, load, read_rows, run_command, save_model
-from fix_zoo import zoo_config
 from transformers import AutoModelForCausalLM
 
-from extractor_service.errors import FieldInvalid
-from extractor_service.recipe import TokenWindow
-from extractor_service.runner import parity
-from extractor_service.runner_protocol import Extract
+from fix_runner import VOCAB_SIZE, load, read_rows, run_command, save_model
+from fix_zoo import zoo_config
+from headrace_extractor.errors import FieldInvalid
+from headrace_extractor.recipe import TokenWindow
+from headrace_extractor.runner import parity
+from headrace_extractor.runner_protocol import Extract
 
 SITE = "blocks.1.hook_resid_post"
 LIMIT = 150  # More than the parity check takes of a document that nothing behind its beginning changes.

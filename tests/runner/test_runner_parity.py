@@ -8,22 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from fix_runner import WIDTH, documents, load, run_command
 from fix_zoo import ZOO, zoo_batch, zoo_model
-
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
-from activation_log.manifest import Manifest
-from extractor_service.errors import ModelUnsupported
-from extractor_service.packing import Cursor, TokenBatch
-from extractor_service.places import NOT_AT_ALL
-from extractor_service.receipt import receipt_of
-from extractor_service.recipe import Recipe
-from extractor_service.runner import extract as extract_module
-from extractor_service.runner import parity
-from extractor_service.runner.forward import forward_rows
-from extractor_service.runner.hookpoints import anatomy_of, offered_sites
-from extractor_service.runner.parity import choose, rows_alone
-from extractor_service.runner_protocol import Extract
+from headrace_extractor.errors import ModelUnsupported
+from headrace_extractor.packing import Cursor, TokenBatch
+from headrace_extractor.places import NOT_AT_ALL
+from headrace_extractor.receipt import receipt_of
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.runner import extract as extract_module
+from headrace_extractor.runner import parity
+from headrace_extractor.runner.forward import forward_rows
+from headrace_extractor.runner.hookpoints import anatomy_of, offered_sites
+from headrace_extractor.runner.parity import choose, rows_alone
+from headrace_extractor.runner_protocol import Extract
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
+from headrace_log.manifest import Manifest
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.2.hook_attn_out", "blocks.3.hook_resid_post"]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from extractor_service.errors import LoadFailed, ModelUnsupported
-from extractor_service.runner.pickles import convert_pickled
+from headrace_extractor.errors import LoadFailed, ModelUnsupported
+from headrace_extractor.runner.pickles import convert_pickled
 
 
 class Evil:

@@ -8,23 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fix_runner import documents
 
-from activation_log.errors import DiskFull, SetCorrupt, TooManyFiles
-from extractor_service import errors
-from extractor_service.runner.process import Runner, failure_of
-from extractor_service.runner.throttle import Throttle
-from extractor_service.runner_protocol import (
-    Convert,
-    Extract,
-    Failed,
-    Finished,
-    Grant,
-    Load,
-    Loaded,
-    Loading,
-    Stop,
-)
+from fix_runner import documents
+from headrace_extractor import errors
+from headrace_extractor.runner.process import Runner, failure_of
+from headrace_extractor.runner.throttle import Throttle
+from headrace_extractor.runner_protocol import Convert, Extract, Failed, Finished, Grant, Load, Loaded, Loading, Stop
+from headrace_log.errors import DiskFull, SetCorrupt, TooManyFiles
 
 
 def test_end_of_input_ends_the_process(start_runner):
@@ -53,7 +43,7 @@ def test_runner_dies_with_its_server_even_if_its_input_stays_open():
             sys.executable,
             "-c",
             (
-                "import subprocess, sys, time; r = [sys.executable, '-m', 'extractor_service.runner'];"
+                "import subprocess, sys, time; r = [sys.executable, '-m', 'headrace_extractor.runner'];"
                 "p = subprocess.Popen(r, stdin=0, stdout=subprocess.PIPE); p.stdout.readline();"
                 "print(p.pid, flush=True); time.sleep(60)"
             ),
@@ -84,7 +74,7 @@ def is_alive(pid):
 
 def test_what_libraries_print_does_not_reach_the_events():
     script = (
-        "import os; from extractor_service.runner import __main__ as m; fd = m._keep_stdout_for_events();"
+        "import os; from headrace_extractor.runner import __main__ as m; fd = m._keep_stdout_for_events();"
         "print('noise', flush=True); os.system('echo noise'); os.write(fd, b'event')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=20)
@@ -94,7 +84,7 @@ def test_what_libraries_print_does_not_reach_the_events():
 
 
 def test_torch_is_not_imported_before_a_command_needs_it():
-    script = "import sys; import extractor_service.runner.__main__; sys.exit('torch' in sys.modules)"
+    script = "import sys; import headrace_extractor.runner.__main__; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=20).returncode == 0
 
@@ -188,7 +178,7 @@ def test_throttle_says_yes_at_most_so_often():
 def test_broken_pipe_ends_the_process(start_runner):
     read_fd, write_fd = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "extractor_service.runner"], stdin=subprocess.PIPE, stdout=write_fd
+        [sys.executable, "-m", "headrace_extractor.runner"], stdin=subprocess.PIPE, stdout=write_fd
     )
     os.close(write_fd)
     os.close(read_fd)

@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from fix_runner import N_LAYERS, load
 from transformers import AutoModel
 
-from extractor_service.errors import ExtraMissing, FieldInvalid, LoadFailed, ModelUnsupported
-from extractor_service.runner import quantizers
-from extractor_service.runner.probe import residuals, sample_ids
-from extractor_service.runner.quantize import FIDELITY, quantize
-from extractor_service.runner_protocol import Quantize
+from fix_runner import N_LAYERS, load
+from headrace_extractor.errors import ExtraMissing, FieldInvalid, LoadFailed, ModelUnsupported
+from headrace_extractor.runner import quantizers
+from headrace_extractor.runner.probe import residuals, sample_ids
+from headrace_extractor.runner.quantize import FIDELITY, quantize
+from headrace_extractor.runner_protocol import Quantize
 
 QUANTIZATIONS = ("int8", "int4")
 

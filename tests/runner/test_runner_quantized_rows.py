@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fix_runner import WIDTH, digests, documents, load, run_command
 from safetensors.torch import load_file
 
-from activation_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column, segment_path
-from activation_log.manifest import Manifest
-from activation_log.statistics import load_statistics
-from activation_log.writer import Reservation
-from extractor_service.errors import NonFinite
-from extractor_service.packing import Cursor, TokenBatch
-from extractor_service.recipe import Recipe
-from extractor_service.runner.forward import BatchRows, DirectFetch
-from extractor_service.runner.quantized_rows import dequantize_rows, quantize_rows
-from extractor_service.runner.rows import RowSource
-from extractor_service.runner_protocol import Extract
+from fix_runner import WIDTH, digests, documents, load, run_command
+from headrace_extractor.errors import NonFinite
+from headrace_extractor.packing import Cursor, TokenBatch
+from headrace_extractor.recipe import Recipe
+from headrace_extractor.runner.forward import BatchRows, DirectFetch
+from headrace_extractor.runner.quantized_rows import dequantize_rows, quantize_rows
+from headrace_extractor.runner.rows import RowSource
+from headrace_extractor.runner_protocol import Extract
+from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column, segment_path
+from headrace_log.manifest import Manifest
+from headrace_log.statistics import load_statistics
+from headrace_log.writer import Reservation
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 EIGHT_BITS = {"int8": torch.int8, "float8_e4m3": torch.float8_e4m3fn}
@@ -198,7 +198,7 @@ def test_digests_are_those_of_rows_copied_directly(tiny_model, make_set, make_co
     corpus, model = make_corpus(documents(40)), load(tiny_model, device="cuda:0")
     staged, direct = make_set(name, "staged"), make_set(name, "direct")
     extract(staged, corpus, model)
-    monkeypatch.setattr("extractor_service.runner.extract.fetch_for", lambda *_: DirectFetch())
+    monkeypatch.setattr("headrace_extractor.runner.extract.fetch_for", lambda *_: DirectFetch())
 
     extract(direct, corpus, model)
 

@@ -8,12 +8,12 @@ import time
 
 import numpy as np
 import pytest
-from fix_runner import digests, documents, load, read_rows, run_command
 
-from extractor_service.recipe import TokenWindow
-from extractor_service.runner import extract
-from extractor_service.runner.gate import Gate
-from extractor_service.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
+from fix_runner import digests, documents, load, read_rows, run_command
+from headrace_extractor.recipe import TokenWindow
+from headrace_extractor.runner import extract
+from headrace_extractor.runner.gate import Gate
+from headrace_extractor.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 

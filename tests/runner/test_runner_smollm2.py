@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fix_runner import load, read_rows, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from extractor_service.corpora.tokenizer import Tokenizer
-from extractor_service.corpora.writer import DocumentWriter
-from extractor_service.runner import linear
-from extractor_service.runner.convert import convert_gguf
-from extractor_service.runner_protocol import Extract
+from fix_runner import load, read_rows, run_command
+from headrace_extractor.corpora.tokenizer import Tokenizer
+from headrace_extractor.corpora.writer import DocumentWriter
+from headrace_extractor.runner import linear
+from headrace_extractor.runner.convert import convert_gguf
+from headrace_extractor.runner_protocol import Extract
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

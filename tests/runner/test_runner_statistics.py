@@ -7,13 +7,13 @@ import signal
 import numpy as np
 import pytest
 import torch
-from fix_runner import documents, load, read_rows, run_command
 
-from activation_log.layout import ColumnSpec, Dtype
-from activation_log.manifest import Manifest
-from activation_log.statistics import load_statistics
-from extractor_service.runner.statistics import summarize
-from extractor_service.runner_protocol import Committed, Extract, Finished, Load, Loaded
+from fix_runner import documents, load, read_rows, run_command
+from headrace_extractor.runner.statistics import summarize
+from headrace_extractor.runner_protocol import Committed, Extract, Finished, Load, Loaded
+from headrace_log.layout import ColumnSpec, Dtype
+from headrace_log.manifest import Manifest
+from headrace_log.statistics import load_statistics
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fix_zoo import N_TOKENS_ZOO, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from extractor_service.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
-from extractor_service.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
-from extractor_service.runner.forward import forward_rows
-from extractor_service.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
-from extractor_service.runner.linear import fast_linear_layers
+from fix_zoo import N_TOKENS_ZOO, ZOO, random_model, zoo_batch, zoo_config, zoo_model
+from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
+from headrace_extractor.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
+from headrace_extractor.runner.forward import forward_rows
+from headrace_extractor.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
+from headrace_extractor.runner.linear import fast_linear_layers
 
 SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
 PARALLEL = {"falcon", "falcon-new", "gpt_neox", "gptj", "phi"}

@@ -11,14 +11,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fix_zoo import zoo_batch, zoo_config
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from extractor_service.hookpoint_names import aliases_of
-from extractor_service.runner.forward import forward_rows
-from extractor_service.runner.hookpoints import anatomy_of, offered_sites
-from extractor_service.runner.load_options import supports_sdpa
+from fix_zoo import zoo_batch, zoo_config
+from headrace_extractor.hookpoint_names import aliases_of
+from headrace_extractor.runner.forward import forward_rows
+from headrace_extractor.runner.hookpoints import anatomy_of, offered_sites
+from headrace_extractor.runner.load_options import supports_sdpa
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

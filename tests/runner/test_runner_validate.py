@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_runner_quantize import quantize_to
 
-from extractor_service.runner import validate as profile
-from extractor_service.runner.validate import validate
-from extractor_service.runner_protocol import Load, Loaded, Step, Validate, Validated
+from headrace_extractor.runner import validate as profile
+from headrace_extractor.runner.validate import validate
+from headrace_extractor.runner_protocol import Load, Loaded, Step, Validate, Validated
 
 STEPS = ["dry_load", "load", "forward", "finite", "parity"]
 

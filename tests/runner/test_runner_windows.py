@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fix_runner import VOCAB_SIZE, WIDTH, documents, load, read_rows, run_command, save_model
 
-from extractor_service.recipe import TokenWindow
-from extractor_service.runner_protocol import Extract
+from fix_runner import VOCAB_SIZE, WIDTH, documents, load, read_rows, run_command, save_model
+from headrace_extractor.recipe import TokenWindow
+from headrace_extractor.runner_protocol import Extract
 
 SITE = "blocks.2.hook_resid_post"
 

@@ -9,16 +9,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fix_zoo import DECODERS, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from torch.nn import functional
 from transformers.models.gemma2 import modeling_gemma2
 
-from extractor_service.errors import FieldInvalid
-from extractor_service.runner import linear as linear_layers
-from extractor_service.runner.capture import capture
-from extractor_service.runner.forward import forward_rows
-from extractor_service.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
-from extractor_service.runner.linear import fast_linear_layers
+from fix_zoo import DECODERS, ZOO, random_model, zoo_batch, zoo_config, zoo_model
+from headrace_extractor.errors import FieldInvalid
+from headrace_extractor.runner import linear as linear_layers
+from headrace_extractor.runner.capture import capture
+from headrace_extractor.runner.forward import forward_rows
+from headrace_extractor.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
+from headrace_extractor.runner.linear import fast_linear_layers
 
 N_LAYERS = 3
 LENGTHS = (7, 20, 5, 17, 15)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fix_runner import documents, load, read_rows, run_command
-from fix_zoo import ZOO, zoo_batch, zoo_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -14,15 +12,17 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from extractor_service.errors import FieldInvalid
-from extractor_service.hookpoints import Catalogue
-from extractor_service.network import Network
-from extractor_service.places import FINAL
-from extractor_service.runner.forward import forward_rows
-from extractor_service.runner.hookpoints import anatomy_of, resolve
-from extractor_service.runner.linear import fast_linear_layers
-from extractor_service.runner.loading import stored_config
-from extractor_service.runner_protocol import Extract
+from fix_runner import documents, load, read_rows, run_command
+from fix_zoo import ZOO, zoo_batch, zoo_config
+from headrace_extractor.errors import FieldInvalid
+from headrace_extractor.hookpoints import Catalogue
+from headrace_extractor.network import Network
+from headrace_extractor.places import FINAL
+from headrace_extractor.runner.forward import forward_rows
+from headrace_extractor.runner.hookpoints import anatomy_of, resolve
+from headrace_extractor.runner.linear import fast_linear_layers
+from headrace_extractor.runner.loading import stored_config
+from headrace_extractor.runner_protocol import Extract
 
 LAST = "blocks.2.hook_resid_post"
 

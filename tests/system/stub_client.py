@@ -9,6 +9,7 @@ import uuid
 
 import grpc
 import numpy as np
+
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import (
     corpus_service_pb2,
@@ -123,5 +124,7 @@ def stream(channel, metadata, extraction):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    ours = {"headrace_client", "activation_log", "chassis", "extractor_service", "registry_service"} & set(sys.modules)
+    ours = {"headrace_client", "headrace_log", "headrace_chassis", "headrace_extractor", "headrace_registry"} & set(
+        sys.modules
+    )
     assert not ours, ours

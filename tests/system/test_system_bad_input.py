@@ -6,9 +6,10 @@ import uuid
 
 import grpc
 import pytest
+from grpc import StatusCode
+
 from fix_postgres import refusal_of
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, TOKEN, read, texts
-from grpc import StatusCode
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
 from headrace.extractor.v1 import corpus_service_pb2_grpc as corpora_grpc
 from headrace.extractor.v1 import extraction_pb2 as extraction_pb

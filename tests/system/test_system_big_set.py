@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from fix_system import MODEL, Digest, columns_of, eventually, texts
 from headrace_client.values import Recipe
 

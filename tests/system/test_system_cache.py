@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, eventually, read, texts
 from headrace_client import errors
 from headrace_client.values import ExtractionState, Window

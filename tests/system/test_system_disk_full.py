@@ -7,6 +7,7 @@ import os
 import subprocess
 
 import pytest
+
 from fix_system import FAST, MODEL, PATIENCE_S, At, Digest, columns_of, eventually, read, texts
 from headrace_client import errors
 from headrace_client.values import ExtractionState, Recipe

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fix_system import HOOKPOINT, MODEL, WIDTH, texts
 from headrace_client.values import Dtype, Recipe
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from fix_system import FAST, MODEL, PATIENCE_S, TOKEN, WIDTH, eventually, texts
 from headrace_cli.app import app
 from headrace_cli.sets_export import extraction_of
@@ -17,7 +19,6 @@ from headrace_cli.settings import Defaults
 from headrace_client.errors import InvalidArgument
 from headrace_client.integrations.sae_lens_export import export_cached_activations
 from headrace_client.values import Dtype
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.timeout(240)
 

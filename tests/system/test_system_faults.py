@@ -10,15 +10,15 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc import StatusCode
+
 from fix_postgres import refusal_of
 from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, columns_of, eventually, read, texts
-from grpc import StatusCode
 from headrace.registry.v1 import model_service_pb2, model_service_pb2_grpc
 from headrace_client import errors
 from headrace_client.values import ExtractionState, Recipe, Retain, Window
-
-from activation_log.manifest import SEGMENT_BYTES
-from registry_service.postgres.embedded import EmbeddedPostgres
+from headrace_log.manifest import SEGMENT_BYTES
+from headrace_registry.postgres.embedded import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -107,7 +107,7 @@ def test_a_model_that_keeps_dying_is_left_alone_for_a_while_and_its_rows_come_on
 
     assert read(system.client, extraction, on_rows=on_rows, **NARROW) == quiet
     assert all(kill.done for kill in kills)
-    assert "tried again in" in (system.folder / "extractor_service.log").read_text()
+    assert "tried again in" in (system.folder / "headrace_extractor.log").read_text()
 
 
 @WINDOW_FIRST

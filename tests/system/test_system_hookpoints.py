@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
+
 from fix_system import MODEL, N_LAYERS, texts
 from headrace_client import errors
-from transformers import AutoModel
 
 pytestmark = pytest.mark.timeout(240)
 

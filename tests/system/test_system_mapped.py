@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, Digest, columns_of, eventually, read, texts
 from headrace_client import errors
 from headrace_client.values import ExtractionState, Retain, Window

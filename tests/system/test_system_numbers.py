@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from transformers import AutoModelForCausalLM
+
 from fix_system import BOS_ID, MODEL, N_LAYERS, PATIENCE_S, columns_of, texts
 from headrace_client.values import Recipe
-from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fix_postgres import temporary_data_dir
 from fix_system import PATIENCE_S, systems, texts
 from headrace_client.errors import HeadraceError

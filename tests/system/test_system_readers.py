@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from fix_system import MODEL, N_LAYERS, PATIENCE_S, SLOW, read, texts
 from headrace_client import errors
 from headrace_client.values import Retain, Window

@@ -8,9 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
+
 from fix_system import BOS_ID, HOOKPOINT, MODEL, PATIENCE_S, texts
 from headrace_client import Recipe, errors
-from transformers import AutoTokenizer
 
 DOCUMENTS = texts(40, seed=11, longest=12)
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}"

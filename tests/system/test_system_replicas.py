@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+
 from fix_system import MODEL, PATIENCE_S, Process, eventually
 from headrace.registry.v1 import model_pb2 as m
 from headrace.registry.v1 import model_service_pb2 as models_pb
@@ -21,8 +22,7 @@ from headrace.registry.v1 import node_service_pb2_grpc as nodes_grpc
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2_grpc as pb_grpc
-
-from registry_service.postgres.embedded import EmbeddedPostgres
+from headrace_registry.postgres.embedded import EmbeddedPostgres
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 
@@ -46,13 +46,15 @@ class Cluster:
         shared = ["--data-dir", str(folder / "registry"), "--models-root", str(models_root)]
         shared += ["--database-url", self.postgres.url, "--heartbeat-interval-s", str(HEARTBEAT_S)]
         shared += ["--min-residency-s", "1", "--max-wait-s", "2"]
-        self.registries = [self._process(folder / f"registry-{n}", "registry_service", common + shared) for n in (0, 1)]
+        self.registries = [
+            self._process(folder / f"registry-{n}", "headrace_registry", common + shared) for n in (0, 1)
+        ]
         self.address = "ipv4:" + ",".join(registry.address for registry in self.registries)
         node = ("--registry", self.address, "--device", "cpu")
         self.extractors = [
             self._process(
                 folder / f"node-{name}",
-                "extractor_service",
+                "headrace_extractor",
                 [*common, *node, "--data-dir", str(folder / f"node-{name}"), "--node-id", f"node-{name}"],
             )
             for name in "ab"
@@ -82,7 +84,7 @@ class Cluster:
         found = []
         for child in psutil.Process(extractor.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "extractor_service.runner" in child.cmdline():
+                if "headrace_extractor.runner" in child.cmdline():
                     found.append(child.pid)
         return found
 

@@ -8,6 +8,7 @@ import time
 import grpc
 import psutil
 import pytest
+
 from fix_system import MODEL, PATIENCE_S, eventually
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb

@@ -7,9 +7,10 @@ import time
 
 import grpc
 import pytest
+from grpc import StatusCode
+
 from fix_postgres import refusal_of
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, At, Digest, columns_of, eventually, read, texts
-from grpc import StatusCode
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace.extractor.v1 import extraction_service_pb2_grpc as service_grpc
 from headrace_client import errors

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from fix_relay import Relay
 from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, read, texts
 from headrace_client import HeadraceClient

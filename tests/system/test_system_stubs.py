@@ -9,8 +9,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from fix_system import HOOKPOINT, TOKEN, columns_of
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from fix_system import HOOKPOINT, TOKEN, columns_of
 
 pytestmark = pytest.mark.timeout(240)
 

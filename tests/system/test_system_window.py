@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, Digest, columns_of, eventually, read, texts
 from headrace_client import errors
 from headrace_client.values import ExtractionState, Window

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from fix_train import blocks_of, documents, packed_rows
 from headrace_client.values import Recipe
 from headrace_train.analysis import FeatureCounter, count_features, find_contexts

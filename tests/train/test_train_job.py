@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from fix_train import D_IN
 from headrace.extractor.v1 import extraction_pb2 as ex_pb

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+
 from headrace_train.progress import Meter, Throttle, Tick
 from headrace_train.reporters import BarReporter, JsonReporter, LineReporter, describe, new_reporter
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from fix_train import blocks_of
 from headrace_client.errors import InvalidArgument
 from headrace_client.values import Recipe

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fix_train import blocks_of, documents, packed_rows
 from headrace_client.values import Recipe
 from headrace_train.rows import RowBlock, RowFilter, read_blocks

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from fix_train import D_IN, N_PLANTED, blocks_of, planted_rows
 from headrace_client.errors import InvalidArgument
 from headrace_client.values import Recipe

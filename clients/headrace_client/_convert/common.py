@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from headrace.common.v1 import dtype_pb2, transfer_pb2
 
+from headrace.common.v1 import dtype_pb2, transfer_pb2
 from headrace_client import values as v
 from headrace_client._convert.enums import choice_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from headrace.extractor.v1 import corpus_service_pb2 as corpora_pb
-
 from headrace_client import values as v
 from headrace_client._convert.common import time_from_pb
 from headrace_client._convert.enums import value_of

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from headrace.extractor.v1 import extraction_pb2 as extraction_pb
 from headrace.extractor.v1 import extraction_service_pb2 as extractions_pb
-
 from headrace_client import values as v
 from headrace_client._convert.common import failure_from_pb, time_from_pb, transfer_from_pb
 from headrace_client._convert.enums import state_of

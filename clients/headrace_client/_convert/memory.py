@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from headrace.registry.v1 import model_pb2 as model_pb
 from headrace.registry.v1 import model_service_pb2 as pb
-
 from headrace_client import memory as m
 from headrace_client.values import Quantization
 

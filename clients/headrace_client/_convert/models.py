@@ -7,9 +7,9 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
+
 from headrace.registry.v1 import model_pb2 as model_pb
 from headrace.registry.v1 import model_service_pb2 as models_pb
-
 from headrace_client import values as v
 from headrace_client._convert.common import failure_from_pb, time_from_pb, transfer_from_pb
 from headrace_client._convert.enums import choice_of, state_of

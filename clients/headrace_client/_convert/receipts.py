@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from headrace.extractor.v1 import extraction_pb2 as pb
-
 from headrace_client.receipts import ColumnParity, ParityReceipt
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_pb2 as extraction_pb
-
 from headrace_client import values as v
 from headrace_client._convert.common import dtype_from_pb
 from headrace_client._convert.enums import choice_of

@@ -6,7 +6,6 @@ from datetime import UTC
 
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace.registry.v1 import residency_service_pb2 as residencies_pb
-
 from headrace_client import values as v
 from headrace_client._convert.common import failure_from_pb, time_from_pb, transfer_from_pb
 from headrace_client._convert.enums import name_of, state_of

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 
+from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 from headrace_client._convert.common import time_from_pb
 from headrace_client.values import ActivationSet, SetPin
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_service_pb2 as extractions_pb
-
 from headrace_client import values as v
 from headrace_client._convert.enums import name_of
 

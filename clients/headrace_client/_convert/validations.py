@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from google.protobuf.json_format import MessageToDict
-from headrace.registry.v1 import model_pb2 as model_pb
 
+from headrace.registry.v1 import model_pb2 as model_pb
 from headrace_client._convert.common import failure_from_pb, time_from_pb
 from headrace_client._convert.models import quantization_from_pb
 from headrace_client.validation import StepState, ValidationAttempt, ValidationStep

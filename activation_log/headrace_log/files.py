@@ -1,0 +1,83 @@
+"""Durable small steps on files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from headrace_log.errors import DiskFull, TooManyFiles
+
+# EFBIG: the size limit of a process, which is no different to its user.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of file systems over a network and in user space: their names are as durable as they make them.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+# The limit of the process, and that of the machine.
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+
+
+@contextmanager
+def disk_full_as_typed(path: Path, required_bytes: int) -> Iterator[None]:
+    """Turns the errors of a disk or a quota that is full into DiskFull."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _NO_SPACE:
+            raise
+        stats = os.statvfs(path.parent)
+        raise DiskFull(path, required_bytes=required_bytes, free_bytes=stats.f_bavail * stats.f_frsize) from exc
+
+
+@contextmanager
+def too_many_files_as_typed() -> Iterator[None]:
+    """Turns the errors of a process that can open no more files into TooManyFiles."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _NO_DESCRIPTOR:
+            raise
+        raise TooManyFiles(max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0]) from exc
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` survive a power cut, where the file system syncs folders."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content`: a reader sees the old file or the new one, also after a crash. Raises DiskFull."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        with disk_full_as_typed(path, len(content)):
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def append_durably(path: Path, line: bytes) -> None:
+    """Appends `line` in one write and waits until it is on disk. Raises DiskFull."""
+    with disk_full_as_typed(path, len(line)):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(fd, line)
+            if written != len(line):  # Only a full disk cuts a write to a file short.
+                raise OSError(errno.ENOSPC, f"wrote {written} of {len(line)} bytes", str(path))
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,128 @@
+"""Keeps the statistics of columns that are being written, segment by segment, beside the digests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from headrace_log.index import SegmentIndex, dropped_rows
+from headrace_log.layout import ColumnSpec, column_folder
+from headrace_log.manifest import Manifest
+from headrace_log.segment import DATA_OFFSET, OpenSegment, map_segment
+from headrace_log.statistics import (
+    SUFFIX,
+    ColumnStatistics,
+    Summarize,
+    file_bytes,
+    last_segment,
+    read_statistics,
+    save_statistics,
+    statistics_path,
+    summary_to_json,
+)
+
+# Half the cores keep up with the digests beside them on any machine; four do with a GPU.
+_MAX_THREADS = 4
+
+
+class StatisticsWriter:
+    """Statistics of those of `columns` that are of hookpoints, as their segments are sealed; none without `summarize`.
+
+    A column has none for good once rows went, in a WINDOW set, that nobody had summarised.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec], summarize: Summarize | None
+    ) -> None:
+        self._folder = folder
+        self._columns = tuple(c for c in columns if summarize and c in manifest.hookpoints)
+        self._manifest = manifest
+        self._summarize = summarize
+        self._so_far: dict[str, ColumnStatistics | None] = {}
+        n_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2, len(self._columns)))
+        self._pool = ThreadPoolExecutor(max_workers=n_threads, thread_name_prefix="statistics")
+
+    def spare_bytes(self, column: ColumnSpec) -> int:
+        """Room that sealing a segment of `column` needs for its statistics."""
+        return file_bytes(column) if column in self._columns else 0
+
+    def start(self, segments: Sequence[OpenSegment], n_rows: int) -> Mapping[str, Future[ColumnStatistics]]:
+        """Begins to summarise the first `n_rows` rows of open segments, by column."""
+        memory = {segment.column.name: segment.data[: n_rows * segment.column.row_bytes] for segment in segments}
+        return {column.name: self._submit(column, memory) for column in self._columns}
+
+    def save(self, segment: int, parts: Mapping[str, Future[ColumnStatistics]], index: SegmentIndex) -> None:
+        """Writes the statistics up to the end of `segment`, which is recorded next; `index` ends before it."""
+        for column in self._columns:
+            before, part = self._before(column, segment, index), parts[column.name].result()
+            if before is None and segment:
+                self._so_far[column.name] = None
+                continue
+            total = self._so_far[column.name] = before.merged(part) if before else part
+            save_statistics(statistics_path(self._folder, column, segment), total)
+
+    def recorded(self, segment: int) -> None:
+        """Removes the statistics of earlier segments, now that `segment` is recorded."""
+        for column in self._columns:
+            self._remove(column, segment.__gt__)
+
+    def remove_leftovers(self, index: SegmentIndex) -> None:
+        """Removes statistics of segments that a crash kept from being recorded, and those the next ones superseded."""
+        for column in self._columns:
+            self._remove(column, last_segment(index, column).__ne__)
+
+    def summary(self, index: SegmentIndex) -> dict[str, Mapping[str, Any]]:
+        """Manifest entries of the columns that have statistics."""
+        entries = {}
+        for column in self._columns:
+            segment = last_segment(index, column)
+            if segment >= 0 and (found := self._recorded_up_to(column, segment)):
+                entries[column.name] = summary_to_json(self._folder, column, segment, found)
+        return entries
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, column: ColumnSpec, memory: Mapping[str, memoryview]) -> Future[ColumnStatistics]:
+        assert self._summarize is not None
+        scales = memory[column.scale_column] if column.scale_column else None
+        return self._pool.submit(self._summarize, column, memory[column.name], scales)
+
+    def _before(self, column: ColumnSpec, segment: int, index: SegmentIndex) -> ColumnStatistics | None:
+        """Statistics of the rows before a segment; None if there are none or if they can't be had any more."""
+        if not segment:
+            return None
+        if column.name not in self._so_far:
+            self._so_far[column.name] = self._recorded_up_to(column, segment - 1) or self._from_files(
+                column, segment, index
+            )
+        return self._so_far[column.name]
+
+    def _recorded_up_to(self, column: ColumnSpec, segment: int) -> ColumnStatistics | None:
+        return read_statistics(statistics_path(self._folder, column, segment), column)
+
+    def _from_files(self, column: ColumnSpec, segment: int, index: SegmentIndex) -> ColumnStatistics | None:
+        """Summarises sealed segments again: a version that kept no statistics wrote them."""
+        if dropped_rows(self._folder):
+            return None
+        total: ColumnStatistics | None = None
+        scale = self._manifest.column(column.scale_column) if column.scale_column else None
+        for record in index.records[:segment]:
+            memory = {
+                c.name: memoryview(map_segment(self._folder, c, record.segment))[DATA_OFFSET:]
+                for c in (column, scale)
+                if c
+            }
+            part = self._submit(column, memory).result()
+            total = total.merged(part) if total else part
+        return total
+
+    def _remove(self, column: ColumnSpec, superfluous: Callable[[int], bool]) -> None:
+        for path in column_folder(self._folder, column).glob(f"*{SUFFIX}"):
+            number = path.name.removesuffix(SUFFIX)
+            if number.isdigit() and superfluous(int(number)):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,240 @@
+"""Appends rows to a set: straight into mapped segment files, sealed in the background.
+
+One writer per set at a time. Rows are visible to readers once `commit` returns, durable once their segment is sealed.
+A crash at any point leaves the sealed segments; the next writer removes what was open and goes on behind them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self
+
+from headrace_log.files import fsync_folder
+from headrace_log.index import SegmentIndex, SegmentRecord
+from headrace_log.layout import OPEN_SUFFIX, ColumnSpec, column_folder
+from headrace_log.manifest import Manifest
+from headrace_log.segment import SPARE_BYTES, OpenSegment
+from headrace_log.statistics import Summarize
+from headrace_log.statistics_writer import StatisticsWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Memory for `n_rows` rows: one writable view per column, `n_rows * row_bytes` bytes each."""
+
+    n_rows: int
+    columns: Mapping[str, memoryview]
+
+
+class SetWriter:
+    """Appends rows of `columns` (all columns of the set by default), and their statistics with `summarize`."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec], summarize: Summarize | None = None
+    ) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._columns = tuple(columns)
+        self._index = SegmentIndex.load(folder)
+        self._open: tuple[OpenSegment, ...] = ()
+        self._open_first_row = 0
+        self._open_rows = 0
+        self._open_segment = 0
+        self._resume_at_commit: Mapping[str, Any] = {}
+        self._non_finite: Counter[str] = Counter()
+        self._sealing: Future[SegmentIndex] | None = None
+        # What sealing gives back to a full disk is for its record, not for the next segment.
+        self._disk = Lock()
+        # One thread: segments are sealed in order.
+        self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+        self.next_row = self._index.n_rows([column.name for column in self._columns])
+        _remove_leftovers(folder, self._columns, self._index)
+        self._statistics = StatisticsWriter(folder, manifest, self._columns, summarize)
+        self._statistics.remove_leftovers(self._index)
+
+    @classmethod
+    def open(cls, folder: Path, columns: Sequence[str] | None = None, summarize: Summarize | None = None) -> SetWriter:
+        """Opens a set whose manifest exists, behind the last row sealed in all of `columns`."""
+        manifest = Manifest.load(folder)
+        names = [column.name for column in manifest.columns] if columns is None else columns
+        return cls(folder, manifest, [manifest.column(name) for name in names], summarize)
+
+    @property
+    def resume(self) -> Mapping[str, Any] | None:
+        """Resume point stored with the segment before `next_row`; None at the start of the set."""
+        record = self._index.find(self.next_row - 1) if self.next_row else None
+        return record.resume if record else None
+
+    def reserve(self, n_rows: int) -> Reservation:
+        """Offers memory for at most `n_rows` rows, less where the open segment ends; at least one. Raises DiskFull."""
+        if not self._open:
+            self._begin_segment()
+        n_rows = min(n_rows, self._capacity - self._open_rows)
+        views = {}
+        for segment in self._open:
+            row_bytes = segment.column.row_bytes
+            views[segment.column.name] = segment.data[
+                self._open_rows * row_bytes : (self._open_rows + n_rows) * row_bytes
+            ]
+        return Reservation(n_rows, views)
+
+    @property
+    def n_non_finite(self) -> int:
+        """Values sealed in its columns that are NaN or infinite."""
+        return self._index.n_non_finite([column.name for column in self._columns], self.next_row)
+
+    def commit(self, n_rows: int, resume: Mapping[str, Any], non_finite: Mapping[str, int] | None = None) -> None:
+        """Makes the first `n_rows` rows reserved readable; from `resume` the row behind them can be produced again.
+
+        `non_finite` has how many of their values are NaN or infinite, by column.
+        """
+        assert 0 < n_rows <= self._capacity - self._open_rows, "commit what was reserved"
+        self._open_rows += n_rows
+        self.next_row += n_rows
+        self._resume_at_commit = dict(resume)
+        self._non_finite.update(non_finite or {})
+        if self._open_rows == self._capacity:
+            self.seal()
+
+    def seal(self) -> None:
+        """Seals the open segment however short, in the background; nothing happens if it has no rows.
+
+        Rows of a segment that exists in other columns are sealed whole or not at all: `next_row` goes back.
+        """
+        if not self._open:
+            return
+        self.settle()
+        segments, self._open = self._open, ()
+        if self._open_rows == 0 or (self._is_known and self._open_rows < self._capacity):
+            for segment in segments:
+                segment.discard()
+            self.next_row = self._open_first_row
+            return
+        record = SegmentRecord(
+            segment=self._open_segment,
+            first_row=self._open_first_row,
+            n_rows=self._open_rows,
+            digests={},
+            resume=self._resume_at_commit,
+            non_finite=dict(self._non_finite),
+        )
+        self._sealing = self._sealer.submit(self._seal_files, segments, record)
+
+    def settle(self) -> None:
+        """Waits for the segment being sealed, so that at most one is under way.
+
+        If that failed, nothing is sealed behind it: every later call raises the same.
+        """
+        if self._sealing is not None:
+            self._index = self._sealing.result()
+            self._sealing = None
+
+    def finish(self) -> None:
+        """Seals what is open and marks the set complete at `next_row` rows."""
+        self.seal()
+        self.settle()
+        summary = self._statistics.summary(self._index)
+        # Another process may have added columns to the manifest since.
+        Manifest.update(
+            self._folder,
+            lambda manifest: replace(manifest, total_rows=self.next_row, statistics={**manifest.statistics, **summary}),
+        )
+
+    def close(self) -> None:
+        """Waits for sealing to end and gives up rows that were not sealed. Raises what sealing raised."""
+        try:
+            self.settle()
+        finally:
+            self._sealer.shutdown()
+            self._statistics.close()
+            for segment in self._open:
+                segment.discard()
+            self._open = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _capacity(self) -> int:
+        """Rows of the open segment: as many as its columns of an earlier pass have, else a full segment."""
+        return self._index.records[self._open_segment].n_rows if self._is_known else self._manifest.segment_rows
+
+    @property
+    def _is_known(self) -> bool:
+        """True when the open segment exists in other columns."""
+        return self._open_segment < len(self._index.records)
+
+    def _begin_segment(self) -> None:
+        """Opens the next segment; the one before may still be sealed in the background.
+
+        Not if it is short: until it is recorded, readers take every segment to be full.
+        """
+        if self._open_rows < self._capacity or (self._sealing and self._sealing.done()):
+            self.settle()
+        names = [column.name for column in self._columns]
+        n_recorded = sum(all(name in record.digests for name in names) for record in self._index.records)
+        self._open_segment = n_recorded + (self._sealing is not None)
+        self._open_first_row, self._open_rows = self.next_row, 0
+        self._non_finite = Counter()
+        with self._disk:
+            self._open = self._open_columns()
+
+    def _open_columns(self) -> tuple[OpenSegment, ...]:
+        opened: list[OpenSegment] = []
+        try:
+            for column in self._columns:
+                opened.append(self._open_column(column))  # noqa: PERF401 -- those opened so far must be at hand on failure
+        except BaseException:
+            for segment in opened:
+                segment.discard()
+            raise
+        return tuple(opened)
+
+    def _open_column(self, column: ColumnSpec) -> OpenSegment:
+        return OpenSegment(
+            self._folder,
+            column,
+            segment=self._open_segment,
+            first_row=self._open_first_row,
+            capacity_rows=self._capacity,
+            spare_bytes=SPARE_BYTES + self._statistics.spare_bytes(column),
+        )
+
+    def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
+        with ExitStack() as files:
+            for segment in segments:
+                files.callback(segment.close)
+            parts = self._statistics.start(segments, record.n_rows)
+            digests = {segment.column.name: segment.digest(record.n_rows) for segment in segments}
+            for segment in segments:
+                segment.flush()
+            wait(parts.values())
+            with self._disk:
+                for segment in segments:
+                    segment.seal(record.n_rows)
+                    fsync_folder(column_folder(self._folder, segment.column))
+                self._statistics.save(record.segment, parts, self._index)
+                index = self._index.append(self._folder, replace(record, digests=digests))
+                self._statistics.recorded(record.segment)
+        return index
+
+
+def _remove_leftovers(folder: Path, columns: Sequence[ColumnSpec], index: SegmentIndex) -> None:
+    """Removes segment files that no record speaks of: open ones, and those renamed just before a crash."""
+    for column in columns:
+        recorded = {f"{r.segment:08d}.safetensors" for r in index.records if column.name in r.digests}
+        for path in column_folder(folder, column).glob("*.safetensors*"):
+            if path.name.endswith(OPEN_SUFFIX) or path.name not in recorded:
+                path.unlink()

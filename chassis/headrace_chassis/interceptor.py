@@ -1,0 +1,180 @@
+"""The one interceptor of a server: what comes in is checked, then runs as an `Rpc`.
+
+Authentication is decided on the headers, before any message is read. Handlers may be async generators or coroutines
+that call `context.write`; either way they run as a coroutine that owns the generator, so that a client's disappearance
+closes it at once instead of when it is collected. Response messages, raw bytes included, are passed on untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from headrace_chassis.auth import TokenGate
+from headrace_chassis.errors import MessageTooLarge, MethodUnknown, RequestMalformed, ServiceError
+from headrace_chassis.rpc import REQUEST_ID_KEY, Context, Rpc, RpcRunner
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"]
+
+# grpc ends a request stream in the same way whether the client closed it, broke off or sent too much; in the latter
+# cases the cancellation follows some loop iterations later. Waiting for it keeps a torn upload from looking whole.
+_END_OF_REQUESTS_S = 0.05
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_MAX_METHOD_CHARACTERS = 200
+
+
+class ChassisInterceptor(grpc.aio.ServerInterceptor):
+    """Authentication, limits, status mapping, metrics and the log line, for all four kinds of RPC."""
+
+    def __init__(
+        self,
+        *,
+        runner: RpcRunner,
+        gate: TokenGate,
+        max_receive_bytes: int,
+        new_request_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._gate = gate
+        self._max_receive_bytes = max_receive_bytes
+        self._new_request_id = new_request_id
+        self._clock_s = clock_s
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """Returns the method's handler as an Rpc, or one that refuses without reading a message."""
+        handler = await continuation(handler_call_details)
+        metadata = tuple(handler_call_details.invocation_metadata)
+        rpc = self._rpc(handler_call_details.method, metadata, handler)
+        try:
+            if not rpc.is_health:
+                self._gate.check(metadata)
+            if handler is None:
+                raise MethodUnknown(rpc.method)
+        except ServiceError as exc:
+            return self._refusing(rpc, exc)
+        return self._running(rpc, handler)
+
+    def _rpc(self, method: str, metadata: tuple[tuple[str, str | bytes], ...], handler: Handler | None) -> Rpc:
+        given = next((value for key, value in metadata if key == REQUEST_ID_KEY), "")
+        usable = isinstance(given, str) and _REQUEST_ID.fullmatch(given)
+        return Rpc(
+            method=method[:_MAX_METHOD_CHARACTERS],
+            known=handler is not None,
+            streaming=handler is not None and (handler.request_streaming or handler.response_streaming),
+            service=method.strip("/").rpartition("/")[0],
+            request_id=str(given) if usable else self._new_request_id(),
+            started_s=self._clock_s(),
+        )
+
+    def _refusing(self, rpc: Rpc, exc: ServiceError) -> Handler:
+        async def refuse() -> None:
+            raise exc
+
+        async def behave(_requests: AsyncIterator[Any], context: Context) -> None:
+            rpc.streaming = False
+            await self._runner.run(rpc, context, refuse)
+
+        # Streaming in both directions fits every method: nothing is read, and the status is all that is sent.
+        return grpc.stream_stream_rpc_method_handler(behave)
+
+    def _running(self, rpc: Rpc, handler: Handler) -> Handler:
+        behaviour = _behaviour_of(handler)
+        serve = _answer_many if handler.response_streaming else _answer_one
+
+        async def on_request(request: Any, context: Context) -> Any:
+            async def body() -> Any:
+                if isinstance(request, _Unreadable):
+                    raise request.error
+                return await serve(behaviour, request, context)
+
+            return await self._runner.run(rpc, context, body)
+
+        async def on_requests(requests: AsyncIterator[Any], context: Context) -> Any:
+            async def body() -> Any:
+                async with aclosing(_until_certain_end(requests)) as certain:
+                    return await serve(behaviour, certain, context)
+
+            return await self._runner.run(rpc, context, body)
+
+        read = self._reader(rpc.method, handler)
+        chosen: Any = on_requests if handler.request_streaming else on_request
+        make = _MAKERS[handler.request_streaming, handler.response_streaming]
+        return make(chosen, read, handler.response_serializer)
+
+    def _reader(self, method: str, handler: Handler) -> Callable[[bytes], Any]:
+        """Returns a deserializer that checks first.
+
+        For a unary request, which grpc reads before `run` could map an error, it returns the error instead of raising.
+        """
+        limit, deserialize = self._max_receive_bytes, handler.request_deserializer
+
+        def read(raw: bytes) -> Any:
+            if len(raw) > limit:
+                raise MessageTooLarge(size_bytes=len(raw), limit_bytes=limit)
+            try:
+                return deserialize(raw) if deserialize is not None else raw
+            except DecodeError as exc:
+                raise RequestMalformed(method) from exc
+
+        def read_unary(raw: bytes) -> Any:
+            try:
+                return read(raw)
+            except ServiceError as exc:
+                return _Unreadable(exc)
+
+        return read if handler.request_streaming else read_unary
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Stands for a unary request that could not be read."""
+
+    error: ServiceError
+
+
+_MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _behaviour_of(handler: Handler) -> Callable[[Any, Context], Any]:
+    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    return cast("Callable[[Any, Context], Any]", next(kind for kind in kinds if kind is not None))
+
+
+async def _answer_one(behaviour: Callable[[Any, Context], Any], request: Any, context: Context) -> Any:
+    return await behaviour(request, context)
+
+
+async def _answer_many(behaviour: Callable[[Any, Context], Any], request: Any, context: Context) -> None:
+    """Sends what an async generator yields; a coroutine writes for itself."""
+    answer = behaviour(request, context)
+    if not isinstance(answer, AsyncGenerator):
+        await answer
+        return
+    async with aclosing(answer) as messages:
+        async for message in messages:
+            await context.write(message)
+
+
+async def _until_certain_end(requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+    async for request in requests:
+        yield request
+    await asyncio.sleep(_END_OF_REQUESTS_S)

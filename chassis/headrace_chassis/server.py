@@ -1,0 +1,246 @@
+"""A gRPC server from its first byte to its last: bind, serve, say goodbye, leave in time.
+
+SIGTERM → health NOT_SERVING → watches end with SHUTTING_DOWN → calls in progress drain → the rest is cut with
+SHUTTING_DOWN → exit. A second signal exits at once; a process still there after the grace is ended from outside
+the event loop, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from headrace_chassis.auth import TokenGate, is_unix, require_safe, split_address
+from headrace_chassis.errors import AddressInvalid, ListenFailed, ReadyFileInvalid
+from headrace_chassis.interceptor import ChassisInterceptor
+from headrace_chassis.metrics import Metrics
+from headrace_chassis.options import ServerOptions
+from headrace_chassis.rpc import Limits, RpcRunner
+from headrace_chassis.shutdown import Shutdown
+from headrace_chassis.status import StatusTable
+
+__all__ = ["Server", "ServerOptions"]
+
+# Part of the grace that is kept for what comes after the drain: cutting, and the service's own cleaning up.
+_RESERVE_S = 2.0
+_ANNOUNCE_TIMEOUT_S = 1.0
+# Long enough for health watchers to be sent NOT_SERVING before their stream is cut.
+_FAREWELL_S = 0.05
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Up to this multiple of `max_receive_bytes` an oversized request is read, dropped and answered with MESSAGE_TOO_LARGE;
+# beyond it grpc itself answers RESOURCE_EXHAUSTED, without a reason.
+_TYPED_REFUSAL_FACTOR = 4
+# grpc's own limit, likewise without a reason, is the backstop behind ours.
+_SPARE_RPCS = 100
+
+
+class Server:
+    """Serves what `add_services` registers, with health and reflection, until a signal or the shutdown.
+
+    `await start()`, `await wait()`, `await stop()`; all on one event loop, signals only in the main thread.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        *,
+        service_names: Sequence[str],
+        add_services: Callable[[grpc.aio.Server], None],
+        statuses: StatusTable,
+        metrics: Metrics,
+        shutdown: Shutdown,
+        handle_signals: bool = True,
+    ) -> None:
+        self._options = options
+        self._names = tuple(service_names)
+        self._add_services = add_services
+        self._metrics = metrics
+        self._shutdown = shutdown
+        self._health = health.aio.HealthServicer()
+        limits = Limits(max_rpcs=options.max_concurrent_rpcs, max_streams=options.max_streams)
+        self._runner = RpcRunner(statuses=statuses, metrics=metrics, shutdown=shutdown, limits=limits)
+        self._signals = _Signals(options.grace_s) if handle_signals else None
+        self._grpc: grpc.aio.Server | None = None
+        self._announcing: asyncio.Task[None] | None = None
+        self.address = ""
+        self.metrics_address = ""
+
+    async def start(self) -> None:
+        """Binds and serves; `address` is set. Raises StartError and leaves nothing behind."""
+        options = self._options
+        require_safe(options.listen, protected=options.protected, insecure=options.insecure)
+        if options.metrics_listen is not None:
+            require_safe(
+                options.metrics_listen,
+                protected=options.protected,
+                insecure=options.insecure,
+                flag="--metrics-listen",
+            )
+            self.metrics_address = self._metrics.serve(options.metrics_listen)
+        try:
+            await self._start_grpc()
+            if self._signals is not None:
+                self._signals.catch(asyncio.get_running_loop(), self._on_signal)
+            self._write_ready_file()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def wait(self) -> None:
+        """Returns when the shutdown has begun, by a signal or by `Shutdown.begin`."""
+        await self._shutdown.wait()
+
+    async def stop(self) -> None:
+        """Drains, cuts what is left and closes; takes less than the grace. Again is no error."""
+        reserve_s = min(_RESERVE_S, self._options.grace_s / 2)
+        server, self._grpc = self._grpc, None
+        await self._announce()
+        if server is not None:
+            await self._drain(server, drain_s=self._options.grace_s - reserve_s, cut_s=reserve_s / 2)
+        self._metrics.close()
+        if self._signals is not None:
+            self._signals.release()
+        if self._options.ready_file is not None:
+            self._options.ready_file.unlink(missing_ok=True)
+
+    async def set_health(self, service: str, *, serving: bool) -> None:
+        """Tells health checks whether a service can do its work; the empty name is the server as a whole."""
+        states = health_pb2.HealthCheckResponse
+        await self._health.set(service, states.SERVING if serving else states.NOT_SERVING)
+
+    async def _start_grpc(self) -> None:
+        options = self._options
+        interceptor = ChassisInterceptor(
+            runner=self._runner, gate=TokenGate(options.token), max_receive_bytes=options.max_receive_bytes
+        )
+        server = grpc.aio.server(
+            interceptors=[interceptor],
+            options=_arguments(options),
+            maximum_concurrent_rpcs=options.max_concurrent_rpcs + _SPARE_RPCS,
+        )
+        self._add_services(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        self.address = _bind(server, options)
+        self._grpc = server
+        await server.start()
+        for name in ("", *self._names):
+            await self.set_health(name, serving=True)
+
+    def _write_ready_file(self) -> None:
+        path = self._options.ready_file
+        if path is None:
+            return
+        try:
+            draft = path.with_name(f".{path.name}.{os.getpid()}")
+            draft.write_text(self.address, encoding="utf-8")
+            draft.replace(path)
+        except OSError as exc:
+            raise ReadyFileInvalid(f"Can't write {path} ({exc}); give --ready-file a writable place.") from exc
+
+    def _on_signal(self) -> None:
+        self._announcing = asyncio.get_running_loop().create_task(self._announce())
+
+    async def _announce(self) -> None:
+        """Tells health checks first, then everything else, that the server goes away."""
+        try:
+            async with asyncio.timeout(_ANNOUNCE_TIMEOUT_S):
+                await self._health.enter_graceful_shutdown()
+        except TimeoutError:
+            pass  # A health watcher that does not read holds the lock; the others will see the connection end.
+        finally:
+            self._shutdown.begin()
+
+    async def _drain(self, server: grpc.aio.Server, *, drain_s: float, cut_s: float) -> None:
+        stopping = asyncio.create_task(server.stop(drain_s + cut_s / 2))
+        await asyncio.wait({stopping}, timeout=min(_FAREWELL_S, drain_s))
+        self._runner.cut(infrastructure_only=True)
+        await asyncio.wait({stopping}, timeout=drain_s)
+        if not stopping.done():
+            self._runner.cut(infrastructure_only=False)
+            await asyncio.wait({stopping}, timeout=cut_s)
+        stopping.cancel()  # Only a handler that ignores its cancellation can still be there.
+
+
+class _Signals:
+    """Turns the first signal into a callback on the loop, and the second into the end of the process."""
+
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._seen = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._callback: Callable[[], None] | None = None
+
+    def catch(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        """Starts catching; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._loop, self._callback = loop, callback
+        # Not loop.add_signal_handler: the second signal must work while the loop is blocked.
+        self._previous = {each: signal.signal(each, self._on_signal) for each in _SIGNALS}
+
+    def release(self) -> None:
+        """Stops catching, unless a signal has come: a second one shall end a slow exit too."""
+        previous, self._previous = self._previous, {}
+        if self._seen:
+            return
+        for each, handler in previous.items():
+            if signal.getsignal(each) == self._on_signal:
+                signal.signal(each, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        # A thread of C code, so that neither a blocked loop nor a held GIL can keep the process beyond its grace.
+        faulthandler.dump_traceback_later(self._grace_s, exit=True, file=sys.stderr)
+        if self._loop is not None and self._callback is not None:
+            self._loop.call_soon_threadsafe(self._callback)
+
+
+def _bind(server: grpc.aio.Server, options: ServerOptions) -> str:
+    if not is_unix(options.listen):
+        split_address(options.listen)
+    elif options.listen.rstrip("/").endswith(":"):
+        raise AddressInvalid(f"{options.listen!r} names no socket; --listen takes unix:PATH.")
+    try:
+        if options.tls is None:
+            port = server.add_insecure_port(options.listen)
+        else:
+            pair = (options.tls.key, options.tls.cert)
+            port = server.add_secure_port(options.listen, grpc.ssl_server_credentials([pair]))
+    except RuntimeError as exc:
+        raise ListenFailed(
+            f"Can't listen on {options.listen}: it is in use, or no address of this machine; choose another --listen."
+        ) from exc
+    return options.listen if is_unix(options.listen) else f"{options.listen.rpartition(':')[0]}:{port}"
+
+
+def _arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
+    keepalive_ms = round(options.keepalive_s * 1000)
+    return (
+        ("grpc.max_receive_message_length", options.max_receive_bytes * _TYPED_REFUSAL_FACTOR),
+        ("grpc.max_send_message_length", options.max_send_bytes),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms // 3),
+        ("grpc.http2.ping_timeout_ms", keepalive_ms // 3),  # Alone, the line above leaves it at a minute.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # No limit: a watch may be silent, and its client gone, for long.
+        # Clients ping every 30 s too; without this grpc takes a ping in less than 5 minutes for abuse and hangs up.
+        ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms // 3),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.so_reuseport", 0),  # Two servers on one port are an error, not a lottery.
+    )

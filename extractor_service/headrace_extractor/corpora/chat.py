@@ -1,0 +1,184 @@
+"""Renders conversations with a model's chat template, as transformers does.
+
+Templates are programs from model repos: they run in Jinja's sandbox, and for so long and to so much text only. A loop
+without output is ended by a timer, which needs the main thread of its process; a server has conversations rendered in
+processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from headrace_extractor.chat_template import ChatTemplate
+from headrace_extractor.corpora import contents
+from headrace_extractor.corpora.contents import malformed, too_large
+from headrace_extractor.errors import ModelUnsupported
+
+RENDER_DEADLINE_S = 10.0
+# Rows must not depend on the day they are made. Templates that ask whether there is a date are told that there is none
+# and write the one they were made with; others get this one, which is what Llama's writes.
+_DATE = datetime(2024, 7, 26, tzinfo=UTC)
+_ASKS_FOR_DATE = re.compile(r"strftime_now\s+is\s+(not\s+)?(un)?defined")
+# Names under which messages carry what a model thought; templates read the first.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatRenderer:
+    """Conversations to text."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace}
+        del environment.globals["lipsum"]  # Random text.
+        if not _ASKS_FOR_DATE.search(template.source):
+            environment.globals["strftime_now"] = _DATE.strftime
+        self._special_tokens = dict(template.special_tokens)
+        with _as_unsupported("can't be compiled"):
+            self._template = environment.from_string(template.source)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
+        """Returns the text of a conversation; raises CorpusMalformed for one that the template refuses."""
+        try:
+            with _deadline(RENDER_DEADLINE_S):
+                return self._render(messages, document)
+        except jinja2.TemplateError as exc:
+            raise malformed(
+                f"The model's chat template refuses document {document}: {str(exc)[:300]}; leave the conversation"
+                " out, or write it as the template wants it.",
+                document=document,
+            ) from exc
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as exc:
+            raise malformed(
+                f"The model's chat template fails on document {document} ({type(exc).__name__}: {str(exc)[:300]}); it"
+                " may want other keys in its messages.",
+                document=document,
+            ) from exc
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
+        parts: list[str] = []
+        size = 0
+        for part in self._template.generate(
+            messages=[_with_reasoning(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=False,
+            **self._special_tokens,
+        ):
+            size += len(part)
+            if size > contents.MAX_DOCUMENT_BYTES:
+                raise too_large(f"Document {document} as the chat template writes it", document=document)
+            parts.append(part)
+        return "".join(parts)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant says; here it is text like any other."""
+
+    tags = {"generation"}  # noqa: RUF012 -- as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_whole"), [], [], body).set_lineno(line)
+
+    def _whole(self, caller: Macro) -> str:
+        return str(caller())
+
+
+class _Dict:
+    """`dict(...)` for templates, without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        """As that of dict."""
+        return dict.fromkeys(keys, value)
+
+
+class _Namespace(Namespace):
+    """`namespace(...)` for templates, which may not set what Python keeps for itself."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *given = args  # A template may call one of its names `self`.
+        values = dict(*given, **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"{name!r} starts with an underscore")
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes characters of HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+@contextmanager
+def _as_unsupported(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (jinja2.TemplateError, RecursionError, ValueError) as exc:
+        raise ModelUnsupported(f"The model's chat template {what}: {str(exc)[:300]}.") from exc
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raises ModelUnsupported in the block when it takes longer; in threads other than the main one it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGALRM, _late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _late(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise ModelUnsupported(
+        f"The model's chat template took longer than {RENDER_DEADLINE_S:.0f} s for one conversation; mend the template."
+    )

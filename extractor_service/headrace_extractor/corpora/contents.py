@@ -1,0 +1,142 @@
+"""Values as parsers find them, as the bytes of documents: texts, conversations, token ids.
+
+Each function takes a value, the column it is from, and its place, and raises CorpusMalformed that names the place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from headrace_extractor.corpora.spec import DocumentKind
+from headrace_extractor.errors import CorpusMalformed
+
+MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+MAX_COLUMNS_NAMED = 20  # in messages
+TOKEN_LIMIT = 2**31
+
+# `line` and its number from 1, or `row` and its number from 0. A plain tuple: every document has one.
+Place: TypeAlias = tuple[str, int]
+Content: TypeAlias = Callable[[Any, str, Place], bytes]
+
+
+def content_of(kind: DocumentKind) -> Content:
+    """Returns the function for documents of a kind."""
+    return {
+        DocumentKind.TEXT: text_content,
+        DocumentKind.CHAT: chat_content,
+        DocumentKind.TOKEN_IDS: token_content,
+    }[kind]
+
+
+def text_content(value: Any, column: str, place: Place) -> bytes:
+    """A string as UTF-8."""
+    if isinstance(value, str):
+        return _encoded(value, column, place)
+    raise malformed(f"{spell(place)} holds a {json_type(value)} under {column!r}; the text must be a string.", place)
+
+
+def chat_content(value: Any, column: str, place: Place) -> bytes:
+    """A list of messages as JSON in one spelling; nothing for an empty list."""
+    if not isinstance(value, list):
+        raise malformed(
+            f"{spell(place)} holds a {json_type(value)} under {column!r}; a conversation is a list of messages"
+            " with `role` and `content`.",
+            place,
+        )
+    messages = [_message(message, column, place) for message in value]
+    if not messages:
+        return b""
+    try:
+        text = json.dumps(messages, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise malformed(f"{spell(place)} holds what JSON can't under {column!r}: {exc}; leave it out.", place) from exc
+    return _encoded(text, column, place)
+
+
+def token_content(value: Any, column: str, place: Place) -> bytes:
+    """A list of token ids as little-endian int32."""
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        what = "list with other things than integers" if isinstance(value, list) else json_type(value)
+        raise malformed(f"{spell(place)} holds a {what} under {column!r}; token ids are a list of integers.", place)
+    return token_bytes(value, spell(place), **dict([place]))
+
+
+def token_bytes(tokens: Sequence[int], where: str, **metadata: int) -> bytes:
+    """Token ids as little-endian int32; raises CorpusMalformed unless they are non-negative int32."""
+    if len(tokens) * 4 > MAX_DOCUMENT_BYTES:
+        raise too_large(where, **metadata)
+    if any(not 0 <= token < TOKEN_LIMIT for token in tokens):
+        raise beyond_int32(where, **metadata)
+    return np.array(tokens, dtype="<i4").tobytes()
+
+
+def spell(place: Place) -> str:
+    """Returns a place as it begins a sentence."""
+    kind, number = place
+    return f"Line {number}" if kind == "line" else f"Row {number}, counted from 0,"
+
+
+def malformed(message: str, place: Place | None = None, /, **metadata: object) -> CorpusMalformed:
+    """Returns the error with its figures."""
+    figures = {**dict([place] if place else []), **metadata}
+    return CorpusMalformed(message, metadata={name: str(value) for name, value in figures.items()})
+
+
+def missing_column(column: str, available: Iterable[object], where: str, **metadata: object) -> CorpusMalformed:
+    """Returns the error for a text column that isn't there, which names those that are."""
+    names = [str(name)[:100] for name in available]
+    listed = ", ".join(names[:MAX_COLUMNS_NAMED]) or "none"
+    if len(names) > MAX_COLUMNS_NAMED:
+        listed += f" and {len(names) - MAX_COLUMNS_NAMED} more"
+    return malformed(
+        f"{where} has no column {column!r}; set spec.text_column to one of: {listed}.", columns=listed, **metadata
+    )
+
+
+def too_large(where: str, **metadata: object) -> CorpusMalformed:
+    """Returns the error for a document beyond the limit."""
+    return malformed(
+        f"{where} is larger than {MAX_DOCUMENT_BYTES} bytes, the most a document may have; split it.",
+        limit_bytes=MAX_DOCUMENT_BYTES,
+        **metadata,
+    )
+
+
+def beyond_int32(where: str, **metadata: object) -> CorpusMalformed:
+    """Returns the error for a token id that is none."""
+    return malformed(f"{where} holds a token id that is negative or beyond int32.", **metadata)
+
+
+def _message(message: Any, column: str, place: Place) -> dict[str, Any]:
+    """One message: role and content first, then what else it has, less nulls, which Parquet puts for missing keys."""
+    if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise malformed(
+            f"{spell(place)} has a message under {column!r} without a string for each of `role` and `content`; add"
+            " them.",
+            place,
+        )
+    others = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
+    named = {key: value for key, value in others.items() if value is not None}
+    return {"role": message["role"], "content": message["content"], **named}
+
+
+def _encoded(text: str, column: str, place: Place) -> bytes:
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as exc:  # JSON can spell half of a surrogate pair
+        raise malformed(
+            f"{spell(place)} holds a lone surrogate in {column!r}, which is no character; repair the file.", place
+        ) from exc
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise too_large(f"{spell(place)} has under {column!r} what", **dict([place]))
+    return data
+
+
+def json_type(value: object) -> str:
+    """Returns what JSON calls the type of a value."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

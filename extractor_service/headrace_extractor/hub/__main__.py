@@ -1,0 +1,66 @@
+"""`python -m headrace_extractor.hub`: reads one dataset and writes its documents to standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+
+from headrace_chassis.errors import ServiceError
+from headrace_extractor.errors import reason_of
+from headrace_extractor.hub.job import DONE, FAILED, HubJob, frame
+
+_BUFFER_BYTES = 256 * 1024
+
+
+class Output:
+    """Frames to standard output, many small ones together."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = bytearray()
+
+    def send(self, kind: bytes, content: bytes = b"", *, now: bool = False) -> None:
+        """Writes a frame; at once with `now`."""
+        self._buffer += frame(kind, content)
+        if now or len(self._buffer) >= _BUFFER_BYTES:
+            data, self._buffer = memoryview(self._buffer), bytearray()
+            while data:
+                data = data[os.write(self._fd, data) :]
+
+
+def main() -> None:
+    """Carries out the job on standard input."""
+    fd = os.dup(1)
+    os.dup2(2, 1)  # What libraries print is none of ours.
+    output = Output(fd)
+    job = HubJob.parse(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_input, name="input", daemon=True).start()
+    try:
+        from headrace_extractor.hub.reading import read_dataset  # noqa: PLC0415 -- a second; the end of input is watched.
+
+        read_dataset(job, output.send)
+        output.send(DONE, now=True)
+    except ServiceError as exc:
+        event = {
+            "reason": reason_of(exc),
+            "message": exc.message,
+            "metadata": dict(exc.metadata),
+            "field": exc.field,
+            "retry_after_s": exc.retry_after_s,
+        }
+        output.send(FAILED, json.dumps(event).encode(), now=True)
+    except BrokenPipeError:
+        pass
+
+
+def _end_with_input() -> None:
+    """The server keeps this end open; when it is gone, so is whoever wants the documents."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # The libraries' threads may wait for connections.

@@ -1,0 +1,65 @@
+"""Which columns the next pass over the corpus writes, and how far: a pure decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from headrace_log.index import SegmentIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What one extraction wants of a set: `max_rows` rows of `columns`; 0: as many as the corpus gives."""
+
+    columns: tuple[str, ...]
+    max_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Write `columns` until `max_rows` rows exist in them; 0: to the end of the corpus."""
+
+    columns: tuple[str, ...]
+    max_rows: int
+
+
+def next_pass(index: SegmentIndex, wants: Sequence[Want], total_rows: int | None = None) -> Pass | None:
+    """Of all columns that lack rows, those with the fewest go on together, up to the next ones ahead of them.
+
+    Segments that exist in other columns are filled to their end, also beyond the rows wanted: a segment has one row
+    count. `total_rows` is the set's extent where that is known. None when nothing is missing.
+    """
+    targets = {name: _farthest(wants, name) for name in _columns_of(wants)}
+    rows = {name: index.n_rows([name]) for name in targets}
+    lacking = [name for name in targets if not _has_all(rows[name], targets[name], total_rows)]
+    if not lacking:
+        return None
+    least = min(rows[name] for name in lacking)
+    behind = tuple(name for name in lacking if rows[name] == least)
+    ahead = [rows[name] for name in lacking if rows[name] > least]
+    limits = [*([min(ahead)] if ahead else []), *(targets[name] for name in behind if targets[name])]
+    if not limits:
+        return Pass(columns=behind, max_rows=0)
+    limit = min(limits)
+    known = index.find(limit - 1)
+    return Pass(columns=behind, max_rows=known.end_row if known else limit)
+
+
+def has_all(index: SegmentIndex, want: Want, total_rows: int | None) -> bool:
+    """True when every row that is wanted is sealed."""
+    return _has_all(index.n_rows(want.columns), want.max_rows, total_rows)
+
+
+def _has_all(n_rows: int, target: int, total_rows: int | None) -> bool:
+    return bool(target and n_rows >= target) or n_rows == total_rows
+
+
+def _columns_of(wants: Iterable[Want]) -> list[str]:
+    return list(dict.fromkeys(name for want in wants for name in want.columns))
+
+
+def _farthest(wants: Iterable[Want], name: str) -> int:
+    """The rows wanted of one column; 0: all."""
+    targets = [want.max_rows for want in wants if name in want.columns]
+    return 0 if 0 in targets else max(targets)

@@ -1,0 +1,182 @@
+"""CorpusService: check, call the store in a thread, fill the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+
+from headrace.extractor.v1 import corpus_service_pb2, corpus_service_pb2_grpc
+from headrace_chassis.errors import ShuttingDown
+from headrace_chassis.shutdown import Shutdown
+from headrace_extractor.corpora.spec import Corpus, CorpusSpec
+from headrace_extractor.corpora.store import CorpusStore
+from headrace_extractor.errors import FieldInvalid, QueueFull, StateConflict
+from headrace_extractor.hub.client import HubDatasets
+from headrace_extractor.requests import Requests, checked_request_id
+from headrace_extractor.rpc import convert, convert_corpora
+
+MAX_CONTENT_BYTES = 1024 * 1024
+# Ingesting is parsing in threads; more at once would only be slower.
+MAX_INGESTS = 4
+
+T = TypeVar("T")
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
+    """Serves the corpora of this node."""
+
+    def __init__(
+        self, store: CorpusStore, hub: HubDatasets, *, in_use: Callable[[str], bool], shutdown: Shutdown
+    ) -> None:
+        self._store = store
+        self._hub = hub
+        self._in_use = in_use
+        self._shutdown = shutdown
+        self._registrations = Requests()
+        self._n_ingests = 0
+        # Datasets take hours: they must not take the threads that everything else shares, heartbeats among it.
+        self._threads = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="corpora")
+
+    async def UploadCorpus(
+        self, request_iterator: AsyncIterator[corpus_service_pb2.UploadCorpusRequest], context: Context
+    ) -> corpus_service_pb2.UploadCorpusResponse:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("part") != "spec":
+            raise FieldInvalid("The first message of an upload must hold `spec`.", field="spec")
+        with self._ingesting():
+            corpus = await self._receive(convert.corpus_spec_from_pb(first.spec), request_iterator)
+        return corpus_service_pb2.UploadCorpusResponse(corpus=convert.corpus_to_pb(corpus))
+
+    async def RegisterCorpus(
+        self, request: corpus_service_pb2.RegisterCorpusRequest, context: Context
+    ) -> corpus_service_pb2.RegisterCorpusResponse:
+        known = self._registrations.recall(checked_request_id(request.request_id))
+        if known is not None:
+            corpus = self._store.get(known)
+        else:
+            with self._ingesting():
+                corpus = await self._register(request)
+        return corpus_service_pb2.RegisterCorpusResponse(corpus=convert.corpus_to_pb(corpus))
+
+    async def GetCorpus(
+        self, request: corpus_service_pb2.GetCorpusRequest, context: Context
+    ) -> corpus_service_pb2.GetCorpusResponse:
+        return corpus_service_pb2.GetCorpusResponse(corpus=convert.corpus_to_pb(self._store.get(request.corpus_id)))
+
+    async def ListCorpora(
+        self, request: corpus_service_pb2.ListCorporaRequest, context: Context
+    ) -> corpus_service_pb2.ListCorporaResponse:
+        corpora, token = self._store.list(request.page_size, request.page_token)
+        return corpus_service_pb2.ListCorporaResponse(
+            corpora=[convert.corpus_to_pb(corpus) for corpus in corpora], next_page_token=token
+        )
+
+    async def DeleteCorpus(
+        self, request: corpus_service_pb2.DeleteCorpusRequest, context: Context
+    ) -> corpus_service_pb2.DeleteCorpusResponse:
+        repeated = self._store.deletions.recall(checked_request_id(request.request_id)) is not None
+        if not repeated and self._in_use(request.corpus_id):
+            raise StateConflict(
+                f"An extraction reads corpus {request.corpus_id}; wait for its end or cancel it.",
+                resource=("Corpus", request.corpus_id),
+            )
+        await asyncio.to_thread(self._store.delete, request.corpus_id, request.request_id)
+        return corpus_service_pb2.DeleteCorpusResponse()
+
+    async def _register(self, request: corpus_service_pb2.RegisterCorpusRequest) -> Corpus:
+        spec, source = convert.corpus_spec_from_pb(request.spec), request.WhichOneof("source")
+        if source == "hub":
+            return await self._read_hub(spec, request)
+        ingest: Callable[[], Corpus]
+        if source == "path":
+            ingest = partial(self._store.ingest_path, spec, request.path.path)
+        elif source == "token_ids":
+            documents = [document.token_ids for document in request.token_ids.documents]
+            ingest = partial(self._store.ingest_tokens, spec.id, documents)
+        elif source == "mix":
+            ingest = partial(self._store.ingest_mix, spec.id, convert_corpora.mix_from_pb(request.mix))
+        else:
+            raise FieldInvalid("Set one of `path`, `token_ids`, `hub` and `mix`.", field="source")
+        return await self._in_thread(self._remembered, request.request_id, ingest)
+
+    def _remembered(self, request_id: str, ingest: Callable[[], Corpus]) -> Corpus:
+        # In the thread, which goes on when the call it works for is cut.
+        corpus = ingest()
+        self._registrations.remember(request_id, corpus.id)
+        return corpus
+
+    async def _read_hub(self, spec: CorpusSpec, request: corpus_service_pb2.RegisterCorpusRequest) -> Corpus:
+        kind, job = convert_corpora.hub_job_from_pb(spec, request.hub)
+        left = threading.Event()
+
+        def check() -> None:
+            self._shutdown.check()
+            if left.is_set():  # Nobody hears of it.
+                raise ShuttingDown
+
+        def read() -> Corpus:
+            with self._hub.open(job, check) as dataset:
+                known = self._store.known(spec.id, dataset.origin)
+                return known or self._store.ingest_documents(
+                    spec.id, dataset.documents(), origin=dataset.origin, kind=kind
+                )
+
+        try:
+            return await self._in_thread(self._remembered, request.request_id, read)
+        finally:
+            left.set()  # A thread is not cancelled with the call it works for.
+
+    async def _receive(
+        self, spec: CorpusSpec, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]
+    ) -> Corpus:
+        upload = await self._in_thread(self._store.upload, spec)
+        try:
+            async for request in self._shutdown.watching(requests):
+                if request.WhichOneof("part") != "content":
+                    raise FieldInvalid("Only the first message of an upload may hold `spec`.", field="content")
+                if len(request.content) > MAX_CONTENT_BYTES:
+                    raise FieldInvalid("A piece of an upload has at most 1 MiB.", field="content")
+                await self._in_thread(upload.write, request.content)
+            return await self._in_thread(upload.finish)
+        finally:
+            await asyncio.to_thread(upload.__exit__, *sys.exc_info())  # It must not wait for a place of its own.
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs a part of an ingest; a thread that goes on when its call is cut keeps the call's place."""
+        thread = self._threads.submit(work, *args)
+        try:
+            return await asyncio.wrap_future(thread)
+        except asyncio.CancelledError:
+            if not thread.done():
+                self._n_ingests += 1
+                loop = asyncio.get_running_loop()
+                thread.add_done_callback(lambda _: _call_soon(loop, self._give_place))
+            raise
+
+    def _give_place(self) -> None:
+        self._n_ingests -= 1
+
+    @contextlib.contextmanager
+    def _ingesting(self) -> Iterator[None]:
+        self._shutdown.check()
+        if self._n_ingests >= MAX_INGESTS:
+            raise QueueFull(f"{MAX_INGESTS} corpora are being ingested; try again later.", retry_after_s=2.0)
+        self._n_ingests += 1
+        try:
+            yield
+        finally:
+            self._give_place()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # The server has ended meanwhile.
+        loop.call_soon_threadsafe(callback)

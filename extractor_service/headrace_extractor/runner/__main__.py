@@ -1,0 +1,58 @@
+"""Starts a runner: `python -m headrace_extractor.runner`, commands on standard input, events on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+from headrace_extractor.runner.process import EventSink, Runner
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SPINS = "10000"  # Of GNU's OpenMP, a few tenths of a millisecond; by default it spins 30 times as long.
+
+
+def main() -> None:
+    """Runs until standard input ends or the process is killed."""
+    # SIGTERM ends a runner at once, as a kill would: the log survives that. Ctrl-C in a terminal goes to the whole
+    # process group, and the server decides what becomes of its runners.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # Read when transformers is imported, later.
+    _let_threads_sleep_soon()
+    events_fd = _keep_stdout_for_events()
+    runner = Runner(EventSink(events_fd).emit)
+    threading.Thread(target=runner.read_commands, args=(sys.stdin.buffer,), name="commands", daemon=True).start()
+    runner.run()
+
+
+def _die_with_parent() -> None:
+    """Asks Linux for SIGKILL when the thread that started this process ends; elsewhere the end of input must do."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _let_threads_sleep_soon() -> None:
+    """Limits how long threads of OpenMP spin while they wait for one another; read when torch is imported, later.
+
+    A trainer often shares the cores with this process. Threads that spin as long as GNU's do by default take its time;
+    those that sleep at once are woken a thousand times a second, which takes a tenth of a small model's.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+def _keep_stdout_for_events() -> int:
+    """Moves standard output away, so that what libraries print goes to standard error."""
+    events_fd = os.dup(1)
+    os.dup2(2, 1)
+    return events_fd
+
+
+if __name__ == "__main__":
+    main()

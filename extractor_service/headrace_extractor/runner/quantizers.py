@@ -1,0 +1,172 @@
+"""Quantizers: how weights become small, and how small weights are loaded.
+
+bitsandbytes is built in: LLM.int8 and NF4. Anything else is a plug-in: a package that offers, in the entry-point group
+`headrace.quantizers` under the name of the quantization, a class without arguments that is a `Quantizer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    core_model_loading,
+)
+
+from headrace_extractor.errors import ExtraMissing, FieldInvalid
+from headrace_extractor.runner.progress import OnProgress
+
+GROUP = "headrace.quantizers"
+NAMES = ("int8", "int4", "int2")
+
+# Activations beyond this are computed without quantization, column by column; the value of the LLM.int8 paper.
+_OUTLIER_THRESHOLD = 6.0
+
+
+class Quantizer(Protocol):
+    """One way to quantize. All of it runs in a runner, torch at hand."""
+
+    def probe(self) -> None:
+        """Raises ExtraMissing, naming what to install, where this can't work."""
+
+    def quantize(self, source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
+        """Writes the base model in `source_path` to a new folder: config.json and safetensors."""
+
+    def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Loads what `quantize` wrote, by from_pretrained's `arguments`; returns the model and the loading info."""
+
+
+def quantizer_for(quantization: str) -> Quantizer:
+    """Returns the quantizer of that name, ready to use. Raises FieldInvalid and ExtraMissing."""
+    if quantization not in NAMES:
+        raise FieldInvalid(f"{quantization!r} is no quantization; use none, {', '.join(NAMES)}.", field="quantization")
+    quantizer = _BUILT_IN[quantization]() if quantization in _BUILT_IN else _plugged_in(quantization)
+    quantizer.probe()
+    return quantizer
+
+
+class BitsAndBytes:
+    """Base of the two built-in quantizers.
+
+    Weights are quantized from the dtype they are stored in, on the CPU, so that the result depends neither on the
+    device of a load nor on its dtype. What stays unquantized (embeddings, norms) keeps its stored dtype in the files.
+    """
+
+    def probe(self) -> None:
+        """Raises ExtraMissing without bitsandbytes and accelerate."""
+        for name in ("bitsandbytes", "accelerate"):
+            if find_spec(name) is None:
+                raise ExtraMissing(
+                    f"Quantized models need the package {name}; install headrace[extractor] on this node.",
+                    metadata={"extra": "extractor", "package": name},
+                )
+        # It says at every product that it computes in 16 bits.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    def quantize(self, source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
+        """Loads onto the CPU, which quantizes, and saves."""
+        config = AutoConfig.from_pretrained(source_path, local_files_only=True, trust_remote_code=False)
+        with _told(sum(path.stat().st_size for path in source_path.glob("*.safetensors")), on_progress):
+            model = AutoModel.from_pretrained(
+                source_path,
+                config=config,
+                dtype="auto",
+                device_map={"": "cpu"},
+                quantization_config=self._config(),
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        model.save_pretrained(target_path)
+
+    def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Loads saved weights as they are; the 4-bit product is computed in the dtype of the load."""
+        config: PretrainedConfig = arguments["config"]
+        saved = dict(config.quantization_config)
+        if "bnb_4bit_compute_dtype" in saved:
+            saved["bnb_4bit_compute_dtype"] = str(arguments["dtype"]).removeprefix("torch.")
+        config.quantization_config = saved
+        model, report = AutoModel.from_pretrained(files_path, **arguments)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # transformers leaves what is not quantized in its stored dtype.
+                parameter.data = parameter.data.to(arguments["dtype"])
+        return model, report
+
+    def _config(self) -> BitsAndBytesConfig:
+        raise NotImplementedError
+
+
+class Int8(BitsAndBytes):
+    """LLM.int8: a scale for each row of weights and of activations; outlying columns stay in 16 bits.
+
+    Which columns are outliers is decided over a whole forward pass, so a row of activations depends a little on what
+    else is in its batch; batches are a function of corpus and recipe, so sets stay reproducible.
+    """
+
+    def _config(self) -> BitsAndBytesConfig:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=_OUTLIER_THRESHOLD)
+
+
+class Int4(BitsAndBytes):
+    """NF4: sixteen levels spaced like a normal distribution, in blocks of 64 with doubly quantized scales."""
+
+    def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """As for all; and has the product computed as on every other machine.
+
+        Where the CPU has AVX-512 for bfloat16, bitsandbytes would pack the weights anew at the first forward pass and
+        round their scales to 8 bits, for a kernel that took twice as long as the plain product in a trial.
+        """
+        model, report = super().load(files_path, arguments)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model, report
+
+    def _config(self) -> BitsAndBytesConfig:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+
+
+_BUILT_IN: dict[str, type[Int8 | Int4]] = {"int8": Int8, "int4": Int4}
+
+
+def _plugged_in(quantization: str) -> Quantizer:
+    for entry in entry_points(group=GROUP, name=quantization):
+        quantizer: Quantizer = entry.load()()
+        return quantizer
+    raise ExtraMissing(
+        f"No quantizer for {quantization} is installed on this node: install a package that offers the entry point "
+        f"{quantization} of the group {GROUP}, or use int4 or int8, which are built in.",
+        metadata={"extra": f"{GROUP}:{quantization}"},
+    )
+
+
+@contextmanager
+def _told(total_bytes: int, on_progress: OnProgress) -> Iterator[None]:
+    """Counts parameters as transformers loads them: it has no callback, but shows a bar, which this replaces."""
+    shown = core_model_loading.tqdm
+
+    def counted(parameters: Any, **_options: Any) -> Iterator[Any]:
+        for done, parameter in enumerate(parameters):
+            yield parameter
+            on_progress(total_bytes * (done + 1) // len(parameters), total_bytes)
+
+    core_model_loading.tqdm = counted
+    try:
+        yield
+    finally:
+        core_model_loading.tqdm = shown

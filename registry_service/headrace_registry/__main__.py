@@ -1,0 +1,386 @@
+"""Wires the registry together and runs it: database, migrations, loops, server.
+
+`python -m headrace_registry --data-dir DIR`. The only place that reads the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import grpc
+
+from headrace.registry.v1 import (
+    activation_set_service_pb2_grpc,
+    model_service_pb2_grpc,
+    node_service_pb2_grpc,
+    residency_service_pb2_grpc,
+)
+from headrace_chassis import descriptors, logs
+from headrace_chassis.errors import StartError
+from headrace_chassis.flags import add_common_flags, options_from
+from headrace_chassis.metrics import Metrics
+from headrace_chassis.server import Server, ServerOptions
+from headrace_chassis.shutdown import Shutdown
+from headrace_registry.admission import Admissions
+from headrace_registry.allowances import NOTHING_ALLOWED, Allowances
+from headrace_registry.deletion import Deletions
+from headrace_registry.errors import FieldInvalid
+from headrace_registry.hub.client import HubClient
+from headrace_registry.hub.headers import HubHeaders
+from headrace_registry.identifiers import checked_repo
+from headrace_registry.model_folders import ModelFolders
+from headrace_registry.paths import ModelRoots
+from headrace_registry.policy import POLICY_HELP, Policy
+from headrace_registry.postgres.connect import migrate_when_reachable
+from headrace_registry.postgres.embedded import EmbeddedPostgres
+from headrace_registry.postgres.estimate_store import EstimateStore
+from headrace_registry.postgres.event_store import EventStore
+from headrace_registry.postgres.keeper import Keeper
+from headrace_registry.postgres.lease_store import LeaseStore
+from headrace_registry.postgres.listener import Listener
+from headrace_registry.postgres.model_store import ModelStore
+from headrace_registry.postgres.node_store import NodeStore
+from headrace_registry.postgres.pin_store import PinStore
+from headrace_registry.postgres.pool import Database
+from headrace_registry.postgres.preparation_store import PreparationStore
+from headrace_registry.postgres.residency_store import ResidencyStore
+from headrace_registry.postgres.residency_upkeep import ResidencyUpkeep
+from headrace_registry.postgres.room_store import RoomStore
+from headrace_registry.postgres.set_store import SetStore
+from headrace_registry.postgres.upkeep_store import UpkeepStore
+from headrace_registry.postgres.validation_store import ValidationStore
+from headrace_registry.preparation import Preparer
+from headrace_registry.profiles import Profiles
+from headrace_registry.rpc.estimate import MemoryEstimates
+from headrace_registry.rpc.model_servicer import ModelServicer
+from headrace_registry.rpc.node_servicer import NodeServicer
+from headrace_registry.rpc.residency_servicer import ResidencyServicer
+from headrace_registry.rpc.set_servicer import SetServicer
+from headrace_registry.rpc.status import STATUSES, reason_of
+from headrace_registry.storekeeper import Storekeeper
+from headrace_registry.upkeep import Upkeep
+from headrace_registry.wakeups import POLL_S, Wakeups
+
+log = logging.getLogger("headrace_registry")
+
+SERVICES = tuple(
+    f"headrace.registry.v1.{name}"
+    for name in ("ModelService", "ResidencyService", "NodeService", "ActivationSetService")
+)
+
+
+DEFAULT_QUOTA_BYTES = 50 * 10**9
+
+
+class PolicyInvalid(StartError):
+    """A number of the residency policy is out of range."""
+
+
+class RootInvalid(StartError):
+    """A models root is no folder."""
+
+
+class RepoInvalid(StartError):
+    """A flag names what can't be a hub repo."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the command line and the environment say."""
+
+    server: ServerOptions
+    data_dir: Path
+    database_url: str  # Empty: embedded.
+    model_roots: tuple[Path, ...]
+    heartbeat_interval_s: float
+    environment: Mapping[str, str]
+    policy: Policy = field(default_factory=Policy)
+    models_quota_bytes: int = DEFAULT_QUOTA_BYTES
+    allowances: Allowances = NOTHING_ALLOWED
+    poll_s: float = POLL_S
+
+
+def main() -> int:
+    """Runs until a signal; returns the exit status."""
+    args = _parser().parse_args()
+    logs.configure(args.log_level, sys.stderr)
+    descriptors.raise_limit()
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # The calls that fail tell it better.
+    try:
+        settings = _settings(args, os.environ)
+        asyncio.run(_run_alone(settings))
+    except StartError as exc:
+        print(f"registry: {exc}", file=sys.stderr)  # noqa: T201 - for the person who started it.
+        return 2
+    return 0
+
+
+async def run(settings: Settings, *, shutdown: Shutdown, handle_signals: bool = True) -> None:
+    """Serves until a signal or the shutdown. Raises StartError."""
+    keeper: Keeper | None = None
+    async with contextlib.AsyncExitStack() as stack:
+        url, embedded = settings.database_url, None
+        if not url:
+            embedded = await stack.enter_async_context(_embedded(settings.data_dir))
+            keeper, url = Keeper(embedded), embedded.url
+        await migrate_when_reachable(url)
+        database = Database(url, on_lost=keeper.look_now if keeper is not None else lambda: None)
+        await stack.enter_async_context(_opened(database))
+        registry = Registry(settings, database, url, shutdown)
+        if embedded is not None:
+            await registry.preparations.release(None)  # No other replica can be on this data directory.
+        await registry.serve(keeper, handle_signals=handle_signals)
+
+
+async def _run_alone(settings: Settings) -> None:
+    await run(settings, shutdown=Shutdown())
+
+
+class Registry:
+    """Stores, loops and servicers of one process."""
+
+    def __init__(self, settings: Settings, database: Database, url: str, shutdown: Shutdown) -> None:
+        wakeups = Wakeups(poll_s=settings.poll_s)
+        self._options = settings.server
+        self._shutdown = shutdown
+        self.preparations = PreparationStore(database, wakeups)
+        models = ModelStore(database, wakeups)
+        nodes = NodeStore(database, wakeups)
+        leases = LeaseStore(database, wakeups, settings.policy)
+        residencies = ResidencyStore(database, wakeups, settings.policy, settings.allowances)
+        pins, events = PinStore(database, wakeups), EventStore(database)
+        self._listener = Listener(url, database, wakeups)
+        roots = ModelRoots(settings.model_roots or (settings.data_dir,))
+        hub = HubClient(settings.environment)
+        folders = ModelFolders(settings.data_dir / "models")
+        room = RoomStore(database, wakeups, folders, quota_bytes=settings.models_quota_bytes)
+        self._storekeeper = Storekeeper(room, folders)
+        self._preparer = Preparer(
+            store=self.preparations,
+            wakeups=wakeups,
+            roots=roots,
+            storekeeper=self._storekeeper,
+            allowances=settings.allowances,
+            downloader=hub,
+            worker=uuid.uuid4().hex,
+            reason_of=reason_of,
+        )
+        validations = ValidationStore(database, wakeups, settings.policy)
+        self._upkeep = Upkeep(
+            leases=leases,
+            nodes=nodes,
+            residencies=ResidencyUpkeep(database, wakeups, settings.policy, settings.allowances),
+            rows=UpkeepStore(database),
+            pins=pins,
+            events=events,
+            validations=validations,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+        )
+        self._models = ModelServicer(
+            models=models,
+            deletions=Deletions(models=models, wakeups=wakeups),
+            preparations=self.preparations,
+            preparer=self._preparer,
+            validations=validations,
+            roots=roots,
+            allowances=settings.allowances,
+            commits=hub,
+            estimates=MemoryEstimates(
+                models=models,
+                estimates=EstimateStore(database, settings.policy),
+                profiles=Profiles(hub=HubHeaders(settings.environment), roots=roots),
+            ),
+            wakeups=wakeups,
+            shutdown=shutdown,
+        )
+        self._residencies = ResidencyServicer(
+            residencies=residencies,
+            leases=leases,
+            nodes=nodes,
+            admissions=Admissions(residencies=residencies, wakeups=wakeups),
+            pins=pins,
+            events=events,
+            wakeups=wakeups,
+            shutdown=shutdown,
+        )
+        self._nodes = NodeServicer(
+            nodes=nodes,
+            residencies=residencies,
+            preparations=self.preparations,
+            validations=validations,
+            wakeups=wakeups,
+            shutdown=shutdown,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+        )
+        self._sets = SetServicer(sets=SetStore(database))
+
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Registers the four services."""
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._models, server)
+        residency_service_pb2_grpc.add_ResidencyServiceServicer_to_server(self._residencies, server)
+        node_service_pb2_grpc.add_NodeServiceServicer_to_server(self._nodes, server)
+        activation_set_service_pb2_grpc.add_ActivationSetServiceServicer_to_server(self._sets, server)
+
+    async def serve(self, keeper: Keeper | None, *, handle_signals: bool) -> None:
+        """Serves until the shutdown begins; the loops outlive the last call."""
+        server = Server(
+            self._options,
+            service_names=SERVICES,
+            add_services=self.add_services,
+            statuses=STATUSES,
+            metrics=Metrics(),
+            shutdown=self._shutdown,
+            handle_signals=handle_signals,
+        )
+        async with asyncio.TaskGroup() as group:
+            workers = (self._preparer, self._storekeeper, self._upkeep, self._listener)
+            loops = [group.create_task(worker.run()) for worker in workers]
+            if keeper is not None:
+                loops.append(group.create_task(keeper.run()))
+            try:
+                await server.start()
+                log.info("registry ready", extra={"fields": {"address": server.address}})
+                await server.wait()
+            finally:
+                await server.stop()
+                for loop in loops:
+                    loop.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _embedded(data_dir: Path) -> AsyncIterator[EmbeddedPostgres]:
+    server = EmbeddedPostgres(data_dir)
+    await asyncio.to_thread(server.own)
+    try:
+        await asyncio.to_thread(server.start)
+        yield server
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+@contextlib.asynccontextmanager
+async def _opened(database: Database) -> AsyncIterator[None]:
+    await database.open()
+    try:
+        yield
+    finally:
+        await database.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="registry", description="Headrace's registry of models and residency.")
+    parser.add_argument("--listen", default="127.0.0.1:7470", metavar="HOST:PORT", help="default 127.0.0.1:7470")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="models, and the embedded Postgres")
+    parser.add_argument(
+        "--database-url", default="", metavar="URL", help="Postgres 14+ (default: DATABASE_URL, or embedded)"
+    )
+    parser.add_argument(
+        "--models-root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="folders and GGUF files may be registered from below it (repeatable; default: the data dir)",
+    )
+    parser.add_argument(
+        "--heartbeat-interval-s", type=_interval, default=5.0, metavar="S", help="asked of nodes (default 5)"
+    )
+    parser.add_argument(
+        "--models-quota-bytes",
+        type=_quota,
+        default=DEFAULT_QUOTA_BYTES,
+        metavar="N",
+        help="most bytes in the model store; what is not used goes first (default 50 GB)",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="append",
+        default=[],
+        metavar="REPO",
+        help="pickled weights of this hub repo may be read and converted (repeatable)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="append",
+        default=[],
+        metavar="REPO",
+        help="code of this hub repo may run on the nodes (repeatable)",
+    )
+    _add_policy_flags(parser)
+    add_common_flags(parser)
+    return parser
+
+
+def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each number of the policy, with its default."""
+    group = parser.add_argument_group("residency")
+    for each in fields(Policy):
+        kind: type[int | float] = int if isinstance(each.default, int) else float
+        group.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=kind,
+            default=each.default,
+            metavar="N" if kind is int else "S",
+            help=f"{POLICY_HELP[each.name]} (default {each.default:g})",
+        )
+
+
+def _quota(text: str) -> int:
+    n_bytes = int(text)
+    if n_bytes < 1:
+        raise argparse.ArgumentTypeError("takes a positive number of bytes")
+    return n_bytes
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    try:
+        return Policy(**{each.name: getattr(args, each.name) for each in fields(Policy)})
+    except ValueError as exc:
+        raise PolicyInvalid(f"--{str(exc).replace('_', '-')}.") from exc
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 300:
+        raise argparse.ArgumentTypeError("takes 0.1 to 300 seconds")
+    return seconds
+
+
+def _settings(args: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    for root in args.models_root:
+        if not root.is_dir():
+            raise RootInvalid(f"--models-root {root} is no folder; make it, or give another one.")
+    return Settings(
+        server=options_from(args),
+        data_dir=Path(os.path.realpath(args.data_dir)),
+        database_url=args.database_url or environment.get("DATABASE_URL", ""),
+        model_roots=tuple(args.models_root),
+        heartbeat_interval_s=args.heartbeat_interval_s,
+        policy=_policy(args),
+        environment=dict(environment),
+        models_quota_bytes=args.models_quota_bytes,
+        allowances=Allowances(
+            pickle_repos=frozenset(_repo(text) for text in args.allow_pickle),
+            code_repos=frozenset(_repo(text) for text in args.trust_remote_code),
+        ),
+    )
+
+
+def _repo(text: str) -> str:
+    try:
+        return checked_repo(text, "").location
+    except FieldInvalid:
+        raise RepoInvalid(f"{text!r} is no repo; give the exact id, such as owner/name.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

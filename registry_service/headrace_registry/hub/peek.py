@@ -1,0 +1,74 @@
+"""The child process, `python -m headrace_registry.hub.peek`: a job on standard input, an answer on standard output.
+
+Reads `config.json` and the headers of the safetensors files by range requests: kilobytes of gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+from huggingface_hub import HfApi, get_session, hf_hub_url
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_raise_for_status
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from headrace_registry.hub.events import Job
+from headrace_registry.hub.faults import failure_of
+
+_TIMEOUT_S = 10.0
+_ORPHANED = 3
+
+
+def main() -> int:
+    """Answers with `config` and `tensors`, or with `reason` and `message`."""
+    job = Job(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_exit_when_orphaned, daemon=True).start()
+    disable_progress_bars()
+    sys.stdout.write(json.dumps(answer(job)) + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def answer(job: Job) -> dict[str, Any]:
+    """What the parent gets, whatever happens."""
+    try:
+        return {"config": _config(job), "tensors": _tensors(job)}
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as exc:
+        message = f"{job.repo_id} has no safetensors headers to read ({type(exc).__name__}); PrepareModel it first"
+        return {"reason": "MODEL_UNSUPPORTED", "message": message, "retry_after_s": 0.0}
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the parent must hear of it.
+        event = failure_of(exc, job)
+        return {"reason": event.reason, "message": event.message, "retry_after_s": event.retry_after_s}
+
+
+def _config(job: Job) -> Any:
+    url = hf_hub_url(job.repo_id, "config.json", revision=job.revision)
+    headers = build_hf_headers(token=job.token or None)
+    response = get_session().get(url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True)
+    hf_raise_for_status(response)
+    return response.json()
+
+
+def _tensors(job: Job) -> dict[str, Any]:
+    found = HfApi().get_safetensors_metadata(
+        job.repo_id, revision=job.revision, token=job.token or None, timeout=_TIMEOUT_S
+    )
+    return {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape}
+        for file in found.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+
+def _exit_when_orphaned() -> None:
+    sys.stdin.read()
+    os._exit(_ORPHANED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

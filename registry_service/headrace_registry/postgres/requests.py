@@ -1,0 +1,50 @@
+"""Remembers what a request_id was answered with, so that repeating a call repeats its answer, not its effect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from headrace_registry.errors import FieldInvalid
+from headrace_registry.postgres import queries
+from headrace_registry.postgres.pool import Connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One mutating call. `request_id` is empty or a checked UUID4; `arguments` tell a repetition from a mistake."""
+
+    request_id: str
+    method: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of the arguments, hex."""
+        return hashlib.sha256(json.dumps(self.arguments, sort_keys=True, default=str).encode()).hexdigest()
+
+
+async def recall(conn: Connection, request: Request) -> str | None:
+    """Returns what the first call answered, or None. Holds the id until the transaction ends.
+
+    Raises FieldInvalid if the id came with other arguments.
+    """
+    if not request.request_id:
+        return None
+    parameters = {"request_id": request.request_id, "method": request.method}
+    await conn.execute(queries.REQUEST_LOCK, parameters)
+    row = await (await conn.execute(queries.REQUEST_READ, parameters)).fetchone()
+    if row is None:
+        return None
+    if row["arguments"] != request.digest:
+        raise FieldInvalid("request_id", "was used for a call with other arguments; send a fresh UUID4")
+    return str(row["response"])
+
+
+async def remember(conn: Connection, request: Request, response: str) -> None:
+    """Stores the answer in the same transaction as its effect."""
+    if request.request_id:
+        parameters = {"request_id": request.request_id, "method": request.method}
+        await conn.execute(queries.REQUEST_WRITE, {**parameters, "arguments": request.digest, "response": response})

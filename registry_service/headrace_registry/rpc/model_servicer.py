@@ -1,0 +1,239 @@
+"""ModelService: metadata and files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from headrace.registry.v1 import model_service_pb2 as pb
+from headrace.registry.v1 import model_service_pb2_grpc
+from headrace_chassis.shutdown import Shutdown
+from headrace_chassis.watch import HEARTBEAT_INTERVAL_S, watch
+from headrace_registry.allowances import Allowances
+from headrace_registry.commits import Commits, with_commit
+from headrace_registry.deletion import Deletions
+from headrace_registry.errors import FieldInvalid
+from headrace_registry.filters import parse_filter
+from headrace_registry.identifiers import checked_id, checked_labels, checked_request_id, checked_text
+from headrace_registry.load_options import trusts_remote_code
+from headrace_registry.models import ModelEvent
+from headrace_registry.paging import page_from
+from headrace_registry.paths import ModelRoots
+from headrace_registry.postgres.model_store import ModelStore, require_update
+from headrace_registry.postgres.preparation_store import PreparationStore
+from headrace_registry.postgres.requests import Request
+from headrace_registry.postgres.validation_store import ValidationStore
+from headrace_registry.preparation import Preparer
+from headrace_registry.rpc.catalog import list_catalog
+from headrace_registry.rpc.estimate import MemoryEstimates
+from headrace_registry.rpc.model_convert import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
+from headrace_registry.rpc.validations import attempt_to_pb, step_messages
+from headrace_registry.validations import watch_attempt
+from headrace_registry.wakeups import Wakeups
+
+_DEFAULT_PAGE = 50
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """Check, call the store, fill the answer."""
+
+    def __init__(
+        self,
+        *,
+        models: ModelStore,
+        deletions: Deletions,
+        preparations: PreparationStore,
+        preparer: Preparer,
+        validations: ValidationStore,
+        roots: ModelRoots,
+        allowances: Allowances,
+        commits: Commits,
+        estimates: MemoryEstimates,
+        wakeups: Wakeups,
+        shutdown: Shutdown,
+        heartbeat_s: float = HEARTBEAT_INTERVAL_S,
+    ) -> None:
+        self._models = models
+        self._deletions = deletions
+        self._preparations = preparations
+        self._preparer = preparer
+        self._validations = validations
+        self._roots = roots
+        self._allowances = allowances
+        self._commits = commits
+        self._estimates = estimates
+        self._wakeups = wakeups
+        self._shutdown = shutdown
+        self._heartbeat_s = heartbeat_s
+
+    async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
+        """Registers; no files move."""
+        remembered = _request(
+            request.request_id, "RegisterModel", request.model.SerializeToString(deterministic=True).hex()
+        )
+        new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
+        self._allowances.check(new.source, new.load_options)
+        if await self._models.registered(new) is None:
+            token = checked_text(request.hub_token, field="hub_token", max_length=1024)
+            new = await with_commit(new, self._commits, token=token)
+        return pb.RegisterModelResponse(model=model_to_pb(await self._models.register(new, remembered)))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
+        """Reads one model."""
+        return pb.GetModelResponse(model=model_to_pb(await self._models.get(_model_id(request.model_id))))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """Lists a page."""
+        terms = parse_filter(request.filter)
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("models", request.filter),
+            default=_DEFAULT_PAGE,
+            key_length=1,
+        )
+        models, token = await self._models.page(terms, page)
+        return pb.ListModelsResponse(models=[model_to_pb(model) for model in models], next_page_token=token)
+
+    async def UpdateModel(self, request: pb.UpdateModelRequest, context: Any) -> pb.UpdateModelResponse:
+        """Changes labels and load options."""
+        wanted = require_update(request.update_mask.paths)
+        arguments = (request.model.SerializeToString(deterministic=True).hex(), sorted(wanted))
+        model_id = checked_id(request.model.id, field="model.id")
+        load_options = load_options_from_pb(request.model.load_options) if "load_options" in wanted else None
+        if load_options and trusts_remote_code(load_options):
+            self._allowances.check((await self._models.get(model_id)).source, load_options)
+        model = await self._models.update(
+            model_id,
+            labels=checked_labels(request.model.labels) if "labels" in wanted else None,
+            load_options=load_options,
+            etag=request.model.etag,
+            request=_request(request.request_id, "UpdateModel", *arguments),
+        )
+        return pb.UpdateModelResponse(model=model_to_pb(model))
+
+    async def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> pb.DeleteModelResponse:
+        """Forgets a model nobody uses; with force, whoever uses it."""
+        model_id = _model_id(request.model_id)
+        remembered = _request(request.request_id, "DeleteModel", model_id, request.force, request.etag)
+        await self._deletions.delete(
+            model_id,
+            force=request.force,
+            etag=request.etag,
+            actor=f"DeleteModel from {str(context.peer())[:100]}",
+            request=remembered,
+        )
+        return pb.DeleteModelResponse()
+
+    async def PrepareModel(self, request: pb.PrepareModelRequest, context: Any) -> pb.PrepareModelResponse:
+        """Starts a preparation and answers at once."""
+        model_id = _model_id(request.model_id)
+        self._preparer.offer_token(model_id, checked_text(request.hub_token, field="hub_token", max_length=1024))
+        remembered = _request(request.request_id, "PrepareModel", model_id)
+        model = await self._preparations.start(model_id, worker=self._preparer.worker, request=remembered)
+        return pb.PrepareModelResponse(model=model_to_pb(model))
+
+    async def CancelPreparation(
+        self, request: pb.CancelPreparationRequest, context: Any
+    ) -> pb.CancelPreparationResponse:
+        """Stops a preparation."""
+        model_id = _model_id(request.model_id)
+        remembered = _request(request.request_id, "CancelPreparation", model_id)
+        model = await self._preparations.cancel(model_id, request=remembered)
+        return pb.CancelPreparationResponse(model=model_to_pb(model))
+
+    async def WatchModel(
+        self, request: pb.WatchModelRequest, context: Any
+    ) -> AsyncGenerator[pb.WatchModelResponse, None]:
+        """Snapshot, then every event; the last one again as heartbeat."""
+        model_id = _model_id(request.model_id)
+        if request.after_seq < 0:
+            raise FieldInvalid("after_seq", "must not be negative; 0 means none of the past events")
+        snapshot = await self._models.snapshot(model_id)
+        yield model_event_to_pb(snapshot, snapshot=True)
+        latest = _Latest(snapshot)
+        stream = watch(
+            self._events(model_id, request.after_seq or snapshot.seq, latest),
+            heartbeat=latest.heartbeat,
+            shutdown=self._shutdown,
+            interval_s=self._heartbeat_s,
+        )
+        async with aclosing(stream) as messages:
+            async for message in messages:
+                yield message
+
+    async def _events(
+        self, model_id: str, after_seq: int, latest: _Latest
+    ) -> AsyncGenerator[pb.WatchModelResponse, None]:
+        while True:
+            seen = self._wakeups.generation
+            events = await self._models.events_after(model_id, after_seq)
+            for event in events:
+                after_seq = event.seq
+                latest.note(event)
+                yield model_event_to_pb(event)
+            if not events:
+                await self._wakeups.wait(seen)
+
+    async def EstimateMemory(self, request: pb.EstimateMemoryRequest, context: Any) -> pb.EstimateMemoryResponse:
+        """Estimates memory in every form; reads only."""
+        return await self._estimates.answer(request)
+
+    async def ValidateModel(
+        self, request: pb.ValidateModelRequest, context: Any
+    ) -> AsyncGenerator[pb.ValidateModelResponse, None]:
+        """Each step when it changes, and the attempt."""
+        model = await self._models.get(_model_id(request.model_id))
+        options = load_options_from_pb(request.load_options) if request.HasField("load_options") else None
+        self._allowances.check(model.source, model.load_options if options is None else options)
+        attempt = await self._validations.start(
+            model.id,
+            node_id=checked_id(request.node_id, field="node_id") if request.node_id else "",
+            device_id=checked_text(request.device_id, field="device_id", max_length=63),
+            load_options=options,
+        )
+        stream = step_messages(watch_attempt(self._validations, self._wakeups, attempt))
+        async with aclosing(self._shutdown.watching(stream)) as messages:
+            async for message in messages:
+                yield message
+
+    async def ListAttempts(self, request: pb.ListAttemptsRequest, context: Any) -> pb.ListAttemptsResponse:
+        """Lists a page, the newest first."""
+        model_id = _model_id(request.model_id)
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("attempts", model_id, str(request.passed_only)),
+            default=_DEFAULT_PAGE,
+            key_length=2,
+        )
+        found, token = await self._validations.page(model_id, passed_only=request.passed_only, page=page)
+        return pb.ListAttemptsResponse(attempts=[attempt_to_pb(each) for each in found], next_page_token=token)
+
+    async def ListCatalog(self, request: pb.ListCatalogRequest, context: Any) -> pb.ListCatalogResponse:
+        """Lists a page of the catalog."""
+        return list_catalog(request)
+
+
+class _Latest:
+    """The last event a watcher was sent; a heartbeat repeats it."""
+
+    def __init__(self, event: ModelEvent) -> None:
+        self._event = event
+
+    def note(self, event: ModelEvent) -> None:
+        if event.seq >= self._event.seq:
+            self._event = event
+
+    def heartbeat(self) -> pb.WatchModelResponse:
+        return model_event_to_pb(self._event, heartbeat=True)
+
+
+def _model_id(value: str) -> str:
+    return checked_id(value, field="model_id")
+
+
+def _request(request_id: str, method: str, *arguments: Any) -> Request:
+    return Request(request_id=checked_request_id(request_id), method=method, arguments=arguments)

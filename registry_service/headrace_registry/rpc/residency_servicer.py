@@ -1,0 +1,247 @@
+"""ResidencyService: which model is in which device's memory, and who may rely on it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from headrace.registry.v1 import residency_service_pb2 as pb
+from headrace.registry.v1 import residency_service_pb2_grpc
+from headrace_chassis.shutdown import Shutdown
+from headrace_chassis.watch import HEARTBEAT_INTERVAL_S, watch
+from headrace_registry.admission import Admissions
+from headrace_registry.errors import FieldInvalid
+from headrace_registry.identifiers import checked_id, checked_request_id, checked_text
+from headrace_registry.leases import LeaseTerms, checked_ttl_s, checked_wait_s
+from headrace_registry.models import Transfer
+from headrace_registry.paging import page_from
+from headrace_registry.pins import checked_owner
+from headrace_registry.postgres.admit import Wish
+from headrace_registry.postgres.event_store import EventStore
+from headrace_registry.postgres.lease_store import LeaseStore
+from headrace_registry.postgres.node_store import NodeStore
+from headrace_registry.postgres.pin_store import PinStore
+from headrace_registry.postgres.requests import Request
+from headrace_registry.postgres.residency_store import Admission, ResidencyStore
+from headrace_registry.residency import Residency, ResidencyState
+from headrace_registry.residency_events import ResidencyEvent
+from headrace_registry.residency_watch import ResidencyWatch
+from headrace_registry.rpc.convert import (
+    lease_to_pb,
+    node_to_pb,
+    pin_from_pb,
+    pin_to_pb,
+    residency_event_to_pb,
+    residency_to_pb,
+    transfer_to_pb,
+)
+from headrace_registry.wakeups import Wakeups
+
+_DEFAULT_PAGE = 100
+
+
+class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
+    """Check, call the store, fill the answer."""
+
+    def __init__(
+        self,
+        *,
+        residencies: ResidencyStore,
+        leases: LeaseStore,
+        nodes: NodeStore,
+        admissions: Admissions,
+        pins: PinStore,
+        events: EventStore,
+        wakeups: Wakeups,
+        shutdown: Shutdown,
+        heartbeat_s: float = HEARTBEAT_INTERVAL_S,
+    ) -> None:
+        self._residencies = residencies
+        self._leases = leases
+        self._nodes = nodes
+        self._admissions = admissions
+        self._pins = pins
+        self._events = events
+        self._wakeups = wakeups
+        self._shutdown = shutdown
+        self._heartbeat_s = heartbeat_s
+
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        """Makes a model resident; answers at once."""
+        wish = _wish(request, actor=f"LoadModel from {_peer(context)}")
+        remembered = _request(request.request_id, "LoadModel", wish.model_id, wish.node_id, wish.device_id)
+        (residency,) = await self._in_full([await self._residencies.load(wish, remembered)])
+        return pb.LoadModelResponse(residency=residency_to_pb(residency))
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        """Sends a model off its devices."""
+        model_id = checked_id(request.model_id, field="model_id")
+        node_id = _optional_id(request.node_id, field="node_id")
+        residencies = await self._residencies.unload(
+            model_id,
+            node_id=node_id,
+            force=request.force,
+            actor=f"UnloadModel from {_peer(context)}",
+            request=_request(request.request_id, "UnloadModel", model_id, node_id, request.force),
+        )
+        return pb.UnloadModelResponse(residencies=[residency_to_pb(each) for each in await self._in_full(residencies)])
+
+    async def AcquireLease(
+        self, request: pb.AcquireLeaseRequest, context: Any
+    ) -> AsyncGenerator[pb.AcquireLeaseResponse, None]:
+        """Streams the way to a lease."""
+        holder = checked_text(request.holder, field="holder")
+        wish = _wish(request, actor=holder or _peer(context), if_resident_only=request.if_resident_only)
+        terms = LeaseTerms(
+            holder=holder,
+            ttl_s=checked_ttl_s(request.ttl_s),
+            request_id=checked_request_id(request.request_id),
+        )
+        wait_s = checked_wait_s(request.wait_s)
+        steps = self._admissions.acquire(wish, terms, waiter_id=uuid.uuid4().hex, wait_s=wait_s)
+        async with aclosing(self._shutdown.watching(steps)) as admissions:
+            async for admission in admissions:
+                yield _admission_to_pb(admission)
+
+    async def RenewLease(self, request: pb.RenewLeaseRequest, context: Any) -> pb.RenewLeaseResponse:
+        """Extends a living lease."""
+        lease = await self._leases.renew(_lease_id(request.lease_id), request.fence)
+        return pb.RenewLeaseResponse(lease=lease_to_pb(lease))
+
+    async def ReleaseLease(self, request: pb.ReleaseLeaseRequest, context: Any) -> pb.ReleaseLeaseResponse:
+        """Ends a lease."""
+        await self._leases.release(_lease_id(request.lease_id), request.fence)
+        return pb.ReleaseLeaseResponse()
+
+    async def PinModel(self, request: pb.PinModelRequest, context: Any) -> pb.PinModelResponse:
+        """Sets or changes a pin."""
+        pin = pin_from_pb(request.pin)
+        arguments = (pin.model_id, pin.node_id, pin.owner, pin.reason, pin.expire_time)
+        stored = await self._pins.pin(pin, _request(request.request_id, "PinModel", *arguments))
+        return pb.PinModelResponse(pin=pin_to_pb(stored))
+
+    async def UnpinModel(self, request: pb.UnpinModelRequest, context: Any) -> pb.UnpinModelResponse:
+        """Removes a pin."""
+        model_id = checked_id(request.model_id, field="model_id")
+        node_id = _optional_id(request.node_id, field="node_id")
+        owner = checked_owner(request.owner, field="owner")
+        await self._pins.unpin(
+            model_id,
+            node_id=node_id,
+            owner=owner,
+            actor=f"UnpinModel from {_peer(context)}",
+            request=_request(request.request_id, "UnpinModel", model_id, node_id, owner),
+        )
+        return pb.UnpinModelResponse()
+
+    async def ListPins(self, request: pb.ListPinsRequest, context: Any) -> pb.ListPinsResponse:
+        """Lists a page of living pins."""
+        model_id = _optional_id(request.model_id, field="model_id")
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("pins", model_id),
+            default=_DEFAULT_PAGE,
+            key_length=3,
+        )
+        pins, token = await self._pins.page(model_id=model_id, page=page)
+        return pb.ListPinsResponse(pins=[pin_to_pb(pin) for pin in pins], next_page_token=token)
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:
+        """Lists a page of nodes."""
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("nodes",),
+            default=_DEFAULT_PAGE,
+            key_length=1,
+        )
+        nodes, token = await self._nodes.page(page)
+        return pb.ListNodesResponse(nodes=[node_to_pb(node) for node in nodes], next_page_token=token)
+
+    async def ListResidencies(self, request: pb.ListResidenciesRequest, context: Any) -> pb.ListResidenciesResponse:
+        """Lists a page of residencies, the newest first."""
+        model_id = _optional_id(request.model_id, field="model_id")
+        node_id = _optional_id(request.node_id, field="node_id")
+        page = page_from(
+            size=request.page_size,
+            token=request.page_token,
+            bound_to=("residencies", model_id, node_id, str(request.include_ended)),
+            default=_DEFAULT_PAGE,
+            key_length=2,
+        )
+        found, token = await self._residencies.page(
+            model_id=model_id, node_id=node_id, include_ended=request.include_ended, page=page
+        )
+        return pb.ListResidenciesResponse(residencies=[residency_to_pb(each) for each in found], next_page_token=token)
+
+    async def WatchResidencies(
+        self, request: pb.WatchResidenciesRequest, context: Any
+    ) -> AsyncGenerator[pb.WatchResidenciesResponse, None]:
+        """A snapshot or what was missed, then every event; heartbeats say up to where."""
+        model_id = _optional_id(request.model_id, field="model_id")
+        if request.after_seq < 0:
+            raise FieldInvalid("after_seq", "must not be negative; 0 means from a snapshot on")
+        watched = ResidencyWatch(self._events, self._wakeups, model_id=model_id, after_seq=request.after_seq)
+        stream = watch(
+            _messages(watched.events()),
+            heartbeat=lambda: pb.WatchResidenciesResponse(seq=watched.seq, heartbeat=True),
+            shutdown=self._shutdown,
+            interval_s=self._heartbeat_s,
+        )
+        async with aclosing(stream) as messages:
+            async for message in messages:
+                yield message
+
+    async def _in_full(self, residencies: Sequence[Residency]) -> list[Residency]:
+        details = await self._residencies.details([each.id for each in residencies])
+        return [details.get(each.id, each) for each in residencies]
+
+
+async def _messages(events: AsyncGenerator[ResidencyEvent, None]) -> AsyncGenerator[pb.WatchResidenciesResponse, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield residency_event_to_pb(event)
+
+
+def _admission_to_pb(admission: Admission) -> pb.AcquireLeaseResponse:
+    if admission.lease is not None:
+        return pb.AcquireLeaseResponse(granted=pb.LeaseGranted(lease=lease_to_pb(admission.lease)))
+    residency = admission.residency
+    assert residency is not None
+    if residency.state is ResidencyState.QUEUED:
+        return pb.AcquireLeaseResponse(queued=pb.LeaseQueued(position=admission.position))
+    transfer = transfer_to_pb(residency.transfer or Transfer())
+    return pb.AcquireLeaseResponse(loading=pb.LeaseLoading(residency_id=residency.id, transfer=transfer))
+
+
+def _wish(request: pb.LoadModelRequest | pb.AcquireLeaseRequest, *, actor: str, if_resident_only: bool = False) -> Wish:
+    if request.device_id and not request.node_id:
+        raise FieldInvalid("device_id", "names a device of a node; give node_id too")
+    return Wish(
+        model_id=checked_id(request.model_id, field="model_id"),
+        node_id=_optional_id(request.node_id, field="node_id"),
+        device_id=checked_text(request.device_id, field="device_id", max_length=63),
+        actor=actor,
+        if_resident_only=if_resident_only,
+    )
+
+
+def _optional_id(value: str, *, field: str) -> str:
+    return checked_id(value, field=field) if value else ""
+
+
+def _lease_id(value: str) -> str:
+    if not value:
+        raise FieldInvalid("lease_id", "is empty; send the id of a granted lease")
+    return checked_text(value, field="lease_id", max_length=63)
+
+
+def _peer(context: Any) -> str:
+    return str(context.peer())[:100]
+
+
+def _request(request_id: str, method: str, *arguments: Any) -> Request:
+    return Request(request_id=checked_request_id(request_id), method=method, arguments=arguments)
