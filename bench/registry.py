@@ -23,7 +23,7 @@ from bench.interleave import interleave
 from bench.processes import Worker, server
 from headrace.registry.v1 import residency_service_pb2 as residency_pb
 from headrace.registry.v1 import residency_service_pb2_grpc as residency_grpc
-from headrace_registry.postgres.embedded import EmbeddedPostgres
+from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 
 N_MODELS = 100_000
 DEADLINE_S = 300.0

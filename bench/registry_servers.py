@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from bench.processes import announce
-from headrace_registry.postgres.pool import Connection, Database
+from headrace_registry.postgres.server.pool import Connection, Database
 
 METHOD = "/bench.Touch/Touch"
 _TABLE = "CREATE TABLE IF NOT EXISTS bench_touches (id bigint GENERATED ALWAYS AS IDENTITY, model_id text NOT NULL)"

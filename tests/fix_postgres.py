@@ -36,9 +36,9 @@ from headrace.registry.v1 import (
 from headrace_chassis.server import ServerOptions
 from headrace_chassis.shutdown import Shutdown
 from headrace_registry.__main__ import Settings, run
-from headrace_registry.policy import Policy
-from headrace_registry.postgres.embedded import EmbeddedPostgres
-from headrace_registry.postgres.migrations import migrate, packaged_migrations
+from headrace_registry.postgres.server.embedded import EmbeddedPostgres
+from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
+from headrace_registry.residency.policy import Policy
 
 # What is idle may be evicted at once.
 AT_ONCE = Policy(min_residency_s=0.0)

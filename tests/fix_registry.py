@@ -19,8 +19,8 @@ from headrace.common.v1 import transfer_pb2
 from headrace.registry.v1 import model_pb2, node_service_pb2, residency_pb2
 from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_service_pb2 as residency_service
-from headrace_registry.architecture import architecture_from
-from headrace_registry.memory import estimated_bytes
+from headrace_registry.models.architecture import architecture_from
+from headrace_registry.sizing.reservation import estimated_bytes
 
 GIB = 1024**3
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}

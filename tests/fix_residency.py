@@ -14,20 +14,20 @@ import psycopg
 from psycopg.rows import dict_row
 
 from headrace_chassis.errors import ServiceError
-from headrace_registry.admission import Attempt
-from headrace_registry.leases import Lease, LeaseTerms
-from headrace_registry.models import Failure, Transfer
-from headrace_registry.nodes import Announcement, Device, DeviceKind
-from headrace_registry.policy import Policy
-from headrace_registry.postgres.admit import Wish
-from headrace_registry.postgres.lease_store import LeaseStore
-from headrace_registry.postgres.node_store import NodeStore
-from headrace_registry.postgres.pool import Connection
+from headrace_registry.models.models import Failure, Transfer
 from headrace_registry.postgres.requests import Request
-from headrace_registry.postgres.residency_store import ResidencyReport, ResidencyStore
-from headrace_registry.postgres.residency_upkeep import ResidencyUpkeep
-from headrace_registry.residency import Residency, ResidencyState
+from headrace_registry.postgres.residency.leases import LeaseStore
+from headrace_registry.postgres.residency.nodes import NodeStore
+from headrace_registry.postgres.residency.residencies import ResidencyStore
+from headrace_registry.postgres.residency.upkeep import ResidencyUpkeep
+from headrace_registry.postgres.server.pool import Connection
+from headrace_registry.residency.leases import Lease, LeaseTerms
+from headrace_registry.residency.nodes import Announcement, Device, DeviceKind
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.residency import Residency, ResidencyReport, ResidencyState
+from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
+from headrace_registry.workers.lease_wait import Attempt
 
 T = TypeVar("T")
 S = ResidencyState

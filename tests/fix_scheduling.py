@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from headrace_registry.nodes import DeviceKind
-from headrace_registry.policy import Policy
-from headrace_registry.residency import Occupant, ResidencyState
-from headrace_registry.scheduling import DeviceView, NodeView, plan
+from headrace_registry.residency.nodes import DeviceKind
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.residency import Occupant, ResidencyState
+from headrace_registry.residency.scheduling import DeviceView, NodeView, plan
 
 S = ResidencyState
 POLICY = Policy()

@@ -30,45 +30,45 @@ from headrace_chassis.flags import add_common_flags, options_from
 from headrace_chassis.metrics import Metrics
 from headrace_chassis.server import Server, ServerOptions
 from headrace_chassis.shutdown import Shutdown
-from headrace_registry.admission import Admissions
-from headrace_registry.allowances import NOTHING_ALLOWED, Allowances
-from headrace_registry.deletion import Deletions
 from headrace_registry.errors import FieldInvalid
 from headrace_registry.hub.client import HubClient
 from headrace_registry.hub.headers import HubHeaders
-from headrace_registry.identifiers import checked_repo
-from headrace_registry.model_folders import ModelFolders
-from headrace_registry.paths import ModelRoots
-from headrace_registry.policy import POLICY_HELP, Policy
-from headrace_registry.postgres.connect import migrate_when_reachable
-from headrace_registry.postgres.embedded import EmbeddedPostgres
-from headrace_registry.postgres.estimate_store import EstimateStore
-from headrace_registry.postgres.event_store import EventStore
-from headrace_registry.postgres.keeper import Keeper
-from headrace_registry.postgres.lease_store import LeaseStore
-from headrace_registry.postgres.listener import Listener
-from headrace_registry.postgres.model_store import ModelStore
-from headrace_registry.postgres.node_store import NodeStore
-from headrace_registry.postgres.pin_store import PinStore
-from headrace_registry.postgres.pool import Database
-from headrace_registry.postgres.preparation_store import PreparationStore
-from headrace_registry.postgres.residency_store import ResidencyStore
-from headrace_registry.postgres.residency_upkeep import ResidencyUpkeep
-from headrace_registry.postgres.room_store import RoomStore
-from headrace_registry.postgres.set_store import SetStore
+from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
+from headrace_registry.models.folders import ModelFolders
+from headrace_registry.models.identifiers import checked_repo
+from headrace_registry.models.roots import ModelRoots
+from headrace_registry.postgres.models.estimates import EstimateStore
+from headrace_registry.postgres.models.folders import RoomStore
+from headrace_registry.postgres.models.models import ModelStore
+from headrace_registry.postgres.models.preparations import PreparationStore
+from headrace_registry.postgres.models.sets import SetStore
+from headrace_registry.postgres.models.validations import ValidationStore
+from headrace_registry.postgres.residency.events import EventStore
+from headrace_registry.postgres.residency.leases import LeaseStore
+from headrace_registry.postgres.residency.nodes import NodeStore
+from headrace_registry.postgres.residency.pins import PinStore
+from headrace_registry.postgres.residency.residencies import ResidencyStore
+from headrace_registry.postgres.residency.upkeep import ResidencyUpkeep
+from headrace_registry.postgres.server.connect import migrate_when_reachable
+from headrace_registry.postgres.server.embedded import EmbeddedPostgres
+from headrace_registry.postgres.server.keeper import Keeper
+from headrace_registry.postgres.server.listener import Listener
+from headrace_registry.postgres.server.pool import Database
 from headrace_registry.postgres.upkeep_store import UpkeepStore
-from headrace_registry.postgres.validation_store import ValidationStore
-from headrace_registry.preparation import Preparer
-from headrace_registry.profiles import Profiles
+from headrace_registry.residency.policy import POLICY_HELP, Policy
 from headrace_registry.rpc.estimate import MemoryEstimates
 from headrace_registry.rpc.model_servicer import ModelServicer
 from headrace_registry.rpc.node_servicer import NodeServicer
 from headrace_registry.rpc.residency_servicer import ResidencyServicer
 from headrace_registry.rpc.set_servicer import SetServicer
 from headrace_registry.rpc.status import STATUSES, reason_of
-from headrace_registry.storekeeper import Storekeeper
-from headrace_registry.upkeep import Upkeep
+from headrace_registry.sizing.profiles import Profiles
 from headrace_registry.wakeups import POLL_S, Wakeups
+from headrace_registry.workers.deletion import Deletions
+from headrace_registry.workers.lease_wait import Admissions
+from headrace_registry.workers.preparation import Preparer
+from headrace_registry.workers.storekeeper import Storekeeper
+from headrace_registry.workers.upkeep import Upkeep
 
 log = logging.getLogger("headrace_registry")
 

@@ -9,13 +9,14 @@ import pytest
 
 from fix_hub import SHA
 from fix_registry import until, write_model
-from headrace_registry.files import Reading, inspect_folder
-from headrace_registry.postgres import store_queries
-from headrace_registry.postgres.model_store import ModelStore
-from headrace_registry.postgres.pool import Database
-from headrace_registry.postgres.preparation_store import FilesDoomed, PreparationStore
-from headrace_registry.postgres.queries import MODEL_DELETE
+from headrace_registry.models.builds import FilesDoomed
+from headrace_registry.models.files import Reading, inspect_folder
+from headrace_registry.postgres.models import folder_statements as store_queries
+from headrace_registry.postgres.models.models import ModelStore
+from headrace_registry.postgres.models.preparations import PreparationStore
 from headrace_registry.postgres.requests import Request
+from headrace_registry.postgres.server.pool import Database
+from headrace_registry.postgres.statements import MODEL_DELETE
 from headrace_registry.wakeups import Wakeups
 
 BASE = f"/store/owner-{SHA[:12]}"

@@ -8,10 +8,10 @@ import pytest
 from fix_postgres import refused
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-from headrace_registry.catalog import CATALOG, CATEGORIES, MEMORY_SIZES
-from headrace_registry.estimate import FORMS, estimate
-from headrace_registry.nodes import DeviceKind
-from headrace_registry.workload import Workload
+from headrace_registry.residency.nodes import DeviceKind
+from headrace_registry.sizing.catalog import CATALOG, CATEGORIES, MEMORY_SIZES
+from headrace_registry.sizing.estimate import FORMS, estimate
+from headrace_registry.sizing.workload import Workload
 
 # As the models' authors or the hub's own headers give them.
 PUBLISHED = {

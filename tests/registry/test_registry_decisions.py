@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fix_scheduling import POLICY, S, node, occupant, queued, states
-from headrace_registry.memory import load_dtype
-from headrace_registry.models import Failure
-from headrace_registry.nodes import DeviceKind
-from headrace_registry.placement import Action, Backoff, Space, decide_on_device, decide_placement
-from headrace_registry.policy import Policy
-from headrace_registry.residency import Occupant, ResidencyState, follow_report
-from headrace_registry.scheduling import DeviceView, Outcome, choose_victims, plan
-from headrace_registry.upkeep import Listening
+from headrace_registry.models.models import Failure
+from headrace_registry.residency.nodes import DeviceKind
+from headrace_registry.residency.placement import Action, Backoff, Space, decide_on_device, decide_placement
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.residency import Occupant, ResidencyState, follow_report
+from headrace_registry.residency.scheduling import DeviceView, Outcome, choose_victims, plan
+from headrace_registry.sizing.reservation import load_dtype
+from headrace_registry.workers.upkeep import Listening
 
 
 def space(*occupants: Occupant, needed: int = 40, node_id: str = "n", kind: DeviceKind = DeviceKind.CPU, **fields):

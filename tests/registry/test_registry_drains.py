@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from fix_scheduling import POLICY, S, node, occupant, queued, states
-from headrace_registry.nodes import DeviceKind
-from headrace_registry.scheduling import DeviceView, NodeView, Outcome, plan
+from headrace_registry.residency.nodes import DeviceKind
+from headrace_registry.residency.scheduling import DeviceView, NodeView, Outcome, plan
 
 GPU = DeviceView(id="cuda:0", kind=DeviceKind.CUDA, capacity_bytes=100)
 

@@ -14,9 +14,9 @@ from fix_registry import GIB, acquire, cpu, ready_model, register_folder, write_
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2 as residency_service
-from headrace_registry.catalog import CATALOG
 from headrace_registry.errors import HubUnavailable
 from headrace_registry.hub.headers import HubHeaders
+from headrace_registry.sizing.catalog import CATALOG
 
 MB = 1_000_000
 NONE, INT8, INT4 = model_pb2.QUANTIZATION_NONE, model_pb2.QUANTIZATION_INT8, model_pb2.QUANTIZATION_INT4

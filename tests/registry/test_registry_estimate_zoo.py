@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from fix_runner import save_model
 from headrace_extractor.runner_protocol import Failed, Load, Loaded
-from headrace_registry.estimate import buffer_bytes, estimate, profile_of
-from headrace_registry.files import read_weights
-from headrace_registry.headers import read_headers
-from headrace_registry.models import Architecture, Quantization
-from headrace_registry.nodes import DeviceKind
-from headrace_registry.shapes import shapes_of
-from headrace_registry.tensors import Form, Tensor, tally_of
-from headrace_registry.workload import Workload, workload_bytes
+from headrace_registry.models.files import read_weights
+from headrace_registry.models.models import Architecture, Quantization
+from headrace_registry.residency.nodes import DeviceKind
+from headrace_registry.sizing.estimate import buffer_bytes, estimate, profile_of
+from headrace_registry.sizing.headers import read_headers
+from headrace_registry.sizing.shapes import shapes_of
+from headrace_registry.sizing.tensors import Form, Tensor, tally_of
+from headrace_registry.sizing.workload import Workload, workload_bytes
 
 WIDE = {
     "vocab_size": 2048,

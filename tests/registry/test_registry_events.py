@@ -13,10 +13,10 @@ from fix_registry import FakeNode, cpu, ready_model, until, until_residency
 from headrace.registry.v1 import model_service_pb2 as models
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
-from headrace_registry.postgres.event_store import EventStore
-from headrace_registry.postgres.migrations import migrate, packaged_migrations
-from headrace_registry.postgres.pool import Database
-from headrace_registry.postgres.queries import RESIDENCY_EVENT
+from headrace_registry.postgres.residency.events import EventStore
+from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
+from headrace_registry.postgres.server.pool import Database
+from headrace_registry.postgres.statements import RESIDENCY_EVENT
 
 STATE = r.ResidencyState
 

@@ -9,9 +9,9 @@ import pytest
 from safetensors import safe_open
 
 from fix_registry import LLAMA, write_model, write_safetensors
-from headrace_registry.architecture import architecture_from
 from headrace_registry.errors import DigestMismatch, ModelUnsupported
-from headrace_registry.files import Reading, Stopped, inspect_folder, read_header
+from headrace_registry.models.architecture import architecture_from
+from headrace_registry.models.files import Reading, Stopped, inspect_folder, read_header
 
 
 def test_counts_and_bytes_are_exact(tmp_path):

@@ -20,12 +20,12 @@ from fix_registry import (
 from headrace.registry.v1 import model_service_pb2 as models
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
-from headrace_registry.deletion import Deletions
 from headrace_registry.errors import ModelInUse
-from headrace_registry.postgres.model_store import ModelStore
-from headrace_registry.postgres.pool import Database
+from headrace_registry.postgres.models.models import ModelStore
 from headrace_registry.postgres.requests import Request
+from headrace_registry.postgres.server.pool import Database
 from headrace_registry.wakeups import Wakeups
+from headrace_registry.workers.deletion import Deletions
 
 
 def deletion(**fields: object) -> models.DeleteModelRequest:

@@ -16,8 +16,8 @@ from fix_postgres import RegistryStubs, refused, running_registry
 from fix_registry import FakeNode, cpu, until, until_state, write_model
 from headrace.registry.v1 import model_pb2, node_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-from headrace_registry.allowances import Allowances
-from headrace_registry.postgres.embedded import EmbeddedPostgres
+from headrace_registry.models.allowances import Allowances
+from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 
 STATES = model_pb2.ModelState
 TOKEN = "hf_0123456789secret"

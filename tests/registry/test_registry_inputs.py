@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from headrace_chassis.errors import ServiceError
 from headrace_registry import errors
 from headrace_registry.errors import FieldInvalid, ModelUnsupported, PathNotAllowed
-from headrace_registry.filters import Match, parse_filter
-from headrace_registry.identifiers import checked_id, checked_labels, checked_repo, checked_request_id, derived_ids
-from headrace_registry.leases import checked_ttl_s, checked_wait_s
-from headrace_registry.models import NewModel, Source, SourceKind
+from headrace_registry.inputs import checked_id, checked_labels, checked_request_id
+from headrace_registry.models.filters import Match, parse_filter
+from headrace_registry.models.identifiers import checked_repo, derived_ids
+from headrace_registry.models.models import NewModel, Source, SourceKind
+from headrace_registry.models.roots import ModelRoots
 from headrace_registry.paging import page_from
-from headrace_registry.paths import ModelRoots
+from headrace_registry.residency.leases import checked_ttl_s, checked_wait_s
 from headrace_registry.rpc.status import STATUSES
 
 

@@ -9,8 +9,8 @@ import time
 import psycopg
 
 from fix_registry import until
-from headrace_registry.postgres.listener import Listener
-from headrace_registry.postgres.pool import Database
+from headrace_registry.postgres.server.listener import Listener
+from headrace_registry.postgres.server.pool import Database
 from headrace_registry.wakeups import Wakeups
 
 

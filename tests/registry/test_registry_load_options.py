@@ -13,10 +13,10 @@ from fix_postgres import refused, running_registry
 from fix_registry import GIB, FakeNode, cpu, ready_model, register_folder, write_model
 from headrace.registry.v1 import model_pb2, residency_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-from headrace_registry.allowances import Allowances
 from headrace_registry.errors import FieldInvalid, NotAllowed
-from headrace_registry.load_options import checked_load_options
-from headrace_registry.models import Source, SourceKind
+from headrace_registry.models.allowances import Allowances
+from headrace_registry.models.load_options import checked_load_options
+from headrace_registry.models.models import Source, SourceKind
 
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048.0, "attention_factor": 0.5}
 

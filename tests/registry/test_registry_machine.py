@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from fix_residency import SILENT_S, S, World
 from headrace_chassis.errors import ServiceError
-from headrace_registry.admission import Attempt
 from headrace_registry.errors import AdmissionTimeout, EpochStale, LeaseLost, ModelInUse
-from headrace_registry.leases import Lease
-from headrace_registry.memory import estimated_bytes
-from headrace_registry.policy import Policy
-from headrace_registry.residency import Residency
+from headrace_registry.residency.leases import Lease
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.residency import Residency
+from headrace_registry.sizing.reservation import estimated_bytes
+from headrace_registry.workers.lease_wait import Attempt
 
 POLICY = Policy(max_queued=3, max_waiters=8, idle_timeout_s=600.0)
 SIZES = {"small": 1_000_000, "medium": 50_000_000, "large": 120_000_000, "huge": 250_000_000}

@@ -335,9 +335,9 @@ async def test_a_preparation_goes_on_in_another_replica(database_url, tmp_path):
 async def test_a_large_folder_reports_progress(registry, tmp_path, monkeypatch):
     folder = await asyncio.to_thread(write_model, tmp_path / "big")
     await asyncio.to_thread(write_safetensors, folder / "model.safetensors", {"w": ("U8", (64_000_000,))})
-    monkeypatch.setattr("headrace_registry.preparation._PROGRESS_EVERY_S", 0.01)
-    monkeypatch.setattr("headrace_registry.preparation._LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("headrace_registry.files._READ_BYTES", 64 * 1024)
+    monkeypatch.setattr("headrace_registry.workers.preparation._PROGRESS_EVERY_S", 0.01)
+    monkeypatch.setattr("headrace_registry.workers.preparation._LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("headrace_registry.models.files._READ_BYTES", 64 * 1024)
     await register_folder(registry.stubs, folder, "big")
     await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="big"))
     transfers = []

@@ -14,11 +14,11 @@ import pytest
 
 from fix_postgres import FAST_SETTINGS
 from headrace_registry.errors import DatabaseUnavailable, ModelNotFound
-from headrace_registry.postgres.connect import DatabaseUnreachable, migrate_when_reachable
-from headrace_registry.postgres.embedded import EmbeddedFailed, EmbeddedPostgres
-from headrace_registry.postgres.migrations import Migration, SchemaMismatch, migrate, packaged_migrations
-from headrace_registry.postgres.pool import Database
-from headrace_registry.postgres.residency_queries import RESIDENCIES_OF_MODEL_TO_END
+from headrace_registry.postgres.residency.statements import RESIDENCIES_OF_MODEL_TO_END
+from headrace_registry.postgres.server.connect import DatabaseUnreachable, migrate_when_reachable
+from headrace_registry.postgres.server.embedded import EmbeddedFailed, EmbeddedPostgres
+from headrace_registry.postgres.server.migrations import Migration, SchemaMismatch, migrate, packaged_migrations
+from headrace_registry.postgres.server.pool import Database
 
 MORE = Migration(version=2, name="more", sql="ALTER TABLE models ADD COLUMN extra integer NOT NULL DEFAULT 7")
 

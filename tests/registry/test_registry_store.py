@@ -16,9 +16,9 @@ from fix_registry import FakeNode, acquire, cpu, until, until_state
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace_registry.errors import DiskFull
-from headrace_registry.model_folders import ModelFolders
-from headrace_registry.names import unsafe_name
-from headrace_registry.room import StoredFolder, plan_room
+from headrace_registry.inputs import unsafe_name
+from headrace_registry.models.eviction import StoredFolder, plan_room
+from headrace_registry.models.folders import ModelFolders
 
 
 def plan(folders: list[StoredFolder], sizes: dict[str, int], total: int, **limits: int) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 
 from fix_residency import S, World, told
 from headrace_registry.errors import AdmissionTimeout, CapacityBusy, DeviceOom, LeaseLost, LoadFailed, QueueFull
-from headrace_registry.memory import estimated_bytes
-from headrace_registry.policy import Policy
+from headrace_registry.residency.policy import Policy
+from headrace_registry.sizing.reservation import estimated_bytes
 
 TINY = estimated_bytes({"F32": 1000}, "float32")
 ONE = TINY * 3 // 2

@@ -18,7 +18,7 @@ from headrace.registry.v1 import model_service_pb2, model_service_pb2_grpc
 from headrace_client import errors
 from headrace_client.values import ExtractionState, Recipe, Retain, Window
 from headrace_log.manifest import SEGMENT_BYTES
-from headrace_registry.postgres.embedded import EmbeddedPostgres
+from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -22,7 +22,7 @@ from headrace.registry.v1 import node_service_pb2_grpc as nodes_grpc
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2_grpc as pb_grpc
-from headrace_registry.postgres.embedded import EmbeddedPostgres
+from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 
 from headrace_registry.errors import HubGated, HubNotFound, HubUnavailable, ModelUnsupported
-from headrace_registry.headers import Headers, tensors_from
 from headrace_registry.hub.events import Job
+from headrace_registry.sizing.headers import Headers, tensors_from
 
 log = logging.getLogger(__name__)
 

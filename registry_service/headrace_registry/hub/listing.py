@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from headrace_registry.hub.events import Job
 from headrace_registry.hub.faults import Nonsense, NotPermitted, Unusable
-from headrace_registry.names import unsafe_name
+from headrace_registry.inputs import unsafe_name
 
 _API_TIMEOUT_S = 30.0
 _MAX_FILES = 10_000

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.postgres import queries
-from headrace_registry.postgres.pool import Connection
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.server.pool import Connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

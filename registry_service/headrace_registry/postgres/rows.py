@@ -9,8 +9,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from headrace_registry.leases import Lease
-from headrace_registry.models import (
+from headrace_registry.models.models import (
     Architecture,
     Failure,
     Fidelity,
@@ -22,10 +21,11 @@ from headrace_registry.models import (
     SourceKind,
     Transfer,
 )
-from headrace_registry.nodes import Device, DeviceKind, Node, NodeState
-from headrace_registry.pins import Pin
-from headrace_registry.residency import Occupant, Residency, ResidencyState
-from headrace_registry.sets import ActivationSet, SetPin, SetReport
+from headrace_registry.models.sets import ActivationSet, SetPin, SetReport
+from headrace_registry.residency.leases import Lease
+from headrace_registry.residency.nodes import Device, DeviceKind, Node, NodeState
+from headrace_registry.residency.pins import Pin
+from headrace_registry.residency.residency import Occupant, Residency, ResidencyState
 
 Row = Mapping[str, Any]
 

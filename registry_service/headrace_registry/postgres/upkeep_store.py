@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from headrace_registry.postgres import queries, set_queries
-from headrace_registry.postgres.pool import Connection, Database
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.models import set_statements as set_queries
+from headrace_registry.postgres.server.pool import Connection, Database
 
 
 class UpkeepStore:

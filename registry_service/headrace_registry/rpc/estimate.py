@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
-from headrace_registry.advice import Fit, Line, Placement, advise, recommended
-from headrace_registry.identifiers import checked_id
-from headrace_registry.postgres.estimate_store import EstimateStore
-from headrace_registry.postgres.model_store import ModelStore
-from headrace_registry.profiles import Profiles
-from headrace_registry.workload import Workload
+from headrace_registry.inputs import checked_id
+from headrace_registry.postgres.models.estimates import EstimateStore
+from headrace_registry.postgres.models.models import ModelStore
+from headrace_registry.sizing.advice import Fit, Line, Placement, advise, recommended
+from headrace_registry.sizing.profiles import Profiles
+from headrace_registry.sizing.workload import Workload
 
 _FITS = {fit: pb.Fit.Value(f"FIT_{fit}") for fit in Fit}
 _DEFAULT_CONTEXT = 1024

@@ -11,27 +11,27 @@ from headrace.registry.v1 import model_service_pb2 as pb
 from headrace.registry.v1 import model_service_pb2_grpc
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.watch import HEARTBEAT_INTERVAL_S, watch
-from headrace_registry.allowances import Allowances
-from headrace_registry.commits import Commits, with_commit
-from headrace_registry.deletion import Deletions
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.filters import parse_filter
-from headrace_registry.identifiers import checked_id, checked_labels, checked_request_id, checked_text
-from headrace_registry.load_options import trusts_remote_code
-from headrace_registry.models import ModelEvent
+from headrace_registry.inputs import checked_id, checked_labels, checked_request_id, checked_text
+from headrace_registry.models.allowances import Allowances
+from headrace_registry.models.filters import parse_filter
+from headrace_registry.models.load_options import trusts_remote_code
+from headrace_registry.models.models import ModelEvent
+from headrace_registry.models.registration import Commits, with_commit
+from headrace_registry.models.roots import ModelRoots
+from headrace_registry.models.validations import watch_attempt
 from headrace_registry.paging import page_from
-from headrace_registry.paths import ModelRoots
-from headrace_registry.postgres.model_store import ModelStore, require_update
-from headrace_registry.postgres.preparation_store import PreparationStore
+from headrace_registry.postgres.models.models import ModelStore, require_update
+from headrace_registry.postgres.models.preparations import PreparationStore
+from headrace_registry.postgres.models.validations import ValidationStore
 from headrace_registry.postgres.requests import Request
-from headrace_registry.postgres.validation_store import ValidationStore
-from headrace_registry.preparation import Preparer
-from headrace_registry.rpc.catalog import list_catalog
+from headrace_registry.rpc.convert.catalog import list_catalog
+from headrace_registry.rpc.convert.models import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
+from headrace_registry.rpc.convert.validations import attempt_to_pb, step_messages
 from headrace_registry.rpc.estimate import MemoryEstimates
-from headrace_registry.rpc.model_convert import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
-from headrace_registry.rpc.validations import attempt_to_pb, step_messages
-from headrace_registry.validations import watch_attempt
 from headrace_registry.wakeups import Wakeups
+from headrace_registry.workers.deletion import Deletions
+from headrace_registry.workers.preparation import Preparer
 
 _DEFAULT_PAGE = 50
 

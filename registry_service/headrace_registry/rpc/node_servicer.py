@@ -11,21 +11,23 @@ from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import node_service_pb2_grpc
 from headrace_chassis.shutdown import Shutdown
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.identifiers import checked_id, checked_text
-from headrace_registry.nodes import Announcement, Pulse
-from headrace_registry.postgres.node_store import DesiredState, NodeStore
-from headrace_registry.postgres.preparation_store import PreparationStore
-from headrace_registry.postgres.residency_store import ResidencyReport, ResidencyStore
-from headrace_registry.postgres.validation_store import ValidationStore
-from headrace_registry.rpc.convert import (
+from headrace_registry.inputs import checked_id, checked_text
+from headrace_registry.postgres.models.preparations import PreparationStore
+from headrace_registry.postgres.models.validations import ValidationStore
+from headrace_registry.postgres.residency.nodes import NodeStore
+from headrace_registry.postgres.residency.residencies import ResidencyStore
+from headrace_registry.residency.desired import DesiredState
+from headrace_registry.residency.nodes import Announcement, Pulse
+from headrace_registry.residency.residency import ResidencyReport
+from headrace_registry.rpc.convert.models import fidelity_from_pb, model_to_pb
+from headrace_registry.rpc.convert.residencies import (
     device_from_pb,
     failure_from_pb,
     residency_state_from_pb,
     residency_to_pb,
     transfer_from_pb,
 )
-from headrace_registry.rpc.model_convert import fidelity_from_pb, model_to_pb
-from headrace_registry.rpc.validations import validation_report_from_pb
+from headrace_registry.rpc.convert.validations import validation_report_from_pb
 from headrace_registry.wakeups import Wakeups
 
 # As the contract says; a node that missed a change is right again after it.

@@ -11,24 +11,21 @@ from headrace.registry.v1 import residency_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2_grpc
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.watch import HEARTBEAT_INTERVAL_S, watch
-from headrace_registry.admission import Admissions
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.identifiers import checked_id, checked_request_id, checked_text
-from headrace_registry.leases import LeaseTerms, checked_ttl_s, checked_wait_s
-from headrace_registry.models import Transfer
+from headrace_registry.inputs import checked_id, checked_owner, checked_request_id, checked_text
+from headrace_registry.models.models import Transfer
 from headrace_registry.paging import page_from
-from headrace_registry.pins import checked_owner
-from headrace_registry.postgres.admit import Wish
-from headrace_registry.postgres.event_store import EventStore
-from headrace_registry.postgres.lease_store import LeaseStore
-from headrace_registry.postgres.node_store import NodeStore
-from headrace_registry.postgres.pin_store import PinStore
 from headrace_registry.postgres.requests import Request
-from headrace_registry.postgres.residency_store import Admission, ResidencyStore
-from headrace_registry.residency import Residency, ResidencyState
-from headrace_registry.residency_events import ResidencyEvent
-from headrace_registry.residency_watch import ResidencyWatch
-from headrace_registry.rpc.convert import (
+from headrace_registry.postgres.residency.events import EventStore
+from headrace_registry.postgres.residency.leases import LeaseStore
+from headrace_registry.postgres.residency.nodes import NodeStore
+from headrace_registry.postgres.residency.pins import PinStore
+from headrace_registry.postgres.residency.residencies import ResidencyStore
+from headrace_registry.residency.events import ResidencyEvent
+from headrace_registry.residency.leases import LeaseTerms, checked_ttl_s, checked_wait_s
+from headrace_registry.residency.residency import Residency, ResidencyState
+from headrace_registry.residency.wishes import Admission, Wish
+from headrace_registry.rpc.convert.residencies import (
     lease_to_pb,
     node_to_pb,
     pin_from_pb,
@@ -38,6 +35,8 @@ from headrace_registry.rpc.convert import (
     transfer_to_pb,
 )
 from headrace_registry.wakeups import Wakeups
+from headrace_registry.workers.lease_wait import Admissions
+from headrace_registry.workers.watch import ResidencyWatch
 
 _DEFAULT_PAGE = 100
 

@@ -7,11 +7,11 @@ from typing import Any
 from headrace.registry.v1 import activation_set_service_pb2 as pb
 from headrace.registry.v1 import activation_set_service_pb2_grpc
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.identifiers import checked_id, checked_request_id, checked_text
+from headrace_registry.inputs import checked_id, checked_request_id, checked_text
 from headrace_registry.paging import page_from
+from headrace_registry.postgres.models.sets import SetStore
 from headrace_registry.postgres.requests import Request
-from headrace_registry.postgres.set_store import SetStore
-from headrace_registry.rpc.set_convert import orders_to_pb, set_pin_from_pb, set_report_from_pb, set_to_pb
+from headrace_registry.rpc.convert.sets import orders_to_pb, set_pin_from_pb, set_report_from_pb, set_to_pb
 
 _DEFAULT_PAGE = 100
 

@@ -1,0 +1,69 @@
+"""What EstimateMemory reads: devices of living nodes with all that is on them, and what loads measured. No locks."""
+
+from __future__ import annotations
+
+from headrace_registry.models.models import Model
+from headrace_registry.postgres.residency import statements as queries
+from headrace_registry.postgres.rows import occupant_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.postgres.statements import DEVICES_PRESENT, NODES_LIVING
+from headrace_registry.residency.leases import MAX_S
+from headrace_registry.residency.nodes import DeviceKind
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.scheduling import DeviceView, NodeView
+from headrace_registry.sizing.advice import Learned, Site, Situation
+
+
+class EstimateStore:
+    """A look at all devices, for advice; nothing is decided by it."""
+
+    def __init__(self, database: Database, policy: Policy) -> None:
+        self._database = database
+        self._policy = policy
+
+    async def situation(self, model: Model) -> Situation:
+        """Reads what advice about a model depends on."""
+
+        async def work(conn: Connection) -> Situation:
+            parameters = {"model_id": model.id, "quantization": model.quantization}
+            rows = await (await conn.execute(queries.LEARNED, parameters)).fetchall()
+            learned = tuple(
+                Learned(
+                    node_id=row["node_id"],
+                    device_id=row["device_id"],
+                    kind=DeviceKind(row["device_kind"]),
+                    dtype=row["load_dtype"],
+                    measured_bytes=row["measured_bytes"],
+                )
+                for row in rows
+            )
+            return Situation(sites=await _sites(conn), learned=learned, policy=self._policy)
+
+        return await self._database.run(work)
+
+
+async def _sites(conn: Connection) -> tuple[Site, ...]:
+    living = await (await conn.execute(NODES_LIVING)).fetchall()
+    parameters = {"node_ids": [row["id"] for row in living]}
+    devices = await (await conn.execute(DEVICES_PRESENT, parameters)).fetchall()
+    occupants = await (await conn.execute(queries.OCCUPANTS_OF_NODES, {**parameters, "for_good_s": MAX_S})).fetchall()
+    views: dict[str, list[DeviceView]] = {row["id"]: [] for row in living}
+    for row in devices:
+        view = DeviceView(
+            id=row["id"],
+            kind=DeviceKind(row["kind"]),
+            capacity_bytes=row["capacity_bytes"],
+            lost_bytes=row["lost_bytes"],
+        )
+        views[row["node_id"]].append(view)
+    sites = []
+    for row in living:
+        node = NodeView(
+            id=row["id"],
+            devices=tuple(views[row["id"]]),
+            occupants=tuple(occupant_of(o) for o in occupants if o["node_id"] == row["id"]),
+            max_loads=row["max_loads"],
+            max_residents=row["max_residents"],
+        )
+        sites += [Site(node=node, device=view, runtime_bytes=row.get("runtime_bytes", 0)) for view in node.devices]
+    return tuple(sites)

@@ -1,0 +1,158 @@
+"""The folders of the model store in Postgres: who needs which, what has to go, what is to be removed.
+
+A folder's row is written before the folder is made, and a model forgets its files before they are removed: whatever is
+killed in between, the rows tell what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from headrace_registry.models.eviction import StoredFolder, plan_room
+from headrace_registry.models.folders import ModelFolders
+from headrace_registry.models.models import ModelState
+from headrace_registry.postgres.models import folder_statements as queries
+from headrace_registry.postgres.models.models import change_model, lock_model
+from headrace_registry.postgres.models.preparations import hold_claim
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.wakeups import Wakeups
+
+_REMOVED_AT_ONCE = 100
+_ORPHANS_AT_ONCE = 1000
+_DECISIONS = 5
+# As long as a folder given up is kept in mind: a node may still be at it, and rests no longer between two writes.
+_LEFTOVER_S = 3600.0
+
+
+class _Changed(Exception):
+    """A folder chosen to go came into use before it could be locked."""
+
+
+class RoomStore:
+    """What the storekeeper needs of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups, folders: ModelFolders, *, quota_bytes: int) -> None:
+        self._database = database
+        self._wakeups = wakeups
+        self._folders = folders
+        self._quota_bytes = quota_bytes
+
+    async def make_room(self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool) -> list[str]:
+        """Reserves room for a folder; returns the models that lost their files for it. Raises DiskFull, ClaimLost."""
+
+        async def work(conn: Connection) -> list[str]:
+            await conn.execute(queries.STORE_LOCK)
+            await hold_claim(conn, model_id, worker)
+            await self._take_over(conn, path)
+            victims = plan_room(
+                await _folders(conn),
+                await asyncio.to_thread(self._folders.sizes),
+                target=path,
+                total_bytes=total_bytes,
+                quota_bytes=self._quota_bytes,
+                free_bytes=await asyncio.to_thread(self._folders.free_bytes),
+            )
+            for victim in victims:
+                await _take_away(conn, victim, f"files removed to make room for {model_id}")
+            values = {"path": path, "model_id": model_id, "reserved_bytes": total_bytes}
+            await conn.execute(queries.FOLDER_UPSERT, values)
+            if make:
+                await asyncio.to_thread(self._folders.make, path)
+            return [each for victim in victims for each in victim.models]
+
+        for _ in range(_DECISIONS - 1):
+            try:
+                return await self._decided(work)
+            except _Changed:
+                continue
+        return await self._decided(work)
+
+    async def remove_doomed(self) -> None:
+        """Takes out of use what nothing refers to any more."""
+
+        async def work(conn: Connection) -> None:
+            rows = await (await conn.execute(queries.FOLDERS_DOOMED, {"limit": _REMOVED_AT_ONCE})).fetchall()
+            paths = [row["path"] for row in rows if self._folders.owns(row["path"])]
+            for path in paths:
+                await asyncio.to_thread(self._folders.discard, path)
+            await conn.execute(queries.FOLDERS_FORGET, {"paths": paths})
+
+        await self._database.run(work)
+
+    async def discard_leftovers(self) -> None:
+        """Takes out of use what killed attempts left of folders that nobody makes any more."""
+
+        async def work(conn: Connection) -> list[str]:
+            rows = await (await conn.execute(queries.FOLDERS_WANTED)).fetchall()
+            return [row["target_path"] for row in rows]
+
+        wanted = await self._database.run(work)
+        await asyncio.to_thread(self._folders.discard_leftovers, wanted, untouched_s=_LEFTOVER_S)
+
+    async def doom_unused(self, path: str) -> None:
+        """Marks a folder that nobody loads from, or is about to; others stay."""
+
+        async def work(conn: Connection) -> None:
+            await conn.execute(queries.STORE_LOCK)
+            await conn.execute(queries.FOLDER_DOOM_UNUSED, {"path": path})
+
+        await self._database.run(work)
+
+    async def doom_orphans(self) -> list[str]:
+        """Marks folders whose model is gone, as after a kill; returns them."""
+
+        async def work(conn: Connection) -> list[str]:
+            await conn.execute(queries.STORE_LOCK)
+            rows = await conn.execute(queries.FOLDERS_DOOM_ORPHANS, {"limit": _ORPHANS_AT_ONCE})
+            return [row["path"] for row in await rows.fetchall()]
+
+        return await self._database.run(work)
+
+    async def note_use(self, *, since_s: float) -> None:
+        """Writes into each model when it was used last."""
+
+        async def work(conn: Connection) -> None:
+            await conn.execute(queries.MODELS_NOTE_USE, {"since_s": since_s})
+
+        await self._database.run(work)
+
+    async def _decided(self, work: object) -> list[str]:
+        result: list[str] = await self._database.run(work)  # type: ignore[arg-type]
+        self._wakeups.wake()
+        return result
+
+    async def _take_over(self, conn: Connection, path: str) -> None:
+        """A folder that was to be removed goes first, whole: it may be half gone."""
+        row = await (await conn.execute(queries.FOLDER_IS_DOOMED, {"path": path})).fetchone()
+        if row is not None and row["doomed"]:
+            await asyncio.to_thread(self._folders.discard, path)
+
+
+async def _folders(conn: Connection, path: str | None = None) -> list[StoredFolder]:
+    rows = await (await conn.execute(queries.FOLDERS, {"path": path})).fetchall()
+    return [
+        StoredFolder(
+            path=row["path"],
+            models=tuple(row["models"]),
+            in_use=row["in_use"] or not await asyncio.to_thread(_are_files, row["gguf"]),
+            reserved_bytes=row["reserved_bytes"],
+            last_used=row["last_used"],
+        )
+        for row in rows
+    ]
+
+
+async def _take_away(conn: Connection, victim: StoredFolder, reason: str) -> None:
+    for model_id in victim.models:
+        await lock_model(conn, model_id)
+    if [(each.models, each.in_use) for each in await _folders(conn, victim.path)] != [(victim.models, False)]:
+        raise _Changed
+    for model_id in victim.models:
+        await change_model(conn, model_id, reason, {"state": ModelState.REGISTERED, "files_path": "", "store_bytes": 0})
+    await conn.execute(queries.FOLDER_DOOM, {"path": victim.path})
+
+
+def _are_files(locations: list[str]) -> bool:
+    """What was converted from a file that is gone could not be made again."""
+    return all(Path(location).is_file() for location in locations)

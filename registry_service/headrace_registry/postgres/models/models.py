@@ -1,0 +1,304 @@
+"""Models in Postgres: registration, change, listing, events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+
+from headrace_registry.errors import AlreadyExists, EtagMismatch, FieldInvalid, ModelInUse, ModelNotFound
+from headrace_registry.models.filters import Match, Term
+from headrace_registry.models.identifiers import derived_ids
+from headrace_registry.models.models import Model, ModelEvent, NewModel
+from headrace_registry.paging import Page
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.models import folder_statements as store_queries
+from headrace_registry.postgres.requests import Request, recall, remember
+from headrace_registry.postgres.residency.pins import pin_owners
+from headrace_registry.postgres.residency.unloading import send_off, use_of
+from headrace_registry.postgres.rows import json_of, model_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.wakeups import Wakeups
+
+# Events kept per model: hours of progress at one a second. The snapshot tells a late watcher the rest.
+_KEEP_EVENTS = 10_000
+_EVENTS_PER_READ = 200
+
+_COLUMNS = {
+    "id": sql.SQL("id"),
+    "state": sql.SQL("state"),
+    "quantization": sql.SQL("quantization"),
+    "model_type": sql.SQL("COALESCE(architecture->>'model_type', '')"),
+    "repo_id": sql.SQL("CASE WHEN source_kind = 'hub' THEN location ELSE '' END"),
+}
+
+
+class ModelStore:
+    """What ModelService needs of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+        self._database = database
+        self._wakeups = wakeups
+
+    async def register(self, new: NewModel, request: Request) -> Model:
+        """Returns the new model, or the one that is the same already. Raises AlreadyExists."""
+
+        async def work(conn: Connection) -> Model:
+            answered = await recall(conn, request)
+            if answered is not None:
+                return await read_model(conn, answered)
+            await conn.execute(queries.IDENTITY_LOCK, {"identity": new.identity()})
+            model = await _existing(conn, new) or await _insert(conn, new)
+            await remember(conn, request, model.id)
+            return model
+
+        model = await self._database.run(work)
+        self._wakeups.wake()
+        return model
+
+    async def registered(self, new: NewModel) -> Model | None:
+        """Returns the model that is the same already, if there is one. Raises AlreadyExists."""
+        return await self._database.run(lambda conn: _existing(conn, new))
+
+    async def get(self, model_id: str) -> Model:
+        """Raises ModelNotFound."""
+        return await self._database.single(lambda conn: read_model(conn, model_id))
+
+    async def page(self, terms: Sequence[Term], page: Page) -> tuple[list[Model], str]:
+        """Returns one page ordered by id, and the token of the next."""
+
+        async def work(conn: Connection) -> list[Model]:
+            query, parameters = _listing(terms, page)
+            cursor = await conn.execute(query, parameters)
+            return [model_of(row) for row in await cursor.fetchall()]
+
+        models = await self._database.single(work)
+        more = len(models) > page.size
+        models = models[: page.size]
+        return models, page.token_after((models[-1].id,)) if more else ""
+
+    async def update(
+        self,
+        model_id: str,
+        *,
+        labels: Mapping[str, str] | None,
+        load_options: Mapping[str, Any] | None,
+        etag: str,
+        request: Request,
+    ) -> Model:
+        """Replaces what is not None. Raises EtagMismatch; ModelInUse if load options change under a residency."""
+
+        async def work(conn: Connection) -> Model:
+            model = await lock_model(conn, model_id)
+            if await recall(conn, request) is not None:
+                return model
+            _check_etag(model, etag)
+            columns: dict[str, Any] = {}
+            if labels is not None:
+                columns["labels"] = json_of(labels)
+            if load_options is not None and dict(load_options) != dict(model.load_options):
+                await check_unused(conn, model_id, "change the load options of")
+                changed = NewModel(
+                    id=model.id, source=model.source, quantization=model.quantization, load_options=load_options
+                )
+                columns |= {"load_options": json_of(load_options), "identity": changed.identity()}
+            if columns:
+                model = await change_model(conn, model_id, "updated", columns)
+            await remember(conn, request, model_id)
+            return model
+
+        model = await self._database.run(work)
+        self._wakeups.wake()
+        return model
+
+    async def delete(self, model_id: str, *, force: bool, etag: str, actor: str, request: Request) -> tuple[str, ...]:
+        """Forgets a model and its history; its files in the store go. Raises EtagMismatch, ModelInUse unless forced.
+
+        With `force` it is sent off its devices first; what is returned are the places that still hold its memory. Call
+        it again until there is none.
+        """
+
+        async def work(conn: Connection) -> tuple[str, ...]:
+            if await recall(conn, request) is not None:
+                return ()
+            model = await lock_model(conn, model_id)
+            _check_etag(model, etag)
+            places = await _sent_off(conn, model_id, actor) if force else ()
+            if places:
+                return places
+            await check_unused(conn, model_id, "delete")
+            if not force:
+                await _check_unpinned(conn, model_id)
+            await conn.execute(store_queries.FOLDERS_LOCK_OF_MODEL, {"id": model_id})
+            await conn.execute(store_queries.FOLDERS_DOOM_OF_MODEL, {"id": model_id})
+            await conn.execute(queries.MODEL_DELETE, {"id": model_id})
+            await remember(conn, request, model_id)
+            return ()
+
+        places = await self._database.run(work)
+        self._wakeups.wake()
+        return places
+
+    async def snapshot(self, model_id: str) -> ModelEvent:
+        """Returns the model as it stands, as an event."""
+
+        async def work(conn: Connection) -> ModelEvent:
+            row = await (await conn.execute(queries.MODEL_SNAPSHOT, {"id": model_id})).fetchone()
+            if row is None:
+                raise ModelNotFound(model_id)
+            now: datetime = row["now"]
+            return ModelEvent(seq=row["event_seq"], time=now, model=model_of(row))
+
+        return await self._database.run(work)
+
+    async def events_after(self, model_id: str, after_seq: int) -> list[ModelEvent]:
+        """Returns the next events in order, none if there is nothing new. Raises ModelNotFound once deleted."""
+
+        async def work(conn: Connection) -> list[ModelEvent]:
+            parameters = {"id": model_id, "after_seq": after_seq, "limit": _EVENTS_PER_READ}
+            rows = await (await conn.execute(queries.MODEL_EVENTS, parameters)).fetchall()
+            if not rows:
+                await read_model(conn, model_id)
+            return [
+                ModelEvent(seq=row["seq"], time=row["time"], message=row["message"], model=model_of(row["model"]))
+                for row in rows
+            ]
+
+        return await self._database.run(work)
+
+
+async def read_model(conn: Connection, model_id: str) -> Model:
+    """Raises ModelNotFound."""
+    row = await (await conn.execute(queries.MODEL_READ, {"id": model_id})).fetchone()
+    if row is None:
+        raise ModelNotFound(model_id)
+    return model_of(row)
+
+
+async def lock_model(conn: Connection, model_id: str) -> Model:
+    """Like `read_model`, and nobody else changes it until the transaction ends."""
+    row = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
+    if row is None:
+        raise ModelNotFound(model_id)
+    return model_of(row)
+
+
+async def change_model(conn: Connection, model_id: str, message: str, columns: Mapping[str, Any]) -> Model:
+    """Sets columns and appends the event, both or neither."""
+    if columns:
+        sets = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(n), sql.Placeholder(n)) for n in columns)
+        await conn.execute(sql.SQL("UPDATE models SET {} WHERE id = %(id)s").format(sets), {**columns, "id": model_id})
+    parameters = {"id": model_id, "message": message, "keep": _KEEP_EVENTS}
+    row = await (await conn.execute(queries.MODEL_TOUCH, parameters)).fetchone()
+    if row is None:
+        raise ModelNotFound(model_id)
+    return model_of(row)
+
+
+async def check_unused(conn: Connection, model_id: str, verb: str) -> None:
+    """Raises ModelInUse while the model is on a device or on its way there."""
+    parameters = {"model_id": model_id, "node_id": ""}
+    active = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
+    if active:
+        places = ", ".join(f"{row['node_id']}/{row['device_id']}" for row in active)
+        await _refuse_use(conn, model_id, verb, places)
+
+
+async def _check_unpinned(conn: Connection, model_id: str) -> None:
+    if await pin_owners(conn, model_id, ""):
+        await _refuse_use(conn, model_id, "delete", "")
+
+
+async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -> None:
+    use = await use_of(conn, model_id, "")
+    why = ", ".join(part for part in (f"on {places}" if places else "", use.words) if part)
+    remedy = "UnloadModel first" if places else "UnpinModel first"
+    raise ModelInUse(
+        f"can't {verb} {model_id!r}: it is {why}; {remedy}",
+        metadata={**use.metadata, "places": places},
+        resource=("model", model_id),
+    )
+
+
+async def _sent_off(conn: Connection, model_id: str, actor: str) -> tuple[str, ...]:
+    """Unloads the model everywhere and keeps others from loading it; returns the places that still hold its memory."""
+    await conn.execute(queries.MODEL_DELETING, {"id": model_id})
+    await send_off(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
+    parameters = {"model_id": model_id, "node_id": ""}
+    rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
+    return tuple(f"{row['node_id']}/{row['device_id']}" for row in rows)
+
+
+async def _existing(conn: Connection, new: NewModel) -> Model | None:
+    """Returns the model this registration names already; an id that names another one is AlreadyExists."""
+    if not new.id:
+        row = await (await conn.execute(queries.MODEL_OF_IDENTITY, {"identity": new.identity()})).fetchone()
+        return model_of(row) if row is not None else None
+    row = await (await conn.execute(queries.MODEL_READ, {"id": new.id})).fetchone()
+    if row is None:
+        return None
+    if row["identity"] != new.identity():
+        raise AlreadyExists(
+            f"model {new.id!r} exists with another source, quantization or load options; choose another id",
+            resource=("model", new.id),
+        )
+    return model_of(row)
+
+
+async def _insert(conn: Connection, new: NewModel) -> Model:
+    values = {
+        "identity": new.identity(),
+        "source_kind": new.source.kind,
+        "location": new.source.location,
+        "source_revision": new.source.revision,
+        "quantization": new.quantization,
+        "load_options": json_of(new.load_options),
+        "labels": json_of(new.labels),
+    }
+    for candidate in [new.id] if new.id else derived_ids(new):
+        row = await (await conn.execute(queries.MODEL_INSERT, {**values, "id": candidate})).fetchone()
+        if row is not None:
+            return await change_model(conn, candidate, "registered", {"commit_sha": new.commit_sha})
+    existing = await _existing(conn, new)  # Somebody took the id at the same moment.
+    if existing is None:
+        raise AlreadyExists("every id derived from the source is taken; give an id")
+    return existing
+
+
+def _check_etag(model: Model, etag: str) -> None:
+    if etag and etag != model.etag:
+        raise EtagMismatch(
+            f"model {model.id!r} changed since that etag; read it again and repeat the change",
+            metadata={"etag": model.etag},
+            resource=("model", model.id),
+        )
+
+
+def _listing(terms: Sequence[Term], page: Page) -> tuple[sql.Composed, dict[str, Any]]:
+    parameters: dict[str, Any] = {"limit": page.size + 1}
+    conditions: list[sql.Composable] = [sql.SQL("TRUE")]
+    if page.after is not None:
+        parameters["after"] = page.after[0]
+        conditions.append(sql.SQL("id > %(after)s"))
+    for number, term in enumerate(terms):
+        parameters[f"value_{number}"] = term.value
+        column: sql.Composable = _COLUMNS.get(term.field, sql.SQL(""))
+        if term.field == "labels":
+            parameters[f"label_{number}"] = term.label
+            column = sql.SQL("COALESCE(labels->>{}, '')").format(sql.Placeholder(f"label_{number}"))
+        value = sql.Placeholder(f"value_{number}")
+        compared = "{} = {}" if term.match is Match.EQUALS else "position(lower({1}::text) in lower({0})) > 0"
+        conditions.append(sql.SQL(compared).format(column, value))
+    where = sql.SQL(" AND ").join(conditions)
+    return sql.SQL("SELECT * FROM models WHERE {} ORDER BY id LIMIT %(limit)s").format(where), parameters
+
+
+def require_update(mask: Sequence[str]) -> set[str]:
+    """Checks an update mask."""
+    wanted = set(mask)
+    unknown = wanted - {"labels", "load_options"}
+    if unknown or not wanted:
+        raise FieldInvalid("update_mask", "name `labels`, `load_options` or both; nothing else can be changed")
+    return wanted

@@ -1,0 +1,294 @@
+"""Preparations in Postgres: who works on which model's files, and what nodes report of builds.
+
+Every write of a worker is guarded by its claim: one whose claim ran out changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeVar
+
+from headrace_registry.errors import StateConflict
+from headrace_registry.models.builds import BuildState, ClaimLost, FilesDoomed, quantizes
+from headrace_registry.models.files import Inspection
+from headrace_registry.models.models import Failure, Fidelity, Model, ModelState, SourceKind, Transfer
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.models import folder_statements as store_queries
+from headrace_registry.postgres.models.models import change_model, lock_model, read_model
+from headrace_registry.postgres.requests import Request, recall, remember
+from headrace_registry.postgres.residency.nodes import hear
+from headrace_registry.postgres.rows import failure_of, fidelity_of, json_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.wakeups import Wakeups
+
+T = TypeVar("T")
+
+
+# A worker that dies is replaced after this; it renews at a third.
+CLAIM_S = 6.0
+
+
+class PreparationStore:
+    """What PrepareModel, its workers and ReportBuild need of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+        self._database = database
+        self._wakeups = wakeups
+
+    async def start(self, model_id: str, *, worker: str, request: Request) -> Model:
+        """Claims a new preparation for `worker`. A READY model, or one in preparation, is returned as it is."""
+
+        async def work(conn: Connection) -> Model:
+            model = await lock_model(conn, model_id)
+            if await recall(conn, request) is not None:
+                return model
+            if model.state is not ModelState.READY and not model.state.preparing:
+                await conn.execute(
+                    queries.PREPARATION_INSERT, {"model_id": model_id, "worker": worker, "claim_s": CLAIM_S}
+                )
+                converting = model.source.kind is SourceKind.GGUF
+                state = ModelState.CONVERTING if converting else ModelState.DOWNLOADING
+                columns = {"state": state, "failure": None, "transfer": json_of(Transfer())}
+                model = await change_model(conn, model_id, "preparation started", columns)
+            await remember(conn, request, model_id)
+            return model
+
+        return await self._change(work)
+
+    async def cancel(self, model_id: str, *, request: Request) -> Model:
+        """Takes the preparation away from whoever works on it. Raises StateConflict if there is none."""
+
+        async def work(conn: Connection) -> Model:
+            model = await lock_model(conn, model_id)
+            if await recall(conn, request) is not None:
+                return model
+            if not model.state.preparing:
+                raise StateConflict(
+                    f"model {model_id!r} is {model.state}, not in preparation; there is nothing to cancel",
+                    metadata={"state": model.state},
+                    resource=("model", model_id),
+                )
+            await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
+            columns = {"state": ModelState.REGISTERED, "transfer": None}
+            model = await change_model(conn, model_id, "preparation cancelled", columns)
+            await remember(conn, request, model_id)
+            return model
+
+        return await self._change(work)
+
+    async def claim(self, worker: str, *, running: Collection[str], limit: int) -> list[Model]:
+        """Takes preparations nobody works on."""
+
+        async def work(conn: Connection) -> list[Model]:
+            parameters = {"worker": worker, "claim_s": CLAIM_S, "running": list(running), "limit": limit}
+            rows = await (await conn.execute(queries.PREPARATIONS_CLAIM, parameters)).fetchall()
+            return [await read_model(conn, row["model_id"]) for row in rows]
+
+        return await self._database.run(work)
+
+    async def renew(self, worker: str, *, running: Collection[str]) -> set[str]:
+        """Returns the ids that are still this worker's."""
+
+        async def work(conn: Connection) -> set[str]:
+            parameters = {"worker": worker, "claim_s": CLAIM_S, "running": list(running)}
+            rows = await (await conn.execute(queries.PREPARATIONS_RENEW, parameters)).fetchall()
+            return {row["model_id"] for row in rows}
+
+        return await self._database.run(work)
+
+    async def release(self, worker: str | None) -> None:
+        """Lets others take over at once; None: whoever had it (only when no other replica can be there)."""
+
+        async def work(conn: Connection) -> None:
+            await conn.execute(queries.PREPARATIONS_RELEASE, {"worker": worker})
+
+        await self._database.run(work, deadline_s=3.0)
+
+    async def progress(
+        self, model_id: str, worker: str, *, message: str, transfer: Transfer, commit_sha: str = ""
+    ) -> None:
+        """Tells how far the preparation is, and the commit once it is known. Raises ClaimLost."""
+        columns: dict[str, Any] = {"transfer": json_of(transfer)}
+        if commit_sha:
+            columns["commit_sha"] = commit_sha
+
+        async def work(conn: Connection) -> None:
+            await hold_claim(conn, model_id, worker)
+            await change_model(conn, model_id, message, columns)
+
+        await self._change(work)
+
+    async def finish(
+        self,
+        model_id: str,
+        worker: str,
+        *,
+        commit_sha: str,
+        files_path: str,
+        inspection: Inspection,
+        store_bytes: int = 0,
+        base_path: str = "",
+        fidelity: Fidelity | None = None,
+    ) -> None:
+        """Makes the model READY. Raises ClaimLost and FilesDoomed."""
+        weights = inspection.weights
+        columns = {
+            "state": ModelState.READY,
+            "commit_sha": commit_sha,
+            "files_path": files_path,
+            "failure": None,
+            "transfer": None,
+            "architecture": json_of(inspection.architecture),
+            "n_parameters": weights.n_parameters,
+            "weight_bytes": weights.weight_bytes,
+            "parameters_by_dtype": json_of(weights.parameters_by_dtype),
+            "tokenizer_digest": inspection.tokenizer_digest,
+            "store_bytes": store_bytes,
+            "base_path": base_path,
+            "fidelity": json_of(fidelity),
+        }
+        await self._end(model_id, worker, "ready", columns)
+
+    async def fail(self, model_id: str, worker: str, failure: Failure) -> None:
+        """Makes the model FAILED. Raises ClaimLost."""
+        columns = {"state": ModelState.FAILED, "failure": json_of(failure), "transfer": None}
+        await self._end(model_id, worker, f"failed: {failure.message}", columns)
+
+    async def build_state(self, model_id: str, worker: str) -> BuildState:
+        """Raises ClaimLost."""
+
+        async def work(conn: Connection) -> BuildState:
+            parameters = {"model_id": model_id, "worker": worker}
+            row = await (await conn.execute(queries.BUILD_READ, parameters)).fetchone()
+            if row is None:
+                raise ClaimLost
+            return BuildState(
+                node_id=row["node_id"] or "",
+                target_path=row["target_path"],
+                done=row["done"],
+                failure=failure_of(row["failure"]),
+                node_alive=row["node_state"] == "ALIVE",
+                silent_s=row["silent_s"] or 0.0,
+                fidelity=fidelity_of(row["fidelity"]),
+            )
+
+        return await self._database.run(work)
+
+    async def take_base(self, model: Model, worker: str, *, commit_sha: str) -> str:
+        """Returns a folder with the same unquantized files that another model brought, kept until the end; or nothing.
+
+        Raises ClaimLost.
+        """
+
+        async def work(conn: Connection) -> str:
+            await conn.execute(store_queries.STORE_LOCK)
+            await hold_claim(conn, model.id, worker)
+            parameters = {
+                "model_id": model.id,
+                "quantization": model.quantization,
+                "source_kind": model.source.kind,
+                "location": model.source.location,
+                "commit_sha": commit_sha,
+            }
+            row = await (await conn.execute(store_queries.BASE_FIND, parameters)).fetchone()
+            if row is None:
+                return ""
+            await conn.execute(store_queries.BASE_TAKE, {"model_id": model.id, "path": row["path"]})
+            path: str = row["path"]
+            return path
+
+        return await self._database.run(work)
+
+    async def assign_build(self, model_id: str, worker: str, *, target_path: str, source_path: str = "") -> str:
+        """Gives the build to the living node with the fewest; returns its id, or nothing if none lives."""
+
+        async def work(conn: Connection) -> str:
+            held = await hold_claim(conn, model_id, worker)
+            row = await (await conn.execute(queries.BUILD_CHOOSE_NODE)).fetchone()
+            node_id = row["id"] if row is not None else None
+            if node_id is None and held["node_id"] is None and held["target_path"] == target_path:
+                return ""  # It waits already; saying so again would be an event each second.
+            parameters = {
+                "model_id": model_id,
+                "node_id": node_id,
+                "target_path": target_path,
+                "source_path": source_path,
+            }
+            await conn.execute(queries.BUILD_ASSIGN, parameters)
+            message = _at_work(node_id, target_path, source_path) if node_id else "waits for a node; start an extractor"
+            state = ModelState.QUANTIZING if quantizes(target_path, source_path) else ModelState.CONVERTING
+            await change_model(conn, model_id, message, {"state": state, "transfer": json_of(Transfer())})
+            return node_id or ""
+
+        assigned = await self._database.run(work)
+        if assigned:
+            self._wakeups.wake()
+        return assigned
+
+    async def report_build(
+        self,
+        *,
+        node_id: str,
+        epoch: int,
+        model_id: str,
+        target_path: str,
+        done: bool,
+        transfer: Transfer | None,
+        failure: Failure | None,
+        fidelity: Fidelity | None = None,
+    ) -> None:
+        """Stores a node's word on its build. One that is no longer its build is ignored: there is nothing to undo."""
+
+        async def work(conn: Connection) -> None:
+            await hear(conn, node_id, epoch)
+            await conn.execute(queries.MODEL_LOCK, {"id": model_id})
+            parameters = {
+                "model_id": model_id,
+                "node_id": node_id,
+                "target_path": target_path,
+                "done": done,
+                "failure": json_of(failure),
+                "fidelity": json_of(fidelity),
+            }
+            row = await (await conn.execute(queries.BUILD_REPORT, parameters)).fetchone()
+            if row is not None and not done and failure is None:
+                columns = {"transfer": json_of(transfer or Transfer())}
+                await change_model(conn, model_id, _at_work(node_id, row["target_path"], row["source_path"]), columns)
+
+        await self._change(work)
+
+    async def _end(self, model_id: str, worker: str, message: str, columns: dict[str, Any]) -> None:
+        async def work(conn: Connection) -> bool:
+            await hold_claim(conn, model_id, worker)
+            if columns["state"] is ModelState.READY:
+                folder = await conn.execute(store_queries.FOLDER_KEEP, {"path": columns["files_path"]})
+                row = await folder.fetchone()
+                if row is not None and row["doomed"]:
+                    await conn.execute(queries.BUILD_UNDO, {"model_id": model_id})
+                    return False
+                await conn.execute(store_queries.MODEL_PREPARED, {"id": model_id})
+            await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
+            await change_model(conn, model_id, message, columns)
+            return True
+
+        if not await self._change(work):
+            raise FilesDoomed
+
+    async def _change(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        result = await self._database.run(work)
+        self._wakeups.wake()
+        return result
+
+
+def _at_work(node_id: str, target_path: str, source_path: str) -> str:
+    return f"node {node_id} {'quantizes' if quantizes(target_path, source_path) else 'converts'}"
+
+
+async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:
+    """Keeps the claim until the transaction ends. Raises ClaimLost. Locks the model first, as all others do."""
+    row = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
+    parameters = {"model_id": model_id, "worker": worker}
+    held = await (await conn.execute(queries.PREPARATION_HOLD, parameters)).fetchone()
+    if row is None or held is None:
+        raise ClaimLost
+    return held

@@ -1,0 +1,246 @@
+"""Attempts in Postgres. One under way holds bytes of its device, in one transaction with the decision that has them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from headrace_registry.errors import CapacityBusy, NodeNotFound, StateConflict
+from headrace_registry.models.models import Failure, Model, Quantization
+from headrace_registry.models.validations import Attempt, Step, StepState, ValidationReport, closed, passed
+from headrace_registry.paging import Page
+from headrace_registry.postgres.models import validation_statements as attempts
+from headrace_registry.postgres.models.models import read_model
+from headrace_registry.postgres.residency.admit import lock_living, read_spaces, ready_model
+from headrace_registry.postgres.residency.node_views import lock_nodes
+from headrace_registry.postgres.residency.nodes import hear
+from headrace_registry.postgres.rows import Row, failure_of, json_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.residency.placement import Action, Space, decide_placement
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.refusals import refusal
+from headrace_registry.residency.wishes import Wish
+from headrace_registry.wakeups import Wakeups
+
+# A call that waits renews the attempt at each poll; one that dies is noticed after this.
+_TTL_S = 15.0
+
+
+_RETRY_AFTER_S = 5.0
+
+
+# No model has this id: the trial is a load of its own, also where the model is resident.
+_TRIAL = "(validation)"
+
+
+class ValidationStore:
+    """What ValidateModel, ListAttempts and ReportValidation need of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups, policy: Policy) -> None:
+        self._database = database
+        self._wakeups = wakeups
+        self._policy = policy
+
+    async def start(
+        self, model_id: str, *, node_id: str, device_id: str, load_options: Mapping[str, Any] | None
+    ) -> Attempt:
+        """Chooses a device with room, holds the room and has the node begin.
+
+        Raises ModelNotReady, NodeNotFound, NodeLost, ModelTooLarge, and CapacityBusy where others would have to go: a
+        trial evicts nobody.
+        """
+
+        async def work(conn: Connection) -> Attempt:
+            model = await ready_model(conn, model_id)
+            if load_options is not None:
+                model = replace(model, load_options=load_options)
+            wish = Wish(model_id=model_id, node_id=node_id, device_id=device_id, actor="validation")
+            nodes = await lock_living(conn, wish)
+            spaces = await read_spaces(conn, model, wish, nodes, {})
+            if not spaces:
+                raise NodeNotFound("/".join(part for part in (node_id, device_id) if part))
+            space = _choose(model, spaces, self._policy)
+            return await _begin(conn, model, space, nodes[space.node.id].epoch)
+
+        attempt = await self._database.run(work)
+        self._wakeups.wake()
+        return attempt
+
+    async def follow(self, attempt_id: str) -> Attempt:
+        """Reads the attempt and tells that somebody waits for it. Raises StateConflict if it is not kept any more."""
+
+        async def work(conn: Connection) -> Attempt:
+            await conn.execute(attempts.ATTEMPT_RENEW, {"id": attempt_id, "ttl_s": _TTL_S})
+            row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": attempt_id})).fetchone()
+            if row is None:
+                raise StateConflict("the model was deleted while it was validated", resource=("attempt", attempt_id))
+            return attempt_of(row)
+
+        return await self._database.run(work)
+
+    async def stop(self, attempt_id: str, failure: Failure) -> None:
+        """Ends it, unless it has ended."""
+
+        async def work(conn: Connection) -> bool:
+            return await _end(conn, attempt_id, failure)
+
+        if await self._database.run(work):
+            self._wakeups.wake()
+
+    async def report(self, report: ValidationReport) -> None:
+        """Stores a node's word. Raises EpochStale; StateConflict once the attempt is over."""
+
+        async def work(conn: Connection) -> None:
+            await hear(conn, report.node_id, report.epoch)
+            row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": report.attempt_id})).fetchone()
+            if row is not None:
+                await lock_nodes(conn, [row["node_id"]])
+                row = await (await conn.execute(attempts.ATTEMPT_LOCK, {"id": report.attempt_id})).fetchone()
+            if row is None or row["done"] or (row["node_id"], row["node_epoch"]) != (report.node_id, report.epoch):
+                raise StateConflict(
+                    f"attempt {report.attempt_id!r} is over, or not of this node and epoch; stop it",
+                    resource=("attempt", report.attempt_id),
+                )
+            steps = closed(report.steps) if report.done else report.steps
+            await _write(conn, row, steps, done=report.done, failure=report.failure, versions=report.versions)
+
+        await self._database.run(work)
+        self._wakeups.wake()
+
+    async def tidy(self) -> None:
+        """Ends attempts that nobody waits for or whose node is gone; any replica may, any time."""
+
+        async def work(conn: Connection) -> bool:
+            rows = await (await conn.execute(attempts.ATTEMPTS_OVER)).fetchall()
+            for row in rows:
+                await _end(conn, row["id"], _reason(row))
+            return bool(rows)
+
+        if await self._database.run(work):
+            self._wakeups.wake()
+
+    async def page(self, model_id: str, *, passed_only: bool, page: Page) -> tuple[list[Attempt], str]:
+        """Returns one page, the newest first, and the token of the next. Raises ModelNotFound."""
+
+        async def work(conn: Connection) -> list[Attempt]:
+            await read_model(conn, model_id)
+            parameters = {
+                "model_id": model_id,
+                "passed_only": passed_only,
+                "after_time": page.time_after(),
+                "after_id": (page.after or ("", ""))[1],
+                "limit": page.size + 1,
+            }
+            return [
+                attempt_of(row) for row in await (await conn.execute(attempts.ATTEMPTS_LIST, parameters)).fetchall()
+            ]
+
+        found = await self._database.run(work)
+        more = len(found) > page.size
+        found = found[: page.size]
+        token = page.token_after((found[-1].create_time.isoformat(), found[-1].id)) if more else ""
+        return found, token
+
+
+def attempt_of(row: Row) -> Attempt:
+    """A row of `validation_attempts`."""
+    return Attempt(
+        id=row["id"],
+        model_id=row["model_id"],
+        node_id=row["node_id"],
+        device_id=row["device_id"],
+        load_options=row["load_options"],
+        quantization=Quantization(row["quantization"]),
+        steps=tuple(Step(**{**step, "state": StepState(step["state"])}) for step in row["steps"]),
+        done=row["done"],
+        passed=row["passed"],
+        failure=failure_of(row["failure"]),
+        versions=row["versions"],
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+    )
+
+
+def _choose(model: Model, spaces: Sequence[Space], policy: Policy) -> Space:
+    """The best place with room for the trial now.
+
+    That the model failed somewhere is a reason to try it there, and how many may be resident is no matter.
+    """
+    trials = [replace(s, backoff=None, node=replace(s.node, max_loads=0, max_residents=0)) for s in spaces]
+    best = decide_placement(_TRIAL, trials, policy)
+    if best.action is Action.LOAD:
+        return best.space
+    if best.action.refuses:
+        raise refusal(model.id, best, spaces)
+    required = best.space.required_bytes
+    place = f"{best.space.node.id}/{best.space.device.id}"
+    raise CapacityBusy(
+        f"validating {model.id!r} needs {required} bytes free, which {place} has only once others leave, and a trial "
+        "evicts nobody; unload something there, or name another device",
+        metadata={"required_bytes": str(required), "place": place},
+        retry_after_s=_RETRY_AFTER_S,
+    )
+
+
+async def _begin(conn: Connection, model: Model, space: Space, epoch: int) -> Attempt:
+    values = {
+        "id": uuid.uuid4().hex,
+        "model_id": model.id,
+        "node_epoch": epoch,
+        "load_options": json_of(model.load_options),
+        "quantization": model.quantization,
+        "reserved_bytes": space.required_bytes,
+        "ttl_s": _TTL_S,
+        "node_id": space.node.id,
+        "device_id": space.device.id,
+    }
+    await conn.execute(attempts.ATTEMPT_INSERT, values)
+    row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": values["id"]})).fetchone()
+    assert row is not None
+    return attempt_of(row)
+
+
+async def _end(conn: Connection, attempt_id: str, failure: Failure) -> bool:
+    """Returns False if it had ended."""
+    row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": attempt_id})).fetchone()
+    if row is None or row["done"]:
+        return False
+    await lock_nodes(conn, [row["node_id"]])
+    row = await (await conn.execute(attempts.ATTEMPT_LOCK, {"id": attempt_id})).fetchone()
+    if row is None or row["done"]:
+        return False
+    steps = closed(attempt_of(row).steps)
+    await _write(conn, row, steps, done=True, failure=failure, versions=row["versions"])
+    return True
+
+
+async def _write(
+    conn: Connection,
+    row: Row,
+    steps: tuple[Step, ...],
+    *,
+    done: bool,
+    failure: Failure | None,
+    versions: Mapping[str, str],
+) -> None:
+    """The caller has locked the node and the attempt, which has not ended."""
+    values = {
+        "id": row["id"],
+        "steps": Jsonb([asdict(step) for step in steps]),
+        "done": done,
+        "passed": done and passed(steps, failure),
+        "failure": json_of(failure),
+        "versions": json_of(versions),
+    }
+    await conn.execute(attempts.ATTEMPT_REPORT, values)
+
+
+def _reason(row: Row) -> Failure:
+    if row["unwatched"]:
+        return Failure(reason="WAIT_TIMEOUT", message="nobody waited for it any more; validate again")
+    what = "started anew" if row["restarted"] else "fell silent"
+    return Failure(reason="NODE_LOST", message=f"node {row['node_id']} {what} while it was at work; validate again")

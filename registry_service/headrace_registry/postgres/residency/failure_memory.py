@@ -1,0 +1,105 @@
+"""What loads taught: places to leave alone for a while, and how large a model really is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace_registry.models.models import Failure, Model
+from headrace_registry.postgres.residency import statements as queries
+from headrace_registry.postgres.rows import failure_of, json_of
+from headrace_registry.postgres.server.pool import Connection
+from headrace_registry.residency.placement import Backoff
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.scheduling import DeviceView
+
+Row = dict[str, Any]
+
+
+async def read_backoffs(conn: Connection, model_id: str) -> dict[tuple[str, str], Backoff]:
+    """Where the model is not to be tried now, by (node, device)."""
+    rows = await (await conn.execute(queries.BACKOFFS, {"model_id": model_id})).fetchall()
+    found = {}
+    for row in rows:
+        failure = failure_of(row["failure"])
+        assert failure is not None
+        found[row["node_id"], row["device_id"]] = Backoff(left_s=row["left_s"], failure=failure)
+    return found
+
+
+async def note_failure(conn: Connection, residency: Row, failure: Failure, policy: Policy) -> None:
+    """A load failed: the place is left alone, each time twice as long."""
+    before = await _read(conn, residency)
+    recent = before is not None and before["since_retry_s"] < policy.max_backoff_s
+    n_failures = (before["n_failures"] if before is not None and recent else 0) + 1
+    n_deaths = before["n_deaths"] if before is not None and recent else 0
+    backoff_s = policy.failure_backoff_s(n_failures)
+    await _write(conn, residency, failure, n_failures=n_failures, n_deaths=n_deaths, backoff_s=backoff_s, died=False)
+
+
+async def note_death(conn: Connection, residency: Row, failure: Failure, policy: Policy) -> None:
+    """A loaded model's process died. It may load again at once, unless it did so before a moment ago."""
+    before = await _read(conn, residency)
+    n_deaths = 0
+    if before is not None and before["since_death_s"] is not None:
+        again = min(before["since_death_s"], residency["age_s"]) < policy.death_window_s
+        n_deaths = before["n_deaths"] if again else 0
+    backoff_s = policy.failure_backoff_s(n_deaths)
+    await _write(conn, residency, failure, n_failures=0, n_deaths=n_deaths + 1, backoff_s=backoff_s, died=True)
+
+
+async def note_success(conn: Connection, residency: Row) -> None:
+    """A load succeeded: its failures there are forgotten, its size is remembered."""
+    await conn.execute(queries.FAILURE_CLEAR, _place(residency))
+    await conn.execute(queries.LEARN, {"id": residency["id"]})
+
+
+class LearnedSizes:
+    """What a model took where it was loaded before."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows  # The latest first.
+
+    @classmethod
+    async def read(cls, conn: Connection, model: Model) -> LearnedSizes:
+        """Reads those of this quantization."""
+        parameters = {"model_id": model.id, "quantization": model.quantization}
+        return cls(await (await conn.execute(queries.LEARNED, parameters)).fetchall())
+
+    def required_bytes(self, estimate: int, *, node_id: str, device: DeviceView, dtype: str) -> int:
+        """The measured size on this device; else the estimate, corrected by the ratio learned on one of its kind."""
+        alike = [row for row in self._rows if row["device_kind"] == device.kind and row["load_dtype"] == dtype]
+        for row in alike:
+            if row["node_id"] == node_id and row["device_id"] == device.id:
+                return int(row["measured_bytes"])
+        if alike:
+            return max(1, int(estimate * alike[0]["measured_bytes"] // alike[0]["estimated_bytes"]))
+        return estimate
+
+
+async def _read(conn: Connection, residency: Row) -> Row | None:
+    return await (await conn.execute(queries.FAILURE_READ, _place(residency))).fetchone()
+
+
+async def _write(
+    conn: Connection,
+    residency: Row,
+    failure: Failure,
+    *,
+    n_failures: int,
+    n_deaths: int,
+    backoff_s: float,
+    died: bool,
+) -> None:
+    values = {
+        **_place(residency),
+        "n_failures": n_failures,
+        "n_deaths": n_deaths,
+        "failure": json_of(failure),
+        "backoff_s": backoff_s,
+        "died": died,
+    }
+    await conn.execute(queries.FAILURE_WRITE, values)
+
+
+def _place(residency: Row) -> Row:
+    return {name: residency[name] for name in ("model_id", "node_id", "device_id")}

@@ -1,0 +1,223 @@
+"""Nodes in Postgres: epochs, heartbeats, what each node shall hold.
+
+An epoch is one run of an extractor, told apart by its boot nonce. A new epoch ends everything of the one before: that
+memory is gone. Silence is weaker: the node is LOST and so are its residencies, but whether their memory is free nobody
+knows. So nothing is admitted to a silent node, and the first call it makes with the epoch unchanged brings node and
+residencies back as they were; its reports then correct them. Leases on a silent node run out by their own time.
+
+Locks are taken in the order node, device, residency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from headrace_registry.errors import EpochStale
+from headrace_registry.models.builds import quantizes
+from headrace_registry.models.models import Quantization
+from headrace_registry.paging import Page
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.models import validation_statements as validation_queries
+from headrace_registry.postgres.rows import Row, device_of, model_of, node_of, residency_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.residency.desired import Build, DesiredState, Validation
+from headrace_registry.residency.nodes import Announcement, Device, Node, NodeState, Pulse
+from headrace_registry.wakeups import Wakeups
+
+
+class NodeStore:
+    """What NodeService and ListNodes need of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+        self._database = database
+        self._wakeups = wakeups
+
+    async def register(self, announcement: Announcement) -> int:
+        """Returns the epoch: the current one for a known boot nonce, else a new one."""
+
+        async def work(conn: Connection) -> int:
+            node_id = announcement.node_id
+            parameters = {"id": node_id, "address": announcement.address, "version": announcement.version}
+            await conn.execute(queries.NODE_INSERT, parameters)
+            row = await (await conn.execute(queries.NODE_LOCK, {"id": node_id})).fetchone()
+            assert row is not None
+            epoch: int = row["epoch"]
+            if row["boot_nonce"] != announcement.boot_nonce:
+                await lose_residencies(conn, node_id, silent=False, reason="the node started anew")
+                epoch += 1
+            elif row["state"] == NodeState.LOST:
+                await _revive(conn, node_id, epoch)
+            announced = {
+                **parameters,
+                "epoch": epoch,
+                "boot_nonce": announcement.boot_nonce,
+                "memory_bytes": announcement.memory_bytes,
+                "runtime_bytes": announcement.runtime_bytes,
+                "max_loads": announcement.max_loads,
+                "max_residents": announcement.max_residents,
+            }
+            await conn.execute(queries.NODE_ANNOUNCE, announced)
+            await conn.execute(queries.NODE_HEARD, {"id": node_id})
+            await _replace_devices(conn, node_id, announcement.devices)
+            return epoch
+
+        epoch = await self._database.run(work)
+        self._wakeups.wake()
+        return epoch
+
+    async def heartbeat(self, node_id: str, epoch: int, pulse: Pulse) -> None:
+        """Notes that the node lives and what it has. Raises EpochStale."""
+
+        async def work(conn: Connection) -> bool:
+            changed = await hear(conn, node_id, epoch)
+            memory = {"memory_free_bytes": pulse.memory_free_bytes, "runtime_bytes": pulse.runtime_bytes}
+            await conn.execute(queries.NODE_MEMORY, {"id": node_id, **memory})
+            for device_id, free_bytes, lost_bytes in sorted(pulse.devices):
+                values = {"node_id": node_id, "id": device_id, "free_bytes": max(0, free_bytes)}
+                cursor = await conn.execute(queries.DEVICE_PULSE, {**values, "lost_bytes": lost_bytes})
+                row = await cursor.fetchone()
+                changed |= row is not None and row["lost_changed"]
+            return changed
+
+        if await self._database.run(work):
+            self._wakeups.wake()
+
+    async def hear(self, node_id: str, epoch: int) -> None:
+        """Any call of a node tells that it lives. Raises EpochStale."""
+        if await self._database.run(lambda conn: hear(conn, node_id, epoch)):
+            self._wakeups.wake()
+
+    async def desired(self, node_id: str, epoch: int) -> DesiredState | None:
+        """Reads what the node shall hold; None while it is silent: it keeps what it has. Raises EpochStale."""
+
+        async def work(conn: Connection) -> DesiredState | None:
+            row = await (await conn.execute(queries.NODE_KEEP, {"id": node_id})).fetchone()
+            _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
+            if row is None or NodeState(row["state"]) is NodeState.LOST:
+                return None
+            rows = await (
+                await conn.execute(queries.RESIDENCIES_ASSIGNED, {"node_id": node_id, "epoch": epoch})
+            ).fetchall()
+            residencies = [residency_of(row) for row in rows]
+            ids = sorted({residency.model_id for residency in residencies})
+            found = await (await conn.execute(queries.MODELS_OF_IDS, {"ids": ids})).fetchall()
+            models = {row["id"]: model_of(row) for row in found}
+            builds = await (await conn.execute(queries.BUILDS_OF_NODE, {"node_id": node_id})).fetchall()
+            parameters = {"node_id": node_id, "epoch": epoch}
+            trials = await (await conn.execute(validation_queries.ATTEMPTS_OF_NODE, parameters)).fetchall()
+            return DesiredState(
+                assignments=tuple((r, models[r.model_id]) for r in residencies if r.model_id in models),
+                builds=tuple(_build_of(row) for row in builds),
+                validations=tuple(_validation_of(row) for row in trials),
+            )
+
+        return await self._database.run(work)
+
+    async def page(self, page: Page) -> tuple[list[Node], str]:
+        """Returns one page of nodes ordered by id, and the token of the next."""
+
+        async def work(conn: Connection) -> list[Node]:
+            after = page.after[0] if page.after is not None else None
+            rows = await (await conn.execute(queries.NODES_LIST, {"after": after, "limit": page.size + 1})).fetchall()
+            ids = [row["id"] for row in rows]
+            found = await (await conn.execute(queries.DEVICES_OF_NODES, {"node_ids": ids})).fetchall()
+            devices: dict[str, list[Device]] = {node_id: [] for node_id in ids}
+            for row in found:
+                devices[row["node_id"]].append(device_of(row))
+            return [node_of(row, tuple(devices[row["id"]])) for row in rows]
+
+        nodes = await self._database.run(work)
+        more = len(nodes) > page.size
+        nodes = nodes[: page.size]
+        return nodes, page.token_after((nodes[-1].id,)) if more else ""
+
+    async def lose_silent(self, silent_s: float) -> list[str]:
+        """Marks nodes LOST that were not heard for so long; returns their ids."""
+
+        async def work(conn: Connection) -> list[str]:
+            rows = await (await conn.execute(queries.NODES_SILENT, {"silent_s": silent_s})).fetchall()
+            for row in rows:
+                await conn.execute(queries.NODE_LOST, {"id": row["id"]})
+                await lose_residencies(conn, row["id"], silent=True, reason="the node is silent")
+            return [row["id"] for row in rows]
+
+        lost = await self._database.run(work)
+        if lost:
+            self._wakeups.wake()
+        return lost
+
+
+async def hear(conn: Connection, node_id: str, epoch: int) -> bool:
+    """Checks the epoch and notes that the node lives. Returns True if that brought it back."""
+    row = await (await conn.execute(queries.NODE_LOCK, {"id": node_id})).fetchone()
+    _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
+    assert row is not None
+    lost = NodeState(row["state"]) is NodeState.LOST
+    if lost:
+        await _revive(conn, node_id, epoch)
+    await conn.execute(queries.NODE_HEARD, {"id": node_id})
+    return lost
+
+
+async def lose_residencies(conn: Connection, node_id: str, *, silent: bool, reason: str) -> None:
+    """Ends the node's residencies; their leases too, unless the node is only silent."""
+    await conn.execute(queries.DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+    parameters = {"node_id": node_id, "silent": silent, "reason": reason}
+    rows = await (await conn.execute(queries.RESIDENCIES_LOSE, parameters)).fetchall()
+    ids = [row["id"] for row in rows]
+    if not silent:
+        await conn.execute(queries.LEASES_END, {"residency_ids": ids})
+    for residency_id in ids:
+        await conn.execute(queries.RESIDENCY_EVENT, {"id": residency_id})
+
+
+async def _revive(conn: Connection, node_id: str, epoch: int) -> None:
+    await conn.execute(queries.DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+    parameters = {"node_id": node_id, "epoch": epoch, "reason": "the node is back"}
+    rows = await (await conn.execute(queries.RESIDENCIES_REVIVE, parameters)).fetchall()
+    for row in rows:
+        await conn.execute(queries.RESIDENCY_EVENT, {"id": row["id"]})
+
+
+async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Device]) -> None:
+    await conn.execute(queries.DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+    await conn.execute(queries.DEVICES_ABSENT, {"node_id": node_id})
+    for ordinal, device in enumerate(devices):
+        values = {
+            "node_id": node_id,
+            "id": device.id,
+            "kind": device.kind,
+            "name": device.name,
+            "capacity_bytes": device.capacity_bytes,
+            "free_bytes": device.free_bytes,
+            "total_bytes": device.total_bytes,
+            "lost_bytes": device.lost_bytes,
+            "capability": device.capability,
+            "flash_attention": device.flash_attention,
+            "ordinal": ordinal,
+        }
+        await conn.execute(queries.DEVICE_UPSERT, values)
+
+
+def _build_of(row: Row) -> Build:
+    model, target_path, source_path = model_of(row), row["target_path"], row["source_path"]
+    if not quantizes(target_path, source_path):
+        model = replace(model, quantization=Quantization.NONE)
+    return Build(model=model, target_path=target_path, source_path=source_path)
+
+
+def _validation_of(row: Row) -> Validation:
+    model = replace(model_of(row), load_options=row["attempt_options"])
+    return Validation(attempt_id=row["attempt_id"], model=model, device_id=row["attempt_device_id"])
+
+
+def _check_epoch(node_id: str, epoch: int, current: int | None) -> None:
+    if current is None:
+        raise EpochStale(f"node {node_id!r} is not registered; call RegisterNode", resource=("node", node_id))
+    if current != epoch:
+        raise EpochStale(
+            f"epoch {epoch} of node {node_id!r} is over, {current} is the current one; call RegisterNode",
+            metadata={"epoch": str(epoch), "current_epoch": str(current)},
+            resource=("node", node_id),
+        )

@@ -1,0 +1,125 @@
+"""Pins in Postgres. Set under the devices' locks, so that nothing pinned is evicted once the call has answered."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from headrace_registry.errors import FieldInvalid, ModelNotFound, NodeNotFound
+from headrace_registry.paging import Page
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.requests import Request, recall, remember
+from headrace_registry.postgres.residency import event_statements as event_queries
+from headrace_registry.postgres.residency import pin_statements as pin_queries
+from headrace_registry.postgres.residency.node_views import lock_place
+from headrace_registry.postgres.rows import pin_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.residency.pins import Pin
+from headrace_registry.wakeups import Wakeups
+
+
+class PinStore:
+    """What PinModel, UnpinModel, ListPins and upkeep need of the tables."""
+
+    def __init__(self, database: Database, wakeups: Wakeups) -> None:
+        self._database = database
+        self._wakeups = wakeups
+
+    async def pin(self, pin: Pin, request: Request) -> Pin:
+        """Sets or changes a pin. Raises ModelNotFound, NodeNotFound, FieldInvalid for an end that is past."""
+
+        async def work(conn: Connection) -> Pin:
+            if await (await conn.execute(queries.MODEL_KEEP, {"id": pin.model_id})).fetchone() is None:
+                raise ModelNotFound(pin.model_id)
+            key = _key(pin.model_id, pin.node_id, pin.owner)
+            if await recall(conn, request) is not None:
+                row = await (await conn.execute(pin_queries.READ, key)).fetchone()
+                return pin_of(row) if row is not None else pin
+            await _check_node(conn, pin.node_id)
+            await _check_end(conn, pin.expire_time)
+            await lock_place(conn, pin.node_id)
+            values = {**key, "reason": pin.reason, "expire_time": pin.expire_time}
+            row = await (await conn.execute(pin_queries.UPSERT, values)).fetchone()
+            assert row is not None
+            await _note(conn, pin.model_id, pin.node_id, reason=pin.words, actor=pin.owner)
+            await remember(conn, request, "pinned")
+            return pin_of(row)
+
+        pinned = await self._database.run(work)
+        self._wakeups.wake()
+        return pinned
+
+    async def unpin(self, model_id: str, *, node_id: str, owner: str, actor: str, request: Request) -> None:
+        """Removes a pin; one that is not there is no error."""
+
+        async def work(conn: Connection) -> None:
+            if await recall(conn, request) is not None:
+                return
+            row = await (await conn.execute(pin_queries.DELETE, _key(model_id, node_id, owner))).fetchone()
+            if row is not None and row["living"]:
+                await _note(conn, model_id, node_id, reason=f"the pin of {owner} was removed", actor=actor)
+            await remember(conn, request, "unpinned")
+
+        await self._database.run(work)
+        self._wakeups.wake()
+
+    async def page(self, *, model_id: str, page: Page) -> tuple[list[Pin], str]:
+        """Returns one page of living pins by model, node and owner, and the token of the next."""
+
+        async def work(conn: Connection) -> list[Pin]:
+            after = page.after or (None, None, None)
+            parameters = {
+                "model_id": model_id,
+                "after_model": after[0],
+                "after_node": after[1],
+                "after_owner": after[2],
+                "limit": page.size + 1,
+            }
+            return [pin_of(row) for row in await (await conn.execute(pin_queries.LIST, parameters)).fetchall()]
+
+        found = await self._database.run(work)
+        more = len(found) > page.size
+        found = found[: page.size]
+        return found, page.token_after((found[-1].model_id, found[-1].node_id, found[-1].owner)) if more else ""
+
+    async def purge(self) -> int:
+        """Removes expired pins, and tells in the events of what they held; returns how many."""
+
+        async def work(conn: Connection) -> int:
+            rows = await (await conn.execute(pin_queries.PURGE_EXPIRED)).fetchall()
+            for row in rows:
+                reason = f"the pin of {row['owner']} expired"
+                await _note(conn, row["model_id"], row["node_id"], reason=reason, actor="registry")
+            return len(rows)
+
+        n_expired = await self._database.run(work)
+        if n_expired:
+            self._wakeups.wake()
+        return n_expired
+
+
+async def pin_owners(conn: Connection, model_id: str, node_id: str) -> list[str]:
+    """Returns who pins the model on the node (empty: on any), 20 at most."""
+    parameters = {"model_id": model_id, "node_id": node_id}
+    return [row["owner"] for row in await (await conn.execute(pin_queries.OWNERS, parameters)).fetchall()]
+
+
+async def _note(conn: Connection, model_id: str, node_id: str, *, reason: str, actor: str) -> None:
+    values = {"model_id": model_id, "node_id": node_id, "reason": reason, "actor": actor}
+    await conn.execute(event_queries.NOTE_OF_MODEL, values)
+
+
+async def _check_node(conn: Connection, node_id: str) -> None:
+    if node_id and await (await conn.execute(pin_queries.NODE_KNOWN, {"node_id": node_id})).fetchone() is None:
+        raise NodeNotFound(node_id)
+
+
+async def _check_end(conn: Connection, expire_time: datetime | None) -> None:
+    if expire_time is None:
+        return
+    row = await (await conn.execute(pin_queries.IN_FUTURE, {"expire_time": expire_time})).fetchone()
+    if row is None or not row["in_future"]:
+        raise FieldInvalid("pin.expire_time", f"{expire_time.isoformat()} is past; give a later one, or none")
+
+
+def _key(model_id: str, node_id: str, owner: str) -> dict[str, str]:
+    return {"model_id": model_id, "node_id": node_id, "owner": owner}

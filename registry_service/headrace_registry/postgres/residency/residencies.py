@@ -1,0 +1,292 @@
+"""Residencies in Postgres: reads under the devices' locks, calls the decision, writes it with reason and actor.
+
+Every decision about a device's memory holds that device's row FOR UPDATE, so reserving, choosing victims and granting
+are one step. Locks are taken in the order model, node, device, residency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from headrace_registry.errors import LeaseLost, LoadFailed
+from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
+from headrace_registry.models.models import Failure
+from headrace_registry.paging import Page
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.models.models import read_model
+from headrace_registry.postgres.requests import Request, recall, remember
+from headrace_registry.postgres.residency import statements as admission
+from headrace_registry.postgres.residency.admit import admit
+from headrace_registry.postgres.residency.failure_memory import note_death, note_failure, note_success
+from headrace_registry.postgres.residency.leases import grant_lease, grant_resident, lease_of_request
+from headrace_registry.postgres.residency.node_views import lock_nodes
+from headrace_registry.postgres.residency.nodes import hear
+from headrace_registry.postgres.residency.transitions import move, read_residency, settle, settle_if_awaited
+from headrace_registry.postgres.residency.unloading import send_off
+from headrace_registry.postgres.residency.waiting import Waiter, wait_in_line
+from headrace_registry.postgres.rows import json_of, occupant_of, residency_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.residency.leases import LeaseTerms
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.refusals import holders_of, load_error, same_everywhere
+from headrace_registry.residency.residency import Residency, ResidencyReport, ResidencyState, follow_report
+from headrace_registry.residency.wishes import Admission, Admitted, Place, Wish
+from headrace_registry.wakeups import Wakeups
+
+T = TypeVar("T")
+
+
+class ResidencyStore:
+    """What ResidencyService and ReportResidency need of the tables."""
+
+    def __init__(
+        self,
+        database: Database,
+        wakeups: Wakeups,
+        policy: Policy | None = None,
+        allowances: Allowances = NOTHING_ALLOWED,
+    ) -> None:
+        self._database = database
+        self._wakeups = wakeups
+        self._policy = policy or Policy()
+        self._allowances = allowances
+
+    async def load(self, wish: Wish, request: Request) -> Residency:
+        """Makes the model resident or sees to it that it will be; idempotent."""
+
+        async def work(conn: Connection) -> Residency:
+            answered = await recall(conn, request)
+            if answered is not None:
+                known = await (await conn.execute(queries.RESIDENCY_READ, {"id": answered})).fetchone()
+                if known is not None:
+                    return residency_of(known)
+            residency = (await admit(conn, wish, self._policy, self._allowances)).residency
+            if residency.state is ResidencyState.QUEUED:
+                place_kept = Waiter.standing_for(residency.id, wish)
+                await wait_in_line(conn, place_kept, residency.id, self._policy)
+            if answered is None:
+                await remember(conn, request, residency.id)
+            return residency
+
+        return await self._change(work)
+
+    async def step(self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, last: Admission | None = None) -> Admission:
+        """One step of AcquireLease: admits, grants, or renews the waiter's place. Repeat it until there is a lease.
+
+        `last` is the step before; if what it waited for has FAILED, the wish goes on to a place where it has not, or
+        the failure is raised.
+        """
+
+        async def work(conn: Connection) -> tuple[Admission, bool]:
+            known = await lease_of_request(conn, terms.request_id, wish.model_id)
+            if known is not None:
+                return Admission(lease=known), False
+            lease = await grant_resident(conn, wish, terms, lease_id=waiter_id)
+            if lease is not None:
+                if last is not None:
+                    await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
+                return Admission(lease=lease), False
+            admitted, avoid = await self._admit(conn, wish, last)
+            residency = admitted.residency
+            if residency.state is ResidencyState.RESIDENT:
+                lease = await grant_lease(conn, residency.id, terms, lease_id=waiter_id)
+                await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
+                return Admission(lease=lease), admitted.changed
+            await wait_in_line(conn, Waiter.calling(waiter_id, wish), residency.id, self._policy)
+            position = await _position(conn, residency)
+            return Admission(residency=residency, position=position, avoid=avoid), admitted.changed
+
+        if last is None and not terms.request_id:
+            lease = await self._database.single(lambda conn: grant_resident(conn, wish, terms, lease_id=waiter_id))
+            if lease is not None:
+                return Admission(lease=lease)
+        answer, changed = await self._database.run(work)
+        if changed:
+            self._wakeups.wake()
+        return answer
+
+    async def _admit(
+        self, conn: Connection, wish: Wish, last: Admission | None
+    ) -> tuple[Admitted, Mapping[Place, Failure]]:
+        failed = await _failed(conn, last.residency.id) if last is not None and last.residency is not None else None
+        avoid = dict(last.avoid) if last is not None else {}
+        if failed is None:
+            return await admit(conn, wish, self._policy, self._allowances, avoid), avoid
+        if same_everywhere(failed):
+            raise load_error(failed)
+        assert failed.failure is not None
+        avoid[failed.node_id, failed.device_id] = failed.failure
+        try:
+            return await admit(conn, wish, self._policy, self._allowances, avoid), avoid
+        except LoadFailed:
+            raise load_error(failed) from None
+
+    async def abandon(self, waiter_id: str) -> None:
+        """Forgets a waiter and its lease; a queued residency nobody else waits for ends with it."""
+
+        async def work(conn: Connection) -> str:
+            taken = await (await conn.execute(queries.LEASE_TAKE_BACK, {"id": waiter_id})).fetchone()
+            row = await (await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})).fetchone()
+            left = taken or row
+            if left is None:
+                return ""
+            residency = await (await conn.execute(queries.RESIDENCY_READ, {"id": left["residency_id"]})).fetchone()
+            return residency["node_id"] if residency is not None else ""
+
+        node_id = await self._database.run(work)
+        if node_id:
+            await settle_if_awaited(self._database, node_id, self._policy)
+            self._wakeups.wake()
+
+    async def in_the_way(self, residency_id: str) -> tuple[str, ...]:
+        """Who keeps the memory that a residency waits for, for people."""
+
+        async def work(conn: Connection) -> tuple[str, ...]:
+            wanted = await read_residency(conn, residency_id)
+            parameters = {"node_ids": [wanted.node_id], "for_good_s": 0.0}
+            rows = await (await conn.execute(admission.OCCUPANTS_OF_NODES, parameters)).fetchall()
+            occupants = [occupant_of(row) for row in rows if row["device_id"] == wanted.device_id]
+            return holders_of(o for o in occupants if o.state.holds_memory and o.residency_id != residency_id)
+
+        return await self._database.run(work)
+
+    async def unload(
+        self, model_id: str, *, node_id: str, force: bool, actor: str, request: Request
+    ) -> list[Residency]:
+        """Sends the model off its devices. Raises ModelInUse while leased or pinned, unless forced."""
+
+        async def work(conn: Connection) -> list[Residency]:
+            await read_model(conn, model_id)
+            answered = await recall(conn, request)
+            if answered is not None:
+                return [await read_residency(conn, each) for each in answered.split(",") if each]
+            ids = await send_off(conn, model_id, node_id=node_id, force=force, actor=actor, why="unload asked for")
+            for each in sorted({(await read_residency(conn, each)).node_id for each in ids}):
+                await settle(conn, each, self._policy)
+            await remember(conn, request, ",".join(ids))
+            return [await read_residency(conn, each) for each in ids]
+
+        return await self._change(work)
+
+    async def report(self, report: ResidencyReport) -> None:
+        """Follows a node's report. Raises EpochStale; LeaseLost where it answers an assignment long over."""
+
+        async def work(conn: Connection) -> bool:
+            await hear(conn, report.node_id, report.epoch)
+            row = await (await conn.execute(queries.RESIDENCY_READ, {"id": report.residency_id})).fetchone()
+            if row is None or row["node_id"] != report.node_id or row["node_epoch"] != report.epoch:
+                raise LeaseLost(
+                    f"residency {report.residency_id!r} is not of this node and epoch; drop it",
+                    resource=("residency", report.residency_id),
+                )
+            if report.state is ResidencyState.LOADING:  # Progress changes no memory.
+                return await _follow(conn, report, self._policy)
+            await lock_nodes(conn, (report.node_id,))
+            changed = await _follow(conn, report, self._policy)
+            if changed:
+                await settle(conn, report.node_id, self._policy)
+            return changed
+
+        if await self._database.run(work):
+            self._wakeups.wake()
+
+    async def page(
+        self, *, model_id: str, node_id: str, include_ended: bool, page: Page
+    ) -> tuple[list[Residency], str]:
+        """Returns one page, the newest first, and the token of the next."""
+
+        async def work(conn: Connection) -> list[Residency]:
+            after = page.after or ("", "")
+            parameters = {
+                "model_id": model_id,
+                "node_id": node_id,
+                "include_ended": include_ended,
+                "after_time": page.time_after(),
+                "after_id": after[1],
+                "limit": page.size + 1,
+            }
+            rows = await (await conn.execute(queries.RESIDENCIES_LIST, parameters)).fetchall()
+            return [residency_of(row) for row in rows]
+
+        found = await self._database.run(work)
+        more = len(found) > page.size
+        found = found[: page.size]
+        token = page.token_after((found[-1].create_time.isoformat(), found[-1].id)) if more else ""
+        return found, token
+
+    async def details(self, ids: Sequence[str]) -> dict[str, Residency]:
+        """Reads residencies with their place in line, pins and holders; those not kept any more are left out."""
+
+        async def work(conn: Connection) -> dict[str, Residency]:
+            rows = await (await conn.execute(queries.RESIDENCIES_OF_IDS, {"ids": list(ids)})).fetchall()
+            return {row["id"]: residency_of(row) for row in rows}
+
+        return await self._database.run(work)
+
+    async def _change(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        result = await self._database.run(work)
+        self._wakeups.wake()
+        return result
+
+
+async def _failed(conn: Connection, residency_id: str) -> Residency | None:
+    """The residency if its load has failed; its memory may still be on its way back."""
+    row = await (await conn.execute(queries.RESIDENCY_READ, {"id": residency_id})).fetchone()
+    if row is None or row["failure"] is None:
+        return None
+    over = row["state"] in (ResidencyState.FAILED, ResidencyState.UNLOADING)
+    return residency_of(row) if over else None
+
+
+async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> bool:
+    """Returns True if others should look again."""
+    row = await (await conn.execute(queries.RESIDENCY_LOCK, {"id": report.residency_id})).fetchone()
+    assert row is not None
+    current = ResidencyState(row["state"])
+    # That the memory is back is true whichever assignment the report answers; everything else needs the fence.
+    ends = report.state in (ResidencyState.UNLOADED, ResidencyState.FAILED)
+    followed = follow_report(current, report.state, failed=row["failure"] is not None)
+    if followed is None or (report.fence != row["fence"] and not ends):
+        raise LeaseLost(
+            f"fence {report.fence} of residency {report.residency_id!r} is stale; follow the latest assignments",
+            metadata={"fence": str(report.fence), "current_fence": str(row["fence"])},
+            resource=("residency", report.residency_id),
+        )
+    if report.state is ResidencyState.LOADING and current is ResidencyState.LOADING:
+        await conn.execute(queries.RESIDENCY_PROGRESS, {"id": row["id"], "transfer": json_of(report.transfer)})
+        return True
+    if followed is current:
+        return False
+    if followed.ended:
+        await _note_end(conn, report, row, policy)
+    else:
+        values = {"id": report.residency_id, "measured_bytes": max(0, report.measured_bytes)}
+        await conn.execute(queries.RESIDENCY_MEASURED, values)
+        await conn.execute(queries.RESIDENCY_USED, {"id": report.residency_id})
+        await note_success(conn, row)
+    await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": row["id"]})
+    reason = report.failure.message if report.failure is not None else f"reported {followed.lower()}"
+    await move(conn, report.residency_id, followed, reason=reason, actor=f"node {report.node_id}")
+    return True
+
+
+async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, Any], policy: Policy) -> None:
+    """What an end leaves behind: lost leases, memory that did not come back, a place to be left alone."""
+    await conn.execute(queries.LEASES_END, {"residency_ids": [report.residency_id]})
+    if report.lost_bytes > 0:
+        place = {"node_id": row["node_id"], "device_id": row["device_id"], "lost_bytes": report.lost_bytes}
+        await conn.execute(admission.RESIDENCY_LOST_BYTES, place)
+    if report.failure is not None:
+        await conn.execute(queries.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
+    failure = report.failure or Failure(reason="LOAD_FAILED", message="the node gave no reason; see its log")
+    if report.state is ResidencyState.FAILED and row["state"] == ResidencyState.LOADING:
+        await note_failure(conn, row, failure, policy)
+    if report.state is ResidencyState.FAILED and row["state"] == ResidencyState.RESIDENT:
+        await note_death(conn, row, failure, policy)
+
+
+async def _position(conn: Connection, residency: Residency) -> int:
+    row = await (await conn.execute(admission.POSITION, {"id": residency.id})).fetchone()
+    assert row is not None
+    return int(row["position"])

@@ -1,0 +1,121 @@
+"""What time brings to residencies: queues move on, idle ones go, silent nodes are asked again. Any replica may."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from headrace_chassis.errors import ServiceError
+from headrace_registry.errors import DatabaseUnavailable
+from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
+from headrace_registry.models.models import Failure
+from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres.residency import statements as admission
+from headrace_registry.postgres.residency.admit import admit
+from headrace_registry.postgres.residency.failure_memory import note_failure
+from headrace_registry.postgres.residency.node_views import lock_nodes
+from headrace_registry.postgres.residency.transitions import move, settle
+from headrace_registry.postgres.rows import json_of
+from headrace_registry.postgres.server.pool import Connection, Database
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.residency import ResidencyState
+from headrace_registry.residency.wishes import Wish
+from headrace_registry.wakeups import Wakeups
+
+log = logging.getLogger(__name__)
+
+# Places in line looked after in one round; the rest comes in the next.
+_MAX_STANDING = 64
+
+
+class ResidencyUpkeep:
+    """One round at a time, each node in a transaction of its own."""
+
+    def __init__(
+        self, database: Database, wakeups: Wakeups, policy: Policy, allowances: Allowances = NOTHING_ALLOWED
+    ) -> None:
+        self._database = database
+        self._wakeups = wakeups
+        self._policy = policy
+        self._allowances = allowances
+
+    async def tidy(self) -> None:
+        """Does what is due on every living node."""
+        changed = False
+        for row in await self._read(admission.NODES_DUE, {"idle_timeout_s": self._policy.idle_timeout_s}):
+            changed |= await self._settle(row["node_id"])
+        for row in (await self._read(admission.WAITERS_STANDING, {}))[:_MAX_STANDING]:
+            changed |= await self._look_elsewhere(row)
+        silent = await self._read(admission.RESIDENCIES_SILENT, self._silence(""))
+        for node_id in sorted({row["node_id"] for row in silent}):
+            changed |= await self._ask_again(node_id)
+        await self._database.run(lambda conn: conn.execute(admission.WAITERS_EXPIRE))
+        if changed:
+            self._wakeups.wake()
+
+    async def _settle(self, node_id: str) -> bool:
+        async def work(conn: Connection) -> bool:
+            await lock_nodes(conn, (node_id,))
+            return await settle(conn, node_id, self._policy)
+
+        return await self._database.run(work)
+
+    async def _look_elsewhere(self, row: dict[str, Any]) -> bool:
+        """LoadModel's callers do not poll: their models may fit elsewhere by now, or never."""
+        wish = Wish(model_id=row["model_id"], node_id=row["node_id"], device_id=row["device_id"], actor=row["actor"])
+
+        async def work(conn: Connection) -> bool:
+            residency = (await admit(conn, wish, self._policy, self._allowances)).residency
+            if residency.id == row["residency_id"]:
+                return False
+            await conn.execute(admission.WAITER_MOVE, {"id": row["id"], "residency_id": residency.id})
+            if residency.state is ResidencyState.RESIDENT:
+                await conn.execute(admission.WAITER_DELETE, {"id": row["id"]})
+            return True
+
+        try:
+            return await self._database.run(work)
+        except DatabaseUnavailable:
+            raise
+        except ServiceError as exc:
+            log.info("a load of %s is given up: %s", wish.model_id, exc.message)
+            await self._database.run(lambda conn: conn.execute(admission.WAITER_DELETE, {"id": row["id"]}))
+            return True
+
+    async def _ask_again(self, node_id: str) -> bool:
+        async def work(conn: Connection) -> bool:
+            await lock_nodes(conn, (node_id,))
+            rows = await (await conn.execute(admission.RESIDENCIES_SILENT, self._silence(node_id))).fetchall()
+            for row in rows:
+                await self._watch_over(conn, row)
+            return bool(rows)
+
+        return await self._database.run(work)
+
+    async def _watch_over(self, conn: Connection, row: dict[str, Any]) -> None:
+        state, policy = ResidencyState(row["state"]), self._policy
+        if state is ResidencyState.LOADING and row["age_s"] >= policy.load_deadline_s:
+            message = f"loading took longer than {policy.load_deadline_s:g} s; look at the node's disk and log"
+            failure = Failure(reason="LOAD_FAILED", message=message)
+            await conn.execute(queries.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(failure)})
+            await note_failure(conn, row, failure, policy)
+            # The node may hold some of it still; the memory counts until it says otherwise.
+            await move(conn, row["id"], ResidencyState.UNLOADING, reason=message, actor="registry")
+            return
+        limit_s = policy.load_silence_s if state is ResidencyState.LOADING else policy.unload_silence_s
+        why = f"the node has not reported for {limit_s:g} s and is asked again"
+        await move(conn, row["id"], state, reason=why, actor="registry")
+
+    async def _read(self, statement: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        async def work(conn: Connection) -> list[dict[str, Any]]:
+            return await (await conn.execute(statement, parameters)).fetchall()
+
+        return await self._database.run(work)
+
+    def _silence(self, node_id: str) -> dict[str, Any]:
+        return {
+            "node_id": node_id,
+            "load_silence_s": self._policy.load_silence_s,
+            "load_deadline_s": self._policy.load_deadline_s,
+            "unload_silence_s": self._policy.unload_silence_s,
+        }

@@ -1,0 +1,62 @@
+"""Places in line: calls that renew themselves at each poll, and those LoadModel keeps for callers who went away."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from headrace_registry.postgres.residency import statements as queries
+from headrace_registry.postgres.server.pool import Connection
+from headrace_registry.residency.leases import DEFAULT_WAIT_S
+from headrace_registry.residency.policy import Policy
+from headrace_registry.residency.refusals import queue_full
+from headrace_registry.residency.wishes import Wish
+
+# A call that waits renews itself at each poll; one that dies is forgotten after this.
+_CALL_TTL_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiter:
+    """Who waits, and where the model may be."""
+
+    id: str
+    node_id: str
+    device_id: str
+    actor: str
+    ttl_s: float
+    standing: bool
+
+    @staticmethod
+    def calling(waiter_id: str, wish: Wish) -> Waiter:
+        """A call that polls."""
+        return _waiter(waiter_id, wish, ttl_s=_CALL_TTL_S, standing=False)
+
+    @staticmethod
+    def standing_for(residency_id: str, wish: Wish) -> Waiter:
+        """LoadModel answers at once; its place is kept for as long as AcquireLease waits."""
+        return _waiter(f"load-{residency_id}", wish, ttl_s=DEFAULT_WAIT_S, standing=True)
+
+
+async def wait_in_line(conn: Connection, waiter: Waiter, residency_id: str, policy: Policy) -> None:
+    """Takes or renews a place. Raises QueueFull, upon which the whole transaction has not happened."""
+    values = {**asdict(waiter), "residency_id": residency_id}
+    renewed = await conn.execute(queries.WAITER_RENEW, values)
+    if renewed.rowcount:
+        return
+    await conn.execute(queries.WAITERS_LOCK)
+    row = await (await conn.execute(queries.WAITERS_COUNT)).fetchone()
+    assert row is not None
+    if row["n"] >= policy.max_waiters:
+        raise queue_full(f"{row['n']} calls wait for a model already")
+    await conn.execute(queries.WAITER_UPSERT, values)
+
+
+def _waiter(waiter_id: str, wish: Wish, *, ttl_s: float, standing: bool) -> Waiter:
+    return Waiter(
+        id=waiter_id,
+        node_id=wish.node_id,
+        device_id=wish.device_id,
+        actor=wish.actor,
+        ttl_s=ttl_s,
+        standing=standing,
+    )

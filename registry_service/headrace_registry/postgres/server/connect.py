@@ -1,0 +1,32 @@
+"""The first contact with the database: waits a little for it, then migrates."""
+
+from __future__ import annotations
+
+import psycopg
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from headrace_chassis.errors import StartError
+from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
+
+# Compose files and units start the database beside the registry.
+_PATIENCE_S = 30.0
+
+
+class DatabaseUnreachable(StartError):
+    """The database does not answer, or refuses us."""
+
+
+async def migrate_when_reachable(url: str, *, patience_s: float = _PATIENCE_S) -> None:
+    """Applies the migrations. Raises DatabaseUnreachable after `patience_s`, SchemaMismatch at once."""
+    attempts = AsyncRetrying(
+        retry=retry_if_exception_type(psycopg.OperationalError),
+        stop=stop_after_delay(patience_s),
+        wait=wait_fixed(0.5),
+        reraise=True,
+    )
+    try:
+        async for attempt in attempts:
+            with attempt:
+                await migrate(url, packaged_migrations())
+    except psycopg.Error as exc:
+        raise DatabaseUnreachable(f"The database can't be used ({str(exc).strip()}); check DATABASE_URL.") from exc

@@ -1,0 +1,145 @@
+"""Nodes and their devices: who is there, which epoch counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from headrace_registry.errors import FieldInvalid
+from headrace_registry.inputs import checked_id, checked_text
+
+# A node that misses three heartbeats in a row is silent, not late.
+MISSED_HEARTBEATS = 3
+_MAX_DEVICES = 64
+_MAX_LIMIT = 10_000
+
+
+class DeviceKind(StrEnum):
+    """The sort of memory a model sits in."""
+
+    CPU = "CPU"
+    CUDA = "CUDA"
+    MPS = "MPS"
+
+
+class NodeState(StrEnum):
+    """Whether the registry hears from a node."""
+
+    ALIVE = "ALIVE"
+    LOST = "LOST"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A GPU of a node, or its CPU; sizes in bytes."""
+
+    id: str
+    kind: DeviceKind
+    name: str
+    capacity_bytes: int
+    free_bytes: int = 0
+    reserved_bytes: int = 0
+    total_bytes: int = 0
+    # Not given back by unloads; counts as held until the node finds it free.
+    lost_bytes: int = 0
+    capability: str = ""
+    flash_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine running one extractor."""
+
+    id: str
+    address: str
+    epoch: int
+    state: NodeState
+    version: str
+    heartbeat_time: datetime
+    devices: tuple[Device, ...] = ()
+    memory_bytes: int = 0
+    memory_free_bytes: int = 0
+    # What a runner takes on a device before it holds weights; 0 while not measured.
+    runtime_bytes: int = 0
+    # 0: no limit.
+    max_loads: int = 0
+    max_residents: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What RegisterNode brings, checked."""
+
+    node_id: str
+    address: str
+    version: str
+    boot_nonce: str
+    devices: tuple[Device, ...]
+    memory_bytes: int = 0
+    runtime_bytes: int = 0
+    max_loads: int = 0
+    max_residents: int = 0
+
+    def __post_init__(self) -> None:
+        checked_id(self.node_id, field="node_id")
+        checked_address(self.address)
+        checked_text(self.version, field="version")
+        checked_text(self.boot_nonce, field="boot_nonce")
+        if not self.boot_nonce:
+            raise FieldInvalid("boot_nonce", "send a random string drawn once per start")
+        if not 1 <= len(self.devices) <= _MAX_DEVICES:
+            raise FieldInvalid("devices", f"announce 1 to {_MAX_DEVICES} devices; the CPU is one")
+        if len({device.id for device in self.devices}) != len(self.devices):
+            raise FieldInvalid("devices", "two devices have the same id")
+        for device in self.devices:
+            _check_device(device)
+        for field in ("memory_bytes", "runtime_bytes"):
+            checked_bytes(getattr(self, field), field=field)
+        for field in ("max_loads", "max_residents"):
+            if not 0 <= getattr(self, field) <= _MAX_LIMIT:
+                raise FieldInvalid(field, f"must be 0 (no limit) to {_MAX_LIMIT}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """What Heartbeat brings, checked: of each device its id and the bytes free and lost, and the machine's memory."""
+
+    devices: tuple[tuple[str, int, int], ...]
+    memory_free_bytes: int = 0
+    runtime_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for device_id, _, lost_bytes in self.devices:
+            checked_text(device_id, field="devices.id", max_length=63)
+            checked_bytes(lost_bytes, field="devices.lost_bytes")
+        checked_bytes(self.memory_free_bytes, field="memory_free_bytes")
+        checked_bytes(self.runtime_bytes, field="runtime_bytes")
+
+
+def checked_bytes(n_bytes: int, *, field: str) -> int:
+    """Not negative."""
+    if n_bytes < 0:
+        raise FieldInvalid(field, "must not be negative")
+    return n_bytes
+
+
+def checked_address(address: str) -> str:
+    """A `host:port` that clients can dial."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or len(address) > 255:
+        raise FieldInvalid("address", f"{address[:80]!r} is no host:port")
+    return address
+
+
+def _check_device(device: Device) -> None:
+    checked_text(device.id, field="devices.id", max_length=63)
+    checked_text(device.name, field="devices.name")
+    if not device.id:
+        raise FieldInvalid("devices.id", "empty; write `cpu`, `cuda:0` or `mps`")
+    if device.capacity_bytes <= 0:
+        raise FieldInvalid("devices.capacity_bytes", f"of {device.id} must be positive")
+    for name in ("free_bytes", "total_bytes", "lost_bytes"):
+        if getattr(device, name) < 0:
+            raise FieldInvalid(f"devices.{name}", f"of {device.id} must not be negative")
+    checked_text(device.capability, field="devices.capability", max_length=63)

@@ -1,0 +1,134 @@
+"""Residency: what is in which device's memory.
+
+    QUEUED → LOADING → RESIDENT → DRAINING → UNLOADING → UNLOADED      FAILED · LOST end a residency from any state
+
+Bytes of LOADING, RESIDENT, DRAINING and UNLOADING are held: they count against the device until the node says that the
+memory is back. What happens next is decided in `scheduling.py`, where a model goes in `placement.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from headrace_registry.models.models import Failure, Transfer
+
+
+class ResidencyState(StrEnum):
+    """Where one model on one device stands."""
+
+    QUEUED = "QUEUED"
+    LOADING = "LOADING"
+    RESIDENT = "RESIDENT"
+    DRAINING = "DRAINING"
+    UNLOADING = "UNLOADING"
+    UNLOADED = "UNLOADED"
+    FAILED = "FAILED"
+    LOST = "LOST"
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more happens to it."""
+        return self in (ResidencyState.UNLOADED, ResidencyState.FAILED, ResidencyState.LOST)
+
+    @property
+    def holds_memory(self) -> bool:
+        """True while its bytes count against the device."""
+        return self in _HOLDING
+
+
+_HOLDING = (
+    ResidencyState.LOADING,
+    ResidencyState.RESIDENT,
+    ResidencyState.DRAINING,
+    ResidencyState.UNLOADING,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """One model on one device of one node."""
+
+    id: str
+    model_id: str
+    node_id: str
+    device_id: str
+    state: ResidencyState
+    reserved_bytes: int
+    measured_bytes: int
+    fence: int
+    node_epoch: int
+    n_leases: int
+    reason: str
+    actor: str
+    create_time: datetime
+    update_time: datetime
+    last_used_time: datetime
+    transfer: Transfer | None = None
+    failure: Failure | None = None
+    queue_position: int = 0
+    pinned: bool = False
+    holders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupant:
+    """What decisions need to know of an active residency."""
+
+    residency_id: str
+    model_id: str
+    device_id: str
+    state: ResidencyState
+    reserved_bytes: int
+    queue_seq: int = 0
+    n_leases: int = 0
+    n_waiters: int = 0
+    pinned: bool = False
+    # The pin outlasts every wait.
+    pinned_for_good: bool = False
+    # Seconds in its state, and since its last lease was granted or released.
+    age_s: float = 0.0
+    idle_s: float = 0.0
+    actor: str = ""
+    holders: tuple[str, ...] = ()
+
+    @property
+    def in_use(self) -> bool:
+        """True while somebody relies on it or is about to."""
+        return bool(self.n_leases or self.n_waiters)
+
+
+def follow_report(current: ResidencyState, reported: ResidencyState, *, failed: bool = False) -> ResidencyState | None:
+    """The state after a node's report, or None where the report contradicts what has ended.
+
+    `failed`: its load was given up, and it only unloads what is left. Late reports do no harm: progress of a load that
+    is done, and anything but an end while unloading, change nothing.
+    """
+    ends = (ResidencyState.UNLOADED, ResidencyState.FAILED)
+    if current.ended:
+        return current if reported in ends else None
+    if current is ResidencyState.QUEUED:
+        return current
+    if current in (ResidencyState.UNLOADING, ResidencyState.DRAINING):
+        if reported not in ends:
+            return current
+        return ResidencyState.FAILED if failed else ResidencyState.UNLOADED
+    if reported is ResidencyState.LOADING:
+        return current
+    return reported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyReport:
+    """A node's word on one of its residencies."""
+
+    node_id: str
+    epoch: int
+    residency_id: str
+    fence: int
+    state: ResidencyState
+    transfer: Transfer | None = None
+    measured_bytes: int = 0
+    failure: Failure | None = None
+    lost_bytes: int = 0

@@ -1,0 +1,96 @@
+"""Between messages and attempts of the test profile."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from headrace.registry.v1 import model_pb2
+from headrace.registry.v1 import model_service_pb2 as pb
+from headrace.registry.v1 import node_service_pb2 as node_pb
+from headrace_registry.errors import FieldInvalid
+from headrace_registry.inputs import checked_id, checked_text
+from headrace_registry.models import validations as v
+from headrace_registry.models.validations import ValidationReport
+from headrace_registry.rpc.convert.models import quantization_to_pb
+from headrace_registry.rpc.convert.residencies import clean_text, failure_from_pb, failure_to_pb, finite, time_to_pb
+
+_STATES = {state: model_pb2.ValidationStepState.Value(f"VALIDATION_STEP_STATE_{state}") for state in v.StepState}
+_STATE_FROM: dict[int, v.StepState] = {number: state for state, number in _STATES.items()}
+_MAX_STEPS = 32
+_MAX_FIGURES = 64
+_MAX_VERSIONS = 64
+
+
+def step_to_pb(step: v.Step) -> model_pb2.ValidationStep:
+    """Total."""
+    return model_pb2.ValidationStep(
+        name=step.name, state=_STATES[step.state], message=step.message, seconds=step.seconds, figures=step.figures
+    )
+
+
+def attempt_to_pb(attempt: v.Attempt) -> model_pb2.ValidationAttempt:
+    """Total."""
+    message = model_pb2.ValidationAttempt(
+        id=attempt.id,
+        model_id=attempt.model_id,
+        node_id=attempt.node_id,
+        device_id=attempt.device_id,
+        quantization=quantization_to_pb(attempt.quantization),
+        steps=[step_to_pb(step) for step in attempt.steps],
+        done=attempt.done,
+        passed=attempt.passed,
+        failure=failure_to_pb(attempt.failure) if attempt.failure else None,
+        versions=attempt.versions,
+        create_time=time_to_pb(attempt.create_time),
+        update_time=time_to_pb(attempt.update_time),
+    )
+    message.load_options.update(attempt.load_options)
+    return message
+
+
+async def step_messages(attempts: AsyncGenerator[v.Attempt, None]) -> AsyncGenerator[pb.ValidateModelResponse, None]:
+    """A message for each step that changed, and at last one with the attempt."""
+    seen: tuple[v.Step, ...] = ()
+    async with aclosing(attempts):
+        async for attempt in attempts:
+            for step in v.news(seen, attempt.steps):
+                yield pb.ValidateModelResponse(
+                    step=step.name,
+                    passed=step.state is v.StepState.PASSED,
+                    message=step.message,
+                    detail=step_to_pb(step),
+                )
+            seen = attempt.steps
+            if attempt.done:
+                yield pb.ValidateModelResponse(passed=attempt.passed, attempt=attempt_to_pb(attempt))
+
+
+def validation_report_from_pb(message: node_pb.ReportValidationRequest) -> ValidationReport:
+    """Checks what a node says; texts are cut to what is worth keeping."""
+    if len(message.steps) > _MAX_STEPS or len(message.versions) > _MAX_VERSIONS:
+        raise FieldInvalid("steps", f"at most {_MAX_STEPS} steps and {_MAX_VERSIONS} versions are kept")
+    return ValidationReport(
+        node_id=checked_id(message.node_id, field="node_id"),
+        epoch=message.epoch,
+        attempt_id=checked_text(message.attempt_id, field="attempt_id", max_length=63),
+        steps=tuple(_step_from_pb(step) for step in message.steps),
+        done=message.done,
+        failure=failure_from_pb(message.failure) if message.HasField("failure") else None,
+        versions={clean_text(name, 63): clean_text(value, 255) for name, value in message.versions.items()},
+    )
+
+
+def _step_from_pb(message: model_pb2.ValidationStep) -> v.Step:
+    state = _STATE_FROM.get(message.state)
+    if state is None:
+        raise FieldInvalid("steps.state", f"{message.state} is no state of this version")
+    if len(message.figures) > _MAX_FIGURES:
+        raise FieldInvalid("steps.figures", f"at most {_MAX_FIGURES} figures are kept")
+    return v.Step(
+        name=checked_text(message.name, field="steps.name", max_length=63),
+        state=state,
+        message=clean_text(message.message, 2000),
+        seconds=max(0.0, finite(message.seconds)),
+        figures={clean_text(name, 63): finite(value) for name, value in message.figures.items()},
+    )

@@ -1,0 +1,72 @@
+"""Keeps the model store within its quota: makes room before a download, removes what nothing refers to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from headrace_registry.errors import DatabaseUnavailable
+from headrace_registry.models.folders import ModelFolders, tree_bytes
+from headrace_registry.postgres.models.folders import RoomStore
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 2.0
+_NOTE_EVERY_TICKS = 5
+# A round that is late or fails leaves uses for the next; a start looks back over everything.
+_LOOK_BACK_S = 600.0
+_FOR_EVER_S = 10.0 * 365 * 86400
+
+
+class Storekeeper:
+    """The worker of one registry process. `run` it beside the server."""
+
+    def __init__(self, store: RoomStore, folders: ModelFolders) -> None:
+        self.folders = folders
+        self._store = store
+
+    async def make_room(self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool = True) -> None:
+        """Reserves room for a folder, and makes it. Raises DiskFull if too little can be removed; ClaimLost."""
+        await self._remove()
+        lost = await self._store.make_room(model_id, worker, path=path, total_bytes=total_bytes, make=make)
+        if lost:
+            log.info("files of %s removed to make room for %s", ", ".join(lost), model_id)
+        await self._remove()
+
+    async def bytes_of(self, path: str) -> int:
+        """Bytes of a folder in the store; 0 for folders elsewhere."""
+        return await asyncio.to_thread(tree_bytes, Path(path)) if self.folders.owns(path) else 0
+
+    async def give_up(self, path: str) -> None:
+        """Has a folder removed unless somebody needs it."""
+        await self._store.doom_unused(path)
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        started, round_number = False, 0
+        while True:
+            try:
+                if not started:
+                    await self._start()
+                    started = True
+                if round_number % _NOTE_EVERY_TICKS == 0:
+                    await self._store.note_use(since_s=_LOOK_BACK_S)
+                    await self._store.discard_leftovers()
+                await self._remove()
+            except DatabaseUnavailable as exc:
+                log.warning("the store is not tended: %s", exc.message)
+            except Exception:
+                log.exception("a round of the storekeeper failed")
+            round_number += 1
+            await asyncio.sleep(_TICK_S)
+
+    async def _start(self) -> None:
+        orphans = await self._store.doom_orphans()
+        if orphans:
+            log.info("%d folders whose models are gone are removed", len(orphans))
+        await self._store.note_use(since_s=_FOR_EVER_S)
+
+    async def _remove(self) -> None:
+        await self._store.remove_doomed()
+        await asyncio.to_thread(self.folders.empty_trash)

@@ -1,0 +1,99 @@
+"""What time brings, in every replica, in SQL, idempotent: leases that run out, nodes that fall silent, old rows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from headrace_registry.errors import DatabaseUnavailable
+from headrace_registry.postgres.models.validations import ValidationStore
+from headrace_registry.postgres.residency.events import EventStore
+from headrace_registry.postgres.residency.leases import LeaseStore
+from headrace_registry.postgres.residency.nodes import NodeStore
+from headrace_registry.postgres.residency.pins import PinStore
+from headrace_registry.postgres.residency.upkeep import ResidencyUpkeep
+from headrace_registry.postgres.upkeep_store import UpkeepStore
+from headrace_registry.residency.nodes import MISSED_HEARTBEATS
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_PURGE_EVERY_S = 600.0
+
+
+class Listening:
+    """For how long this replica has been able to hear nodes without a break.
+
+    While the registry or its database was away, heartbeats had nowhere to go: silence in that time says nothing.
+    """
+
+    def __init__(self, *, longest_gap_s: float) -> None:
+        self._longest_gap_s = longest_gap_s
+        self._since: float | None = None
+        self._last = 0.0
+
+    def tick(self, now: float) -> float:
+        """Notes that the database answered at `now`; returns the seconds listened."""
+        if self._since is None or now - self._last > self._longest_gap_s:
+            self._since = now
+        self._last = now
+        return now - self._since
+
+
+class Upkeep:
+    """The loop beside the server."""
+
+    def __init__(
+        self,
+        *,
+        leases: LeaseStore,
+        nodes: NodeStore,
+        residencies: ResidencyUpkeep,
+        rows: UpkeepStore,
+        pins: PinStore,
+        events: EventStore,
+        validations: ValidationStore,
+        heartbeat_interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._leases = leases
+        self._nodes = nodes
+        self._residencies = residencies
+        self._rows = rows
+        self._pins = pins
+        self._events = events
+        self._validations = validations
+        self._silent_s = heartbeat_interval_s * MISSED_HEARTBEATS
+        self._tick_s = min(_TICK_S, heartbeat_interval_s / 2)
+        self._listening = Listening(longest_gap_s=self._tick_s + heartbeat_interval_s)
+        self._clock = clock
+        self._purged = clock()
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            try:
+                await self.tick()
+            except DatabaseUnavailable as exc:
+                log.warning("upkeep pauses: %s", exc.message)
+            except Exception:
+                log.exception("a round of upkeep failed")
+            await asyncio.sleep(self._tick_s)
+
+    async def tick(self) -> None:
+        """One round."""
+        n_expired = await self._leases.expire()
+        if n_expired:
+            log.info("%d leases expired", n_expired)
+        if self._listening.tick(self._clock()) > self._silent_s:
+            for node_id in await self._nodes.lose_silent(self._silent_s):
+                log.warning("node %s is silent", node_id)
+        await self._pins.purge()
+        await self._validations.tidy()
+        await self._residencies.tidy()
+        if self._clock() - self._purged > _PURGE_EVERY_S:
+            await self._rows.purge()
+            await self._events.trim()
+            self._purged = self._clock()
