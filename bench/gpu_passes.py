@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from bench.gpu_models import Job
 from bench.processes import answer, questions
-from headrace_extractor.packing import Packer, SpecialTokens, TokenBatch
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.runner.forward import DirectFetch, fetch_for, forward_rows
-from headrace_extractor.runner.hookpoints import resolve
+from headrace_extractor.corpora.packing import Packer, SpecialTokens, TokenBatch
+from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.runner.hooks.binding import resolve
+from headrace_extractor.runner.passes.forward import DirectFetch, fetch_for, forward_rows
 
 
 class Passes:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.identity import new_manifest
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.values import ExtractionSpec
+from headrace_extractor.sets.identity import new_manifest
+from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.reader import RowRun, SetReader
 from headrace_log.writer import SetWriter
 

@@ -45,9 +45,9 @@ def bare(_registry: str, files_path: str) -> Rows:
     import torch  # noqa: PLC0415
     from transformers import AutoModel  # noqa: PLC0415
 
+    from headrace_extractor.corpora.packing import Packer  # noqa: PLC0415
+    from headrace_extractor.corpora.recipe import Recipe  # noqa: PLC0415
     from headrace_extractor.corpora.tokenizer import Tokenizer  # noqa: PLC0415
-    from headrace_extractor.packing import Packer  # noqa: PLC0415
-    from headrace_extractor.recipe import Recipe  # noqa: PLC0415
 
     model = AutoModel.from_pretrained(files_path, dtype=torch.float32, local_files_only=True).eval()
     model.layers = model.layers[: LAYER + 1]

@@ -8,16 +8,18 @@ from dataclasses import replace
 
 import pytest_asyncio
 
+from headrace_extractor.corpora.counting import RowCount
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import ModelNotFound, error_for
-from headrace_extractor.estimate import RowCount
-from headrace_extractor.extractions import Extractions
-from headrace_extractor.held_set import SetOrders
-from headrace_extractor.node import Node
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.row_stream import End, Pause, RowStream, StreamRequest
-from headrace_extractor.runner_process import RunnerProcess
-from headrace_extractor.values import Assignment, DesiredState, Device, ExtractionSpec, Lease, ModelInfo
+from headrace_extractor.extractions.extractions import Extractions
+from headrace_extractor.models import ModelInfo
+from headrace_extractor.node.node import Node
+from headrace_extractor.node.runner_process import RunnerProcess
+from headrace_extractor.node.values import Assignment, DesiredState, Device, Lease
+from headrace_extractor.reading.row_stream import End, Pause, RowStream, StreamRequest
+from headrace_extractor.sets.notes import SetOrders
+from headrace_extractor.sets.spec import ExtractionSpec
 
 
 class FakeRegistry:

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.writer import DocumentWriter
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.runner_protocol import Extract, Failed, decode, encode
+from headrace_extractor.node.runner_protocol import Extract, Failed, decode, encode
 from headrace_log.index import SegmentIndex
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
 from headrace_log.manifest import Manifest, set_id_of
@@ -79,7 +79,7 @@ def save_model(kind, config, folder):
 
 
 def load(path, **options):
-    from headrace_extractor.runner.loading import load_model
+    from headrace_extractor.runner.models.loading import load_model
 
     settings = {"device": "cpu", "dtype": "float32", "load_options": {}, "on_progress": lambda *_: None} | options
     return load_model(Path(path), **settings)
@@ -143,8 +143,8 @@ def extract(make_corpus, make_set):
 
 
 def run_command(command, model, gate=None, on_event=lambda _: None):
-    from headrace_extractor.runner.extract import run_extraction
     from headrace_extractor.runner.gate import Gate
+    from headrace_extractor.runner.passes.extract import run_extraction
 
     events = []
 

@@ -14,8 +14,8 @@ from fix_scripted_registry import ScriptedRegistry
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import model_pb2
-from headrace_extractor.packing import Packer, SpecialTokens
-from headrace_extractor.recipe import Recipe as ServerRecipe
+from headrace_extractor.corpora.packing import Packer, SpecialTokens
+from headrace_extractor.corpora.recipe import Recipe as ServerRecipe
 from headrace_train.rows import RowBlock
 
 BOS = 1

@@ -95,7 +95,7 @@ def random_model(config, dtype=None, attention=None):
     import torch
     from transformers import AutoModel
 
-    from headrace_extractor.runner.load_options import attention_of, supports_sdpa
+    from headrace_extractor.runner.models.load_options import attention_of, supports_sdpa
 
     torch.manual_seed(0)
     options = {"attn_implementation": attention} if attention else {}

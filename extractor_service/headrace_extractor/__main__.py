@@ -26,25 +26,26 @@ from headrace_chassis.flags import add_common_flags, options_from
 from headrace_chassis.metrics import Metrics
 from headrace_chassis.server import Server
 from headrace_chassis.shutdown import Shutdown
-from headrace_extractor import hookpoints
-from headrace_extractor.cache import DEFAULT_IDLE_S, DEFAULT_QUOTA_BYTES, Limits
-from headrace_extractor.corpora.counting import count
+from headrace_extractor.corpora.counting import RowCount, count
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.corpora.tokenizer import Tokenizer
-from headrace_extractor.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
-from headrace_extractor.estimate import Estimate, RowCount, estimate
-from headrace_extractor.extractions import Extractions
+from headrace_extractor.extractions.counting import Estimate, estimate
+from headrace_extractor.extractions.extractions import Extractions
+from headrace_extractor.extractions.reports import SetReports
+from headrace_extractor.hookpoints import catalogue as hookpoints
 from headrace_extractor.hub.client import HubDatasets
-from headrace_extractor.identity import new_manifest
-from headrace_extractor.node import Node
+from headrace_extractor.models import ModelInfo
+from headrace_extractor.node.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
+from headrace_extractor.node.node import Node
+from headrace_extractor.node.runner_process import RunnerProcess
 from headrace_extractor.rpc.corpus_servicer import CorpusServicer
 from headrace_extractor.rpc.extraction_servicer import ExtractionServicer
 from headrace_extractor.rpc.handlers import add_service
 from headrace_extractor.rpc.registry_client import RegistryClient
 from headrace_extractor.rpc.status import status_table
-from headrace_extractor.runner_process import RunnerProcess
-from headrace_extractor.set_reports import SetReports
-from headrace_extractor.values import ExtractionSpec, ModelInfo
+from headrace_extractor.sets.eviction import DEFAULT_IDLE_S, DEFAULT_QUOTA_BYTES, Limits
+from headrace_extractor.sets.identity import new_manifest
+from headrace_extractor.sets.spec import ExtractionSpec
 
 logger = logging.getLogger("headrace_extractor")
 

@@ -28,7 +28,8 @@ ServiceError                          headrace_chassis.errors
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from headrace_chassis.errors import ServiceError
 
@@ -321,3 +322,16 @@ def _leaves(root: type[ExtractorError]) -> Iterator[type[ExtractorError]]:
 
 
 _BY_REASON = {kind.reason: kind for kind in _leaves(ExtractorError)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why work ended badly; `reason` is an ErrorReason without prefix."""
+
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Inverse of the constructor."""
+        return {"reason": self.reason, "message": self.message, "metadata": dict(self.metadata)}

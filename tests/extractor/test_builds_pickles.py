@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fix_extractor import model_info
-from headrace_extractor.builds import command_of
-from headrace_extractor.runner_protocol import Convert
-from headrace_extractor.values import Build
+from headrace_extractor.node.builds import command_of
+from headrace_extractor.node.runner_protocol import Convert
+from headrace_extractor.node.values import Build
 
 
 def test_a_folder_without_quantization_is_converted_as_it_lies():

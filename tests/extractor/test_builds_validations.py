@@ -11,12 +11,12 @@ import pytest
 import pytest_asyncio
 
 from fix_extractor import model_info
-from headrace_extractor.builds import Builds, command_of
 from headrace_extractor.errors import LoadFailed, ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
-from headrace_extractor.runner_process import RunnerProcess
-from headrace_extractor.runner_protocol import Converted, Converting, Quantize
-from headrace_extractor.validations import Validations
-from headrace_extractor.values import Build, Device, Validation
+from headrace_extractor.node.builds import Builds, command_of
+from headrace_extractor.node.runner_process import RunnerProcess
+from headrace_extractor.node.runner_protocol import Converted, Converting, Quantize
+from headrace_extractor.node.validations import Validations
+from headrace_extractor.node.values import Build, Device, Validation
 
 STEPS = ["dry_load", "load", "forward", "finite", "parity", "unload", "memory_back"]
 

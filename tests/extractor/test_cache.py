@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace_extractor.cache import (
+from headrace_extractor.sets.eviction import (
     CachedSet,
     Disk,
     Limits,

@@ -9,15 +9,15 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from headrace_extractor.chat_template import ChatTemplate
 from headrace_extractor.corpora import chat, counting
 from headrace_extractor.corpora.chat import ChatRenderer
+from headrace_extractor.corpora.chat_template import ChatTemplate
 from headrace_extractor.corpora.documents import open_documents
+from headrace_extractor.corpora.packing import Packer
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import CorpusMalformed, FieldInvalid, ModelUnsupported
-from headrace_extractor.packing import Packer
-from headrace_extractor.recipe import Recipe
 
 TALKS = [
     [{"role": "user", "content": "Where does the water go?"}, {"role": "assistant", "content": "To the wheel."}],

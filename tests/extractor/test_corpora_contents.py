@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace_extractor.corpora import arrays, contents
-from headrace_extractor.corpora.parsers import parse
+from headrace_extractor.corpora.files import arrays, contents
+from headrace_extractor.corpora.files.parsers import parse
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import CorpusEmpty, CorpusMalformed, FieldInvalid

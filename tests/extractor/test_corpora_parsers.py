@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace_extractor.corpora import contents, parsers
-from headrace_extractor.corpora import parquet as room
-from headrace_extractor.corpora.parsers import parse
+from headrace_extractor.corpora.files import contents, parsers
+from headrace_extractor.corpora.files import parquet as room
+from headrace_extractor.corpora.files.parsers import parse
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, TextSplit
 from headrace_extractor.errors import CorpusMalformed, FieldInvalid
 

@@ -11,12 +11,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headrace_extractor.corpora import tokenizer as room
 from headrace_extractor.corpora.documents import BLOCK_DOCUMENTS, TokenizedDocuments
+from headrace_extractor.corpora.packing import Packer, SpecialTokens, count_rows
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.corpora.tokenizer import Tokenizer
 from headrace_extractor.errors import CorpusMalformed, FieldInvalid, ModelUnsupported
-from headrace_extractor.packing import Packer, SpecialTokens, count_rows
-from headrace_extractor.recipe import Recipe
 
 LINES = ["The water drives the wheel.", "A headrace carries water to the wheel, and the wheel turns."]
 

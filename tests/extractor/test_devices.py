@@ -9,8 +9,8 @@ import pytest
 
 from headrace_chassis.errors import StartError
 from headrace_extractor import __main__ as extractor
-from headrace_extractor.devices import device_lister, machine_reader
-from headrace_extractor.values import Device
+from headrace_extractor.node.devices import device_lister, machine_reader
+from headrace_extractor.node.values import Device
 
 MIB = 1024 * 1024
 

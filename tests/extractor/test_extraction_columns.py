@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from fix_extractor import model_info
 from fix_runner import documents
-from headrace_extractor.packing import SpecialTokens, count_rows
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.values import ExtractionState
+from headrace_extractor.corpora.packing import SpecialTokens, count_rows
+from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.extractions.values import ExtractionState
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

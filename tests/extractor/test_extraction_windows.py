@@ -6,8 +6,9 @@ import pytest
 
 from fix_runner import documents
 from headrace_extractor import errors
-from headrace_extractor.row_stream import RowStream, StreamRequest
-from headrace_extractor.values import ExtractionState, Retention
+from headrace_extractor.extractions.values import ExtractionState
+from headrace_extractor.reading.row_stream import RowStream, StreamRequest
+from headrace_extractor.sets.spec import Retention
 from headrace_log import retention
 from headrace_log.manifest import Manifest
 

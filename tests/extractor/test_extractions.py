@@ -6,11 +6,12 @@ import pytest
 
 from fix_runner import documents
 from headrace_extractor import errors
-from headrace_extractor.held_set import HeldSet
-from headrace_extractor.packing import SpecialTokens, count_rows
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.row_stream import RowStream, StreamRequest
-from headrace_extractor.values import ExtractionState, Retention
+from headrace_extractor.corpora.packing import SpecialTokens, count_rows
+from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.extractions.values import ExtractionState
+from headrace_extractor.reading.row_stream import RowStream, StreamRequest
+from headrace_extractor.sets.notes import HeldSet
+from headrace_extractor.sets.spec import Retention
 from headrace_log import retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

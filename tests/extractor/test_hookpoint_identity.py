@@ -5,10 +5,10 @@ import json
 import pytest
 
 from fix_extractor import model_info
-from headrace_extractor.hookpoints import catalogue_of
-from headrace_extractor.identity import identity_of, new_manifest
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.values import ExtractionSpec
+from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.hookpoints.catalogue import catalogue_of
+from headrace_extractor.sets.identity import identity_of, new_manifest
+from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.layout import ColumnSpec, Dtype
 
 CONFIG = {

@@ -8,10 +8,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from fix_extractor import model_info
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound
-from headrace_extractor.hookpoints import SITES, Catalogue, catalogue_of, check_isolation, forward_order, layer_of
-from headrace_extractor.network import Network
-from headrace_extractor.recipe import Recipe
+from headrace_extractor.hookpoints.catalogue import (
+    SITES,
+    Catalogue,
+    catalogue_of,
+    check_isolation,
+    forward_order,
+    layer_of,
+)
+from headrace_extractor.hookpoints.network import Network
 
 LLAMA = {
     "model_type": "llama",

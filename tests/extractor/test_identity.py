@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from headrace_extractor.identity import identity_of
-from headrace_extractor.recipe import Recipe, TokenWindow
-from headrace_extractor.values import ExtractionSpec, ModelInfo
+from headrace_extractor.corpora.recipe import Recipe, TokenWindow
+from headrace_extractor.models import ModelInfo
+from headrace_extractor.sets.identity import identity_of
+from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.manifest import set_id_of
 
 MODEL = ModelInfo(

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from fix_extractor import FakeRegistry, model_info
-from headrace_extractor.node import Node
-from headrace_extractor.runner_protocol import Loaded
-from headrace_extractor.values import Assignment, Device, Machine
+from headrace_extractor.node.node import Node
+from headrace_extractor.node.runner_protocol import Loaded
+from headrace_extractor.node.values import Assignment, Device, Machine
 
 GB = 10**9
 

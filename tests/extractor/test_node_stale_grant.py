@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from fix_runner import documents
-from headrace_extractor.values import ExtractionState
+from headrace_extractor.extractions.values import ExtractionState
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace_extractor import packing
+from headrace_extractor.corpora import packing
+from headrace_extractor.corpora.packing import Cursor, Packer, SpecialTokens, TokenBatch, count_rows
+from headrace_extractor.corpora.recipe import Recipe, TokenWindow
 from headrace_extractor.errors import FieldInvalid
-from headrace_extractor.packing import Cursor, Packer, SpecialTokens, TokenBatch, count_rows
-from headrace_extractor.recipe import Recipe, TokenWindow
 
 BOS, EOS = 1, 2
 SPECIAL = SpecialTokens(bos_id=BOS, eos_id=EOS, ids=frozenset({0}))

@@ -1,4 +1,4 @@
-from headrace_extractor.passes import Pass, Want, next_pass
+from headrace_extractor.extractions.passes import Pass, Want, next_pass
 from headrace_log.index import SegmentIndex, SegmentRecord
 
 

@@ -8,12 +8,13 @@ import pytest
 import pytest_asyncio
 
 from fix_runner import documents
-from headrace_extractor import row_stream
 from headrace_extractor.errors import ExtractionCancelled, FieldInvalid, RowsExpired, TooManyStreams
-from headrace_extractor.nonces import Nonces
-from headrace_extractor.row_stream import End, Pause, RowStream, StreamRequest
-from headrace_extractor.values import ExtractionState, Retention
-from headrace_extractor.ways import OrderRequest, ReadOrder
+from headrace_extractor.extractions.values import ExtractionState
+from headrace_extractor.reading import row_stream
+from headrace_extractor.reading.reading_order import OrderRequest, ReadOrder
+from headrace_extractor.reading.row_stream import End, Pause, RowStream, StreamRequest
+from headrace_extractor.sets.nonces import Nonces
+from headrace_extractor.sets.spec import Retention
 from headrace_log import reader, retention
 from headrace_log.errors import TooManyFiles
 from headrace_log.order import Shard, Shuffled

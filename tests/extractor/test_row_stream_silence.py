@@ -4,9 +4,9 @@ from contextlib import aclosing
 import pytest
 
 from fix_runner import documents
-from headrace_extractor import row_stream
 from headrace_extractor.errors import RegistryUnavailable
-from headrace_extractor.row_stream import Pause, RowStream, StreamRequest
+from headrace_extractor.reading import row_stream
+from headrace_extractor.reading.row_stream import Pause, RowStream, StreamRequest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

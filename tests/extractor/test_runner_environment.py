@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace_extractor.runner_process import RunnerProcess
+from headrace_extractor.node.runner_process import RunnerProcess
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 
 from fix_runner import documents
-from headrace_extractor import errors, extraction
-from headrace_extractor.cache import Limits
-from headrace_extractor.estimate import RowCount
-from headrace_extractor.held_set import SetOrders
-from headrace_extractor.packing import SpecialTokens, count_rows
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.row_stream import RowStream, StreamRequest
-from headrace_extractor.set_notes import LAST_USED_NAME
-from headrace_extractor.values import ExtractionState, Retention
+from headrace_extractor import errors
+from headrace_extractor.corpora.counting import RowCount
+from headrace_extractor.corpora.packing import SpecialTokens, count_rows
+from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.extractions import job as extraction
+from headrace_extractor.extractions.values import ExtractionState
+from headrace_extractor.reading.row_stream import RowStream, StreamRequest
+from headrace_extractor.sets.eviction import Limits
+from headrace_extractor.sets.notes import LAST_USED_NAME, SetOrders
+from headrace_extractor.sets.spec import Retention
 from headrace_log.holding import Hold, nobody_holds
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -6,9 +6,9 @@ import errno
 import pytest
 
 from fix_runner import documents
-from headrace_extractor.held_set import HeldSet
-from headrace_extractor.set_reports import SetReports
-from headrace_extractor.values import Retention
+from headrace_extractor.extractions.reports import SetReports
+from headrace_extractor.sets.notes import HeldSet
+from headrace_extractor.sets.spec import Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

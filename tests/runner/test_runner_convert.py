@@ -12,8 +12,8 @@ import pytest
 from safetensors import SafetensorError
 
 from headrace_extractor.errors import DiskFull, LoadFailed, ModelUnsupported
-from headrace_extractor.runner import convert
-from headrace_extractor.runner.new_folder import new_folder
+from headrace_extractor.runner.models import convert
+from headrace_extractor.runner.models.new_folder import new_folder
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_two_nodes_that_make_one_folder_leave_each_other_alone_and_the_first_nam
 LEAVE = """
 import os, sys
 from pathlib import Path
-from headrace_extractor.runner.new_folder import new_folder
+from headrace_extractor.runner.models.new_folder import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(100))

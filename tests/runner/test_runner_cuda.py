@@ -8,8 +8,8 @@ import torch
 
 from fix_runner import documents, load
 from fix_zoo import random_model, zoo_batch, zoo_config
-from headrace_extractor.runner.forward import DirectFetch, StagedFetch, fetch_for, forward_rows
-from headrace_extractor.runner.hookpoints import offered_sites
+from headrace_extractor.runner.hooks.binding import offered_sites
+from headrace_extractor.runner.passes.forward import DirectFetch, StagedFetch, fetch_for, forward_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ def test_staged_rows_equal_those_copied_directly(tiny_model, extract, monkeypatc
     model, corpus = on_cuda(tiny_model), documents(100)
     assert isinstance(fetch_for(model.device, {}), StagedFetch)
     staged, _ = extract(model, corpus, NAMES, **recipe)
-    monkeypatch.setattr("headrace_extractor.runner.extract.fetch_for", lambda *_: DirectFetch())
+    monkeypatch.setattr("headrace_extractor.runner.passes.extract.fetch_for", lambda *_: DirectFetch())
     direct, _ = extract(model, corpus, NAMES, **recipe)
 
     assert staged.keys() == direct.keys()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from fix_runner import N_LAYERS, WIDTH, documents, load, read_rows, run_command
 from headrace_extractor.errors import CorpusEmpty, FieldInvalid, NonFinite
-from headrace_extractor.runner_protocol import Committed, Extract, Finished
+from headrace_extractor.node.runner_protocol import Committed, Extract, Finished
 
 RESID_PRE = [f"blocks.{layer}.hook_resid_pre" for layer in range(N_LAYERS)]
 RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]

@@ -7,9 +7,9 @@ from transformers import GPTNeoXConfig
 from fix_runner import N_LAYERS, load
 from fix_zoo import random_model, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
-from headrace_extractor.hookpoints import SITES
-from headrace_extractor.runner.capture import capture
-from headrace_extractor.runner.hookpoints import check_identity, offered_sites, resolve
+from headrace_extractor.hookpoints.catalogue import SITES
+from headrace_extractor.runner.hooks.binding import check_identity, offered_sites, resolve
+from headrace_extractor.runner.hooks.capture import capture
 
 
 def test_hookpoints_are_listed_in_forward_order(tiny_model):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from headrace_extractor.runner import linear
-from headrace_extractor.runner.linear import fast_linear_layers, onednn_is_faster
+from headrace_extractor.runner.passes import linear
+from headrace_extractor.runner.passes.linear import fast_linear_layers, onednn_is_faster
 
 CPU = torch.device("cpu")
 OWN = nn.Linear.forward, Conv1D.forward

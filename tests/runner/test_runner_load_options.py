@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from fix_runner import load, save_model
 from fix_zoo import zoo_config
 from headrace_extractor.errors import DeviceOom, FieldInvalid
-from headrace_extractor.runner import load_options
-from headrace_extractor.runner.probe import residuals
+from headrace_extractor.runner.models import load_options
+from headrace_extractor.runner.models.probe import residuals
 
 IDS = list(range(3, 60))
 

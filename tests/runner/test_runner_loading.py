@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from fix_runner import load
 from headrace_extractor.errors import DeviceOom, FieldInvalid, LoadFailed, ModelUnsupported, NotImplementedYet
-from headrace_extractor.runner import loading
+from headrace_extractor.runner.models import loading
 
 WEIGHTS = "model.safetensors"
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from fix_runner import VOCAB_SIZE, load, read_rows, run_command, save_model
 from fix_zoo import zoo_config
+from headrace_extractor.corpora.recipe import TokenWindow
 from headrace_extractor.errors import FieldInvalid
-from headrace_extractor.recipe import TokenWindow
-from headrace_extractor.runner import parity
-from headrace_extractor.runner_protocol import Extract
+from headrace_extractor.node.runner_protocol import Extract
+from headrace_extractor.runner.passes import parity
 
 SITE = "blocks.1.hook_resid_post"
 LIMIT = 150  # More than the parity check takes of a document that nothing behind its beginning changes.

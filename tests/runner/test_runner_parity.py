@@ -11,17 +11,17 @@ import torch
 
 from fix_runner import WIDTH, documents, load, run_command
 from fix_zoo import ZOO, zoo_batch, zoo_model
+from headrace_extractor.corpora.packing import Cursor, TokenBatch
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import ModelUnsupported
-from headrace_extractor.packing import Cursor, TokenBatch
-from headrace_extractor.places import NOT_AT_ALL
-from headrace_extractor.receipt import receipt_of
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.runner import extract as extract_module
-from headrace_extractor.runner import parity
-from headrace_extractor.runner.forward import forward_rows
-from headrace_extractor.runner.hookpoints import anatomy_of, offered_sites
-from headrace_extractor.runner.parity import choose, rows_alone
-from headrace_extractor.runner_protocol import Extract
+from headrace_extractor.hookpoints.places import NOT_AT_ALL
+from headrace_extractor.node.runner_protocol import Extract
+from headrace_extractor.runner.hooks.binding import anatomy_of, offered_sites
+from headrace_extractor.runner.passes import extract as extract_module
+from headrace_extractor.runner.passes import parity
+from headrace_extractor.runner.passes.forward import forward_rows
+from headrace_extractor.runner.passes.parity import choose, rows_alone
+from headrace_extractor.sets.receipt import receipt_of
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
 from headrace_log.manifest import Manifest
 

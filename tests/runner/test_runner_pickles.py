@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from headrace_extractor.errors import LoadFailed, ModelUnsupported
-from headrace_extractor.runner.pickles import convert_pickled
+from headrace_extractor.runner.models.pickles import convert_pickled
 
 
 class Evil:

@@ -11,9 +11,19 @@ import pytest
 
 from fix_runner import documents
 from headrace_extractor import errors
+from headrace_extractor.node.runner_protocol import (
+    Convert,
+    Extract,
+    Failed,
+    Finished,
+    Grant,
+    Load,
+    Loaded,
+    Loading,
+    Stop,
+)
 from headrace_extractor.runner.process import Runner, failure_of
 from headrace_extractor.runner.throttle import Throttle
-from headrace_extractor.runner_protocol import Convert, Extract, Failed, Finished, Grant, Load, Loaded, Loading, Stop
 from headrace_log.errors import DiskFull, SetCorrupt, TooManyFiles
 
 

@@ -10,10 +10,10 @@ from transformers import AutoModel
 
 from fix_runner import N_LAYERS, load
 from headrace_extractor.errors import ExtraMissing, FieldInvalid, LoadFailed, ModelUnsupported
-from headrace_extractor.runner import quantizers
-from headrace_extractor.runner.probe import residuals, sample_ids
-from headrace_extractor.runner.quantize import FIDELITY, quantize
-from headrace_extractor.runner_protocol import Quantize
+from headrace_extractor.node.runner_protocol import Quantize
+from headrace_extractor.runner.models import quantizers
+from headrace_extractor.runner.models.probe import residuals, sample_ids
+from headrace_extractor.runner.models.quantize import FIDELITY, quantize
 
 QUANTIZATIONS = ("int8", "int4")
 

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from fix_runner import WIDTH, digests, documents, load, run_command
+from headrace_extractor.corpora.packing import Cursor, TokenBatch
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import NonFinite
-from headrace_extractor.packing import Cursor, TokenBatch
-from headrace_extractor.recipe import Recipe
-from headrace_extractor.runner.forward import BatchRows, DirectFetch
-from headrace_extractor.runner.quantized_rows import dequantize_rows, quantize_rows
-from headrace_extractor.runner.rows import RowSource
-from headrace_extractor.runner_protocol import Extract
+from headrace_extractor.node.runner_protocol import Extract
+from headrace_extractor.runner.passes.forward import BatchRows, DirectFetch
+from headrace_extractor.runner.passes.quantized_rows import dequantize_rows, quantize_rows
+from headrace_extractor.runner.passes.rows import RowSource
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column, segment_path
 from headrace_log.manifest import Manifest
 from headrace_log.statistics import load_statistics
@@ -198,7 +198,7 @@ def test_digests_are_those_of_rows_copied_directly(tiny_model, make_set, make_co
     corpus, model = make_corpus(documents(40)), load(tiny_model, device="cuda:0")
     staged, direct = make_set(name, "staged"), make_set(name, "direct")
     extract(staged, corpus, model)
-    monkeypatch.setattr("headrace_extractor.runner.extract.fetch_for", lambda *_: DirectFetch())
+    monkeypatch.setattr("headrace_extractor.runner.passes.extract.fetch_for", lambda *_: DirectFetch())
 
     extract(direct, corpus, model)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fix_runner import digests, documents, load, read_rows, run_command
-from headrace_extractor.recipe import TokenWindow
-from headrace_extractor.runner import extract
+from headrace_extractor.corpora.recipe import TokenWindow
+from headrace_extractor.node.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 from headrace_extractor.runner.gate import Gate
-from headrace_extractor.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
+from headrace_extractor.runner.passes import extract
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 

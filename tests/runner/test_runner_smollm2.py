@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fix_runner import load, read_rows, run_command
 from headrace_extractor.corpora.tokenizer import Tokenizer
 from headrace_extractor.corpora.writer import DocumentWriter
-from headrace_extractor.runner import linear
-from headrace_extractor.runner.convert import convert_gguf
-from headrace_extractor.runner_protocol import Extract
+from headrace_extractor.node.runner_protocol import Extract
+from headrace_extractor.runner.models.convert import convert_gguf
+from headrace_extractor.runner.passes import linear
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

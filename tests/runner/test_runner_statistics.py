@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fix_runner import documents, load, read_rows, run_command
-from headrace_extractor.runner.statistics import summarize
-from headrace_extractor.runner_protocol import Committed, Extract, Finished, Load, Loaded
+from headrace_extractor.node.runner_protocol import Committed, Extract, Finished, Load, Loaded
+from headrace_extractor.runner.passes.statistics import summarize
 from headrace_log.layout import ColumnSpec, Dtype
 from headrace_log.manifest import Manifest
 from headrace_log.statistics import load_statistics

@@ -9,10 +9,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fix_zoo import N_TOKENS_ZOO, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
-from headrace_extractor.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
-from headrace_extractor.runner.forward import forward_rows
-from headrace_extractor.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
-from headrace_extractor.runner.linear import fast_linear_layers
+from headrace_extractor.hookpoints.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
+from headrace_extractor.runner.hooks.binding import anatomy_of, check_identity, offered_sites, resolve
+from headrace_extractor.runner.passes.forward import forward_rows
+from headrace_extractor.runner.passes.linear import fast_linear_layers
 
 SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
 PARALLEL = {"falcon", "falcon-new", "gpt_neox", "gptj", "phi"}

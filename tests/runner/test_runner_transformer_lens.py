@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fix_zoo import zoo_batch, zoo_config
-from headrace_extractor.hookpoint_names import aliases_of
-from headrace_extractor.runner.forward import forward_rows
-from headrace_extractor.runner.hookpoints import anatomy_of, offered_sites
-from headrace_extractor.runner.load_options import supports_sdpa
+from headrace_extractor.hookpoints.names import aliases_of
+from headrace_extractor.runner.hooks.binding import anatomy_of, offered_sites
+from headrace_extractor.runner.models.load_options import supports_sdpa
+from headrace_extractor.runner.passes.forward import forward_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

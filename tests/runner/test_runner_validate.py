@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_runner_quantize import quantize_to
 
-from headrace_extractor.runner import validate as profile
-from headrace_extractor.runner.validate import validate
-from headrace_extractor.runner_protocol import Load, Loaded, Step, Validate, Validated
+from headrace_extractor.node.runner_protocol import Load, Loaded, Step, Validate, Validated
+from headrace_extractor.runner.models import validate as profile
+from headrace_extractor.runner.models.validate import validate
 
 STEPS = ["dry_load", "load", "forward", "finite", "parity"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fix_runner import VOCAB_SIZE, WIDTH, documents, load, read_rows, run_command, save_model
-from headrace_extractor.recipe import TokenWindow
-from headrace_extractor.runner_protocol import Extract
+from headrace_extractor.corpora.recipe import TokenWindow
+from headrace_extractor.node.runner_protocol import Extract
 
 SITE = "blocks.2.hook_resid_post"
 

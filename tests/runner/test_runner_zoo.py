@@ -14,11 +14,11 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from fix_zoo import DECODERS, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid
-from headrace_extractor.runner import linear as linear_layers
-from headrace_extractor.runner.capture import capture
-from headrace_extractor.runner.forward import forward_rows
-from headrace_extractor.runner.hookpoints import anatomy_of, check_identity, offered_sites, resolve
-from headrace_extractor.runner.linear import fast_linear_layers
+from headrace_extractor.runner.hooks.binding import anatomy_of, check_identity, offered_sites, resolve
+from headrace_extractor.runner.hooks.capture import capture
+from headrace_extractor.runner.passes import linear as linear_layers
+from headrace_extractor.runner.passes.forward import forward_rows
+from headrace_extractor.runner.passes.linear import fast_linear_layers
 
 N_LAYERS = 3
 LENGTHS = (7, 20, 5, 17, 15)

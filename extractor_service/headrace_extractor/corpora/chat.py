@@ -25,9 +25,9 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from headrace_extractor.chat_template import ChatTemplate
-from headrace_extractor.corpora import contents
-from headrace_extractor.corpora.contents import malformed, too_large
+from headrace_extractor.corpora.chat_template import ChatTemplate
+from headrace_extractor.corpora.files import contents
+from headrace_extractor.corpora.files.contents import malformed, too_large
 from headrace_extractor.errors import ModelUnsupported
 
 RENDER_DEADLINE_S = 10.0

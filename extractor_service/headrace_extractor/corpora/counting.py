@@ -10,16 +10,15 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from headrace_chassis.errors import ServiceError
 from headrace_extractor.corpora.documents import open_documents
+from headrace_extractor.corpora.packing import Packer
 from headrace_extractor.corpora.reader import DocumentReader
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import WaitTimeout, error_for, reason_of
-from headrace_extractor.estimate import RowCount
-from headrace_extractor.packing import Packer
-from headrace_extractor.recipe import Recipe
 
 # Longer, and the rows of the leading documents stand for the rest.
 EXACT_WITHIN_S = 20.0
@@ -85,3 +84,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCount:
+    """Rows and tokens a corpus gives under a recipe, or as many of them as were asked for."""
+
+    n_rows: int
+    n_tokens: int
+    exact: bool

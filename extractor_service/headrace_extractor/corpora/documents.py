@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headrace_extractor.chat_template import ChatTemplate, check_chat
+from headrace_extractor.corpora.chat_template import ChatTemplate, check_chat
+from headrace_extractor.corpora.packing import Documents, Int32Array, SpecialTokens
 from headrace_extractor.corpora.reader import DocumentReader
+from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.spec import DocumentKind
 from headrace_extractor.corpora.tokenizer import Tokenizer
 from headrace_extractor.errors import CorpusMalformed, ModelUnsupported
-from headrace_extractor.packing import Documents, Int32Array, SpecialTokens
-from headrace_extractor.recipe import Recipe
 
 BLOCK_DOCUMENTS = 64  # The tokenizer works on several documents at once.
 BLOCK_BYTES = 256 * 1024  # It takes a hundred bytes for each token meanwhile.

@@ -11,10 +11,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace_extractor.corpora.packing import Int32Array
 from headrace_extractor.corpora.spec import Corpus, DocumentKind
 from headrace_extractor.corpora.writer import CORPUS, DOCUMENTS, FORMAT, OFFSETS, digest_of
 from headrace_extractor.errors import CorpusNotFound, DigestMismatch
-from headrace_extractor.packing import Int32Array
 
 _LENGTH = struct.Struct("<Q")
 

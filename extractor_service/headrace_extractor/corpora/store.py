@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from headrace_chassis.errors import ShuttingDown
-from headrace_extractor.corpora.contents import token_bytes
+from headrace_extractor.corpora.files.contents import token_bytes
+from headrace_extractor.corpora.files.parsers import parse
 from headrace_extractor.corpora.mixing import Mix, check_kinds, draw
-from headrace_extractor.corpora.parsers import parse
 from headrace_extractor.corpora.quota import Quota, Share
 from headrace_extractor.corpora.reader import DocumentReader, check_files, read_corpus
 from headrace_extractor.corpora.spec import Corpus, CorpusSpec, DocumentKind, check_id, is_id

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from headrace_extractor.corpora.packing import Int32Array, SpecialTokens
 from headrace_extractor.errors import FieldInvalid, ModelUnsupported
-from headrace_extractor.packing import Int32Array, SpecialTokens
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKEN_ID = 2**31 - 1

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-from headrace_extractor.corpora.contents import MAX_DOCUMENT_BYTES
+from headrace_extractor.corpora.files.contents import MAX_DOCUMENT_BYTES
 from headrace_extractor.errors import FieldInvalid
 
 RESOLVED, DOCUMENT, WAITING, DONE, FAILED = b"R", b"D", b"W", b"E", b"F"

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from headrace_extractor.corpora.contents import content_of, malformed, missing_column
+from headrace_extractor.corpora.files.contents import content_of, malformed, missing_column
 from headrace_extractor.corpora.spec import DocumentKind
 from headrace_extractor.errors import ExtractorError, FieldInvalid, HubGated, HubNotFound, HubUnavailable
 from headrace_extractor.hub.job import DOCUMENT, RESOLVED, WAITING, HubJob

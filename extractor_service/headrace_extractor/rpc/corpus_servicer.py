@@ -21,7 +21,8 @@ from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import FieldInvalid, QueueFull, StateConflict
 from headrace_extractor.hub.client import HubDatasets
 from headrace_extractor.requests import Requests, checked_request_id
-from headrace_extractor.rpc import convert, convert_corpora
+from headrace_extractor.rpc.convert import corpora as convert_corpora
+from headrace_extractor.rpc.convert import extractions as convert
 
 MAX_CONTENT_BYTES = 1024 * 1024
 # Ingesting is parsing in threads; more at once would only be slower.

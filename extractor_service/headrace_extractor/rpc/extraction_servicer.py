@@ -15,17 +15,19 @@ from headrace.extractor.v1 import extraction_pb2, extraction_service_pb2, extrac
 from headrace_chassis.metrics import Metrics
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.watch import watch
-from headrace_extractor import hookpoints
 from headrace_extractor.errors import FieldInvalid, ModelNotReady
-from headrace_extractor.estimate import Estimate
-from headrace_extractor.extraction import ExtractionJob
-from headrace_extractor.extractions import Extractions
-from headrace_extractor.nonces import Nonces
-from headrace_extractor.ports import Models
-from headrace_extractor.row_stream import End, Pause, RowStream
-from headrace_extractor.rpc import convert, convert_hookpoint
-from headrace_extractor.rpc.stream_convert import header_to_bytes, stream_request_from_pb
-from headrace_extractor.values import ExtractionSpec, ModelInfo
+from headrace_extractor.extractions.counting import Estimate
+from headrace_extractor.extractions.extractions import Extractions
+from headrace_extractor.extractions.job import ExtractionJob
+from headrace_extractor.extractions.ports import Models
+from headrace_extractor.hookpoints import catalogue as hookpoints
+from headrace_extractor.models import ModelInfo
+from headrace_extractor.reading.row_stream import End, Pause, RowStream
+from headrace_extractor.rpc.convert import extractions as convert
+from headrace_extractor.rpc.convert import hookpoints as convert_hookpoint
+from headrace_extractor.rpc.convert.streams import header_to_bytes, stream_request_from_pb
+from headrace_extractor.sets.nonces import Nonces
+from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.frames import encode_chunk
 from headrace_log.reader import RowRun
 

@@ -21,21 +21,21 @@ from headrace.registry.v1 import (
     residency_service_pb2,
     residency_service_pb2_grpc,
 )
-from headrace_extractor.errors import ExtractorError, RegistryUnavailable, error_for
-from headrace_extractor.held_set import HeldSet, SetOrders
-from headrace_extractor.rpc import convert, set_convert
-from headrace_extractor.values import (
+from headrace_extractor.errors import ExtractorError, Failure, RegistryUnavailable, error_for
+from headrace_extractor.meters import Transfer
+from headrace_extractor.models import ModelInfo
+from headrace_extractor.node.values import (
     Build,
     DesiredState,
     Device,
-    Failure,
     Lease,
     Machine,
-    ModelInfo,
     ResidencyReport,
-    Transfer,
     ValidationReport,
 )
+from headrace_extractor.rpc.convert import extractions as convert
+from headrace_extractor.rpc.convert import sets as set_convert
+from headrace_extractor.sets.notes import HeldSet, SetOrders
 
 CALL_DEADLINE_S = 15.0
 # The registry repeats the desired state every 15 s; three of them missing is silence.

@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from headrace_extractor import errors
-from headrace_extractor.runner.freed_memory import freed_memory_kept
-from headrace_extractor.runner.gate import Gate
-from headrace_extractor.runner.throttle import Throttle
-from headrace_extractor.runner_protocol import (
+from headrace_extractor.node.runner_protocol import (
     MAX_LINE_BYTES,
     Convert,
     Converted,
@@ -39,10 +36,13 @@ from headrace_extractor.runner_protocol import (
     decode,
     encode,
 )
+from headrace_extractor.runner.freed_memory import freed_memory_kept
+from headrace_extractor.runner.gate import Gate
+from headrace_extractor.runner.throttle import Throttle
 from headrace_log.errors import DiskFull, LogError, TooManyFiles
 
 if TYPE_CHECKING:
-    from headrace_extractor.runner.loading import LoadedModel
+    from headrace_extractor.runner.models.loading import LoadedModel
 
 # A server waits for one extraction before it sends the next; more than a few are its mistake.
 _MAX_WAITING = 64
@@ -134,7 +134,7 @@ class Runner:
 
     def _load(self, command: Load) -> None:
         self._check_empty()
-        from headrace_extractor.runner.loading import load_model  # noqa: PLC0415 -- torch
+        from headrace_extractor.runner.models.loading import load_model  # noqa: PLC0415 -- torch
 
         self._loaded = load_model(
             Path(command.files_path),
@@ -149,14 +149,14 @@ class Runner:
     def _extract(self, command: Extract, gate: Gate) -> None:
         if self._loaded is None:
             raise errors.StateConflict("No model is loaded in this runner; send load first.")
-        from headrace_extractor.runner.extract import run_extraction  # noqa: PLC0415 -- torch
+        from headrace_extractor.runner.passes.extract import run_extraction  # noqa: PLC0415 -- torch
 
         with freed_memory_kept():
             run_extraction(command, gate, self._loaded, self._emit)
 
     def _convert(self, command: Convert) -> None:
-        from headrace_extractor.runner.convert import convert_gguf  # noqa: PLC0415 -- torch
-        from headrace_extractor.runner.pickles import convert_pickled  # noqa: PLC0415 -- torch
+        from headrace_extractor.runner.models.convert import convert_gguf  # noqa: PLC0415 -- torch
+        from headrace_extractor.runner.models.pickles import convert_pickled  # noqa: PLC0415 -- torch
 
         progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
         source_path = Path(command.source_path)
@@ -166,14 +166,14 @@ class Runner:
 
     def _quantize(self, command: Quantize) -> None:
         self._check_empty()
-        from headrace_extractor.runner.quantize import quantize  # noqa: PLC0415 -- torch
+        from headrace_extractor.runner.models.quantize import quantize  # noqa: PLC0415 -- torch
 
         progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
         self._emit(Quantized(fidelity=quantize(command, progress)))
 
     def _validate(self, command: Validate) -> None:
         self._check_empty()
-        from headrace_extractor.runner.validate import validate  # noqa: PLC0415 -- torch
+        from headrace_extractor.runner.models.validate import validate  # noqa: PLC0415 -- torch
 
         self._emit(validate(command, self._emit))
 

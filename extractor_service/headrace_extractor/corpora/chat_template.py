@@ -1,0 +1,101 @@
+"""The chat template of a model, as its tokenizer's files hold it. `corpora.chat` renders it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.errors import FieldInvalid, ModelUnsupported
+
+MAX_TEMPLATE_BYTES = 1024 * 1024
+_TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+# Where templates were before they had a file of their own, in the order transformers looks.
+_JSON_FILES = ("chat_template.json", _CONFIG)
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A template in Jinja's language, and the special tokens it may name."""
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the template, hex."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, files_path: Path | str) -> ChatTemplate:
+        """Reads it from a model's folder; raises ModelUnsupported when there is none."""
+        folder = Path(files_path)
+        source = _source(folder)
+        if len(source.encode()) > MAX_TEMPLATE_BYTES:
+            raise ModelUnsupported(f"The chat template in {folder} is larger than {MAX_TEMPLATE_BYTES} bytes.")
+        return cls(source, _special_tokens(folder))
+
+
+def check_chat(recipe: Recipe, *, corpus_id: str, is_chat: bool) -> None:
+    """Raises FieldInvalid when the recipe asks for a template and the corpus holds no conversations, or the reverse."""
+    field_name = "spec.recipe.chat_template"
+    if recipe.chat_template and not is_chat:
+        raise FieldInvalid(
+            f"{field_name} is set and corpus {corpus_id} holds no conversations; leave it out, or register the corpus"
+            " with `chat` set and lists of messages in its text column.",
+            field=field_name,
+        )
+    if is_chat and not recipe.chat_template:
+        raise FieldInvalid(
+            f"Corpus {corpus_id} holds conversations, which only a chat template turns into tokens; set {field_name}.",
+            field=field_name,
+        )
+
+
+def _source(folder: Path) -> str:
+    try:
+        return (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ModelUnsupported(f"{folder / _TEMPLATE_FILE} can't be read: {exc}.") from exc
+    for name in _JSON_FILES:
+        found = _read_json(folder / name).get("chat_template")
+        if isinstance(found, list):  # Several by name.
+            named = {each.get("name"): each.get("template") for each in found if isinstance(each, Mapping)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    raise ModelUnsupported(
+        "The model's tokenizer has no chat template; take the model's variant that was trained on conversations, or a"
+        " corpus of text."
+    )
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Texts of special tokens by name; the first file that has the name decides, also when it says null."""
+    files = [_read_json(folder / _CONFIG), _read_json(folder / _SPECIAL_TOKENS)]
+    tokens = {}
+    for name in _NAMED:
+        value = next((file[name] for file in files if name in file), None)
+        value = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as exc:
+        raise ModelUnsupported(f"{path} is no JSON: {exc}.") from exc
+    return value if isinstance(value, dict) else {}

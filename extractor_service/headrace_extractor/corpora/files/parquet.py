@@ -1,0 +1,174 @@
+"""Cuts Parquet files into documents, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from headrace_extractor.corpora.files import contents
+from headrace_extractor.corpora.files.contents import (
+    TOKEN_LIMIT,
+    beyond_int32,
+    chat_content,
+    malformed,
+    missing_column,
+    too_large,
+)
+from headrace_extractor.corpora.spec import DocumentKind
+
+_BATCH_BYTES = 8 * 1024 * 1024  # Aimed at: a row group may be gigabytes.
+_MAX_BATCH_ROWS = 4096
+
+# The values of a batch, the number of its first row, and the column's name, to documents.
+_Read: TypeAlias = Callable[[Any, int, str], Iterator[bytes]]
+
+
+def parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[bytes]:
+    """Yields the documents of one column; raises CorpusMalformed with `row` counted from 0.
+
+    A name with dots that no column has leads into structs: `a.b` is the field `b` of the column `a`.
+    """
+    with _arrow_errors():
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1024 * 1024)
+    path = _path_to(parquet.schema_arrow, column)
+    read = _READS[kind]
+    _check_type(_type_at(parquet.schema_arrow, path), column, kind)
+    row = 0
+    for group in range(parquet.num_row_groups):
+        for values in _batches(parquet, group, path):
+            yield from read(values, row, column)
+            row += len(values)
+
+
+def _batches(parquet: Any, group: int, path: Sequence[str]) -> Iterator[Any]:
+    metadata = parquet.metadata.row_group(group)
+    row_bytes = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
+    n_rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+    with _arrow_errors():
+        batches = parquet.iter_batches(n_rows, row_groups=[group], columns=[".".join(path)], use_threads=False)
+    while True:
+        with _arrow_errors():
+            batch = next(batches, None)
+            values = None if batch is None else _field(batch.column(0), path[1:])
+        if values is None:
+            return
+        yield values
+
+
+def _field(values: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        values = pc.struct_field(values, [name])
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+
+def _path_to(schema: Any, column: str) -> list[str]:
+    if column in schema.names:
+        if schema.names.count(column) > 1:
+            raise malformed(f"The file has more than one column {column!r}; rename one.")
+        return [column]
+    path = column.split(".")
+    if _type_at(schema, path) is None:
+        raise missing_column(column, schema.names, "The file")
+    return path
+
+
+def _type_at(schema: Any, path: Sequence[str]) -> Any:
+    """Returns the type of a column, or of a field within structs; None where there is none."""
+    if schema.names.count(path[0]) != 1:
+        return None
+    found = schema.field(path[0]).type
+    for name in path[1:]:
+        if not pa.types.is_struct(found) or found.get_field_index(name) < 0:
+            return None
+        found = found.field(name).type
+    return found
+
+
+def _check_type(found: Any, column: str, kind: DocumentKind) -> None:
+    found = found.value_type if pa.types.is_dictionary(found) else found
+    is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+    is_text = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    fits, what = {
+        DocumentKind.TEXT: (is_text, "the text must be strings"),
+        DocumentKind.CHAT: (is_list and pa.types.is_struct(found.value_type), "a conversation is a list of structs"),
+        DocumentKind.TOKEN_IDS: (is_list and pa.types.is_integer(found.value_type), "token ids are lists of integers"),
+    }[kind]
+    if not fits:
+        raise malformed(f"The column {column!r} is of type {found}; {what}.", type=found)
+
+
+def _texts(values: Any, first: int, column: str) -> Iterator[bytes]:
+    with _arrow_errors():
+        values = values.cast(pa.large_binary())  # As binary, values come out as bytes and are checked below.
+    for i in range(len(values)):
+        yield _text_bytes(values[i], first + i, column)
+
+
+def _chats(values: Any, first: int, column: str) -> Iterator[bytes]:
+    for i in range(len(values)):
+        with _arrow_errors():
+            messages = values[i].as_py()
+        if messages is None:
+            raise _null(first + i, column, "a conversation is a list of messages")
+        yield chat_content(messages, column, ("row", first + i))
+
+
+def _token_lists(values: Any, first: int, column: str) -> Iterator[bytes]:
+    for i in range(len(values)):
+        if not values[i].is_valid:
+            raise _null(first + i, column, "token ids are a list of integers")
+        tokens = values[i].values
+        if tokens.null_count:
+            raise _null(first + i, column, "each token id must be an integer")
+        yield _token_bytes(tokens.to_numpy(zero_copy_only=False), first + i)
+
+
+def _token_bytes(tokens: Any, row: int) -> bytes:
+    where = f"Row {row}, counted from 0,"
+    if tokens.size * 4 > contents.MAX_DOCUMENT_BYTES:
+        raise too_large(where, row=row)
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= TOKEN_LIMIT):
+        raise beyond_int32(where, row=row)
+    return bytes(tokens.astype(np.dtype("<i4")).tobytes())
+
+
+def _text_bytes(value: Any, row: int, column: str) -> bytes:
+    data: bytes | None = value.as_py()
+    if data is None:
+        raise _null(row, column, "the text must be a string")
+    if len(data) > contents.MAX_DOCUMENT_BYTES:
+        raise too_large(f"The text in row {row}, counted from 0,", row=row)
+    try:
+        data.decode()
+    except UnicodeDecodeError as exc:
+        raise malformed(
+            f"Row {row}, counted from 0, is not UTF-8 at byte {exc.start} of its text; repair the file.",
+            row=row,
+            byte=exc.start,
+        ) from exc
+    return data
+
+
+def _null(row: int, column: str, rule: str) -> Exception:
+    return malformed(f"Row {row}, counted from 0, is null in {column!r}; {rule}.", row=row)
+
+
+_READS: dict[DocumentKind, _Read] = {
+    DocumentKind.TEXT: _texts,
+    DocumentKind.CHAT: _chats,
+    DocumentKind.TOKEN_IDS: _token_lists,
+}
+
+
+@contextmanager
+def _arrow_errors() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as exc:
+        raise malformed(f"The file is no readable Parquet: {str(exc).strip()[:500]}") from exc

@@ -1,0 +1,246 @@
+"""Cuts files into documents: UTF-8 text, JSON lines, CSV; Parquet is in `parquet`, arrays in `arrays`.
+
+Every parser is a generator of documents as UTF-8 bytes, reads the file once and forwards (Parquet seeks), and holds one
+document at a time. What it can't read raises CorpusMalformed with `line` (counted from 1) and, for broken UTF-8, `byte`
+(the offset in the file). Text is never altered inside a document; a line end next to a cut belongs to no document, and
+a byte order mark at the start of a file to no text.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from headrace_extractor.corpora.files import contents
+from headrace_extractor.corpora.files.arrays import NPY_MAGIC, parse_npy
+from headrace_extractor.corpora.files.contents import (
+    Content,
+    content_of,
+    json_type,
+    malformed,
+    missing_column,
+    too_large,
+)
+from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, DocumentKind, TextSplit
+
+# A JSON line may hold the text in escapes, and other fields; beyond this it is no line but a file without line ends.
+MAX_LINE_BYTES = 2 * contents.MAX_DOCUMENT_BYTES
+_PARQUET_MAGIC = b"PAR1"
+_BOM = b"\xef\xbb\xbf"
+
+
+def parse(file: BinaryIO, spec: CorpusSpec, file_name: str = "") -> Iterator[bytes]:
+    """Yields the documents of an open file, in order; raises FieldInvalid when its format is unknown."""
+    kind = spec.kind(file_name)
+    content = content_of(kind)
+    match spec.file_format(file_name):
+        case CorpusFormat.TXT:
+            return parse_txt(file, spec.text_split)
+        case CorpusFormat.JSONL:
+            return parse_jsonl(file, spec.text_column, content)
+        case CorpusFormat.CSV:
+            return parse_csv(file, spec.text_column)
+        case CorpusFormat.PARQUET:
+            return _parse_parquet(file, spec.text_column, kind)
+        case CorpusFormat.TOKEN_IDS:
+            return _parse_token_ids(file, spec.text_column)
+
+
+def _parse_token_ids(file: BinaryIO, column: str) -> Iterator[bytes]:
+    magic = file.read(len(NPY_MAGIC))
+    file.seek(0)
+    if magic == NPY_MAGIC:
+        return parse_npy(file)
+    if magic.startswith(_PARQUET_MAGIC):
+        return _parse_parquet(file, column, DocumentKind.TOKEN_IDS)
+    return parse_jsonl(file, column, contents.token_content)
+
+
+def _parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[bytes]:
+    # pyarrow takes 40 MB and a fifth of a second, which only Parquet should cost.
+    from headrace_extractor.corpora.files.parquet import parse_parquet  # noqa: PLC0415
+
+    return parse_parquet(file, column, kind)
+
+
+def parse_txt(file: BinaryIO, split: TextSplit) -> Iterator[bytes]:
+    """Yields the parts of a text that are not blank."""
+    pieces = _SPLITS[split](_lines(file))
+    return (piece for piece in pieces if piece and not piece.isspace())
+
+
+def parse_jsonl(file: BinaryIO, key: str, content: Content) -> Iterator[bytes]:
+    """Yields what is under `key` of every JSON object; blank lines are skipped.
+
+    A key with dots that no object has leads into the objects within: `a.b` is `b` of `a`.
+    """
+    for line in _lines(file):
+        if line.content.isspace():
+            continue
+        yield content(_field(_json_object(line), key, line.number), key, ("line", line.number))
+
+
+def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
+    """Yields the field under the header `column` of every record; empty lines are skipped."""
+    # The limit belongs to the whole process; every caller sets the same.
+    csv.field_size_limit(contents.MAX_DOCUMENT_BYTES)
+    records = csv.reader((line.content.decode() for line in _lines(file)), strict=True)
+    header = _next_record(records)
+    if header is None:
+        return
+    index = _column_index(header, column)
+    while True:
+        number = records.line_num + 1
+        record = _next_record(records)
+        if record is None:
+            return
+        if not record:
+            continue
+        if len(record) != len(header):
+            raise malformed(
+                f"Line {number} has {len(record)} fields and the header {len(header)}; put fields that hold commas,"
+                " quotes or line ends in double quotes.",
+                line=number,
+            )
+        yield contents.text_content(record[index], column, ("line", number))
+
+
+class _Line(NamedTuple):
+    number: int  # from 1
+    content: bytes  # valid UTF-8, with its line end
+
+
+class _Gathered:
+    """The bytes of one document as they come together."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def add(self, part: bytes, line: int) -> None:
+        self._size += len(part)
+        if self._size > contents.MAX_DOCUMENT_BYTES:
+            raise too_large(f"The document that goes on in line {line}", line=line)
+        self._parts.append(part)
+
+    def take(self) -> bytes:
+        whole = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return whole
+
+
+def _lines(file: BinaryIO) -> Iterator[_Line]:
+    """Yields lines ended by a line feed alone: str.splitlines would cut at form feeds and more."""
+    offset = number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(raw) > MAX_LINE_BYTES:
+            raise malformed(f"Line {number} is longer than {MAX_LINE_BYTES} bytes; is the format right?", line=number)
+        try:
+            raw.decode()
+        except UnicodeDecodeError as exc:
+            raise malformed(
+                f"Line {number} is not UTF-8 at byte {offset + exc.start} of the file; convert the file to UTF-8.",
+                line=number,
+                byte=offset + exc.start,
+            ) from exc
+        offset += len(raw)
+        content = raw.removeprefix(_BOM) if number == 1 else raw
+        if content:
+            yield _Line(number, content)
+
+
+def _paragraphs(lines: Iterable[_Line]) -> Iterator[bytes]:
+    gathered = _Gathered()
+    for line in lines:
+        if line.content.isspace():
+            yield _without_line_end(gathered.take())
+        else:
+            gathered.add(line.content, line.number)
+    yield _without_line_end(gathered.take())
+
+
+def _single_lines(lines: Iterable[_Line]) -> Iterator[bytes]:
+    for line in lines:
+        text = _without_line_end(line.content)
+        if len(text) > contents.MAX_DOCUMENT_BYTES:
+            raise too_large(f"Line {line.number}", line=line.number)
+        yield text
+
+
+def _pages(lines: Iterable[_Line]) -> Iterator[bytes]:
+    gathered = _Gathered()
+    for line in lines:
+        first, *others = line.content.split(b"\f")
+        gathered.add(first, line.number)
+        for part in others:
+            yield gathered.take().strip(b"\r\n")
+            gathered.add(part, line.number)
+    yield gathered.take().strip(b"\r\n")
+
+
+def _whole(lines: Iterable[_Line]) -> Iterator[bytes]:
+    gathered = _Gathered()
+    for line in lines:
+        gathered.add(line.content, line.number)
+    yield gathered.take()
+
+
+_SPLITS = {
+    TextSplit.BLANK_LINES: _paragraphs,
+    TextSplit.LINES: _single_lines,
+    TextSplit.NONE: _whole,
+    TextSplit.FORM_FEEDS: _pages,
+}
+
+
+def _without_line_end(text: bytes) -> bytes:
+    return text.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _json_object(line: _Line) -> dict[str, Any]:
+    try:
+        value = json.loads(line.content)
+    except json.JSONDecodeError as exc:
+        raise malformed(
+            f"Line {line.number} is no JSON: {exc.msg} at column {exc.colno}; write one JSON object a line.",
+            line=line.number,
+            column=exc.colno,
+        ) from exc
+    except (RecursionError, ValueError) as exc:  # nested too deep; an integer of thousands of digits
+        raise malformed(f"Line {line.number} can't be read as JSON: {exc}.", line=line.number) from exc
+    if not isinstance(value, dict):
+        raise malformed(
+            f"Line {line.number} holds a JSON {json_type(value)}; write one JSON object a line.", line=line.number
+        )
+    return value
+
+
+def _field(record: dict[str, Any], key: str, number: int) -> Any:
+    if key in record:
+        return record[key]
+    value: Any = record
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise missing_column(key, record, f"Line {number}", line=number)
+        value = value[name]
+    return value
+
+
+def _next_record(records: Any) -> list[str] | None:
+    number = records.line_num + 1
+    try:
+        record: list[str] | None = next(records, None)
+    except csv.Error as exc:
+        raise malformed(f"The record that starts in line {number} is no CSV: {exc}.", line=number) from exc
+    return record
+
+
+def _column_index(header: list[str], column: str) -> int:
+    if column not in header:
+        raise missing_column(column, header, "The header line", line=1)
+    if header.count(column) > 1:
+        raise malformed(f"The header names the column {column!r} more than once; rename one.", line=1)
+    return header.index(column)

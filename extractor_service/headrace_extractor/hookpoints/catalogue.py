@@ -1,0 +1,256 @@
+"""Hookpoints of a model from its config alone: their names, shapes, places, and why one can't be captured.
+
+A name is `hook_embed`, `blocks.<layer>.<site>` or `ln_final.hook_normalized` in TransformerLens spelling, or a module
+of the base model with `:in` or `:out`. `hook_attn_out` and `hook_mlp_out` are what is added to the residual stream: in
+every block `resid_pre + attn_out + mlp_out == resid_post`. Whatever else a request may say (`hookpoint_names.py`)
+becomes one of these names before anything depends on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from headrace_extractor.corpora.recipe import PACKED, Recipe
+from headrace_extractor.errors import FieldInvalid, HookpointNotFound
+from headrace_extractor.hookpoints.architectures import family_of
+from headrace_extractor.hookpoints.names import (
+    BLOCK_SITE,
+    Aliases,
+    aliases_of,
+    expand_layers,
+    forward_order,
+    layer_of,
+    relative_path,
+    split_path,
+)
+from headrace_extractor.hookpoints.network import Network, network_of
+from headrace_extractor.hookpoints.places import (
+    EMBED,
+    FINAL,
+    NOT_AT_ALL,
+    SITES,
+    WHOLE,
+    Copied,
+    Place,
+    Take,
+    place_of,
+    place_unknown,
+)
+from headrace_extractor.hookpoints.weight_shapes import WeightShapes, module_shape
+from headrace_extractor.models import ModelInfo
+
+__all__ = ["EMBED", "FINAL", "SITES", "Catalogue", "Hookpoint", "catalogue_of", "forward_order", "layer_of"]
+
+MAX_NEAREST = 5
+# A request names no more; wildcards over the largest models stay below it.
+MAX_HOOKPOINTS = 4096
+MAX_WILDCARDS = 64  # Each is compared with every name.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hookpoint:
+    """A named place; `shape` is that of one row, `unavailable` says why it can't be captured."""
+
+    name: str
+    shape: tuple[int, ...]
+    module: str = ""  # `<path>:in` or `:out` below the base model; empty where only loading tells.
+    take: Take = WHOLE
+    unavailable: str = ""
+
+    @property
+    def width(self) -> int:
+        """Elements in one row."""
+        return math.prod(self.shape)
+
+
+class Catalogue:
+    """What a model offers, in forward order."""
+
+    def __init__(self, network: Network, files_path: str = "") -> None:
+        self.network = network
+        self.family = family_of(network)
+        self._files_path = files_path
+
+    @cached_property
+    def offered(self) -> tuple[Hookpoint, ...]:
+        """All named sites, those that can't be captured with the reason."""
+        layers = range(self.network.n_layers)
+        blocks = [self._hookpoint(f"blocks.{layer}.{site}", site, layer) for layer in layers for site in SITES]
+        if not blocks:
+            return ()
+        return (self._hookpoint(EMBED, EMBED), *blocks, self._hookpoint(FINAL, FINAL))
+
+    def resolve(self, names: Iterable[str]) -> tuple[Hookpoint, ...]:
+        """Returns what the names, wildcards, ranges, aliases and module paths stand for, each once, in forward order.
+
+        Raises FieldInvalid for none at all, HookpointNotFound with the nearest names, and for one that can't be
+        captured.
+        """
+        asked = tuple(dict.fromkeys(names))
+        if len(asked) > MAX_HOOKPOINTS:
+            raise _too_many(len(asked))
+        if sum("*" in name for name in asked) > MAX_WILDCARDS:
+            raise FieldInvalid(f"Use at most {MAX_WILDCARDS} names with wildcards.", field="spec.hookpoints")
+        found = {point.name: point for name in asked for point in self._resolve_one(name)}
+        if not found:
+            raise FieldInvalid("Name at least one hookpoint; ListHookpoints lists them.", field="spec.hookpoints")
+        if len(found) > MAX_HOOKPOINTS:
+            raise _too_many(len(found))
+        return tuple(sorted(found.values(), key=lambda point: forward_order(point.name)))
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of a row by hookpoint; raises as `resolve` does."""
+        return {point.name: point.shape for point in self.resolve(names)}
+
+    def named(self, name: str, known: Hookpoint | None = None) -> Hookpoint:
+        """Returns one hookpoint by its own name, or as `known`; raises HookpointNotFound if it can't be captured."""
+        point = known or self._by_name.get(name)
+        if point is None:
+            raise self._not_found(name)
+        return _available(point)
+
+    def _resolve_one(self, name: str) -> list[Hookpoint]:
+        if name in self._by_name:
+            return [_available(self._by_name[name])]
+        if split_path(name):
+            return self._resolve_path(name)
+        known = [
+            self._of_target(self._names[spelled]) for spelled in expand_layers(name, self._names, self.network.n_layers)
+        ]
+        if not known:
+            raise self._not_found(name)
+        # A wildcard takes what there is: hook_pre of the layers that are not sparse.
+        there = [point for point in known if not point.unavailable]
+        return there or [_available(known[0])]
+
+    def _resolve_path(self, name: str) -> list[Hookpoint]:
+        """A module path, whose layer may be a wildcard or a range."""
+        path, side = split_path(name) or ("", "")
+        paths = relative_path(path, self.family, self.network.n_layers)
+        if not paths:
+            raise self._not_found(name)
+        return [self._of_module(path, side, name) for path in paths]
+
+    def _of_target(self, target: str) -> Hookpoint:
+        if target in self._by_name:
+            return self._by_name[target]
+        path, side = split_path(target) or ("", "")
+        return self._of_module(path, side, target)
+
+    def _of_module(self, path: str, side: str, asked: str) -> Hookpoint:
+        module = f"{path}:{side}"
+        if module in self._by_module:
+            return self._by_module[module]
+        shape = module_shape(path, side, self.network, WeightShapes.of_folder(self._files_path))
+        if isinstance(shape, str):
+            raise self._not_found(asked, shape)
+        # Nobody knows what the network does to the tensor of just any module.
+        return Hookpoint(name=module, shape=shape, module=module, take=Copied())
+
+    def _hookpoint(self, name: str, site: str, layer: int = 0) -> Hookpoint:
+        place = self._place(site, layer)
+        return Hookpoint(
+            name=name, shape=place.shape, module=place.module, take=place.take, unavailable=place.unavailable
+        )
+
+    def _place(self, site: str, layer: int) -> Place:
+        if self.family is None:
+            return place_unknown(self.network, site)
+        return place_of(self.family, self.network, site, layer)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Hookpoint]:
+        return {point.name: point for point in self.offered}
+
+    @cached_property
+    def _by_module(self) -> Mapping[str, Hookpoint]:
+        """Sites that are a module's tensor as it is: the module's path is another name of theirs."""
+        whole = [point for point in self.offered if point.module and point.take in (WHOLE, Copied())]
+        return {point.module: point for point in whole}
+
+    @cached_property
+    def _names(self) -> Aliases:
+        """What each spelling stands for: a name of `offered`, or a module path."""
+        own = {point.name: point.name for point in self.offered}
+        return own | aliases_of(self.family, self.network.n_layers) if self.family else own
+
+    def _not_found(self, name: str, why: str = "") -> HookpointNotFound:
+        names = [point.name for point in self.offered if not point.unavailable]
+        shown = name[:255]
+        metadata = {"hookpoint": shown}
+        n_layers = self.network.n_layers
+        if not names:
+            hint = "this architecture offers none"
+        else:
+            nearest = self._nearest(shown, names)
+            layers = f"layers 0 to {n_layers - 1}"
+            hint = f"{why}; " if why else ""
+            hint += f"the nearest are {', '.join(nearest)}; the model has {layers}, ListHookpoints lists all names"
+            metadata |= {"nearest": ",".join(nearest), "n_layers": str(n_layers)}
+        return HookpointNotFound(f"No hookpoint {shown!r}: {hint}.", metadata=metadata, resource=("hookpoint", shown))
+
+    def _nearest(self, name: str, names: Sequence[str]) -> list[str]:
+        """Returns close names, best first; sites of the layer that the name mentions, if it mentions a valid one."""
+        if (match := BLOCK_SITE.fullmatch(name)) and int(match[1]) >= self.network.n_layers:
+            return [f"blocks.{self.network.n_layers - 1}.{match[2]}"]
+        number = re.search(r"[0-9]+", name)
+        same_layer = [known for known in names if number and layer_of(known) == int(number[0])]
+        candidates = same_layer or names
+        close = difflib.get_close_matches(name, candidates, n=MAX_NEAREST, cutoff=0.0)
+        paths = relative_path(name, self.family, self.network.n_layers)
+        there = [
+            self._by_module[module]
+            for path in paths
+            for module in (f"{path}:out", f"{path}:in")
+            if module in self._by_module
+        ]
+        exact = [point.name for point in there if not point.unavailable]
+        return list(dict.fromkeys([*exact, *close]))[:MAX_NEAREST]
+
+
+def catalogue_of(model: ModelInfo) -> Catalogue:
+    """Reads what a model offers from its config; its weights' headers are looked at for modules alone."""
+    return Catalogue(network_of(model), model.files_path)
+
+
+def check_isolation(recipe: Recipe, catalogue: Catalogue) -> None:
+    """Raises FieldInvalid for a recipe that keeps packed documents apart where a family of models can't."""
+    apart = recipe.packing == PACKED and not recipe.attend_across_documents
+    if apart and catalogue.family and catalogue.family.isolation == NOT_AT_ALL:
+        raise cannot_isolate(catalogue.network.model_type)
+
+
+def cannot_isolate(model_type: str) -> FieldInvalid:
+    """The error of a recipe that packs documents of a model which can't keep them apart."""
+    return FieldInvalid(
+        f"Documents in one sequence of a {model_type} model can't be kept apart; use packing one_document, or let them "
+        "attend to one another.",
+        field="spec.recipe.packing",
+    )
+
+
+def attention_of(model: ModelInfo) -> str:
+    """The attention implementation that a family needs; empty for the usual one."""
+    family = family_of(network_of(model))
+    return family.attention if family and family.attention != "sdpa" else ""
+
+
+def _too_many(n_asked: int) -> FieldInvalid:
+    return FieldInvalid(
+        f"{n_asked} hookpoints are asked for; take at most {MAX_HOOKPOINTS} at once.", field="spec.hookpoints"
+    )
+
+
+def _available(point: Hookpoint) -> Hookpoint:
+    if point.unavailable:
+        raise HookpointNotFound(
+            f"{point.name} can't be captured: {point.unavailable}. ListHookpoints says what can.",
+            metadata={"hookpoint": point.name},
+            resource=("hookpoint", point.name),
+        )
+    return point

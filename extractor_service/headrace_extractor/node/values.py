@@ -1,0 +1,115 @@
+"""A node, its devices, and the work that the registry assigns to it, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from headrace_extractor.errors import Failure
+from headrace_extractor.meters import Transfer
+from headrace_extractor.models import ModelInfo
+from headrace_extractor.node.runner_protocol import Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A GPU of this node, or its CPU."""
+
+    id: str
+    kind: str  # `cpu`, `cuda`, `mps`
+    name: str
+    capacity_bytes: int
+    free_bytes: int
+    total_bytes: int = 0
+    lost_bytes: int = 0  # What unloads did not give back.
+    capability: str = ""  # Of a CUDA device, such as `9.0`.
+    flash_attention: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this node is beside its devices. Bytes; 0 while unknown. Limits: 0 for none."""
+
+    memory_bytes: int = 0
+    memory_free_bytes: int = 0
+    runtime_bytes: int = 0  # A runner's before it holds weights.
+    max_loads: int = 0
+    max_residents: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """A residency this node shall hold (`hold`) or end."""
+
+    residency_id: str
+    fence: int
+    device_id: str
+    hold: bool
+    state: str  # the registry's view, such as `LOADING`
+    model: ModelInfo
+    reserved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """Model files this node shall make."""
+
+    model: ModelInfo
+    target_path: str
+    source_path: str = ""  # unquantized files to quantize; empty for a conversion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """A model to try on a device of this node, with the options that `model` carries."""
+
+    attempt_id: str
+    model: ModelInfo
+    device_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationReport:
+    """How a validation stands: all its steps so far."""
+
+    attempt_id: str
+    steps: tuple[Step, ...]
+    done: bool
+    failure: Failure | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredState:
+    """All a node shall hold and make."""
+
+    assignments: tuple[Assignment, ...] = ()
+    builds: tuple[Build, ...] = ()
+    validations: tuple[Validation, ...] = ()
+
+    def holds(self, residency_id: str) -> bool:
+        """True if the node shall hold that residency."""
+        return any(each.hold and each.residency_id == residency_id for each in self.assignments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyReport:
+    """How a residency stands, as the node sees it."""
+
+    residency_id: str
+    fence: int
+    state: str  # `LOADING`, `RESIDENT`, `UNLOADED`, `FAILED`
+    transfer: Transfer | None = None
+    measured_bytes: int = 0
+    failure: Failure | None = None
+    lost_bytes: int = 0  # What its device did not get back, once it is over.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A reader's right that a residency stays."""
+
+    id: str
+    fence: int
+    residency_id: str
+    ttl_s: float

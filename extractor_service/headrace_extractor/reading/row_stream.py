@@ -1,0 +1,224 @@
+"""Rows of an extraction for one reader: what is committed at once, the rest as it comes.
+
+The reader's own pace is the only one here: the next run is read when the last one is on its way, so a slow reader holds
+nothing but its place and one run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from headrace_chassis.shutdown import Shutdown
+from headrace_extractor.errors import DigestMismatch, FieldInvalid, HookpointNotFound
+from headrace_extractor.extractions.job import ExtractionJob, rows_expired
+from headrace_extractor.extractions.readers import Reader
+from headrace_extractor.extractions.values import ExtractionState
+from headrace_extractor.reading.reading_order import OrderRequest, way_of
+from headrace_extractor.sets.log_errors import log_errors_as_typed, too_many_streams
+from headrace_log import errors as log_errors
+from headrace_log.reader import KEPT_SEGMENTS, RowRun, SetReader
+
+DEFAULT_CHUNK_BYTES = 1024 * 1024
+# A range costs the same however many rows it has; it ends with its segment or block anyway. Of a window, whose forward
+# pass waits for a range to be done with, smaller ones.
+DEFAULT_RANGE_BYTES = 64 * 1024 * 1024
+WINDOW_RANGE_BYTES = 16 * 1024 * 1024
+MAX_CHUNK_BYTES = 3_500_000
+MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
+HEARTBEAT_S = 15.0
+# A reader that has all there is hears so after this while: then it knows for whom it waits.
+CAUGHT_UP_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRequest:
+    """What a reader wants; checked when made."""
+
+    start_row: int = 0
+    end_row: int = 0  # 0: all there will be
+    columns: tuple[str, ...] = ()
+    chunk_bytes: int = 0
+    allow_large_chunks: bool = False
+    reader: str = ""
+    explicit_release: bool = False
+    mapped: bool = False
+    order: OrderRequest = field(default_factory=OrderRequest)
+
+    def __post_init__(self) -> None:
+        limit = MAX_LARGE_CHUNK_BYTES if self.allow_large_chunks else MAX_CHUNK_BYTES
+        if not 0 <= self.chunk_bytes <= limit:
+            more = "" if self.allow_large_chunks else " (up to 16 MiB with allow_large_chunks)"
+            raise FieldInvalid(
+                f"chunk_bytes is {self.chunk_bytes}; it must be from 0 (1 MiB) to {limit}{more}.", field="chunk_bytes"
+            )
+        if self.start_row < 0:
+            raise FieldInvalid("start_row is negative.", field="start_row")
+        if self.end_row < 0 or 0 < self.end_row < self.start_row:
+            raise FieldInvalid("end_row lies before start_row; 0 means all rows.", field="end_row")
+        if len(self.reader) > 255:
+            raise FieldInvalid("reader has more than 255 characters.", field="reader")
+        if len(set(self.columns)) != len(self.columns):
+            raise FieldInvalid("columns names one column twice.", field="columns")
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """No rows for a while."""
+
+    n_rows: int
+    state: ExtractionState
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Every row asked for was sent."""
+
+    next_row: int
+    n_rows: int
+
+
+class RowStream:
+    """One reader's way through a set, attached to it until `close`."""
+
+    def __init__(self, job: ExtractionJob, request: StreamRequest, shutdown: Shutdown | None = None) -> None:
+        self._job = job
+        self._shutdown = shutdown or Shutdown()  # One that never begins.
+        self._request = request
+        self._way = way_of(job, request.order)
+        self.mapped = request.mapped
+        if request.mapped and job.value.spec.retention.is_window and not request.explicit_release:
+            raise FieldInvalid(
+                "A WINDOW set lets rows go when they are sent, before a client has mapped them; ask for "
+                "explicit_release, or for TRANSPORT_INLINE.",
+                field="explicit_release",
+            )
+        columns = check_columns(request.columns, job.columns)
+        self._attached: Reader = job.attach(
+            request.reader, self._way.first_row_needed(request.start_row), shard=request.order.shard
+        )
+        try:
+            self._reader = self._open(columns)
+        except BaseException:
+            job.detach(self._attached)
+            raise
+        self._generation = job.generation
+        self.next_row = request.start_row
+        self._over = False
+        row_bytes = self._reader.row_bytes
+        self._chunk_rows = max(1, (request.chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
+        if self._way.block_rows > self._chunk_rows and not request.chunk_bytes:
+            # Blocks are cut evenly, into chunks of less than twice the usual size: short ones cost as much as others.
+            self._chunk_rows = math.ceil(self._way.block_rows / (self._way.block_rows // self._chunk_rows))
+        range_bytes = WINDOW_RANGE_BYTES if job.value.spec.retention.is_window else DEFAULT_RANGE_BYTES
+        self._range_rows = max(1, (request.chunk_bytes or range_bytes) // row_bytes)
+
+    @property
+    def name(self) -> str:
+        """Name of this reader."""
+        return self._attached.name
+
+    @property
+    def set_reader(self) -> SetReader:
+        """Columns and folder of what is read."""
+        return self._reader
+
+    @property
+    def block_rows(self) -> int:
+        """Rows in a block of the reading order; 0 where places are rows."""
+        return self._way.block_rows
+
+    @property
+    def end_row(self) -> int:
+        """One past the last place that will come; 0 while unknown."""
+        known, wanted = self._way.end, self._request.end_row
+        return min(known, wanted) if known and wanted else known or wanted
+
+    async def events(self) -> AsyncGenerator[RowRun | Pause | End, None]:
+        """Yields runs of rows in reading order without gaps, pauses, and an end; use a run before asking for the next.
+
+        While a run is out, `next_row` is its place. A run without columns is a range of sealed rows for a client that
+        maps them; rows that are not sealed come with their columns in either transport. Raises what the extraction
+        ended with if it ends before the rows wanted exist, and ShuttingDown. Rows that are there cost no task and no
+        turn of the event loop: at a thousand chunks a second these are what a chunk costs.
+        """
+        quiet_until, told = time.monotonic() + CAUGHT_UP_S, self._job.value.state
+        while not self._at_end():
+            self._shutdown.check()
+            if self.next_row < self._way.n_there and (run := self._read()):
+                yield run
+                self.next_row += run.n_rows
+                if not self._request.explicit_release:
+                    self._job.release(self._attached.name, self._way.first_row_needed(self.next_row))
+                quiet_until = time.monotonic() + CAUGHT_UP_S
+            elif self._job.value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
+                raise self._job.failure_error()
+            elif time.monotonic() >= quiet_until or self._job.value.state is not told:
+                told = self._job.value.state
+                yield Pause(self._job.value.n_rows, told)
+                quiet_until = time.monotonic() + HEARTBEAT_S  # A change that brings no row is silence too.
+            else:
+                await self._shutdown.race(self._job.changed(quiet_until - time.monotonic()))
+        self._over = True
+        yield End(self.next_row, self._job.value.n_rows)
+
+    def close(self) -> None:
+        """Detaches the reader."""
+        self._reader.close()
+        if self._over:  # What it was sent last it may release now, or come back for.
+            explicit = self._request.explicit_release
+            last_row = min(self._way.first_row_needed(self.next_row), self._job.value.n_rows) if explicit else 0
+            self._attached.last_row = min(self._attached.last_row, last_row)
+        self._job.detach(self._attached)
+
+    def _open(self, columns: Sequence[str]) -> SetReader:
+        try:
+            there_and_back = self._way.block_rows and not self._job.value.spec.retention.is_window
+            with log_errors_as_typed():
+                return SetReader(self._job.folder, columns, keep_segments=KEPT_SEGMENTS if there_and_back else 1)
+        except FileNotFoundError as exc:
+            value = self._job.value
+            if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
+                raise self._job.failure_error() from exc
+            raise rows_expired(self._request.start_row, first_row=value.n_rows, n_rows=value.n_rows) from exc
+
+    def _at_end(self) -> bool:
+        end_row, value = self.end_row, self._job.value
+        if self._request.start_row > end_row > 0 and value.state == ExtractionState.DONE:
+            raise rows_expired(self._request.start_row, first_row=0, n_rows=value.n_rows)
+        return bool(end_row) and self.next_row >= end_row
+
+    def _read(self) -> RowRun | None:
+        """The next rows; None if they were not sealed and their writer has given them up, of which word is to come."""
+        n_rows, end = self._job.value.n_rows, self.end_row
+        row, together = self._way.stretch(self.next_row)
+        end_row = min(n_rows, row + together, row + end - self.next_row) if end else min(n_rows, row + together)
+        try:
+            if self._generation != self._job.generation:
+                self._reader.forget_open_segment()
+                self._generation = self._job.generation
+            if self.mapped and (n_sealed := self._reader.sealed_after(row)):
+                return RowRun(row, min(n_sealed, self._range_rows, end_row - row), ())
+            return self._reader.read(row, self._chunk_rows, end_row=end_row)
+        except log_errors.RowsExpired as exc:
+            raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
+        except log_errors.TooManyFiles as exc:
+            raise too_many_streams(exc) from exc
+        except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:
+            if row >= self._reader.sealed_rows and not self._job.value.state.ended:
+                return None
+            raise DigestMismatch(str(exc), resource=("ActivationSet", self._job.value.set_id)) from exc
+
+
+def check_columns(wanted: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    """The columns to read, in the order asked for; raises HookpointNotFound."""
+    for name in wanted:
+        if name not in there:
+            raise HookpointNotFound(
+                f"Column {name!r} is not in this extraction; it has {', '.join(there)}.",
+                metadata={"nearest": ", ".join(there[:10])},
+                resource=("Column", name),
+            )
+    return tuple(wanted) or tuple(there)
