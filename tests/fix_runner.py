@@ -130,7 +130,7 @@ def extract(make_corpus, make_set):
     def run(model, token_ids, hookpoints, *, allow_non_finite=False, max_rows=0, **recipe):
         folder = make_set(hookpoints, **recipe)
         command = Extract(
-            extraction_id="x",
+            set_id="x",
             set_path=str(folder),
             corpus_path=str(make_corpus(token_ids)),
             allow_non_finite=allow_non_finite,

@@ -270,7 +270,7 @@ async def test_waiting_in_line_is_no_trouble(node, monkeypatch):
     run, jobs, told = runner.run, [], []
 
     async def dies_twice(command, *, ends):
-        told.append(command.extraction_id)
+        told.append(command.set_id)
         if len(told) > 4:
             async for event in run(command, ends=ends):
                 yield event

@@ -73,7 +73,7 @@ def test_rows_that_depend_on_the_whole_document_agree_with_the_whole(
     model = load(save_model(AutoModelForCausalLM.from_config, config, tmp_path / "model"))
     texts = [text for text in documents(12, longest=500) if len(text) > parity.MAX_TOKENS]
     folder = make_set([SITE], context_size=512, batch_size=1, **recipe)
-    run_command(Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(texts))), model)
+    run_command(Extract(set_id="x", set_path=str(folder), corpus_path=str(make_corpus(texts))), model)
 
     (entry,) = json.loads((folder / "manifest.json").read_text())["receipt"].values()
     assert entry["rows"] > 0

@@ -108,7 +108,7 @@ def test_rows_of_heads_give_the_attention_output_back(tiny_llama, make_set, make
     model = load(tiny_llama)
     shapes = {"q": (4, 8), "k": (2, 8), "v": (2, 8), "z": (4, 8)}
     folder = make_set([*HEADS, *ALL], shapes={name: shapes[name[-1]] for name in HEADS})
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(documents(5))))
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(make_corpus(documents(5))))
     rows = read_rows(folder, run_command(command, model)[-1].n_rows)
 
     for layer, block in enumerate(model.model.layers):
@@ -181,7 +181,7 @@ def test_whole_corpus_is_complete_and_counts_its_tokens(tiny_llama, extract):
     rows, events = extract(load(tiny_llama), corpus, RESID_POST[:1], packing="one_document")
 
     n_tokens = sum(len(document) + 1 for document in corpus)
-    assert events[-1] == Finished(extraction_id="x", n_rows=n_tokens, complete=True)
+    assert events[-1] == Finished(set_id="x", n_rows=n_tokens, complete=True)
     assert [event for event in events if isinstance(event, Committed)][-1].n_tokens == n_tokens
     assert len(rows["token_id"]) == n_tokens
 
@@ -191,13 +191,13 @@ def test_max_rows_is_exact(tiny_llama, extract):
     everything, _ = extract(model, corpus, RESID_POST[:1])
     rows, events = extract(model, corpus, RESID_POST[:1], max_rows=333)
 
-    assert events[-1] == Finished(extraction_id="x", n_rows=333, complete=False)
+    assert events[-1] == Finished(set_id="x", n_rows=333, complete=False)
     assert np.array_equal(rows[RESID_POST[0]], everything[RESID_POST[0]][:333])
 
 
 def test_complete_set_is_not_computed_again(tiny_llama, make_set, make_corpus):
     folder, corpus, model = make_set(RESID_POST[:1]), make_corpus(documents(5)), load(tiny_llama)
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus))
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus))
     first = run_command(command, model)[-1]
     again = run_command(command, model)
 
@@ -226,7 +226,7 @@ def test_non_finite_values_name_their_place(tiny_model, make_set, make_corpus):
     corpus = [[5, 6, 7], [8, 9, 10, 96, 11], [12]]
     model = with_broken_token(tiny_model, 96, float("nan"))
     folder = make_set(RESID_PRE[:1], packing="one_document", segment_rows=100)
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(corpus)))
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(make_corpus(corpus)))
     with pytest.raises(NonFinite) as caught:
         run_command(command, model)
 

@@ -40,7 +40,7 @@ def corpus(make_corpus):
 
 
 def run(model, corpus, folder):
-    events = run_command(Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus)), model)
+    events = run_command(Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus)), model)
     return read_rows(folder, events[-1].n_rows)
 
 

@@ -51,7 +51,7 @@ def columns_of(sites, recipe):
 
 
 def extract(folder, corpus, model, **fields):
-    return run_command(Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus), **fields), model)[-1]
+    return run_command(Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus), **fields), model)[-1]
 
 
 def receipt(folder):

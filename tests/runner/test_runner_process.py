@@ -102,9 +102,9 @@ def test_torch_is_not_imported_before_a_command_needs_it():
 def test_commands_are_answered_in_order_and_bad_ones_do_no_harm(tiny_gpt2, make_set, make_corpus, start_runner):
     runner = start_runner()
     corpus, folder = make_corpus(documents(10)), make_set(["blocks.3.hook_resid_post"])
-    extract = Extract(extraction_id="a", set_path=str(folder), corpus_path=str(corpus))
+    extract = Extract(set_id="a", set_path=str(folder), corpus_path=str(corpus))
     runner.send(extract)
-    assert_failed(runner.next(), "STATE_CONFLICT", extraction_id="a")
+    assert_failed(runner.next(), "STATE_CONFLICT", set_id="a")
     runner.send_raw(b'{"kind": "abacus"}\n')
     assert_failed(runner.next(), "INTERNAL")
     runner.send(Load(files_path="/nowhere", device="cpu", dtype="float32"))
@@ -121,23 +121,23 @@ def test_commands_are_answered_in_order_and_bad_ones_do_no_harm(tiny_gpt2, make_
     assert_failed(runner.next(), "STATE_CONFLICT")
 
     unknown = make_set(["blocks.9.hook_resid_post"])
-    runner.send(Extract(extraction_id="b", set_path=str(unknown), corpus_path=str(corpus)))
+    runner.send(Extract(set_id="b", set_path=str(unknown), corpus_path=str(corpus)))
     failed = runner.next()
-    assert_failed(failed, "HOOKPOINT_NOT_FOUND", extraction_id="b")
+    assert_failed(failed, "HOOKPOINT_NOT_FOUND", set_id="b")
     assert failed.metadata["nearest"] == "blocks.3.hook_resid_post"
-    runner.send(Grant(extraction_id="gone", row=5))
-    runner.send(Stop(extraction_id="gone"))
+    runner.send(Grant(set_id="gone", row=5))
+    runner.send(Stop(set_id="gone"))
     runner.send(Convert(source_path="/nowhere.gguf", target_path=str(folder.parent / "converted")))
     assert_failed(runner.next(), "MODEL_UNSUPPORTED")
     runner.send(extract)
     finished = runner.until(Finished)
-    assert finished.extraction_id == "a"
+    assert finished.set_id == "a"
     assert finished.complete
 
 
-def assert_failed(event, reason, extraction_id=""):
+def assert_failed(event, reason, set_id=""):
     assert isinstance(event, Failed), event
-    assert (event.reason, event.extraction_id) == (reason, extraction_id)
+    assert (event.reason, event.set_id) == (reason, set_id)
     assert event.message
 
 
@@ -169,9 +169,9 @@ def test_command_queue_is_bounded():
     events = []
     runner = Runner(events.append)
     for number in range(65):
-        runner._take(Extract(extraction_id=str(number), set_path="", corpus_path=""))
+        runner._take(Extract(set_id=str(number), set_path="", corpus_path=""))
 
-    assert [(event.reason, event.extraction_id) for event in events] == [("QUEUE_FULL", "64")]
+    assert [(event.reason, event.set_id) for event in events] == [("QUEUE_FULL", "64")]
 
 
 def test_throttle_says_yes_at_most_so_often():

@@ -42,7 +42,7 @@ def make_set(tmp_path):
 
 
 def extract(folder, corpus, model, **fields):
-    return run_command(Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus), **fields), model)[-1]
+    return run_command(Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus), **fields), model)[-1]
 
 
 def stored(folder, name):

@@ -19,7 +19,7 @@ SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 
 
 def command(folder, corpus, **fields):
-    return Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus), **fields)
+    return Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus), **fields)
 
 
 def assert_same_rows(ours, theirs, n_rows):
@@ -89,7 +89,7 @@ def test_nothing_is_written_beyond_the_grant(tiny_llama, make_set, make_corpus):
     # Batches of 2 x 64 rows: the pass stops at the batch that holds the first row not granted.
     assert blocked_at == [(10, 1), (300, 3)]
     committed_first = [event for event in events if not isinstance(event, Finished)]
-    before_blocked = committed_first[committed_first.index(Blocked(extraction_id="x", n_rows=10)) - 1]
+    before_blocked = committed_first[committed_first.index(Blocked(set_id="x", n_rows=10)) - 1]
     assert before_blocked.n_rows == 10
     assert events[-1] == end
     assert_same_rows(folder, whole, end.n_rows)
@@ -121,7 +121,7 @@ def test_stop_wakes_a_run_that_waits_for_a_grant(tiny_llama, make_set, make_corp
             threading.Timer(0.05, gate.stop).start()
 
     events = run_command(command(make_set(SITES), make_corpus(documents(9))), load(tiny_llama), gate, stop)
-    assert events[-1] == Finished(extraction_id="x", n_rows=5, complete=False)
+    assert events[-1] == Finished(set_id="x", n_rows=5, complete=False)
 
 
 @pytest.mark.fault
@@ -158,9 +158,9 @@ def test_grant_and_stop_reach_a_run_over_the_pipe(tiny_llama, make_set, make_cor
     runner.until(Loaded)
     runner.send(command(folder, corpus, grant_row=100))
     assert runner.until(Blocked).n_rows == 100
-    runner.send(Grant(extraction_id="x", row=250))
+    runner.send(Grant(set_id="x", row=250))
     assert runner.until(Blocked).n_rows == 250
     time.sleep(0.1)
-    runner.send(Stop(extraction_id="x"))
+    runner.send(Stop(set_id="x"))
 
-    assert runner.until(Finished) == Finished(extraction_id="x", n_rows=250, complete=False)
+    assert runner.until(Finished) == Finished(set_id="x", n_rows=250, complete=False)

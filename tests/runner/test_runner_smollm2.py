@@ -63,7 +63,7 @@ def text_corpus(tmp_path):
 
 
 def extract(model, folder, corpus, max_rows=0):
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus), max_rows=max_rows)
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus), max_rows=max_rows)
     return read_rows(folder, run_command(command, model)[-1].n_rows)
 
 

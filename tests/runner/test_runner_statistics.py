@@ -54,7 +54,7 @@ def test_values_of_eight_bits_are_multiplied_by_their_scale_first(name, dtype):
 def test_an_extraction_leaves_the_statistics_of_its_rows(tiny_llama, make_set, make_corpus, max_rows):
     folder, corpus, model = make_set(SITES), make_corpus(documents(25)), load(tiny_llama)
     for limit in max_rows:
-        command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus), max_rows=limit)
+        command = Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus), max_rows=limit)
         last = run_command(command, model)[-1]
 
     rows, manifest = read_rows(folder, last.n_rows), Manifest.load(folder)
@@ -66,7 +66,7 @@ def test_an_extraction_leaves_the_statistics_of_its_rows(tiny_llama, make_set, m
 @pytest.mark.fault
 def test_statistics_are_right_after_runners_were_killed(tiny_llama, make_set, make_corpus, start_runner):
     folder, corpus = make_set(SITES, segment_rows=300), make_corpus(documents(200, longest=120))
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus))
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus))
     for rows_before_the_kill in (700, 2_000, 4_500):
         runner = start_runner()
         runner.send(Load(files_path=str(tiny_llama), device="cpu", dtype="float32"))

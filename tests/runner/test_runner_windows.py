@@ -30,7 +30,7 @@ def tiny_bert(tmp_path_factory):
 
 
 def run(model, corpus, folder):
-    events = run_command(Extract(extraction_id="x", set_path=str(folder), corpus_path=str(corpus)), model)
+    events = run_command(Extract(set_id="x", set_path=str(folder), corpus_path=str(corpus)), model)
     n_tokens = max(getattr(event, "n_tokens", 0) for event in events)
     return read_rows(folder, events[-1].n_rows), n_tokens
 

@@ -74,7 +74,7 @@ def test_rows_of_an_encoder_are_its_hidden_states_document_by_document(saved, ma
     corpus = documents(12, longest=15)
     wanted = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(3))]
     folder = make_set(wanted, context_size=32, bos="none")
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(corpus)))
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(make_corpus(corpus)))
     rows = read_rows(folder, run_command(command, load(path))[-1].n_rows)
 
     starts = np.flatnonzero((np.diff(rows["position"], prepend=-9) != 1) | (np.arange(len(rows["position"])) % 32 == 0))
@@ -117,7 +117,7 @@ def test_the_text_half_of_a_multimodal_model_is_captured(multimodal):
 
 def test_a_context_longer_than_the_text_half_has_positions_is_refused(multimodal, make_set, make_corpus):
     folder = make_set(["blocks.1.hook_resid_post"], context_size=65, batch_size=1)
-    command = Extract(extraction_id="x", set_path=str(folder), corpus_path=str(make_corpus(documents(3))))
+    command = Extract(set_id="x", set_path=str(folder), corpus_path=str(make_corpus(documents(3))))
 
     with pytest.raises(FieldInvalid, match="the model has 64 positions") as caught:
         run_command(command, load(multimodal))

@@ -137,7 +137,7 @@ class SetPasses:
     async def grant(self, row: int) -> None:
         """Lets the running pass of a WINDOW set write up to `row`."""
         if self._running:
-            await self._running.send(Grant(extraction_id=self._id, row=row))
+            await self._running.send(Grant(set_id=self._id, row=row))
 
     @property
     def _id(self) -> str:
@@ -216,7 +216,7 @@ class SetPasses:
     async def _run_pass(self, running: RunningPass) -> None:
         first = running.aboard[0]
         command = Extract(
-            extraction_id=self._id,
+            set_id=self._id,
             set_path=str(self._folder),
             corpus_path=str(self._context.corpora.path(first.value.spec.corpus_id)),
             columns=running.planned.columns,

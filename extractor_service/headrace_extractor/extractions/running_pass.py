@@ -57,7 +57,7 @@ class RunningPass:
     """A pass on a runner, and who gets rows of it."""
 
     def __init__(
-        self, extraction_id: str, runner: Runner, planned: Pass, index: SegmentIndex, aboard: Sequence[Rider]
+        self, set_id: str, runner: Runner, planned: Pass, index: SegmentIndex, aboard: Sequence[Rider]
     ) -> None:
         self.runner = runner
         self.planned = planned
@@ -66,7 +66,7 @@ class RunningPass:
         self.n_non_finite = 0
         self.heard = False
         self.cut_short = False
-        self._id = extraction_id
+        self._id = set_id
         self._index = index
 
     def rows_of(self, rider: Rider) -> int:
@@ -101,7 +101,7 @@ class RunningPass:
     async def end(self) -> None:
         """Has the runner seal what there is and finish."""
         self.cut_short = True
-        await self.send(Stop(extraction_id=self._id))
+        await self.send(Stop(set_id=self._id))
 
     async def send(self, command: Message) -> None:
         """Steers the pass; a runner that is gone needs no steering."""

@@ -112,7 +112,7 @@ class RunnerProcess:
         """Stops an abandoned command and swallows its events."""
         try:
             if isinstance(command, Extract):
-                await self.send(Stop(extraction_id=command.extraction_id))
+                await self.send(Stop(set_id=command.set_id))
             while not isinstance(await self._next_event(), (type(None), Failed, *ends)):
                 pass
         except RunnerLost:

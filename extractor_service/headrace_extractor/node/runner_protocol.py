@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-MAX_LINE_BYTES = 4 * 1024 * 1024  # A `loaded` event lists every hookpoint; the largest models have a few thousand.
+# The longest line is an `extract` of all hookpoints of a large model: a few thousand names.
+MAX_LINE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class Extract(Message):
     """
 
     KIND: ClassVar[str] = "extract"
-    extraction_id: str
+    set_id: str
     set_path: str
     corpus_path: str
     columns: Sequence[str] = ()  # empty: all columns of the set
@@ -62,7 +63,7 @@ class Grant(Message):
     """Rows before `row` may be written."""
 
     KIND: ClassVar[str] = "grant"
-    extraction_id: str
+    set_id: str
     row: int
 
 
@@ -71,7 +72,7 @@ class Stop(Message):
     """Seal what there is and finish."""
 
     KIND: ClassVar[str] = "stop"
-    extraction_id: str
+    set_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ class Committed(Message):
     """Rows before `n_rows` are readable."""
 
     KIND: ClassVar[str] = "committed"
-    extraction_id: str
+    set_id: str
     n_rows: int
     n_tokens: int = 0  # tokens through the model in this run
     n_non_finite: int = 0
@@ -144,7 +145,7 @@ class Blocked(Message):
     """The next row is not granted yet."""
 
     KIND: ClassVar[str] = "blocked"
-    extraction_id: str
+    set_id: str
     n_rows: int
 
 
@@ -153,7 +154,7 @@ class Finished(Message):
     """The run is over and everything is sealed; `complete` when the corpus is exhausted."""
 
     KIND: ClassVar[str] = "finished"
-    extraction_id: str
+    set_id: str
     n_rows: int
     complete: bool
     n_non_finite: int = 0
@@ -161,12 +162,12 @@ class Finished(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Message):
-    """A command failed. `reason` is an ErrorReason without prefix; `extraction_id` is empty for all but extract."""
+    """A command failed. `reason` is an ErrorReason without prefix; `set_id` is empty for all but extract."""
 
     KIND: ClassVar[str] = "failed"
     reason: str
     message: str
-    extraction_id: str = ""
+    set_id: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -92,7 +92,7 @@ class Runner:
 
     def carry_out(self, command: Message, gate: Gate) -> None:
         """Carries out one command; whatever goes wrong becomes a `failed` event."""
-        extraction_id = command.extraction_id if isinstance(command, Extract) else ""
+        set_id = command.set_id if isinstance(command, Extract) else ""
         try:
             if isinstance(command, Load):
                 self._load(command)
@@ -105,7 +105,7 @@ class Runner:
             elif isinstance(command, Validate):
                 self._validate(command)
         except Exception as exc:  # noqa: BLE001
-            self._emit(replace(failure_of(exc), extraction_id=extraction_id))
+            self._emit(replace(failure_of(exc), set_id=set_id))
         finally:
             self._gates.close(gate)
 
@@ -113,18 +113,18 @@ class Runner:
         if isinstance(command, Grant | Stop):
             self._steer(command)
             return
-        extraction_id = command.extraction_id if isinstance(command, Extract) else ""
+        set_id = command.set_id if isinstance(command, Extract) else ""
         gate = Gate(command.grant_row if isinstance(command, Extract) else None)
-        self._gates.open(extraction_id, gate)
+        self._gates.open(set_id, gate)
         try:
             self._waiting.put_nowait((command, gate))
         except queue.Full:
             self._gates.close(gate)
             full = errors.QueueFull(f"The runner has {_MAX_WAITING} commands waiting; wait for one to finish.")
-            self._emit(replace(failure_of(full), extraction_id=extraction_id))
+            self._emit(replace(failure_of(full), set_id=set_id))
 
     def _steer(self, command: Grant | Stop) -> None:
-        gate = self._gates.find(command.extraction_id)
+        gate = self._gates.find(command.set_id)
         if gate is None:
             return  # It has ended meanwhile, and said so.
         if isinstance(command, Grant):
@@ -198,15 +198,15 @@ class _Gates:
         self._lock = threading.Lock()
         self._by_id: dict[str, Gate] = {}
 
-    def open(self, extraction_id: str, gate: Gate) -> None:
+    def open(self, set_id: str, gate: Gate) -> None:
         """Makes the gate the one that commands for this id reach."""
         with self._lock:
-            self._by_id[extraction_id] = gate
+            self._by_id[set_id] = gate
 
-    def find(self, extraction_id: str) -> Gate | None:
+    def find(self, set_id: str) -> Gate | None:
         """Returns the newest gate of an id."""
         with self._lock:
-            return self._by_id.get(extraction_id)
+            return self._by_id.get(set_id)
 
     def close(self, gate: Gate) -> None:
         """Forgets this gate, and no newer one."""

@@ -69,7 +69,7 @@ def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit
             complete = manifest.total_rows == writer.next_row or job.run()
     emit(
         Finished(
-            extraction_id=command.extraction_id,
+            set_id=command.set_id,
             n_rows=writer.next_row,
             complete=complete,
             n_non_finite=job.n_non_finite,
@@ -161,7 +161,7 @@ class _Job:
     def _tell_committed(self) -> None:
         self.emit(
             Committed(
-                extraction_id=self.command.extraction_id,
+                set_id=self.command.set_id,
                 n_rows=self.writer.next_row,
                 n_tokens=self.n_tokens,
                 n_non_finite=self.n_non_finite,
@@ -171,7 +171,7 @@ class _Job:
     def _tell_blocked(self) -> None:
         self.writer.settle()  # Rows go when their segment is sealed: if that has failed, nobody could ever grant more.
         self._tell_committed()
-        self.emit(Blocked(extraction_id=self.command.extraction_id, n_rows=self.writer.next_row))
+        self.emit(Blocked(set_id=self.command.set_id, n_rows=self.writer.next_row))
 
 
 def _parity_check(
