@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from dataclasses import replace
 
@@ -61,8 +62,9 @@ class FakeRegistry:
         while True:
             changed = self._changed
             yield DesiredState(assignments=tuple(self.assigned.values()))
-            async with asyncio.timeout(60):
-                await changed.wait()
+            with contextlib.suppress(TimeoutError):  # As a heartbeat: the stream goes on.
+                async with asyncio.timeout(15):
+                    await changed.wait()
 
     async def report_residency(self, epoch, report):
         self.reports.append(report)
@@ -102,7 +104,8 @@ class FakeRegistry:
         self._check()
         if self.pauses:
             metadata = {"node_reason": "RUNNER_LOST", "left_alone_s": f"{self.pauses.pop():.3f}"}
-            raise error_for("RUNNER_LOST", "it is tried again later", metadata=metadata)
+            left_alone_s = float(metadata["left_alone_s"])
+            raise error_for("RUNNER_LOST", "it is tried again later", metadata=metadata, left_alone_s=left_alone_s)
         held = next((a for a in self.assigned.values() if a.model.id == model_id), None)
         if held is None:
             self._n_residencies += 1
@@ -134,6 +137,15 @@ class FakeRegistry:
         self.leases.discard(lease.id)
 
 
+class FakeCounter:
+    """Implements the port RowCounter; a test may set `counted`, or replace `count`."""
+
+    counted = RowCount(n_rows=0, n_tokens=0, exact=False)
+
+    async def count(self, spec):
+        return self.counted
+
+
 def model_info(path, model_id="tiny"):
     return ModelInfo(
         id=model_id,
@@ -161,6 +173,7 @@ class NodeInProcess:
         self.runners = []
         self.limits = None
         self.corpora = None
+        self.counter = FakeCounter()
         self._n_corpora = 0
 
     async def start(self):
@@ -171,9 +184,9 @@ class NodeInProcess:
             models=self.registry,
             corpora=self.corpora,
             node=self.node,
-            count_rows=self._count_rows,
+            counter=self.counter,
             device_id="cpu",
-            sets=self.registry,
+            registry=self.registry,
             limits=self.limits,
         )
         self.extractions.recover()
@@ -228,9 +241,6 @@ class NodeInProcess:
 
     def _devices(self):
         return (Device(id="cpu", kind="cpu", name="test", capacity_bytes=2**33, free_bytes=2**33),)
-
-    async def _count_rows(self, spec):
-        return RowCount(n_rows=0, n_tokens=0, exact=False)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

@@ -11,8 +11,6 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,15 +24,12 @@ from headrace_chassis.flags import add_common_flags, options_from
 from headrace_chassis.metrics import Metrics
 from headrace_chassis.server import Server
 from headrace_chassis.shutdown import Shutdown
-from headrace_extractor.corpora.counting import RowCount, count
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.corpora.tokenizer import Tokenizer
-from headrace_extractor.extractions.counting import Estimate, estimate
+from headrace_extractor.extractions.counting import CorpusRowCounter
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.extractions.reports import SetReports
-from headrace_extractor.hookpoints import catalogue as hookpoints
 from headrace_extractor.hub.client import HubDatasets
-from headrace_extractor.models import ModelInfo
 from headrace_extractor.node.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
 from headrace_extractor.node.node import Node
 from headrace_extractor.node.runner_process import RunnerProcess
@@ -44,14 +39,10 @@ from headrace_extractor.rpc.handlers import add_service
 from headrace_extractor.rpc.registry_client import RegistryClient
 from headrace_extractor.rpc.status import status_table
 from headrace_extractor.sets.eviction import DEFAULT_IDLE_S, DEFAULT_QUOTA_BYTES, Limits
-from headrace_extractor.sets.identity import new_manifest
-from headrace_extractor.sets.spec import ExtractionSpec
 
 logger = logging.getLogger("headrace_extractor")
 
 EXTRACTION = extraction_service_pb2.DESCRIPTOR.services_by_name["ExtractionService"]
-# Counts are tokenizing in threads; more at once would only be slower.
-MAX_COUNTS = 2
 CORPUS = corpus_service_pb2.DESCRIPTOR.services_by_name["CorpusService"]
 
 
@@ -135,44 +126,6 @@ def _amount(text: str) -> int:
     return number
 
 
-class Estimator:
-    """Counts rows of requests, each corpus and recipe once."""
-
-    def __init__(self, corpora: CorpusStore, models: RegistryClient) -> None:
-        self._corpora = corpora
-        self._models = models
-        # A corpus may be deleted, and another take its id.
-        self._count = lru_cache(maxsize=256)(lambda _digest, *what: count(*what))
-        self.extractions: Extractions | None = None
-        # A count takes up to a minute: it must not take the threads that everything else shares, heartbeats among it.
-        self._threads = ThreadPoolExecutor(MAX_COUNTS, thread_name_prefix="counts")
-
-    async def count_rows(self, spec: ExtractionSpec) -> RowCount:
-        """Rows and tokens of the corpus, as far as they are asked for."""
-        model = await self._models.get_model(spec.model_id)
-        path = self._corpora.path(spec.corpus_id)
-        digest = self._corpora.get(spec.corpus_id).digest
-        what = (digest, path, Path(model.files_path), spec.recipe, spec.max_rows)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._count, *what)
-
-    async def estimate(self, spec: ExtractionSpec, model: ModelInfo, n_rows_cached: int) -> Estimate:
-        """What a request would cost."""
-        manifest = new_manifest(spec, {}, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
-        rate = self.extractions.rate_of(model.id) if self.extractions else 0.0
-        counted = await self.count_rows(spec)
-        estimated = estimate(
-            counted,
-            max_rows=spec.max_rows,
-            n_rows_cached=n_rows_cached,
-            row_bytes=manifest.row_bytes,
-            rows_per_s=rate,
-        )
-        if self.extractions is None:
-            return estimated
-        new_bytes, available_bytes = await self.extractions.room_for(spec, model, estimated.n_rows)
-        return replace(estimated, new_bytes=new_bytes, available_bytes=available_bytes)
-
-
 @lru_cache(maxsize=4)
 def _tokenizer(files_path: str) -> Tokenizer:
     return Tokenizer.load(files_path)
@@ -204,27 +157,24 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     corpora = CorpusStore(data_dir / "corpora", allowed_roots=args.corpus_root)
     machine = machine_reader(devices(), max_loads=args.max_loads, max_residents=args.max_residents)
     node = Node(registry, RunnerProcess.start, devices, environment=environment, machine=machine)
-    estimator = Estimator(corpora, registry)
     extractions = Extractions(
         data_dir,
         models=registry,
         corpora=corpora,
         node=node,
-        count_rows=estimator.count_rows,
+        counter=CorpusRowCounter(corpora, registry),
         device_id=devices()[0].id,
-        sets=registry,
+        registry=registry,
         limits=Limits(
             quota_bytes=args.sets_quota_bytes,
             idle_s=args.sets_idle_days * 86_400,
             reserve_bytes=args.disk_reserve_bytes,
         ),
     )
-    estimator.extractions = extractions
     node.on_registered = extractions.report_all
     extraction_servicer = ExtractionServicer(
         extractions,
         registry,
-        estimate=estimator.estimate,
         decode_tokens=_decode_tokens,
         metrics=metrics,
         shutdown=shutdown,
@@ -249,7 +199,7 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     registry.node_address = args.advertise or server.address
     logger.info("listening", extra={"address": server.address, "data_dir": str(data_dir)})
 
-    reports = SetReports(extractions, registry, epoch=lambda: node.epoch)
+    reports = SetReports(extractions.sets, extractions.keeper, registry, epoch=lambda: node.epoch)
     background = [
         asyncio.create_task(node.run(), name="node"),
         asyncio.create_task(extractions.report_changes(reports.report), name="reports"),

@@ -35,9 +35,13 @@ from headrace_chassis.errors import ServiceError
 
 
 class ExtractorError(ServiceError):
-    """Base of all; `reason` is an ErrorReason without its prefix."""
+    """Base of all; `reason` is an ErrorReason without its prefix.
+
+    `left_alone_s`: seconds for which the registry does not try again to load the model that the error is about.
+    """
 
     reason: ClassVar[str] = "INTERNAL"
+    left_alone_s: float = 0.0
 
 
 class NotFound(ExtractorError):
@@ -305,10 +309,13 @@ def error_for(
     metadata: Mapping[str, str] | None = None,
     retry_after_s: float | None = None,
     resource: tuple[str, str] | None = None,
+    left_alone_s: float = 0.0,
 ) -> ExtractorError:
     """Returns the error that `reason` stands for, as a runner, the registry or a record spelled it."""
     kind = _BY_REASON.get(reason, ExtractionFailed)
-    return kind(message, metadata=metadata, retry_after_s=retry_after_s, resource=resource)
+    error = kind(message, metadata=metadata, retry_after_s=retry_after_s, resource=resource)
+    error.left_alone_s = left_alone_s
+    return error
 
 
 def reason_of(exc: ServiceError) -> str:

@@ -10,7 +10,6 @@ from headrace_extractor.corpora.packing import SpecialTokens, count_rows
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading.row_stream import RowStream, StreamRequest
-from headrace_extractor.sets.notes import HeldSet
 from headrace_extractor.sets.spec import Retention
 from headrace_log import retention
 
@@ -27,7 +26,7 @@ def n_rows_of(seed):
 
 
 def held_of(job):
-    return HeldSet.at(job.folder, set_id=job.value.set_id)
+    return job.set.report()
 
 
 def rows_of(content):
@@ -228,7 +227,7 @@ async def test_the_next_extraction_hears_nothing_of_a_cancelled_one(extractor):
     second = await extractor.extract()
 
     first.task.cancel()
-    first.stop = errors.ExtractionCancelled("test")
+    first.end_reason = errors.ExtractionCancelled("test")
     content, firsts, end = await extractor.read(second)
 
     assert end.n_rows == rows_of(content) == n_rows_of(22)
@@ -259,7 +258,7 @@ async def test_whoever_lets_go_of_a_set_is_reported_at_once(extractor):
     reported = asyncio.Queue()
 
     async def report(job):
-        await reported.put((job.value.id, len(extractor.extractions.holders(job.folder))))
+        await reported.put((job.value.id, len(job.set.holders)))
 
     reporting = asyncio.create_task(extractor.extractions.report_changes(report, interval_s=600.0))
     try:

@@ -13,10 +13,11 @@ from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading import row_stream
 from headrace_extractor.reading.reading_order import OrderRequest, ReadOrder
 from headrace_extractor.reading.row_stream import End, Pause, RowStream, StreamRequest
-from headrace_extractor.sets.nonces import Nonces
+from headrace_extractor.sets import activation_set
+from headrace_extractor.sets.activation_set import ActivationSet, Kind
 from headrace_extractor.sets.spec import Retention
 from headrace_log import reader, retention
-from headrace_log.errors import TooManyFiles
+from headrace_log.errors import DiskFull, TooManyFiles
 from headrace_log.order import Shard, Shuffled
 from headrace_log.reader import SetReader
 
@@ -254,16 +255,37 @@ async def test_a_mapped_reader_of_a_window_must_release_by_itself(extractor):
 
 
 async def test_a_folder_has_one_nonce_for_a_server_and_another_for_the_next(tmp_path):
-    nonces = Nonces()
+    def server_sees():
+        return ActivationSet("1" * 32, tmp_path, Kind.RETAIN)
 
-    first = nonces.of(tmp_path)
+    one = server_sees()
+    first = one.nonce()
 
-    assert first == nonces.of(tmp_path) == (tmp_path / "nonce").read_text()
+    assert first == one.nonce() == (tmp_path / "nonce").read_text()
     assert (tmp_path / "nonce").stat().st_mode & 0o777 == 0o644
-    assert Nonces().of(tmp_path) != first
+    assert server_sees().nonce() != first
     (tmp_path / "nonce").unlink()
-    assert nonces.of(tmp_path) == (tmp_path / "nonce").read_text()
-    assert Nonces().of(tmp_path / "gone") == ""
+    assert one.nonce() == (tmp_path / "nonce").read_text()
+
+
+async def test_rows_of_a_folder_that_takes_no_nonce_are_sent_inline(extractor, monkeypatch):
+    extractor.add_corpus(documents(20, seed=78))
+    job = await extractor.extract()
+    await extractor.read(job)
+
+    def full(folder, content):
+        raise DiskFull(folder, required_bytes=32, free_bytes=0)
+
+    monkeypatch.setattr(activation_set, "write_atomically", full)
+    stream = RowStream(job, StreamRequest(mapped=True))
+    monkeypatch.undo()
+    try:
+        async for event in stream.events():
+            assert isinstance(event, End) or event.columns
+    finally:
+        stream.close()
+
+    assert stream.nonce == ""
 
 
 async def test_a_set_that_is_gone_is_the_failure_of_its_extraction(extractor):

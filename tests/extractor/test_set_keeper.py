@@ -16,6 +16,7 @@ from headrace_extractor.extractions import job as extraction
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading.row_stream import RowStream, StreamRequest
 from headrace_extractor.sets.eviction import Limits
+from headrace_extractor.sets.keeper import Reservation
 from headrace_extractor.sets.notes import LAST_USED_NAME, SetOrders
 from headrace_extractor.sets.spec import Retention
 from headrace_log.holding import Hold, nobody_holds
@@ -34,10 +35,7 @@ LIMITS = Limits(quota_bytes=7 * MIB // 2, reserve_bytes=0)  # room for three suc
 def node(extractor, monkeypatch):
     """The module's node with the limits of these tests, no set of others, and a count of rows."""
 
-    async def count(spec):
-        return RowCount(n_rows=N_ROWS, n_tokens=N_ROWS, exact=True)
-
-    monkeypatch.setattr(extractor.extractions._context.__class__, "count_rows", property(lambda self: count))
+    monkeypatch.setattr(extractor.counter, "counted", RowCount(n_rows=N_ROWS, n_tokens=N_ROWS, exact=True))
     keeper = extractor.extractions.keeper
     monkeypatch.setattr(keeper, "_limits", LIMITS)
     extractor.registry.orders.clear()
@@ -300,18 +298,19 @@ async def test_a_crash_in_the_middle_of_a_removal_leaves_nothing(start_extractor
     (sets / ".trash").mkdir(exist_ok=True)
     job.folder.rename(sets / ".trash" / "half-removed")
     (sets / ("a" * 32) / "token_id").mkdir(parents=True)
-    (sets / ("b" * 32 + ".window-gone")).mkdir()
+    (sets / ".windows" / "xgone").mkdir()
 
     await node.start()
 
-    assert [path.name for path in sets.iterdir()] == [".trash"]
+    assert {path.name for path in sets.iterdir()} == {".trash", ".windows"}
     assert not list((sets / ".trash").iterdir())
+    assert not list((sets / ".windows").iterdir())
 
 
 async def test_only_leftovers_of_sets_are_removed_at_start(start_extractor):
     node = await start_extractor()
     sets, theirs = node.data_dir / "activations", {"notes", "lost+found", "2" * 32 + ".bak"}
-    for name in (*theirs, "0" * 32, "1" * 32 + ".window-x1"):
+    for name in (*theirs, "0" * 32, ".windows/x1"):
         (sets / name).mkdir()
         (sets / name / "file").write_bytes(b"1")
 
@@ -319,6 +318,7 @@ async def test_only_leftovers_of_sets_are_removed_at_start(start_extractor):
     await node.extractions.keeper.keep_limits()
 
     assert {folder.name for folder in folders(node)} == theirs
+    assert not list((sets / ".windows").iterdir())
 
 
 async def test_two_looks_at_once_do_not_take_one_another_for_readers(node):
@@ -385,13 +385,13 @@ async def test_a_disk_that_stays_full_fails_the_extraction_which_goes_on_when_as
 async def test_an_estimate_tells_new_and_available_bytes(node):
     job = await make(node)
     spec, model = await node.extractions.check(replace(job.value.spec, hookpoints=("blocks.0.hook_resid_post",)))
-    other, available = await node.extractions.room_for(spec, model, N_ROWS)
-    same, _ = await node.extractions.room_for(job.value.spec, model, N_ROWS)
+    other, available = await node.extractions.space_for(spec, model, N_ROWS)
+    same, _ = await node.extractions.space_for(job.value.spec, model, N_ROWS)
 
     assert N_ROWS * 32 * 4 <= other < N_ROWS * 32 * 4 + 2 * 8192
     assert same == 0
     assert 0 < available <= LIMITS.quota_bytes
-    assert await asyncio.wait_for(node.extractions.keeper.available_bytes(job.folder), 5) == available
+    assert await asyncio.wait_for(node.extractions.keeper.available_bytes(job.set), 5) == available
 
 
 async def test_rows_that_surely_fit_are_not_waited_for(node, monkeypatch):
@@ -400,7 +400,7 @@ async def test_rows_that_surely_fit_are_not_waited_for(node, monkeypatch):
     async def never(spec):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(node.extractions._context.__class__, "count_rows", property(lambda self: never))
+    monkeypatch.setattr(node.counter, "count", never)
     monkeypatch.setattr(extraction, "COUNT_WAIT_S", 600.0)
     node.add_corpus(documents(200, seed=1))
     few = await node.extract(recipe=RECIPE, max_rows=64)
@@ -421,11 +421,11 @@ async def test_what_fits_counts_what_is_there_and_promised(node):
     keeper = node.extractions.keeper
 
     def fits(n_rows):
-        return keeper.fits(second.folder, columns=second.columns, n_rows=n_rows)
+        return keeper.fits(Reservation(set=second.set, columns=second.columns, n_rows=n_rows))
 
     assert await fits(2 * N_ROWS)
     assert not await fits(5 * N_ROWS)
-    await keeper.reserve("another", first.folder, columns=first.columns, n_rows=2 * N_ROWS)
+    await keeper.reserve("another", Reservation(set=first.set, columns=first.columns, n_rows=2 * N_ROWS))
     assert not await fits(2 * N_ROWS)
     keeper.release("another")
     assert await fits(2 * N_ROWS)

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from fix_runner import documents
 from headrace_extractor import errors
-from headrace_extractor.extractions import drive as set_passes
+from headrace_extractor.extractions import drive
 from headrace_extractor.extractions.turns import Turns
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.node.runner_protocol import Committed, Extract
@@ -97,7 +97,7 @@ async def together(node, *requests):
     node.registry.acquire_lease = later
     try:
         jobs = [await node.extract(**request) for request in requests]
-        await node.until(lambda: len(jobs[0]._passes._riders) == len(jobs))
+        await node.until(lambda: len(jobs[0].passes._jobs) == len(jobs))
     finally:
         node.registry.acquire_lease = acquire
     gate.set()
@@ -136,7 +136,7 @@ async def test_a_request_joins_a_pass_that_has_no_rows_yet(node, alone):
         one = await node.extract(hookpoints=A)
         await begun.wait()
         two = await node.extract(hookpoints=B)
-        await node.until(lambda: one._passes._running.cut_short)
+        await node.until(lambda: one.passes._running.cut_short)
         gate.set()
         await check(node, alone, one, two)
 
@@ -265,7 +265,7 @@ async def test_a_killed_runner_costs_the_merged_ones_no_row(start_extractor, alo
 
 async def test_waiting_in_line_is_no_trouble(node, monkeypatch):
     """A runner that dies twice, and long in line between: a deadline that counts the line would be over."""
-    monkeypatch.setattr(set_passes, "RECOVERY_DEADLINE_S", 1.5)
+    monkeypatch.setattr(drive, "RECOVERY_DEADLINE_S", 1.5)
     (runner,) = node.runners
     run, jobs, told = runner.run, [], []
 

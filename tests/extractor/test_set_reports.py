@@ -7,7 +7,7 @@ import pytest
 
 from fix_runner import documents
 from headrace_extractor.extractions.reports import SetReports
-from headrace_extractor.sets.notes import HeldSet
+from headrace_extractor.sets.activation_set import ActivationSet
 from headrace_extractor.sets.spec import Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -15,7 +15,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest.fixture
 def reports(extractor):
-    return SetReports(extractor.extractions, extractor.registry, epoch=lambda: 1)
+    extractions = extractor.extractions
+    return SetReports(extractions.sets, extractions.keeper, extractor.registry, epoch=lambda: 1)
 
 
 async def test_a_window_does_not_stand_for_the_retained_set_of_its_id(extractor, reports):
@@ -56,7 +57,7 @@ async def test_what_can_not_be_read_now_is_left_to_the_next_report(extractor, re
     def fail(*args, **kwargs):
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(HeldSet, "at", fail)
+    monkeypatch.setattr(ActivationSet, "report", fail)
     await reports.report(job)
 
     assert "could not be reported" in caplog.text

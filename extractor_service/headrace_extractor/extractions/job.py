@@ -1,7 +1,8 @@
-"""One extraction as others see it: its state, its readers, its end.
+"""One extraction as clients see it: its state, its readers, its end.
 
-The rows come from the passes over its set (`set_passes.py`), which it may share with other extractions of that set.
-Here is what is its own: how far its columns are, who reads them, and in a WINDOW set what goes behind its readers.
+The rows come from the passes over its set (`drive.py`), which it may share with other extractions of that set. The job
+knows what is its own: how many rows its columns have, which readers read them, and which rows of a WINDOW set may be
+dropped behind those readers.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from headrace_chassis.errors import ServiceError
-from headrace_extractor.corpora.counting import RowCount
 from headrace_extractor.errors import (
     CorpusEmpty,
     ExtractionCancelled,
@@ -29,69 +29,83 @@ from headrace_extractor.errors import (
 )
 from headrace_extractor.extractions.drive import SetPasses
 from headrace_extractor.extractions.passes import Want
+from headrace_extractor.extractions.ports import QueuePosition
 from headrace_extractor.extractions.readers import FOR_GOOD, Reader, Readers, shard_key
+from headrace_extractor.extractions.services import Services
 from headrace_extractor.extractions.values import Extraction, ExtractionState
 from headrace_extractor.extractions.window import SEAL_POLL_S, Window
 from headrace_extractor.meters import RateMeter, Transfer
-from headrace_extractor.sets.ports import Room
-from headrace_extractor.sets.receipt import read_receipt
-from headrace_extractor.sets.spec import ExtractionSpec
-from headrace_log import retention
-from headrace_log.index import SegmentIndex, dropped_rows
-from headrace_log.manifest import Manifest
+from headrace_extractor.sets.activation_set import ActivationSet
+from headrace_extractor.sets.keeper import Reservation
 from headrace_log.order import Shard
 
-# A count that takes longer goes on beside the first pass, which ends if the rows turn out not to fit.
+# A count that takes longer goes on beside the first pass, which is ended if the rows turn out not to fit.
 COUNT_WAIT_S = 2.0
 _ALL = Shard()
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobContext:
-    """What every job needs."""
-
-    room: Room
-    save: Callable[[ExtractionJob], None]
-    let_go: Callable[[], None]
-    count_rows: Callable[[ExtractionSpec], Awaitable[RowCount]]
-
-
 class ExtractionJob:
-    """Runs one extraction; `value` is always its present state."""
+    """Runs one extraction; `value` is always its present state.
 
-    def __init__(self, value: Extraction, context: JobContext, passes: SetPasses) -> None:
-        self.value = replace(value, receipt=read_receipt(Path(value.path), value.spec.columns))
-        # Restarts must not make `seq` smaller: it starts at the clock.
+    `end_reason` is set once the extraction is to end before it has its rows. `generation` counts how often rows that
+    were not sealed were lost: a reader then maps the open segment anew.
+    """
+
+    def __init__(
+        self,
+        value: Extraction,
+        services: Services,
+        *,
+        of: ActivationSet,
+        passes: SetPasses,
+        request_ids: Iterable[str] = (),
+    ) -> None:
+        self.value = replace(value, receipt=of.receipt(value.spec.columns))
+        # The clock, since `seq` must not become smaller by a restart.
         self.seq = int(time.time() * 1000)
         self.generation = 0
-        self.folder = Path(value.path)
-        self.request_ids: set[str] = set()
-        self.stop: ServiceError | None = None
-        self._recovered = value.state is ExtractionState.RECOVERING
+        self.set = of
+        self.passes = passes
+        self.request_ids = set(request_ids)
+        self.end_reason: ServiceError | None = None
         self.task: asyncio.Task[None] | None = None
-        self._context = context
-        self._passes = passes
+        self.reported_seq = 0  # `seq` when its set was last reported to the registry.
+        self._recovered = value.state is ExtractionState.RECOVERING
+        self._services = services
         self._changed = asyncio.Event()
         self._readers = Readers()
         self._helpers: set[asyncio.Task[None]] = set()
         self._rate = RateMeter()
         self._row_bytes = 0
-        self._is_window = value.spec.retention.is_window
-        self._window = self._open_window() if self._is_window and self.folder.exists() else None
+        self._window: Window | None = None
+        if of.is_window and of.exists:
+            window_bytes = value.spec.retention.window_bytes
+            self._window = Window(of, window_bytes=window_bytes, on_abandoned=self._on_abandoned)
+        of.users.append(self)
 
     # -- for everyone -------------------------------------------------------------------------------------------------
 
     @property
+    def folder(self) -> Path:
+        """The folder of its set."""
+        return self.set.folder
+
+    @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of this extraction: provenance, then its hookpoints, and behind an 8-bit one its scales."""
+        """Its columns: provenance, then its hookpoints, each 8-bit one followed by its scales."""
         return self.value.spec.columns
 
     @property
     def want(self) -> Want:
-        """What it asks of its set."""
+        """The rows and columns that it wants of its set."""
         return Want(columns=self.columns, max_rows=self.value.spec.max_rows)
+
+    @property
+    def allows_non_finite(self) -> bool:
+        """True if its rows may have values that are NaN or infinite."""
+        return self.value.spec.allow_non_finite
 
     @property
     def end_row(self) -> int:
@@ -106,17 +120,34 @@ class ExtractionJob:
     @property
     def holds_set(self) -> bool:
         """True while its set must stay: it is written, read, or a window in its grace."""
-        return not self.value.state.ended or bool(self._readers) or self._is_window
+        return not self.value.state.ended or bool(self._readers) or (self.set.is_window and self.set.exists)
+
+    @property
+    def holder_names(self) -> Sequence[str]:
+        """Its readers' names, and its id unless it has ended and only readers hold the set."""
+        if not self.holds_set:
+            return ()
+        readers = [status.reader for status in self.value.readers]
+        return readers if readers and self.value.state.ended else [*readers, self.value.id]
 
     def changed(self, timeout_s: float) -> Coroutine[Any, Any, bool]:
         """Waits for the next change after this call; False if there was none in time.
 
         No `async def`: a change between the call and the first step of the coroutine must count.
         """
-        return _is_set(self._changed, timeout_s)
+        changed = self._changed
+
+        async def wait() -> bool:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await changed.wait()
+                    return True
+            return False
+
+        return wait()
 
     def update(self, **changes: Any) -> None:
-        """Changes the value and wakes everyone who waits for that."""
+        """Changes the value and wakes all that wait for a change."""
         state_before = self.value.state
         self.value = replace(self.value, update_time=time.time(), **changes)
         self.seq += 1
@@ -124,38 +155,27 @@ class ExtractionJob:
         changed.set()
         if self.value.state != state_before:
             logger.info("extraction %s is %s", self.value.id, self.value.state)
-            if self.value.state.ended:  # What has not is recovered from its set, wherever it was.
-                self._context.save(self)
+            if self.value.state.ended:  # One that has not ended is recovered from its set, whatever its last state.
+                self._services.records.save_change(self.value, self.request_ids)
 
     def failure_error(self) -> ServiceError:
-        """What to tell a reader of an extraction that ended without the rows it wants."""
-        if self.stop:
-            return self.stop
+        """The error for a reader of an extraction that ended without the rows it wants."""
+        if self.end_reason:
+            return self.end_reason
         failure = self.value.failure or Failure(reason="INTERNAL", message="The extraction ended without a reason.")
-        return failed_as(failure, self.value)
+        return error_for(
+            failure.reason, failure.message, metadata=failure.metadata, resource=("Extraction", self.value.id)
+        )
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Brings the extraction to its end."""
-        try:
-            await self._run()
-        except asyncio.CancelledError:
-            if self.stop is None:
-                raise  # The server goes away; the job goes on when it is back.
-            self._end_badly(self.stop)
-        except ServiceError as exc:
-            self._end_badly(exc)
-        except Exception:
-            logger.exception("extraction %s hit a bug", self.value.id)
-            message = f"Extraction {self.value.id} hit a bug; the node's log has the details."
-            self.update(state=ExtractionState.FAILED, failure=Failure(reason="INTERNAL", message=message))
-        self.end_unread()
+    def begin(self) -> None:
+        """Starts the task that brings the extraction to its end."""
+        self.task = asyncio.create_task(self._run(), name=f"extraction-{self.value.id}")
 
     def end_unread(self) -> None:
-        """Frees a WINDOW set after its grace unless somebody reads it."""
-        if self._window:
-            self._start_grace()
+        """Frees a WINDOW set after its grace unless a reader comes."""
+        self._start_grace()
 
     async def cancel(self) -> None:
         """Ends the extraction; rows so far stay."""
@@ -173,77 +193,88 @@ class ExtractionJob:
             await self._window.close()
 
     async def _run(self) -> None:
-        if self._passes.settled(self):
+        try:
+            await self._get_all_rows()
+        except asyncio.CancelledError:
+            if self.end_reason is None:
+                raise  # The server goes away; the job goes on when it is back.
+            self._end_badly(self.end_reason)
+        except ServiceError as exc:
+            self._end_badly(exc)
+        except Exception:
+            logger.exception("extraction %s hit a bug", self.value.id)
+            message = f"Extraction {self.value.id} hit a bug; the node's log has the details."
+            self.update(state=ExtractionState.FAILED, failure=Failure(reason="INTERNAL", message=message))
+        self.end_unread()
+
+    async def _get_all_rows(self) -> None:
+        if self.passes.tell_rows(self):
             return
         counting = asyncio.create_task(self._count_and_reserve(), name=f"count-{self.value.id}")
         try:
-            if not await self._surely_fits():
+            max_rows = self.value.spec.max_rows
+            surely_fits = max_rows > 0 and await self._services.keeper.fits(self._reservation(max_rows, window_bytes=0))
+            if not surely_fits:  # Else the pass need not wait until the rows are counted.
                 await asyncio.wait([counting], timeout=COUNT_WAIT_S)
             if counting.done():
                 counting.result()
-            await self._passes.complete(self)
+            await self.passes.complete(self)
         finally:
             counting.cancel()
             await asyncio.gather(counting, return_exceptions=True)
-            self._context.room.release(self.value.id)
-
-    async def _surely_fits(self) -> bool:
-        """True if there is room for all rows it could have: then its pass need not wait until they are counted."""
-        n_rows = self.value.spec.max_rows
-        return n_rows > 0 and await self._context.room.fits(self.folder, columns=self.columns, n_rows=n_rows)
+            self._services.keeper.release(self.value.id)
 
     async def _count_and_reserve(self) -> None:
-        """Finds out how many rows there will be, and reserves room for them. Raises DiskFull where they never fit."""
+        """Counts the rows there will be, and reserves space for them. Raises DiskFull if there is none for them."""
         spec = self.value.spec
         try:
-            count = await self._context.count_rows(spec)
+            count = await self._services.counter.count(spec)
         except ServiceError as exc:
             logger.info("rows of extraction %s can't be counted: %s", self.value.id, exc)
             return
         expected = min(count.n_rows, spec.max_rows) if spec.max_rows else count.n_rows
         if not self.value.state.ended:
             self.update(n_rows_expected=expected, n_rows_exact=count.exact)
-        await self._reserve(expected)
-
-    async def _reserve(self, n_rows: int) -> None:
+        window_bytes = spec.retention.window_bytes if self.set.is_window else 0
         try:
-            window_bytes = self.value.spec.retention.window_bytes if self._is_window else 0
-            await self._context.room.reserve(
-                self.value.id, self.folder, columns=self.columns, n_rows=n_rows, window_bytes=window_bytes
-            )
+            await self._services.keeper.reserve(self.value.id, self._reservation(expected, window_bytes=window_bytes))
         except ServiceError as exc:
             await self._end_early(exc)
             raise
 
-    async def _end_early(self, why: ServiceError) -> None:
-        if self.value.state.ended or self.stop:
-            return
-        self.stop = why
-        if not await self._passes.stop(self) and self.task and self.task is not asyncio.current_task():
-            self.task.add_done_callback(lambda _: self._end_unbegun(why))
-            self.task.cancel()
+    def _reservation(self, n_rows: int, *, window_bytes: int) -> Reservation:
+        return Reservation(set=self.set, columns=self.columns, n_rows=n_rows, window_bytes=window_bytes)
 
-    def _end_unbegun(self, why: ServiceError) -> None:
-        """A task that is cancelled before its first step has said nothing."""
-        if not self.value.state.ended:
-            self._end_badly(why)
-            self.end_unread()
+    async def _end_early(self, why: ServiceError) -> None:
+        if self.value.state.ended or self.end_reason:
+            return
+        self.end_reason = why
+        if not await self.passes.leave(self) and self.task and self.task is not asyncio.current_task():
+
+            def end_unbegun(_: asyncio.Task[None]) -> None:
+                """Ends the extraction if its task was cancelled before its first step."""
+                if not self.value.state.ended:
+                    self._end_badly(why)
+                    self.end_unread()
+
+            self.task.add_done_callback(end_unbegun)
+            self.task.cancel()
 
     def _end_badly(self, exc: ServiceError) -> None:
         state = ExtractionState.CANCELLED if isinstance(exc, ExtractionCancelled) else ExtractionState.FAILED
         failure = Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata)
-        n_rows = self._sealed_rows()
+        n_rows = self._at_most_wanted(self.set.n_rows(self.columns))
         self.generation += 1
         self.update(state=state, failure=failure, n_rows=n_rows, rows_per_s=0.0, waiting_for=(), queue_position=0)
 
-    # -- what the passes over its set tell ----------------------------------------------------------------------------
+    # -- called by the passes over its set ----------------------------------------------------------------------------
 
-    def on_waiting(self, event: Transfer | int) -> None:
-        """The model loads, or so many are before it."""
+    def on_waiting(self, event: Transfer | QueuePosition) -> None:
+        """The model loads, or the job waits in a queue."""
         if isinstance(event, Transfer):
             self.update(state=ExtractionState.LOADING, transfer=event, queue_position=0)
-        elif (self.value.state, self.value.queue_position) != (ExtractionState.QUEUED, event):
-            self.update(state=ExtractionState.QUEUED, queue_position=event, transfer=None)
+        elif (self.value.state, self.value.queue_position) != (ExtractionState.QUEUED, event.position):
+            self.update(state=ExtractionState.QUEUED, queue_position=event.position, transfer=None)
 
     def on_begin(self) -> None:
         """A pass over its columns begins."""
@@ -252,7 +283,7 @@ class ExtractionJob:
 
     def on_committed(self, n_rows: int, n_non_finite: int) -> None:
         """Rows before `n_rows` are readable in all its columns."""
-        value, n_rows = self.value, self._wanted_of(n_rows)
+        value, n_rows = self.value, self._at_most_wanted(n_rows)
         self.update(
             state=ExtractionState.RUNNING,
             waiting_for=(),
@@ -265,24 +296,25 @@ class ExtractionJob:
         )
 
     def on_blocked(self) -> None:
-        """The window is full: says who is waited for, and grants at once what was released meanwhile."""
+        """The window is full: names the slowest readers, and grants at once the rows that were released meanwhile."""
         self._rate.clear()
         self.update(state=ExtractionState.WAITING, waiting_for=self._readers.slowest(), rows_per_s=0.0)
         self._start_grace()
         self._spawn(self._unblock())
 
     def on_lost(self) -> None:
-        """Goes back to what is sealed: the rest will be written anew, in new files."""
+        """Goes back to the sealed rows: the rows behind them are computed again, in new files."""
         self.generation += 1
-        self.update(state=ExtractionState.RECOVERING, n_rows=self._sealed_rows(), rows_per_s=0.0)
+        n_rows = self._at_most_wanted(self.set.n_rows(self.columns))
+        self.update(state=ExtractionState.RECOVERING, n_rows=n_rows, rows_per_s=0.0)
 
     def on_found(self, n_rows: int) -> None:
-        """Rows before `n_rows` are there without its doing, and more will come."""
-        if self._wanted_of(n_rows) > self.value.n_rows:
-            self.update(n_rows=self._wanted_of(n_rows))
+        """Rows before `n_rows` are sealed already, and more will come."""
+        if self._at_most_wanted(n_rows) > self.value.n_rows:
+            self.update(n_rows=self._at_most_wanted(n_rows))
 
     def on_all_rows(self, n_rows: int, n_non_finite: int) -> None:
-        """Every row is there. Raises CorpusEmpty if that is none."""
+        """Every row is sealed. Raises CorpusEmpty if there is no row at all."""
         if n_rows == 0:
             raise CorpusEmpty("No row survives the recipe: the documents are empty or the recipe drops every token.")
         self.update(
@@ -295,90 +327,81 @@ class ExtractionJob:
             waiting_for=(),
             queue_position=0,
             size_bytes=self._size_bytes(n_rows),
-            receipt=read_receipt(self.folder, self.columns),
+            receipt=self.set.receipt(self.columns),
         )
 
-    def _sealed_rows(self) -> int:
-        return self._wanted_of(SegmentIndex.load(self.folder).n_rows(self.columns))
-
-    def _wanted_of(self, n_rows: int) -> int:
-        """Of rows that there are, those that it asked for: others may want more of the set."""
+    def _at_most_wanted(self, n_rows: int) -> int:
+        """`n_rows`, or the rows asked for if that is less: another extraction may want more of the set."""
         return min(n_rows, self.value.spec.max_rows) if self.value.spec.max_rows else n_rows
 
     def _size_bytes(self, n_rows: int) -> int:
         """Bytes kept of this extraction's own columns; the set may have others."""
         if not self._row_bytes:
-            manifest = Manifest.load(self.folder)
+            manifest = self.set.manifest()
             self._row_bytes = sum(manifest.column(name).row_bytes for name in self.columns)
         return (n_rows - (self._window.first_kept_row if self._window else 0)) * self._row_bytes
 
     # -- readers ------------------------------------------------------------------------------------------------------
 
     def attach(self, name: str, start_row: int, *, shard: Shard = _ALL) -> Reader:
-        """Attaches a reader; raises RowsExpired if its first row is gone, SetNotFound if the set is.
+        """Attaches a reader. Raises RowsExpired if its first row was dropped, SetNotFound if the set is gone.
 
-        With the first shard of several all are waited for: the others' first rows must not go.
+        The first of several shards to come holds the window's rows for all of them until their grace ends.
         """
-        self._check_rows(start_row)
-        reader = self._readers.attach(name, start_row, shard=shard_key(shard) if shard.count > 1 else "")
-        if self._window and shard.count > 1:
-            self._readers.expect(shard.count, self._window.first_kept_row, until=self._grace_end())
-        if self._window:
-            self._window.end_grace()
-        self._context.room.used(self.folder)
-        self.update(readers=self._readers.statuses())
-        return reader
-
-    def release(self, name: str, row: int) -> None:
-        """Lets rows before `row` go for the reader called `name`; FOR_GOOD: it comes no more.
-
-        In a WINDOW set this makes room for the forward pass.
-        """
-        if row != FOR_GOOD:
-            row = min(row, self.value.n_rows)
-        self._readers.release(name, row, until=self._grace_end())
-        if self._window and self._make_room(self._window):
-            self._spawn(self._passes.grant(self._window.grant_row))
-
-    def detach(self, reader: Reader) -> None:
-        """Detaches a reader. The last one of a WINDOW set leaves it to itself after its grace.
-
-        While others read, they wait for one that is not done, as long as that.
-        """
-        self._readers.detach(reader, back_until=self._grace_end() if self._window else 0.0)
-        self._context.room.used(self.folder)
-        self.update(readers=self._readers.statuses())
-        self._context.let_go()
-        done = self.value.state == ExtractionState.DONE
-        read_out = done and reader.released_row >= self.value.n_rows and self._readers.all_back()
-        self._start_grace(read_out=read_out)
-
-    def _check_rows(self, start_row: int) -> None:
-        if self._is_window:
-            first_row = dropped_rows(self.folder) if self.folder.exists() else self.value.n_rows
+        if self.set.is_window:
+            first_row = self.set.first_kept_row() if self.set.exists else self.value.n_rows
             if start_row < first_row:
                 raise rows_expired(start_row, first_row=first_row, n_rows=self.value.n_rows)
-        elif self.value.state.ended and SegmentIndex.load(self.folder).n_rows(self.columns) < self.value.n_rows:
+        elif self.value.state.ended and self.set.n_rows(self.columns) < self.value.n_rows:
             raise SetNotFound(
                 f"The rows of extraction {self.value.id} were evicted or deleted; call StartExtraction with the same "
                 "spec, which computes them again.",
                 metadata={"set_id": self.value.set_id},
                 resource=("ActivationSet", self.value.set_id),
             )
+        reader = self._readers.attach(name, start_row, shard=shard_key(shard) if shard.count > 1 else "")
+        if self._window:
+            if shard.count > 1:
+                self._readers.expect(shard.count, self._window.first_kept_row, until=self._grace_end())
+            self._window.end_grace()
+        self.set.note_use()
+        self.update(readers=self._readers.statuses())
+        return reader
+
+    def release(self, name: str, row: int) -> None:
+        """Releases rows before `row` for the reader called `name`; FOR_GOOD: the reader will not come back.
+
+        In a WINDOW set this makes space for the forward pass.
+        """
+        if row != FOR_GOOD:
+            row = min(row, self.value.n_rows)
+        self._readers.release(name, row, until=self._grace_end())
+        if self._window and self._drop_released(self._window):
+            self._spawn(self.passes.grant(self._window.grant_row))
+
+    def detach(self, reader: Reader) -> None:
+        """Detaches a reader; after the last one, a WINDOW set has its grace.
+
+        While other readers read, they wait for a reader that is not done to come back, for as long as the grace.
+        """
+        self._readers.detach(reader, back_until=self._grace_end() if self._window else 0.0)
+        self.set.note_use()
+        self.update(readers=self._readers.statuses())
+        self._services.holder_left.set()
+        done = self.value.state == ExtractionState.DONE
+        read_out = done and reader.released_row >= self.value.n_rows and self._readers.all_back()
+        self._start_grace(read_out=read_out)
 
     # -- the window ---------------------------------------------------------------------------------------------------
 
-    def _open_window(self) -> Window:
-        return Window(self.folder, window_bytes=self.value.spec.retention.window_bytes, on_abandoned=self._on_abandoned)
-
-    def _make_room(self, window: Window) -> bool:
-        return window.make_room(self._readers.released_row(window.first_kept_row))
+    def _drop_released(self, window: Window) -> bool:
+        return window.drop_released(self._readers.released_row(window.first_kept_row))
 
     async def _unblock(self) -> None:
-        """Grants rows as soon as there is room: a released segment can only be dropped once it is sealed."""
+        """Grants rows as soon as the window has space: a released segment can be dropped only once it is sealed."""
         while self._window and self.value.state == ExtractionState.WAITING:
-            if self._make_room(self._window) or self._window.grant_row > self.value.n_rows:
-                await self._passes.grant(self._window.grant_row)
+            if self._drop_released(self._window) or self._window.grant_row > self.value.n_rows:
+                await self.passes.grant(self._window.grant_row)
                 return
             await asyncio.sleep(SEAL_POLL_S)
 
@@ -390,7 +413,7 @@ class ExtractionJob:
             self._window.start_grace(0.0 if read_out else self.value.spec.retention.reader_grace_s)
 
     async def _on_abandoned(self, grace_s: float) -> None:
-        """Frees everything a WINDOW set holds when nobody has read it for its grace."""
+        """Frees everything that a WINDOW set holds after its grace without a reader."""
         await self._end_early(
             ReaderStalled(
                 f"Nobody has read extraction {self.value.id} for {grace_s:.0f} s; its window was freed. Start it again "
@@ -399,7 +422,7 @@ class ExtractionJob:
         )
         if self.task:
             await asyncio.gather(self.task, return_exceptions=True)
-        await asyncio.to_thread(retention.delete_set, self.folder)
+        await asyncio.to_thread(self.set.delete)
         self.update(size_bytes=0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -408,21 +431,7 @@ class ExtractionJob:
         task.add_done_callback(self._helpers.discard)
 
 
-async def _is_set(event: asyncio.Event, timeout_s: float) -> bool:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-            return True
-    return False
-
-
 def rows_expired(row: int, *, first_row: int, n_rows: int) -> RowsExpired:
-    """The error for rows that are no longer, or will never be."""
+    """The error for a row that was dropped, or that there will never be."""
     metadata = {"first_available_row": str(first_row), "n_rows": str(n_rows)}
     return RowsExpired(f"Row {row} is gone; the first one still there is {first_row}.", metadata=metadata)
-
-
-def failed_as(failure: Failure, value: Extraction) -> ServiceError:
-    """The error that repeats an extraction's failure to a reader."""
-    resource = ("Extraction", value.id)
-    return error_for(failure.reason, failure.message, metadata=failure.metadata, resource=resource)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace_log.index import SegmentIndex
@@ -10,7 +10,7 @@ from headrace_log.index import SegmentIndex
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """What one extraction wants of a set: `max_rows` rows of `columns`; 0: as many as the corpus gives."""
+    """The rows that one extraction wants of a set: `max_rows` rows of `columns`; 0: as many as the corpus gives."""
 
     columns: tuple[str, ...]
     max_rows: int
@@ -25,12 +25,16 @@ class Pass:
 
 
 def next_pass(index: SegmentIndex, wants: Sequence[Want], total_rows: int | None = None) -> Pass | None:
-    """Of all columns that lack rows, those with the fewest go on together, up to the next ones ahead of them.
+    """The next pass, for the columns with the fewest rows, up to the row where the next column begins to lack rows too.
 
-    Segments that exist in other columns are filled to their end, also beyond the rows wanted: a segment has one row
-    count. `total_rows` is the set's extent where that is known. None when nothing is missing.
+    A segment that exists in other columns is filled to its end, even beyond the rows wanted: a segment has one row
+    count. `total_rows` is the set's extent if that is known. None when no row is missing.
     """
-    targets = {name: _farthest(wants, name) for name in _columns_of(wants)}
+    targets: dict[str, int] = {}  # Rows wanted of each column; 0: all.
+    for want in wants:
+        for name in want.columns:
+            all_rows = want.max_rows == 0 or targets.get(name) == 0
+            targets[name] = 0 if all_rows else max(want.max_rows, targets.get(name, 0))
     rows = {name: index.n_rows([name]) for name in targets}
     lacking = [name for name in targets if not _has_all(rows[name], targets[name], total_rows)]
     if not lacking:
@@ -47,19 +51,9 @@ def next_pass(index: SegmentIndex, wants: Sequence[Want], total_rows: int | None
 
 
 def has_all(index: SegmentIndex, want: Want, total_rows: int | None) -> bool:
-    """True when every row that is wanted is sealed."""
+    """True when every wanted row is sealed."""
     return _has_all(index.n_rows(want.columns), want.max_rows, total_rows)
 
 
 def _has_all(n_rows: int, target: int, total_rows: int | None) -> bool:
     return bool(target and n_rows >= target) or n_rows == total_rows
-
-
-def _columns_of(wants: Iterable[Want]) -> list[str]:
-    return list(dict.fromkeys(name for want in wants for name in want.columns))
-
-
-def _farthest(wants: Iterable[Want], name: str) -> int:
-    """The rows wanted of one column; 0: all."""
-    targets = [want.max_rows for want in wants if name in want.columns]
-    return 0 if 0 in targets else max(targets)

@@ -1,38 +1,44 @@
-"""What extractions need from outside, each with a real implementation in a room and a fake in the tests."""
+"""Models, leases and corpora as extractions need them; implemented in other rooms, and by fakes in the tests."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from headrace_extractor.meters import Transfer
 from headrace_extractor.models import ModelInfo
-from headrace_extractor.node.values import (
-    Lease,
-)
+from headrace_extractor.node.values import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """A place in a queue for a device or a runner; 1: next."""
+
+    position: int
 
 
 class Models(Protocol):
-    """Models and leases, as an extraction needs them. Every method may raise RegistryUnavailable."""
+    """Models and leases in the registry. Every method may raise RegistryUnavailable."""
 
     async def get_model(self, model_id: str) -> ModelInfo:
         """Raises ModelNotFound."""
 
     def acquire_lease(
         self, model_id: str, *, holder: str, wait_s: float
-    ) -> AsyncGenerator[Lease | Transfer | int, None]:
-        """Yields queue positions and loading progress, and the lease last."""
+    ) -> AsyncGenerator[Lease | Transfer | QueuePosition, None]:
+        """Yields queue positions, then the progress of loading, and the lease last."""
 
     async def renew_lease(self, lease: Lease) -> None:
-        """Extends it; LeaseLost once it has expired."""
+        """Extends a lease by its time to live. Raises LeaseLost once it has expired."""
 
     async def release_lease(self, lease: Lease) -> None:
-        """Ends it."""
+        """Ends a lease."""
 
 
 class HasDigest(Protocol):
-    """A corpus, as far as identity goes."""
+    """A corpus, as far as a set's identity depends on it."""
 
     @property
     def digest(self) -> str:
@@ -40,7 +46,7 @@ class HasDigest(Protocol):
 
     @property
     def chat(self) -> bool:
-        """True when its documents are conversations."""
+        """True if its documents are conversations."""
 
 
 class Corpora(Protocol):
@@ -50,4 +56,4 @@ class Corpora(Protocol):
         """Raises CorpusNotFound."""
 
     def path(self, corpus_id: str) -> Path:
-        """Where its documents are."""
+        """The folder of its documents."""

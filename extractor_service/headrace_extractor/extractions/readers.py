@@ -1,4 +1,4 @@
-"""The readers of an extraction, each with a cursor of its own: those attached, and those that will surely be back."""
+"""The readers of an extraction, each with its own cursor: attached readers, and readers that are expected back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from headrace_extractor.extractions.values import ReaderStatus
 from headrace_log.order import Shard
 
 MAX_READERS = 64
-# Releasing this row says that the reader comes no more.
+# A reader that releases up to this row will not come back.
 FOR_GOOD = (1 << 63) - 1
 
 
 @dataclass(eq=False, slots=True)
 class Reader:
-    """A reader; rows before `released_row` may go. One that comes back has the same `key`, empty if nobody knows.
+    """A reader, which has released the rows before `released_row`.
 
-    It is done with once it has released `last_row`, which is known when it was sent its end.
+    A reader that reconnects has the `key` it had before; an empty key can't be recognized. The reader is done once it
+    has released `last_row`, which is known when the end of the stream was sent.
     """
 
     name: str
@@ -30,18 +31,18 @@ class Reader:
 
     @property
     def is_done(self) -> bool:
-        """True when it needs no row any more."""
+        """True when it needs no more rows."""
         return self.released_row >= self.last_row
 
     @property
     def status(self) -> ReaderStatus:
-        """As others see it."""
+        """The reader as clients see it."""
         return ReaderStatus(reader=self.name, next_row=self.released_row)
 
 
 @dataclass(slots=True)
 class Readers:
-    """All readers of one extraction. Those away have until a time on the monotonic clock to come back."""
+    """All readers of one extraction. A reader that is away has until a time on the monotonic clock to come back."""
 
     _readers: list[Reader] = field(default_factory=list)
     _away: dict[str, tuple[Reader, float]] = field(default_factory=dict)
@@ -52,9 +53,9 @@ class Readers:
         return bool(self._readers)
 
     def attach(self, name: str, start_row: int, *, shard: str = "") -> Reader:
-        """Adds a reader; a name already there gets a number. Raises TooManyStreams.
+        """Adds a reader; a name that is in use gets a number. Raises TooManyStreams.
 
-        Of one that comes back, what it had not released stays so.
+        A reader that reconnects keeps its unreleased rows.
         """
         if len(self._readers) >= MAX_READERS:
             raise TooManyStreams(f"{MAX_READERS} readers are attached, the most there can be.", retry_after_s=5.0)
@@ -71,30 +72,27 @@ class Readers:
         return reader
 
     def expect(self, n_shards: int, first_row: int, *, until: float) -> None:
-        """All shards will come: rows from `first_row` on wait for them as for those that were there.
-
-        No more than can be attached at once.
-        """
+        """Holds rows from `first_row` on for shards that have not attached yet, up to the most readers there can be."""
         known = {reader.key for reader in self._readers} | self._away.keys() | self._gone
         for index in range(min(n_shards, MAX_READERS)):
             if (key := shard_key(Shard(index, n_shards))) not in known:
                 self._keep(Reader(key, first_row, key, is_shard=True), until)
 
     def detach(self, reader: Reader, *, back_until: float = 0.0) -> None:
-        """Removes a reader. One that has rows to release, and a key, is waited for until then."""
+        """Removes a reader. If it has unreleased rows and a key, they are held for it until `back_until`."""
         self._readers.remove(reader)
         if reader.is_done or not back_until:
             self._leave(reader)
         elif again := next((other for other in self._readers if reader.key and other.key == reader.key), None):
-            if not again.has_released:  # What it has said since holds.
+            if not again.has_released:  # Else its new connection has told which rows it still needs.
                 again.released_row = min(again.released_row, reader.released_row)
         elif reader.key:
             self._keep(reader, back_until)
 
     def release(self, name: str, row: int, *, until: float) -> None:
-        """Lets rows before `row` go for the reader of that name, attached or away; FOR_GOOD: it needs no more rows.
+        """Notes that the reader called `name`, attached or away, has released rows before `row`; FOR_GOOD: all rows.
 
-        One that is away is alive all the same, with rows that it was sent before: it has until then to come back.
+        A reader that is away still works on rows that it was sent before: it has until `until` to come back.
         """
         reader = next((reader for reader in self._readers if reader.name == name), None)
         away = None if reader else next((each for each, _ in self._away.values() if each.name == name), None)
@@ -116,22 +114,22 @@ class Readers:
             self._gone.add(reader.key)
 
     def released_row(self, default: int) -> int:
-        """The row before which every reader has let go; `default` while none is attached."""
+        """The row before which every reader has released its rows; `default` while none is attached."""
         if not self._readers:
             return default
         return min(reader.released_row for reader in self._waited_for())
 
     def slowest(self) -> tuple[ReaderStatus, ...]:
-        """The readers everyone waits for."""
+        """The readers with the smallest released row, for which the forward pass waits."""
         least = self.released_row(0)
         return tuple(reader.status for reader in self._waited_for() if reader.released_row == least)
 
     def all_back(self) -> bool:
-        """True when nobody is away."""
+        """True when no reader is away."""
         return len(self._waited_for()) == len(self._readers)
 
     def statuses(self) -> tuple[ReaderStatus, ...]:
-        """Those attached."""
+        """The attached readers."""
         return tuple(reader.status for reader in self._readers)
 
     def _keep(self, reader: Reader, until: float) -> None:
@@ -146,5 +144,5 @@ class Readers:
 
 
 def shard_key(shard: Shard) -> str:
-    """What a shard's reader is known by, whoever reads it."""
+    """The key of a shard's reader, whichever client reads it."""
     return f"shard {shard.index} of {shard.count}"

@@ -1,4 +1,4 @@
-"""Extractions on disk: one JSON file each, so that a killed extractor takes up where it was."""
+"""Extractions on disk: one JSON file each, so that a killed extractor goes on from there."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ class Records:
         write_atomically(self._path(value.id), json.dumps(record).encode())
 
     def save_change(self, value: Extraction, request_ids: Iterable[str]) -> None:
-        """Writes one again. On a full disk the old one stays: a restart carries on from there just as well."""
+        """Writes a record again. On a full disk the old one stays: a restart goes on from there just as well."""
         try:
             self.save(value, request_ids)
         except DiskFull as exc:
             logger.warning("the record of extraction %s stays as it was: %s", value.id, exc)
 
     def forget(self, extraction_id: str) -> None:
-        """Removes one."""
+        """Removes a record."""
         self._path(extraction_id).unlink(missing_ok=True)
 
     def load(self) -> Iterator[tuple[Extraction, list[str]]]:
-        """Yields what can be read, with the request ids; removes what can't."""
+        """Yields the extractions with their request ids; removes records that can't be read."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._folder.glob("*.json")):
             try:
                 record = json.loads(path.read_bytes())
                 yield _value_of(record), record["request_ids"]
             except (ServiceError, ValueError, KeyError, TypeError, FileNotFoundError) as exc:
-                logger.warning("%s is no extraction that can be carried on: %s", path.name, exc)
+                logger.warning("%s is not a record of an extraction: %s", path.name, exc)
                 path.unlink(missing_ok=True)
 
     def _path(self, extraction_id: str) -> Path:
@@ -79,11 +79,11 @@ def _value_of(record: dict[str, Any]) -> Extraction:
         path=record["path"],
         state=state if state.ended else ExtractionState.RECOVERING,
         failure=Failure(**record["failure"]) if record["failure"] else None,
-        n_rows=record["n_rows"] if state.ended else 0,  # Of others the index knows what outlived their writer.
+        n_rows=record["n_rows"] if state.ended else 0,  # The index tells how many rows were sealed.
         n_rows_expected=record["n_rows"] if state.ended else 0,
         n_rows_exact=state.ended,
         n_rows_computed=record["n_rows_computed"],
-        size_bytes=record.get("size_bytes", 0),  # Older records lack it, and the next.
+        size_bytes=record.get("size_bytes", 0),  # Older records lack this field and the next.
         n_non_finite=record.get("n_non_finite", 0),
         cached=record["cached"],
         create_time=record["create_time"],

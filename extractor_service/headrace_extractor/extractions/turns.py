@@ -1,4 +1,4 @@
-"""Whose turn it is: first come, first served, and everyone knows the place in line."""
+"""Turns on something that only one user at a time can have: first come, first served."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """One at a time. The one whose turn it is has place 0."""
+    """A queue of users. The user whose turn it is has position 0."""
 
     def __init__(self) -> None:
-        self._line: list[_Waiter] = []
+        self._queue: list[_User] = []
 
     @asynccontextmanager
-    async def turn(self, on_place: Callable[[int], None]) -> AsyncIterator[None]:
-        """Waits for a turn and keeps it for the block; calls `on_place` with the place in line while it is not 0.
+    async def turn(self, on_position: Callable[[int], None]) -> AsyncIterator[None]:
+        """Waits for a turn and keeps it for the block; calls `on_position` whenever the position in the queue changes.
 
-        The wait has no deadline of its own: it ends with the turns before it, or by cancelling.
+        The wait has no deadline of its own: it ends when the turns before it have ended, or by cancelling.
         """
-        waiter = _Waiter(on_place)
-        self._line.append(waiter)
-        self._tell()
+        user = _User(on_position)
+        self._queue.append(user)
+        self._tell_positions()
         try:
-            await waiter.first.wait()
+            await user.is_first.wait()
             yield
         finally:
-            self._line.remove(waiter)
-            self._tell()
+            self._queue.remove(user)
+            self._tell_positions()
 
-    def _tell(self) -> None:
-        for place, waiter in enumerate(self._line):
-            if place == 0:
-                waiter.first.set()
-            elif place != waiter.place:
-                waiter.place = place
-                waiter.on_place(place)
+    def _tell_positions(self) -> None:
+        for position, user in enumerate(self._queue):
+            if position == 0:
+                user.is_first.set()
+            elif position != user.position:
+                user.position = position
+                user.on_position(position)
 
 
-class _Waiter:
-    def __init__(self, on_place: Callable[[int], None]) -> None:
-        self.on_place = on_place
-        self.first = asyncio.Event()
-        self.place = 0
+class _User:
+    def __init__(self, on_position: Callable[[int], None]) -> None:
+        self.on_position = on_position
+        self.is_first = asyncio.Event()
+        self.position = 0

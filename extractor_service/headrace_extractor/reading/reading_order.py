@@ -1,6 +1,6 @@
-"""The way of one reader through an extraction: which rows stand at its places, and how many of them are there yet.
+"""Reading orders: which row stands at each place of a reader's order, and how many places can be read already.
 
-For a plain reader places are row numbers. Shards and shuffled readers have places of their own, counted from 0.
+In the plain order, places are row numbers. Shards and shuffled orders count places of their own, from 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.extractions import window
 from headrace_extractor.extractions.job import ExtractionJob
 from headrace_extractor.extractions.values import ExtractionState
-from headrace_log.manifest import Manifest
 from headrace_log.order import DEFAULT_BLOCK_ROWS, Sequential, Shard, Shuffled, Stretch
 
 MAX_SHARDS = 1 << 16
@@ -22,7 +21,7 @@ _ENDLESS = 1 << 62
 
 
 class ReadOrder(StrEnum):
-    """In which order blocks are sent."""
+    """The order in which blocks are sent."""
 
     SEQUENTIAL = "sequential"
     SHUFFLED = "shuffled"
@@ -58,19 +57,19 @@ class OrderRequest:
 
     @property
     def plain(self) -> bool:
-        """True for one sequential shard: places are rows."""
+        """True for one sequential shard: places are row numbers."""
         return self.order is ReadOrder.SEQUENTIAL and self.shard_count <= 1
 
     @property
     def shard(self) -> Shard:
-        """Which of how many."""
+        """The shard that is asked for."""
         return Shard(self.shard_index, max(self.shard_count, 1))
 
 
 class Way(Protocol):
-    """From places to rows."""
+    """The way of a reader through an extraction: from places to rows."""
 
-    block_rows: int  # 0: places are rows
+    block_rows: int  # 0: places are row numbers
 
     @property
     def n_there(self) -> int:
@@ -78,18 +77,18 @@ class Way(Protocol):
 
     @property
     def end(self) -> int:
-        """One past the last place there will be; 0 while unknown."""
+        """One past the last place that there will be; 0 while unknown."""
 
     def stretch(self, place: int) -> Stretch:
-        """Rows from `place` on that stand together."""
+        """Consecutive rows from `place` on."""
 
     def first_row_needed(self, place: int) -> int:
-        """The row before which a reader at `place` needs none any more."""
+        """The first row that a reader at `place` may still need."""
 
 
 def way_of(job: ExtractionJob, request: OrderRequest) -> Way:
-    """The way that fits a request. Raises FieldInvalid for one that a WINDOW set can't go."""
-    if job.value.spec.retention.is_window:
+    """The way for a request. Raises FieldInvalid if a WINDOW set can't be read in that order."""
+    if job.set.is_window:
         _check_window(job, request)
     if request.plain:
         return PlainWay(job)
@@ -100,7 +99,7 @@ def way_of(job: ExtractionJob, request: OrderRequest) -> Way:
 
 
 class PlainWay:
-    """Row after row."""
+    """All rows, in their order."""
 
     block_rows = 0
 
@@ -114,20 +113,20 @@ class PlainWay:
 
     @property
     def end(self) -> int:
-        """Rows there will be."""
+        """One past the last row; 0 while unknown."""
         return self._job.end_row
 
     def stretch(self, place: int) -> Stretch:
-        """No limit but the end."""
+        """All rows from `place` on."""
         return Stretch(place, _ENDLESS)
 
     def first_row_needed(self, place: int) -> int:
-        """The next one."""
+        """The next row."""
         return place
 
 
 class ShardWay:
-    """Every n-th block as it is committed; a round of blocks begins when all of them are there, one for each shard."""
+    """Every n-th block. A round, one block for each shard, can be read when all of its blocks are committed."""
 
     def __init__(self, job: ExtractionJob, order: Sequential) -> None:
         self._job = job
@@ -144,14 +143,15 @@ class ShardWay:
         """Known once the extraction is done: `max_rows` may be more than the corpus has."""
         if self._job.value.state is not ExtractionState.DONE:
             return 0
-        return _not_none(self.n_there, self._job.value.n_rows, self._order)
+        _check_not_empty(self.n_there, self._job.value.n_rows, self._order)
+        return self.n_there
 
     def stretch(self, place: int) -> Stretch:
         """The rest of the block."""
         return self._order.stretch(place)
 
     def first_row_needed(self, place: int) -> int:
-        """The next row of this shard; those before it are of no use to it."""
+        """The next row of this shard; it needs no row of another shard."""
         return self._order.stretch(place).row
 
 
@@ -166,7 +166,7 @@ class ShuffledWay:
 
     @property
     def n_there(self) -> int:
-        """All places, or none."""
+        """All places once the extraction is done; before, none."""
         return self.end
 
     @property
@@ -182,26 +182,26 @@ class ShuffledWay:
                 epoch=self._request.epoch,
                 shard=self._request.shard,
             )
-        return _not_none(self._order.n_places, self._order.n_rows, self._order)
+        _check_not_empty(self._order.n_places, self._order.n_rows, self._order)
+        return self._order.n_places
 
     def stretch(self, place: int) -> Stretch:
         """The rest of the block."""
-        assert self._order is not None, "a place was asked for before any was there"
+        assert self._order is not None, "a place was asked for before the extraction was done"
         return self._order.stretch(place)
 
     def first_row_needed(self, place: int) -> int:
-        """For people only: a set that is read in this order keeps its rows."""
+        """Shown to people only: a set that is read in this order drops no row."""
         return place
 
 
-def _not_none(n_places: int, n_rows: int, order: Sequential | Shuffled) -> int:
+def _check_not_empty(n_places: int, n_rows: int, order: Sequential | Shuffled) -> None:
     if not n_places:
         raise FieldInvalid(
             f"The extraction has {n_rows} rows, which make no block of {order.block_rows} for each of "
             f"{order.shard.count} shards; take smaller blocks or fewer shards.",
             field="block_rows",
         )
-    return n_places
 
 
 def _check_window(job: ExtractionJob, request: OrderRequest) -> None:
@@ -214,9 +214,9 @@ def _check_window(job: ExtractionJob, request: OrderRequest) -> None:
         )
     if request.plain:
         return
-    manifest, window_bytes = Manifest.load(job.folder), job.value.spec.retention.window_bytes
+    manifest, window_bytes = job.set.manifest(), job.value.spec.retention.window_bytes
     round_rows = request.shard.count * (request.block_rows or DEFAULT_BLOCK_ROWS)
-    # A segment may hold rows of this round and of the one before; it goes when all of it was released.
+    # A segment may hold rows of this round and of the round before; it is dropped only when all its rows are released.
     if window.grant_row(manifest, window_bytes=window_bytes, first_kept_row=0) < round_rows + manifest.segment_rows:
         raise FieldInvalid(
             f"A window of {window_bytes} bytes can't hold a block for each of {request.shard.count} shards, "

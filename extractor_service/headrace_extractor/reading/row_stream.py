@@ -1,11 +1,11 @@
-"""Rows of an extraction for one reader: what is committed at once, the rest as it comes.
+"""Rows of an extraction for one reader: committed rows at once, the others as they are committed.
 
-The reader's own pace is the only one here: the next run is read when the last one is on its way, so a slow reader holds
-nothing but its place and one run.
+A run of rows is read when the run before it is on its way, so a slow reader costs no more than its cursor and one run.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -22,23 +22,25 @@ from headrace_log import errors as log_errors
 from headrace_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
-# A range costs the same however many rows it has; it ends with its segment or block anyway. Of a window, whose forward
-# pass waits for a range to be done with, smaller ones.
+# A range of mapped rows costs the same however many rows it has, and ends with its segment or block anyway. Ranges of a
+# window are smaller: its forward pass waits until a range is released.
 DEFAULT_RANGE_BYTES = 64 * 1024 * 1024
 WINDOW_RANGE_BYTES = 16 * 1024 * 1024
 MAX_CHUNK_BYTES = 3_500_000
 MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
 HEARTBEAT_S = 15.0
-# A reader that has all there is hears so after this while: then it knows for whom it waits.
+# A reader that has all committed rows is told so after this time: it then knows that it waits for the extractor.
 CAUGHT_UP_S = 0.02
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRequest:
-    """What a reader wants; checked when made."""
+    """The rows that a reader wants, and how it wants them; checked when made."""
 
     start_row: int = 0
-    end_row: int = 0  # 0: all there will be
+    end_row: int = 0  # 0: all rows that there will be
     columns: tuple[str, ...] = ()
     chunk_bytes: int = 0
     allow_large_chunks: bool = False
@@ -66,7 +68,7 @@ class StreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """No rows for a while."""
+    """No rows were sent for a while: `n_rows` are committed, and the extraction is in `state`."""
 
     n_rows: int
     state: ExtractionState
@@ -74,22 +76,24 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Every row asked for was sent."""
+    """Every row that was asked for was sent."""
 
     next_row: int
     n_rows: int
 
 
 class RowStream:
-    """One reader's way through a set, attached to it until `close`."""
+    """A reader of an extraction, attached to it until `close`.
+
+    `nonce` is the word by which the client tells that it sees the set's folder; empty: rows are sent inline.
+    """
 
     def __init__(self, job: ExtractionJob, request: StreamRequest, shutdown: Shutdown | None = None) -> None:
         self._job = job
         self._shutdown = shutdown or Shutdown()  # One that never begins.
         self._request = request
         self._way = way_of(job, request.order)
-        self.mapped = request.mapped
-        if request.mapped and job.value.spec.retention.is_window and not request.explicit_release:
+        if request.mapped and job.set.is_window and not request.explicit_release:
             raise FieldInvalid(
                 "A WINDOW set lets rows go when they are sent, before a client has mapped them; ask for "
                 "explicit_release, or for TRANSPORT_INLINE.",
@@ -100,6 +104,7 @@ class RowStream:
             request.reader, self._way.first_row_needed(request.start_row), shard=request.order.shard
         )
         try:
+            self.nonce = self._nonce() if request.mapped else ""
             self._reader = self._open(columns)
         except BaseException:
             job.detach(self._attached)
@@ -110,9 +115,9 @@ class RowStream:
         row_bytes = self._reader.row_bytes
         self._chunk_rows = max(1, (request.chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
         if self._way.block_rows > self._chunk_rows and not request.chunk_bytes:
-            # Blocks are cut evenly, into chunks of less than twice the usual size: short ones cost as much as others.
+            # Blocks are cut evenly, into chunks of less than twice the usual size: a short chunk costs as much as any.
             self._chunk_rows = math.ceil(self._way.block_rows / (self._way.block_rows // self._chunk_rows))
-        range_bytes = WINDOW_RANGE_BYTES if job.value.spec.retention.is_window else DEFAULT_RANGE_BYTES
+        range_bytes = WINDOW_RANGE_BYTES if job.set.is_window else DEFAULT_RANGE_BYTES
         self._range_rows = max(1, (request.chunk_bytes or range_bytes) // row_bytes)
 
     @property
@@ -122,27 +127,27 @@ class RowStream:
 
     @property
     def set_reader(self) -> SetReader:
-        """Columns and folder of what is read."""
+        """The reader of the set's files, with the columns that are read."""
         return self._reader
 
     @property
     def block_rows(self) -> int:
-        """Rows in a block of the reading order; 0 where places are rows."""
+        """Rows in a block of the reading order; 0 if the order is that of the rows."""
         return self._way.block_rows
 
     @property
     def end_row(self) -> int:
-        """One past the last place that will come; 0 while unknown."""
+        """One past the last place that will be sent; 0 while unknown."""
         known, wanted = self._way.end, self._request.end_row
         return min(known, wanted) if known and wanted else known or wanted
 
     async def events(self) -> AsyncGenerator[RowRun | Pause | End, None]:
         """Yields runs of rows in reading order without gaps, pauses, and an end; use a run before asking for the next.
 
-        While a run is out, `next_row` is its place. A run without columns is a range of sealed rows for a client that
-        maps them; rows that are not sealed come with their columns in either transport. Raises what the extraction
-        ended with if it ends before the rows wanted exist, and ShuttingDown. Rows that are there cost no task and no
-        turn of the event loop: at a thousand chunks a second these are what a chunk costs.
+        While a run is in use, `next_row` is its place in the order. A run without columns is a range of sealed rows for
+        a client that maps them; rows that are not sealed come with their columns in either transport. Raises the
+        extraction's error if it ends before the rows wanted exist, and ShuttingDown. Committed rows are yielded without
+        a task or a turn of the event loop: at a thousand chunks a second, these would be most of a chunk's cost.
         """
         quiet_until, told = time.monotonic() + CAUGHT_UP_S, self._job.value.state
         while not self._at_end():
@@ -158,7 +163,7 @@ class RowStream:
             elif time.monotonic() >= quiet_until or self._job.value.state is not told:
                 told = self._job.value.state
                 yield Pause(self._job.value.n_rows, told)
-                quiet_until = time.monotonic() + HEARTBEAT_S  # A change that brings no row is silence too.
+                quiet_until = time.monotonic() + HEARTBEAT_S  # However often the extraction changes without a new row.
             else:
                 await self._shutdown.race(self._job.changed(quiet_until - time.monotonic()))
         self._over = True
@@ -167,17 +172,24 @@ class RowStream:
     def close(self) -> None:
         """Detaches the reader."""
         self._reader.close()
-        if self._over:  # What it was sent last it may release now, or come back for.
+        if self._over:  # The reader may release the last rows that it was sent, or come back for them.
             explicit = self._request.explicit_release
             last_row = min(self._way.first_row_needed(self.next_row), self._job.value.n_rows) if explicit else 0
             self._attached.last_row = min(self._attached.last_row, last_row)
         self._job.detach(self._attached)
 
+    def _nonce(self) -> str:
+        try:
+            return self._job.set.nonce()
+        except (OSError, log_errors.DiskFull) as exc:
+            logger.warning("no nonce for %s, so its rows are sent inline: %s", self._job.folder, exc)
+            return ""
+
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:
-            there_and_back = self._way.block_rows and not self._job.value.spec.retention.is_window
+            returns = self._way.block_rows and not self._job.set.is_window  # To segments that it has read before.
             with log_errors_as_typed():
-                return SetReader(self._job.folder, columns, keep_segments=KEPT_SEGMENTS if there_and_back else 1)
+                return SetReader(self._job.folder, columns, keep_segments=KEPT_SEGMENTS if returns else 1)
         except FileNotFoundError as exc:
             value = self._job.value
             if value.state in (ExtractionState.FAILED, ExtractionState.CANCELLED):
@@ -191,7 +203,7 @@ class RowStream:
         return bool(end_row) and self.next_row >= end_row
 
     def _read(self) -> RowRun | None:
-        """The next rows; None if they were not sealed and their writer has given them up, of which word is to come."""
+        """The next rows; None if the runner has lost them before they were sealed, and the job was not told yet."""
         n_rows, end = self._job.value.n_rows, self.end_row
         row, together = self._way.stretch(self.next_row)
         end_row = min(n_rows, row + together, row + end - self.next_row) if end else min(n_rows, row + together)
@@ -199,7 +211,7 @@ class RowStream:
             if self._generation != self._job.generation:
                 self._reader.forget_open_segment()
                 self._generation = self._job.generation
-            if self.mapped and (n_sealed := self._reader.sealed_after(row)):
+            if self.nonce and (n_sealed := self._reader.sealed_after(row)):
                 return RowRun(row, min(n_sealed, self._range_rows, end_row - row), ())
             return self._reader.read(row, self._chunk_rows, end_row=end_row)
         except log_errors.RowsExpired as exc:
@@ -212,13 +224,13 @@ class RowStream:
             raise DigestMismatch(str(exc), resource=("ActivationSet", self._job.value.set_id)) from exc
 
 
-def check_columns(wanted: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """The columns to read, in the order asked for; raises HookpointNotFound."""
+def check_columns(wanted: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns to read, in the order asked for, or all `columns`. Raises HookpointNotFound."""
     for name in wanted:
-        if name not in there:
+        if name not in columns:
             raise HookpointNotFound(
-                f"Column {name!r} is not in this extraction; it has {', '.join(there)}.",
-                metadata={"nearest": ", ".join(there[:10])},
+                f"Column {name!r} is not in this extraction; it has {', '.join(columns)}.",
+                metadata={"nearest": ", ".join(columns[:10])},
                 resource=("Column", name),
             )
-    return tuple(wanted) or tuple(there)
+    return tuple(wanted) or tuple(columns)

@@ -16,18 +16,14 @@ from headrace_chassis.metrics import Metrics
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.watch import watch
 from headrace_extractor.errors import FieldInvalid, ModelNotReady
-from headrace_extractor.extractions.counting import Estimate
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.extractions.job import ExtractionJob
 from headrace_extractor.extractions.ports import Models
 from headrace_extractor.hookpoints import catalogue as hookpoints
-from headrace_extractor.models import ModelInfo
 from headrace_extractor.reading.row_stream import End, Pause, RowStream
 from headrace_extractor.rpc.convert import extractions as convert
 from headrace_extractor.rpc.convert import hookpoints as convert_hookpoint
 from headrace_extractor.rpc.convert.streams import header_to_bytes, stream_request_from_pb
-from headrace_extractor.sets.nonces import Nonces
-from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.frames import encode_chunk
 from headrace_log.reader import RowRun
 
@@ -48,24 +44,20 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         extractions: Extractions,
         models: Models,
         *,
-        estimate: Callable[[ExtractionSpec, ModelInfo, int], Awaitable[Estimate]],
         decode_tokens: Callable[[str, Sequence[int]], Awaitable[list[str]]],
         metrics: Metrics,
         shutdown: Shutdown,
     ) -> None:
         self._extractions = extractions
         self._models = models
-        self._estimate = estimate
         self._decode_tokens = decode_tokens
         self._metrics = metrics
         self._shutdown = shutdown
-        self._nonces = Nonces()
 
     async def EstimateExtraction(
         self, request: extraction_service_pb2.EstimateExtractionRequest, context: Context
     ) -> extraction_service_pb2.EstimateExtractionResponse:
-        spec, model = await self._extractions.check(convert.spec_from_pb(request.spec))
-        estimate = await self._estimate(spec, model, self._extractions.rows_cached(spec, model))
+        estimate = await self._extractions.estimate(convert.spec_from_pb(request.spec))
         return extraction_service_pb2.EstimateExtractionResponse(
             n_rows=estimate.n_rows,
             size_bytes=estimate.size_bytes,
@@ -127,7 +119,7 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         job = self._extractions.get(request.extraction_id)
         stream = RowStream(job, stream_request_from_pb(request), self._shutdown)
         try:
-            yield self._header(job, stream)
+            yield header_to_bytes(job, stream)
             async with aclosing(self._frames(stream)) as frames, aclosing(_one_ahead(frames)) as messages:
                 async for message in messages:
                     yield message
@@ -169,11 +161,6 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
             ordered = bool(stream.block_rows)
             async for event in events:
                 yield self._frame(event, stream.next_row if ordered else 0)
-
-    def _header(self, job: ExtractionJob, stream: RowStream) -> bytes:
-        nonce = self._nonces.of(job.folder) if stream.mapped else ""
-        stream.mapped = bool(nonce)
-        return header_to_bytes(job, stream, nonce)
 
     def _frame(self, event: RowRun | Pause | End, position: int) -> bytes:
         if isinstance(event, RowRun):

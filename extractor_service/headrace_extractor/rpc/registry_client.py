@@ -22,6 +22,7 @@ from headrace.registry.v1 import (
     residency_service_pb2_grpc,
 )
 from headrace_extractor.errors import ExtractorError, Failure, RegistryUnavailable, error_for
+from headrace_extractor.extractions.ports import QueuePosition
 from headrace_extractor.meters import Transfer
 from headrace_extractor.models import ModelInfo
 from headrace_extractor.node.values import (
@@ -209,7 +210,7 @@ class RegistryClient:
 
     async def acquire_lease(
         self, model_id: str, *, holder: str, wait_s: float
-    ) -> AsyncGenerator[Lease | Transfer | int, None]:
+    ) -> AsyncGenerator[Lease | Transfer | QueuePosition, None]:
         """Yields queue positions and loading progress, and the lease last."""
         request = residency_service_pb2.AcquireLeaseRequest(
             model_id=model_id, node_id=self.node_id, holder=holder, ttl_s=LEASE_TTL_S, wait_s=wait_s
@@ -226,7 +227,7 @@ class RegistryClient:
                     elif kind == "loading":
                         yield convert.transfer_from_pb(event.loading.transfer)
                     elif kind == "queued":
-                        yield event.queued.position
+                        yield QueuePosition(event.queued.position)
         finally:
             call.cancel()
         if lease:
@@ -254,7 +255,8 @@ class RegistryClient:
     def _error_of(self, exc: grpc.aio.AioRpcError) -> ExtractorError:
         reason, metadata = _error_info(exc)
         if reason and reason not in ("SHUTTING_DOWN", "DATABASE_UNAVAILABLE"):
-            return error_for(reason, exc.details() or reason, metadata=metadata)
+            left_alone_s = float(metadata.get("left_alone_s", "0"))
+            return error_for(reason, exc.details() or reason, metadata=metadata, left_alone_s=left_alone_s)
         if exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             return self._unavailable(f"answers {exc.code().name}: {exc.details()}")
         return error_for("INTERNAL", f"The registry answered {exc.code().name}: {exc.details()}")

@@ -1,4 +1,4 @@
-"""What a set is: everything that determines its numbers, and its columns."""
+"""The identity of a set: everything that determines its numbers; and the manifest of a new set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from headrace_extractor.errors import StateConflict
 from headrace_extractor.hookpoints.catalogue import attention_of
 from headrace_extractor.models import ModelInfo
 from headrace_extractor.node.values import Assignment
+from headrace_extractor.sets.activation_set import Kind
 from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
 from headrace_log.manifest import Manifest, segment_rows_for, set_id_of
@@ -79,7 +80,7 @@ def new_manifest(spec: ExtractionSpec, identity: Mapping[str, Any], shapes: Mapp
     """Manifest of a set that does not exist yet."""
     columns = (*PROVENANCE, *hookpoint_columns(spec, shapes))
     segment_rows = segment_rows_for(columns)
-    if spec.retention.is_window:
+    if spec.retention.kind is Kind.WINDOW:
         window_rows = spec.retention.window_bytes // sum(column.row_bytes for column in columns)
         segment_rows = max(1, min(segment_rows, window_rows // MIN_WINDOW_SEGMENTS))
     return Manifest(

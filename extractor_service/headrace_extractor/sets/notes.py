@@ -1,6 +1,6 @@
-"""What a node notes beside a set's data: whose it is, when it was last used, whether it was pinned when last heard.
+"""Facts about a set that say nothing of its numbers: model and corpus names, last use, pins, and the registry's wishes.
 
-These files say nothing of the numbers; a set without them is whole.
+They lie in small files beside the set's data. A set without them is whole.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from headrace_log import retention
 from headrace_log.errors import DiskFull
 from headrace_log.files import write_atomically
 from headrace_log.holding import HOLD_NAME
-from headrace_log.index import SegmentIndex
-from headrace_log.manifest import Manifest
 
 NOTES_NAME = "node.json"
 LAST_USED_NAME = HOLD_NAME
@@ -36,21 +32,25 @@ class SetNotes:
 
     @classmethod
     def load(cls, folder: Path) -> SetNotes:
-        """Reads them; without notes, a set was last used when its manifest was written."""
+        """Reads the notes; a set that was never used counts as last used when its manifest was written."""
         known: dict[str, object] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             known = dict(json.loads((folder / NOTES_NAME).read_bytes()))
-        return cls(**{**known, "last_used": _last_used(folder)})  # type: ignore[arg-type]
+        last_used = 0.0
+        for name in ("manifest.json", LAST_USED_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                last_used = (folder / name).stat().st_mtime
+        return cls(**{**known, "last_used": last_used})  # type: ignore[arg-type]
 
     def save(self, folder: Path) -> None:
-        """Writes all but the last use. On a full disk the old notes stay."""
+        """Writes everything but the last use. On a full disk the old notes stay."""
         with contextlib.suppress(DiskFull, FileNotFoundError):
             fields = {name: value for name, value in asdict(self).items() if name != "last_used"}
             write_atomically(folder / NOTES_NAME, json.dumps(fields).encode() + b"\n")
 
 
 def note_use(folder: Path, now: float | None = None) -> None:
-    """Notes that the set is used now: the time of an empty file, which also a full disk can take."""
+    """Notes that the set is used now. The note is the time of an empty file, which a full disk can take too."""
     path = folder / LAST_USED_NAME
     at = time.time() if now is None else now
     with contextlib.suppress(OSError):
@@ -59,32 +59,25 @@ def note_use(folder: Path, now: float | None = None) -> None:
             os.utime(path, (at, at))
 
 
-def _last_used(folder: Path) -> float:
-    for name in (LAST_USED_NAME, "manifest.json"):
-        with contextlib.suppress(FileNotFoundError):
-            return (folder / name).stat().st_mtime
-    return 0.0
-
-
-MAX_HOLDERS = 20
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetOrders:
-    """What the registry wants of a set. `pinned_until` is a Unix time; None: for ever."""
+    """What the registry wants of a set. `pinned_until` is a Unix time; None: a pin without end."""
 
     pinned: bool = False
     pinned_until: float | None = None
     delete: bool = False
 
     def pinned_at(self, now: float) -> bool:
-        """True while it must not be evicted, as far as was heard."""
+        """True while the set must not be evicted, as far as this node knows."""
         return self.pinned and (self.pinned_until is None or now < self.pinned_until)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldSet:
-    """One set on this node; `n_rows` counts the rows that all columns have, `size_bytes` what it takes on disk."""
+    """A set on this node as the registry is told of it.
+
+    `n_rows` counts the rows that all columns have; `size_bytes` are the bytes of all its files.
+    """
 
     id: str
     model_id: str
@@ -101,32 +94,5 @@ class HeldSet:
 
     @classmethod
     def gone(cls, set_id: str, folder: Path) -> HeldSet:
-        """A set that is here no more."""
+        """A set that this node does not have any more."""
         return cls(id=set_id, model_id="", corpus_id="", columns=(), retention="RETAIN", path=str(folder), deleted=True)
-
-    @classmethod
-    def at(cls, folder: Path, *, set_id: str, n_rows: int = 0, holders: Sequence[str] = ()) -> HeldSet:
-        """Reads the set in a folder. Raises the log's errors if it can't be read.
-
-        `n_rows` are rows that all columns have although they are not sealed yet.
-        """
-        try:
-            manifest = Manifest.load(folder)
-        except FileNotFoundError:
-            return cls.gone(set_id, folder)
-        notes = SetNotes.load(folder)
-        columns = tuple(column.name for column in manifest.columns)
-        n_rows = max(n_rows, SegmentIndex.load(folder).n_rows(columns))
-        return cls(
-            id=manifest.set_id,
-            model_id=notes.model_id,
-            corpus_id=notes.corpus_id,
-            columns=columns,
-            retention=manifest.retention.upper(),
-            path=str(folder),
-            n_rows=n_rows,
-            size_bytes=retention.size_bytes(folder),
-            complete=manifest.complete and n_rows == manifest.total_rows,
-            last_used=notes.last_used or time.time(),
-            holders=tuple(holders)[:MAX_HOLDERS],
-        )

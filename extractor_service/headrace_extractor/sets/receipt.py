@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from headrace_log.errors import LogError
 from headrace_log.manifest import Manifest
 
 
@@ -45,11 +43,3 @@ def receipt_of(manifest: Manifest, columns: Sequence[str]) -> ParityReceipt | No
             for name, entry in entries.items()
         ),
     )
-
-
-def read_receipt(folder: Path, columns: Sequence[str]) -> ParityReceipt | None:
-    """The receipt as the set's folder has it; None if it has none, or is gone."""
-    try:
-        return receipt_of(Manifest.load(folder), columns)
-    except (FileNotFoundError, LogError):
-        return None

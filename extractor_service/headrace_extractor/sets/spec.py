@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace_extractor.corpora.recipe import Recipe
+from headrace_extractor.sets.activation_set import Kind
 from headrace_log.layout import PROVENANCE, Dtype, scale_column
 
 _ORIGINS = tuple(column.name for column in PROVENANCE)
@@ -14,16 +15,14 @@ _ORIGINS = tuple(column.name for column in PROVENANCE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long rows stay; `window_bytes` and `reader_grace_s` are for `window`."""
+    """How long rows stay; `window_bytes` and `reader_grace_s` are for WINDOW sets."""
 
-    kind: str = "retain"
+    kind: Kind = Kind.RETAIN
     window_bytes: int = 256 * 1024 * 1024
     reader_grace_s: float = 60.0
 
-    @property
-    def is_window(self) -> bool:
-        """True when the forward pass waits for readers."""
-        return self.kind == "window"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))  # Records spell it as a string.
 
     def to_json(self) -> dict[str, Any]:
         """Inverse of the constructor."""
@@ -44,7 +43,7 @@ class ExtractionSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of its rows: provenance, then its hookpoints, and behind an 8-bit one its scales."""
+        """Names of the columns: provenance, then the hookpoints, each 8-bit one followed by its scales."""
         if Dtype(self.recipe.storage_dtype).itemsize > 1:
             return (*_ORIGINS, *self.hookpoints)
         return (*_ORIGINS, *(name for point in self.hookpoints for name in (point, scale_column(point))))

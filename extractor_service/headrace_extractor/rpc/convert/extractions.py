@@ -35,6 +35,7 @@ from headrace_extractor.rpc.convert.recipes import (
     window_from_pb,
     window_to_pb,
 )
+from headrace_extractor.sets.activation_set import Kind
 from headrace_extractor.sets.spec import ExtractionSpec, Retention
 from headrace_log.layout import ColumnSpec, Dtype
 
@@ -128,7 +129,7 @@ def retention_from_pb(message: extraction_pb2.Retention) -> Retention:
     """Zero and unspecified take the contract's defaults."""
     defaults = Retention()
     return Retention(
-        kind="window" if message.kind == extraction_pb2.RETENTION_KIND_WINDOW else "retain",
+        kind=Kind.WINDOW if message.kind == extraction_pb2.RETENTION_KIND_WINDOW else Kind.RETAIN,
         window_bytes=message.window_bytes or defaults.window_bytes,
         reader_grace_s=message.reader_grace_s or defaults.reader_grace_s,
     )
@@ -136,9 +137,8 @@ def retention_from_pb(message: extraction_pb2.Retention) -> Retention:
 
 def retention_to_pb(retention: Retention) -> extraction_pb2.Retention:
     """Every field filled in."""
-    kinds = extraction_pb2.RETENTION_KIND_WINDOW, extraction_pb2.RETENTION_KIND_RETAIN
     return extraction_pb2.Retention(
-        kind=kinds[0] if retention.is_window else kinds[1],
+        kind=extraction_pb2.RetentionKind.Value(f"RETENTION_KIND_{retention.kind.upper()}"),
         window_bytes=retention.window_bytes,
         reader_grace_s=retention.reader_grace_s,
     )

@@ -43,8 +43,8 @@ def stream_request_from_pb(message: pb.StreamActivationsRequest) -> StreamReques
     )
 
 
-def header_to_bytes(job: ExtractionJob, stream: RowStream, nonce: str) -> bytes:
-    """The first message of a stream, serialized; without a nonce rows go inline."""
+def header_to_bytes(job: ExtractionJob, stream: RowStream) -> bytes:
+    """The first message of a stream, serialized."""
     header = pb.StreamHeader(
         set_id=job.value.set_id,
         columns=[convert.column_to_pb(column) for column in stream.set_reader.columns],
@@ -52,8 +52,8 @@ def header_to_bytes(job: ExtractionJob, stream: RowStream, nonce: str) -> bytes:
         end_row=stream.end_row,
         reader=stream.name,
         path=str(job.folder),
-        transport=pb.TRANSPORT_MAPPED if nonce else pb.TRANSPORT_INLINE,
-        nonce=nonce,
+        transport=pb.TRANSPORT_MAPPED if stream.nonce else pb.TRANSPORT_INLINE,
+        nonce=stream.nonce,
         block_rows=stream.block_rows,
         statistics=statistics_to_pb(job.folder, stream.set_reader.columns),
     )

@@ -1,0 +1,182 @@
+"""An activation set on this node: its folder, what the files in it say, and the extractions that use it.
+
+Manifest and index are read here and nowhere else in the server, and remembered until they change on disk: a runner
+appends to them, and an evicted set may be computed anew in the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from headrace_extractor.sets.notes import HeldSet, SetNotes, note_use
+from headrace_extractor.sets.receipt import ParityReceipt, receipt_of
+from headrace_log import retention
+from headrace_log.errors import LogError
+from headrace_log.files import write_atomically
+from headrace_log.finite import non_finite
+from headrace_log.index import SegmentIndex, dropped_rows
+from headrace_log.layout import ColumnSpec
+from headrace_log.manifest import FILE_NAME as MANIFEST_NAME
+from headrace_log.manifest import Manifest
+
+NONCE_NAME = "nonce"
+MAX_HOLDERS = 20
+
+
+class Kind(StrEnum):
+    """How long a set keeps its rows; the values are those of the manifest."""
+
+    RETAIN = "retain"
+    WINDOW = "window"
+
+
+class User(Protocol):
+    """An extraction, as the set that it writes and reads sees it."""
+
+    @property
+    def holds_set(self) -> bool:
+        """True while the set must stay on disk for it."""
+
+    @property
+    def holder_names(self) -> Sequence[str]:
+        """Names under which it and its readers hold the set now."""
+
+
+class ActivationSet:
+    """One set on this node. `ActivationSets` makes them, one object for each folder that is in use."""
+
+    def __init__(self, set_id: str, folder: Path, kind: Kind) -> None:
+        self.id = set_id
+        self.folder = folder
+        self.kind = kind
+        self.users: list[User] = []
+        self._seen: tuple[int, int, int] | None = None  # Inode, time and size of the manifest that was read.
+        self._manifest: Manifest | None = None
+        self._index = SegmentIndex()
+        self._nonce = ""
+
+    @property
+    def is_window(self) -> bool:
+        """True if the set keeps a bounded number of bytes, and the forward pass waits for its readers."""
+        return self.kind is Kind.WINDOW
+
+    @property
+    def exists(self) -> bool:
+        """True if the set is on disk."""
+        return (self.folder / MANIFEST_NAME).exists()
+
+    @property
+    def held(self) -> bool:
+        """True while an extraction or a reader of this server needs the set; other processes hold a lock instead."""
+        return any(user.holds_set for user in self.users)
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Names of the readers and extractions that hold the set now."""
+        return tuple(name for user in self.users for name in user.holder_names)
+
+    def manifest(self) -> Manifest:
+        """The manifest as it is on disk. Raises FileNotFoundError without a set, SetCorrupt if it can't be read."""
+        stat = (self.folder / MANIFEST_NAME).stat()
+        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if self._manifest is None or seen != self._seen:
+            # The index starts anew too: it may be that of another set in the same folder, made after an eviction.
+            self._manifest, self._index, self._seen = Manifest.load(self.folder), SegmentIndex(), seen
+        return self._manifest
+
+    def index(self) -> SegmentIndex:
+        """The sealed segments as of now; empty if there is no set."""
+        try:
+            self.manifest()
+        except FileNotFoundError:
+            return SegmentIndex()
+        self._index = index = self._index.refreshed(self.folder)
+        return index
+
+    def n_rows(self, columns: Sequence[str]) -> int:
+        """Rows that are sealed in every one of `columns`."""
+        return self.index().n_rows(columns)
+
+    def has_all_rows(self, columns: Sequence[str]) -> bool:
+        """True if the set's extent is known and all its rows are sealed in every one of `columns`."""
+        return self.exists and self.manifest().total_rows == self.n_rows(columns)
+
+    def n_non_finite(self, columns: Sequence[str], end_row: int) -> Mapping[str, int]:
+        """NaN and infinite values of the rows before `end_row`, by column; columns without any are left out."""
+        return non_finite(self.folder, self.index(), columns, end_row)
+
+    def first_kept_row(self) -> int:
+        """The first row that was not dropped; not 0 only in a WINDOW set."""
+        return dropped_rows(self.folder)
+
+    def drop_before(self, row: int) -> int:
+        """Removes the sealed segments that end at or before `row`; returns the first row kept."""
+        return retention.drop_before(self.folder, row, self.index())
+
+    def receipt(self, columns: Sequence[str]) -> ParityReceipt | None:
+        """The parity receipt of these columns; None if they have none, or the set is gone."""
+        with contextlib.suppress(FileNotFoundError, LogError):
+            return receipt_of(self.manifest(), columns)
+        return None
+
+    def create(self, manifest: Manifest, *, model_id: str, corpus_id: str) -> None:
+        """Writes the set's first files. Raises DiskFull."""
+        manifest.save(self.folder)
+        SetNotes(model_id=model_id, corpus_id=corpus_id).save(self.folder)
+
+    def add_columns(self, columns: Sequence[ColumnSpec]) -> None:
+        """Adds the columns that the set lacks to its manifest. Raises DiskFull."""
+        Manifest.update(self.folder, lambda known: known.with_columns(columns))
+
+    def delete(self) -> None:
+        """Removes the set from disk."""
+        retention.delete_set(self.folder)
+
+    def note_use(self) -> None:
+        """Notes that the set is used now, for eviction by least recent use."""
+        note_use(self.folder)
+
+    def nonce(self) -> str:
+        """A random word in a file that every process may read: a client that knows it sees the same folder.
+
+        It is written anew if the file is gone. Raises OSError or DiskFull if it can't be.
+        """
+        path = self.folder / NONCE_NAME
+        with contextlib.suppress(FileNotFoundError):
+            if self._nonce and path.read_text("ascii") == self._nonce:
+                return self._nonce
+        self._nonce = secrets.token_hex(16)
+        write_atomically(path, self._nonce.encode())
+        return self._nonce
+
+    def report(self, *, n_rows: int = 0, holders: Sequence[str] = ()) -> HeldSet:
+        """The set as the registry is told of it. Raises the log's errors if its files can't be read.
+
+        `n_rows` are rows that all columns have although they are not sealed yet.
+        """
+        try:
+            manifest = self.manifest()
+        except FileNotFoundError:
+            return HeldSet.gone(self.id, self.folder)
+        notes = SetNotes.load(self.folder)
+        columns = tuple(column.name for column in manifest.columns)
+        n_rows = max(n_rows, self.n_rows(columns))
+        return HeldSet(
+            id=self.id,
+            model_id=notes.model_id,
+            corpus_id=notes.corpus_id,
+            columns=columns,
+            retention=self.kind.upper(),
+            path=str(self.folder),
+            n_rows=n_rows,
+            size_bytes=retention.size_bytes(self.folder),
+            complete=manifest.complete and n_rows == manifest.total_rows,
+            last_used=notes.last_used or time.time(),
+            holders=tuple(holders)[:MAX_HOLDERS],
+        )

@@ -1,0 +1,63 @@
+"""The activation sets of this node: where their folders are.
+
+A RETAIN set lies in `<activations>/<set id>`. A WINDOW set belongs to one extraction and lies in
+`<activations>/.windows/<extraction id>`: two extractions may ask for windows of the same set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from headrace_extractor.sets.activation_set import ActivationSet, Kind
+
+TRASH_NAME = ".trash"
+WINDOWS_NAME = ".windows"
+# Folders of any other name are not the extractor's to remove.
+_SET_NAME = re.compile(r"[0-9a-f]{32}")
+
+
+class ActivationSets:
+    """Finds the sets below one folder. A set's object lives as long as an extraction refers to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._in_use: WeakValueDictionary[Path, ActivationSet] = WeakValueDictionary()
+
+    @property
+    def trash(self) -> Path:
+        """Where removed sets lie until their files are gone."""
+        return self.folder / TRASH_NAME
+
+    def create_folders(self) -> None:
+        """Makes the folders that sets are put in; a disk that has filled up has no space for them any more."""
+        for each in (self.folder, self.trash, self.folder / WINDOWS_NAME):
+            each.mkdir(parents=True, exist_ok=True)
+
+    def retained(self, set_id: str) -> ActivationSet:
+        """The RETAIN set with this id, whether it is on disk or not."""
+        return self._at(self.folder / set_id, set_id, Kind.RETAIN)
+
+    def window(self, set_id: str, extraction_id: str) -> ActivationSet:
+        """The WINDOW set of an extraction."""
+        return self._at(self.folder / WINDOWS_NAME / extraction_id, set_id, Kind.WINDOW)
+
+    def held_folders(self) -> set[Path]:
+        """Folders of the sets that extractions and readers of this server need."""
+        return {each.folder for each in list(self._in_use.values()) if each.held}
+
+    def retained_folders(self) -> Collection[Path]:
+        """Folders of the RETAIN sets on disk."""
+        return [path for path in self.folder.iterdir() if _SET_NAME.fullmatch(path.name) and path.is_dir()]
+
+    def window_folders(self) -> Collection[Path]:
+        """Folders of the WINDOW sets on disk."""
+        return [path for path in (self.folder / WINDOWS_NAME).iterdir() if path.is_dir()]
+
+    def _at(self, folder: Path, set_id: str, kind: Kind) -> ActivationSet:
+        found = self._in_use.get(folder)
+        if found is None:
+            found = self._in_use[folder] = ActivationSet(set_id, folder, kind)
+        return found
