@@ -1,4 +1,4 @@
-"""Who may talk to a server, and where it may listen."""
+"""Which callers a server answers, and on which addresses it may listen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from headrace_chassis.errors import AddressInvalid, ListenRefused, TlsFileInvalid, TokenFileInvalid, TokenInvalid
 
@@ -23,7 +24,7 @@ class Tls:
 
 
 class TokenGate:
-    """Lets RPCs through that carry the token; with no token, all of them."""
+    """Admits RPCs that carry the token; without a token, admits every RPC."""
 
     def __init__(self, token: str | None) -> None:
         self._expected = token.encode() if token is not None else None
@@ -34,7 +35,7 @@ class TokenGate:
             return
         given = next((value for key, value in metadata if key == "authorization"), b"")
         scheme, _, token = (given.encode() if isinstance(given, str) else given).partition(b" ")
-        matches = hmac.compare_digest(token.strip(), self._expected)
+        matches = hmac.compare_digest(token.strip(), self._expected)  # Its duration tells nothing about the token.
         if not matches or scheme.lower() != b"bearer":
             raise TokenInvalid
 
@@ -55,18 +56,18 @@ def read_token(path: Path) -> str:
 
 def read_tls(cert_path: Path, key_path: Path) -> Tls:
     """Reads certificate chain and key, and checks that they belong together."""
+
+    def refuse_to_ask() -> NoReturn:  # Without it OpenSSL asks for the password on the terminal.
+        raise ValueError("the key is encrypted")
+
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_path, key_path, password=_no_password)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_path, key_path, password=refuse_to_ask)
         return Tls(cert=cert_path.read_bytes(), key=key_path.read_bytes())
     except (OSError, ValueError) as exc:  # SSLError is an OSError.
         raise TlsFileInvalid(
             f"Can't use certificate {cert_path} with key {key_path} ({exc}); --tls-cert takes a PEM chain, "
             "--tls-key its unencrypted PEM key."
         ) from exc
-
-
-def _no_password() -> bytes:
-    raise ValueError("the key is encrypted")
 
 
 def require_safe(listen: str, *, protected: bool, insecure: bool, flag: str = "--listen") -> None:
@@ -80,7 +81,7 @@ def require_safe(listen: str, *, protected: bool, insecure: bool, flag: str = "-
 
 
 def is_loopback(listen: str) -> bool:
-    """True for Unix sockets, `localhost`, 127.0.0.0/8 and ::1. Other names are not looked up and count as remote."""
+    """True for Unix sockets, `localhost`, 127.0.0.0/8 and ::1. Other host names count as remote; none is looked up."""
     if is_unix(listen):
         return True
     host, _ = split_address(listen)

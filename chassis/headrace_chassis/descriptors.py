@@ -1,4 +1,4 @@
-"""How many files a server may have open."""
+"""The limit of open files of a server's process."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ logger = logging.getLogger(__name__)
 
 
 def raise_limit() -> None:
-    """Lets this process, and those it starts, open as many files as they may; logs how many that is.
+    """Raises the soft limit of open files to the hard one, also for child processes; logs it.
 
-    The usual limit is kept low for programs that use select(). A mapped segment holds a descriptor of its own: a reader
-    of many columns in shuffled order has hundreds.
+    The usual soft limit is low for the sake of programs that use select(). Each mapped segment holds a descriptor, and
+    a reader of many columns in shuffled order maps hundreds.
     """
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (ValueError, OSError) as exc:  # "No limit" can be more than a kernel gives one process.
+    except (ValueError, OSError) as exc:  # A hard limit of "unlimited" can exceed the kernel's own limit.
         logger.warning("the limit of open files stays: %s", exc)
     now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     logger.info("limit of open files", extra={"fields": {"max_files": now, "max_files_before": before}})

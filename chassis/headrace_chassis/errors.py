@@ -7,8 +7,8 @@
     ├── AddressInvalid, ListenRefused, ListenFailed
     └── TokenFileInvalid, TlsFileInvalid, ReadyFileInvalid
 
-A subclass names the situation; a table in the service's `rpc/status.py` gives it a canonical code and a reason. What
-has no row in the table is a bug and leaves as INTERNAL.
+A subclass names the situation; a table in the service's `rpc/status.py` gives it a canonical code and a reason. An
+exception without a row in the table is a bug and leaves as INTERNAL.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Mapping
 class ServiceError(Exception):
     """An expected failure.
 
-    `message` is one sentence that names the remedy; everything dynamic in it is in `metadata` too. `retry_after_s` says
-    when trying again may help; `field` names the request field at fault; `resource` is (type, name).
+    `message` is one sentence that names the remedy; its variable parts are in `metadata` too. `retry_after_s` tells
+    after how many seconds a retry may help; `field` names the request field at fault; `resource` is (type, name).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TokenInvalid(ServiceError):
 
 
 class TooManyStreams(ServiceError):
-    """The server has all the streams open that it allows."""
+    """As many streams are open as the server allows."""
 
     def __init__(self, max_streams: int) -> None:
         super().__init__(
@@ -69,7 +69,7 @@ class TooManyStreams(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The server has all the calls in progress that it allows."""
+    """As many calls are in progress as the server allows."""
 
     def __init__(self, max_concurrent_rpcs: int) -> None:
         super().__init__(
@@ -90,7 +90,7 @@ class MessageTooLarge(ServiceError):
 
 
 class RequestMalformed(ServiceError):
-    """A request message is not the protobuf message its method takes."""
+    """The request bytes are not the protobuf message that the method takes."""
 
     def __init__(self, method: str) -> None:
         super().__init__(
@@ -100,7 +100,7 @@ class RequestMalformed(ServiceError):
 
 
 class MethodUnknown(ServiceError):
-    """This server has no such method, or its servicer leaves it out."""
+    """This server has no such method, or its servicer does not implement it."""
 
     def __init__(self, method: str) -> None:
         super().__init__(

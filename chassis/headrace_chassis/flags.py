@@ -1,11 +1,11 @@
-"""The flags both servers share."""
+"""The command-line flags that both servers share."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from headrace_chassis.auth import Tls, read_tls, read_token
+from headrace_chassis.auth import read_tls, read_token
 from headrace_chassis.errors import TlsFileInvalid
 from headrace_chassis.logs import LEVELS
 from headrace_chassis.options import ServerOptions
@@ -28,23 +28,17 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def options_from(args: argparse.Namespace) -> ServerOptions:
     """Makes the options from parsed flags, `args.listen` included; reads token and TLS files. Raises StartError."""
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise TlsFileInvalid("TLS takes both --tls-cert and --tls-key; only one is given.")
     return ServerOptions(
         listen=args.listen,
         grace_s=args.grace_s,
         token=read_token(args.token_file) if args.token_file else None,
-        tls=_tls_from(args.tls_cert, args.tls_key),
+        tls=read_tls(args.tls_cert, args.tls_key) if args.tls_cert else None,
         insecure=args.insecure,
         metrics_listen=args.metrics_listen,
         ready_file=args.ready_file,
     )
-
-
-def _tls_from(cert: Path | None, key: Path | None) -> Tls | None:
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        raise TlsFileInvalid("TLS takes both --tls-cert and --tls-key; only one is given.")
-    return read_tls(cert, key)
 
 
 def _grace(text: str) -> float:

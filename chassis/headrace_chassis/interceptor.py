@@ -1,8 +1,8 @@
-"""The one interceptor of a server: what comes in is checked, then runs as an `Rpc`.
+"""The one interceptor of a server: checks each incoming call, then runs it as an `Rpc`.
 
 Authentication is decided on the headers, before any message is read. Handlers may be async generators or coroutines
-that call `context.write`; either way they run as a coroutine that owns the generator, so that a client's disappearance
-closes it at once instead of when it is collected. Response messages, raw bytes included, are passed on untouched.
+that call `context.write`. Both run inside a coroutine that owns the generator: when the client disappears, the
+generator is closed at once, not when it is collected. Response messages, raw bytes included, are passed on untouched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,12 +26,12 @@ from headrace_chassis.rpc import REQUEST_ID_KEY, Context, Rpc, RpcRunner
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], "Awaitable[Handler | None]"]
 
-# grpc ends a request stream in the same way whether the client closed it, broke off or sent too much; in the latter
-# cases the cancellation follows some loop iterations later. Waiting for it keeps a torn upload from looking whole.
+# grpc ends a request stream in the same way whether the client closed it, broke off or sent too much. In the last two
+# cases a cancellation follows some loop iterations later; waiting for it keeps a torn upload from looking whole.
 _END_OF_REQUESTS_S = 0.05
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_MAX_METHOD_CHARACTERS = 200
+_MAX_METHOD_CHARACTERS = 200  # The client chose the name, and it goes into a log line.
 
 
 class ChassisInterceptor(grpc.aio.ServerInterceptor):
@@ -55,10 +55,19 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler:
-        """Returns the method's handler as an Rpc, or one that refuses without reading a message."""
+        """Returns a handler that runs the method as an Rpc, or one that refuses it without reading a message."""
         handler = await continuation(handler_call_details)
-        metadata = tuple(handler_call_details.invocation_metadata)
-        rpc = self._rpc(handler_call_details.method, metadata, handler)
+        method, metadata = handler_call_details.method, tuple(handler_call_details.invocation_metadata)
+        given = next((value for key, value in metadata if key == REQUEST_ID_KEY), "")
+        usable = isinstance(given, str) and _REQUEST_ID.fullmatch(given)
+        rpc = Rpc(
+            method=method[:_MAX_METHOD_CHARACTERS],
+            known=handler is not None,
+            streaming=handler is not None and (handler.request_streaming or handler.response_streaming),
+            service=method.strip("/").rpartition("/")[0],
+            request_id=str(given) if usable else self._new_request_id(),
+            started_s=self._clock_s(),
+        )
         try:
             if not rpc.is_health:
                 self._gate.check(metadata)
@@ -68,45 +77,38 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
             return self._refusing(rpc, exc)
         return self._running(rpc, handler)
 
-    def _rpc(self, method: str, metadata: tuple[tuple[str, str | bytes], ...], handler: Handler | None) -> Rpc:
-        given = next((value for key, value in metadata if key == REQUEST_ID_KEY), "")
-        usable = isinstance(given, str) and _REQUEST_ID.fullmatch(given)
-        return Rpc(
-            method=method[:_MAX_METHOD_CHARACTERS],
-            known=handler is not None,
-            streaming=handler is not None and (handler.request_streaming or handler.response_streaming),
-            service=method.strip("/").rpartition("/")[0],
-            request_id=str(given) if usable else self._new_request_id(),
-            started_s=self._clock_s(),
-        )
-
     def _refusing(self, rpc: Rpc, exc: ServiceError) -> Handler:
         async def refuse() -> None:
             raise exc
 
         async def behave(_requests: AsyncIterator[Any], context: Context) -> None:
-            rpc.streaming = False
+            rpc.streaming = False  # A refused call takes no place among the streams.
             await self._runner.run(rpc, context, refuse)
 
-        # Streaming in both directions fits every method: nothing is read, and the status is all that is sent.
+        # A handler that streams in both directions fits every method: it reads no message and sends only the status.
         return grpc.stream_stream_rpc_method_handler(behave)
 
     def _running(self, rpc: Rpc, handler: Handler) -> Handler:
-        behaviour = _behaviour_of(handler)
-        serve = _answer_many if handler.response_streaming else _answer_one
+        kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        behaviour: Any = next(kind for kind in kinds if kind is not None)  # grpc's stubs know synchronous ones only.
 
         async def on_request(request: Any, context: Context) -> Any:
             async def body() -> Any:
                 if isinstance(request, _Unreadable):
                     raise request.error
-                return await serve(behaviour, request, context)
+                return await _answer(behaviour(request, context), context)
 
             return await self._runner.run(rpc, context, body)
 
         async def on_requests(requests: AsyncIterator[Any], context: Context) -> Any:
+            async def until_certain_end() -> AsyncGenerator[Any, None]:
+                async for request in requests:
+                    yield request
+                await asyncio.sleep(_END_OF_REQUESTS_S)
+
             async def body() -> Any:
-                async with aclosing(_until_certain_end(requests)) as certain:
-                    return await serve(behaviour, certain, context)
+                async with aclosing(until_certain_end()) as certain:
+                    return await _answer(behaviour(certain, context), context)
 
             return await self._runner.run(rpc, context, body)
 
@@ -116,9 +118,10 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
         return make(chosen, read, handler.response_serializer)
 
     def _reader(self, method: str, handler: Handler) -> Callable[[bytes], Any]:
-        """Returns a deserializer that checks first.
+        """Returns a deserializer that checks size and content.
 
-        For a unary request, which grpc reads before `run` could map an error, it returns the error instead of raising.
+        The one for unary requests returns an error instead of raising it: grpc reads such a request before
+        `RpcRunner.run` begins, which maps errors to statuses.
         """
         limit, deserialize = self._max_receive_bytes, handler.request_deserializer
 
@@ -154,27 +157,11 @@ _MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
 }
 
 
-def _behaviour_of(handler: Handler) -> Callable[[Any, Context], Any]:
-    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-    return cast("Callable[[Any, Context], Any]", next(kind for kind in kinds if kind is not None))
-
-
-async def _answer_one(behaviour: Callable[[Any, Context], Any], request: Any, context: Context) -> Any:
-    return await behaviour(request, context)
-
-
-async def _answer_many(behaviour: Callable[[Any, Context], Any], request: Any, context: Context) -> None:
-    """Sends what an async generator yields; a coroutine writes for itself."""
-    answer = behaviour(request, context)
+async def _answer(answer: Any, context: Context) -> Any:
+    """Sends the messages of an async generator; returns the result of a coroutine, which may write by itself."""
     if not isinstance(answer, AsyncGenerator):
-        await answer
-        return
+        return await answer
     async with aclosing(answer) as messages:
         async for message in messages:
             await context.write(message)
-
-
-async def _until_certain_end(requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    async for request in requests:
-        yield request
-    await asyncio.sleep(_END_OF_REQUESTS_S)
+    return None

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line; inside an RPC each line carries its request id."""
+"""Logs: one JSON object a line; each line written inside an RPC carries the request id."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object; `extra={"fields": {...}}` adds keys."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the line without its end."""
+        """Returns the line without a newline."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False when grpc reports that the answer to a client that has gone could not be sent."""
+    """False for grpc's report that it could not send an answer because the client is gone: that is no fault."""
     return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
 
 
@@ -49,13 +49,13 @@ def configure(level: str, stream: TextIO) -> None:
         raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
-    # What the lines don't show is not looked up.
+    # Python looks these three up for every record; no line shows them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(capture=True)
-    # grpc reports every cancelled call and every event loop it meets at debug level.
+    # At debug level grpc reports every cancelled call and every event loop.
     logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     logging.getLogger("asyncio").setLevel(max(root.level, logging.INFO))

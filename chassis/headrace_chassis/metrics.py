@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from headrace_chassis.auth import split_address
 from headrace_chassis.errors import ListenFailed
 
-# From a read of one row to a stream of hours.
+# From the read of one row (1 ms) to a stream of hours.
 _BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0, 7200.0)
 
 
 class Metrics:
-    """What a server counts. Services register their own collectors in `registry`."""
+    """The metrics of one server. A service registers its own collectors in `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -51,7 +51,7 @@ class Metrics:
             gauge.dec()
 
     def sent(self, method: str, n_bytes: int, n_rows: int = 0) -> None:
-        """Counts payload sent by `method`, the full name as in `/package.Service/Method`."""
+        """Counts payload sent by `method`, a full name such as `/package.Service/Method`."""
         self._bytes.labels(method).inc(n_bytes)
         self._rows.labels(method).inc(n_rows)
 
@@ -68,7 +68,7 @@ class Metrics:
         return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
 
     def close(self) -> None:
-        """Stops serving; again is no error."""
+        """Stops serving; a second call is no error."""
         if self._http is None:
             return
         (server, thread), self._http = self._http, None

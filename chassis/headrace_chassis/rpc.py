@@ -34,7 +34,7 @@ class Rpc:
     """One RPC from its headers to its status."""
 
     method: str  # As in `/package.Service/Method`.
-    known: bool
+    known: bool  # False for a method that the server does not have: its name must not become a metric's label.
     streaming: bool
     service: str
     request_id: str
@@ -44,7 +44,7 @@ class Rpc:
     reason: str = ""
     bug: BaseException | None = None
     task: asyncio.Task[Any] | None = field(default=None, repr=False)
-    cut: bool = False  # Its cancellation is ours: the server goes away.
+    cut: bool = False  # The server, not the client, cancelled it, because the server goes away.
 
     @property
     def is_health(self) -> bool:
@@ -53,20 +53,20 @@ class Rpc:
 
     @property
     def is_infrastructure(self) -> bool:
-        """True for streams that would never end by themselves: nobody waits for them in a drain."""
+        """True for streams that never end by themselves: a drain does not wait for them."""
         return self.is_health or self.service.startswith("grpc.reflection.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much may go on at once."""
+    """How many calls may be in progress at once, and how many of them may be streams."""
 
     max_rpcs: int
     max_streams: int
 
 
 class RpcRunner:
-    """Runs the bodies of RPCs; whatever they raise leaves as one status with one reason."""
+    """Runs the bodies of RPCs; every exception leaves as one status with one reason."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class RpcRunner:
         self._active: set[Rpc] = set()
 
     async def run(self, rpc: Rpc, context: Context, body: Callable[[], Awaitable[T]]) -> T:
-        """Awaits `body()` as the work of `rpc`. Cancellation passes through, everything else is mapped."""
+        """Awaits `body()` as the work of `rpc`. A client's cancellation passes through; other exceptions are mapped."""
         current_request_id.set(rpc.request_id)
         rpc.peer, rpc.task = unquote(context.peer()), asyncio.current_task()
         context.set_trailing_metadata(((REQUEST_ID_KEY, rpc.request_id),))
@@ -94,7 +94,9 @@ class RpcRunner:
                 return await body()
         except asyncio.CancelledError:
             if not rpc.cut or rpc.task is None:
-                rpc.code = _cancelled_code(context)
+                remaining_s = context.time_remaining()
+                expired = remaining_s is not None and remaining_s <= 0
+                rpc.code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
                 raise
             rpc.task.uncancel()
             await self._abort(rpc, context, ShuttingDown())
@@ -106,7 +108,20 @@ class RpcRunner:
         except Exception as exc:  # noqa: BLE001 - the wall of the process: every error becomes a status here
             await self._abort(rpc, context, exc)
         finally:
-            self._finish(rpc)
+            seconds = self._clock_s() - rpc.started_s
+            self._metrics.rpc_finished(rpc.method if rpc.known else "unknown", rpc.code.name, seconds)
+            level = logging.ERROR if rpc.bug is not None else logging.INFO
+            if rpc.is_health and rpc.code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+                level = logging.DEBUG
+            fields = {
+                "method": rpc.method,
+                "code": rpc.code.name,
+                "reason": rpc.reason,
+                "duration_ms": round(seconds * 1000, 3),
+                "peer": rpc.peer,
+                "request_id": rpc.request_id,
+            }
+            _LOG.log(level, "rpc", extra={"fields": fields}, exc_info=rpc.bug)
 
     def cut(self, *, infrastructure_only: bool) -> None:
         """Ends RPCs in progress with SHUTTING_DOWN."""
@@ -119,7 +134,12 @@ class RpcRunner:
     def _admitted(self, rpc: Rpc) -> Iterator[None]:
         """Counts an RPC as active for the time of a `with` block, or refuses it."""
         if not rpc.is_health:
-            self._require_room(rpc)
+            self._shutdown.check()
+            if len(self._active) >= self._limits.max_rpcs:
+                raise Overloaded(self._limits.max_rpcs)
+            n_streams = sum(each.streaming and not each.is_health for each in self._active) if rpc.streaming else 0
+            if n_streams >= self._limits.max_streams:
+                raise TooManyStreams(self._limits.max_streams)
         self._active.add(rpc)
         try:
             if rpc.streaming and rpc.known:
@@ -130,16 +150,8 @@ class RpcRunner:
         finally:
             self._active.discard(rpc)
 
-    def _require_room(self, rpc: Rpc) -> None:
-        self._shutdown.check()
-        if len(self._active) >= self._limits.max_rpcs:
-            raise Overloaded(self._limits.max_rpcs)
-        n_streams = sum(each.streaming and not each.is_health for each in self._active) if rpc.streaming else 0
-        if n_streams >= self._limits.max_streams:
-            raise TooManyStreams(self._limits.max_streams)
-
     async def _abort(self, rpc: Rpc, context: Context, exc: Exception) -> NoReturn:
-        """Sends the status of `exc`; raises what grpc wants to see afterwards."""
+        """Sends the status of `exc`; raises the exception that grpc expects after an abort."""
         if isinstance(exc, NotImplementedError) and _code_of(context) is grpc.StatusCode.UNIMPLEMENTED:
             exc = MethodUnknown(rpc.method)  # A generated servicer's method that was not overridden.
         rich = self._statuses.rich_status(exc, request_id=rpc.request_id)
@@ -152,33 +164,11 @@ class RpcRunner:
         except grpc.aio.InternalError as gone:
             _end_as_cancelled(rpc, gone)
 
-    def _finish(self, rpc: Rpc) -> None:
-        seconds = self._clock_s() - rpc.started_s
-        self._metrics.rpc_finished(rpc.method if rpc.known else "unknown", rpc.code.name, seconds)
-        level = logging.ERROR if rpc.bug is not None else logging.INFO
-        if rpc.is_health and rpc.code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
-            level = logging.DEBUG
-        fields = {
-            "method": rpc.method,
-            "code": rpc.code.name,
-            "reason": rpc.reason,
-            "duration_ms": round(seconds * 1000, 3),
-            "peer": rpc.peer,
-            "request_id": rpc.request_id,
-        }
-        _LOG.log(level, "rpc", extra={"fields": fields}, exc_info=rpc.bug)
-
 
 def _end_as_cancelled(rpc: Rpc, exc: grpc.aio.InternalError) -> NoReturn:
-    """Ends an RPC whose client was gone before grpc noticed: a failed write is a cancellation that came early."""
+    """Ends as cancelled an RPC whose client left: the write failed before grpc reported the cancellation."""
     rpc.code, rpc.reason = grpc.StatusCode.CANCELLED, ""
     raise asyncio.CancelledError from exc
-
-
-def _cancelled_code(context: Context) -> grpc.StatusCode:
-    remaining_s: float | None = context.time_remaining()
-    expired = remaining_s is not None and remaining_s <= 0
-    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 
 def _code_of(context: Context) -> grpc.StatusCode:

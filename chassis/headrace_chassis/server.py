@@ -1,8 +1,8 @@
-"""A gRPC server from its first byte to its last: bind, serve, say goodbye, leave in time.
+"""A gRPC server from start to exit: bind, serve, announce the end, drain, exit within the grace.
 
 SIGTERM → health NOT_SERVING → watches end with SHUTTING_DOWN → calls in progress drain → the rest is cut with
-SHUTTING_DOWN → exit. A second signal exits at once; a process still there after the grace is ended from outside
-the event loop, whatever it is doing.
+SHUTTING_DOWN → exit. A second signal exits at once. A process that still runs after the grace is ended from outside
+the event loop, so that blocked code can't keep it.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from headrace_chassis.status import StatusTable
 
 __all__ = ["Server", "ServerOptions"]
 
-# Part of the grace that is kept for what comes after the drain: cutting, and the service's own cleaning up.
+# Part of the grace kept for the steps after the drain: cutting calls, and the service's own cleaning up.
 _RESERVE_S = 2.0
 _ANNOUNCE_TIMEOUT_S = 1.0
-# Long enough for health watchers to be sent NOT_SERVING before their stream is cut.
+# Long enough to send NOT_SERVING to health watchers before their stream is cut.
 _FAREWELL_S = 0.05
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# Up to this multiple of `max_receive_bytes` an oversized request is read, dropped and answered with MESSAGE_TOO_LARGE;
-# beyond it grpc itself answers RESOURCE_EXHAUSTED, without a reason.
+# Up to this multiple of `max_receive_bytes` the server reads and drops an oversized request and answers
+# MESSAGE_TOO_LARGE; beyond it grpc itself answers RESOURCE_EXHAUSTED, without a reason.
 _TYPED_REFUSAL_FACTOR = 4
-# grpc's own limit, likewise without a reason, is the backstop behind ours.
+# grpc's own limit, likewise without a reason, lies this many calls above ours: it only holds if ours fails.
 _SPARE_RPCS = 100
 
 
 class Server:
-    """Serves what `add_services` registers, with health and reflection, until a signal or the shutdown.
+    """Serves the servicers that `add_services` registers, with health and reflection, until a signal or the shutdown.
 
-    `await start()`, `await wait()`, `await stop()`; all on one event loop, signals only in the main thread.
+    `await start()`, `await wait()`, `await stop()`, all on one event loop. Signals are caught only in the main thread.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Server:
         self.metrics_address = ""
 
     async def start(self) -> None:
-        """Binds and serves; `address` is set. Raises StartError and leaves nothing behind."""
+        """Binds, serves and sets `address`. Raises StartError and then leaves nothing behind."""
         options = self._options
         require_safe(options.listen, protected=options.protected, insecure=options.insecure)
         if options.metrics_listen is not None:
@@ -90,7 +90,22 @@ class Server:
             )
             self.metrics_address = self._metrics.serve(options.metrics_listen)
         try:
-            await self._start_grpc()
+            interceptor = ChassisInterceptor(
+                runner=self._runner, gate=TokenGate(options.token), max_receive_bytes=options.max_receive_bytes
+            )
+            server = grpc.aio.server(
+                interceptors=[interceptor],
+                options=_arguments(options),
+                maximum_concurrent_rpcs=options.max_concurrent_rpcs + _SPARE_RPCS,
+            )
+            self._add_services(server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            self.address = _bind(server, options)
+            self._grpc = server
+            await server.start()
+            for name in ("", *self._names):
+                await self.set_health(name, serving=True)
             if self._signals is not None:
                 self._signals.catch(asyncio.get_running_loop(), self._on_signal)
             self._write_ready_file()
@@ -103,12 +118,20 @@ class Server:
         await self._shutdown.wait()
 
     async def stop(self) -> None:
-        """Drains, cuts what is left and closes; takes less than the grace. Again is no error."""
+        """Drains, cuts the remaining calls and closes, in less than the grace. A second call is no error."""
         reserve_s = min(_RESERVE_S, self._options.grace_s / 2)
+        drain_s, cut_s = self._options.grace_s - reserve_s, reserve_s / 2
         server, self._grpc = self._grpc, None
         await self._announce()
         if server is not None:
-            await self._drain(server, drain_s=self._options.grace_s - reserve_s, cut_s=reserve_s / 2)
+            stopping = asyncio.create_task(server.stop(drain_s + cut_s / 2))
+            await asyncio.wait({stopping}, timeout=min(_FAREWELL_S, drain_s))
+            self._runner.cut(infrastructure_only=True)
+            await asyncio.wait({stopping}, timeout=drain_s)
+            if not stopping.done():
+                self._runner.cut(infrastructure_only=False)
+                await asyncio.wait({stopping}, timeout=cut_s)
+            stopping.cancel()  # By now only a handler that ignores its cancellation is left.
         self._metrics.close()
         if self._signals is not None:
             self._signals.release()
@@ -119,25 +142,6 @@ class Server:
         """Tells health checks whether a service can do its work; the empty name is the server as a whole."""
         states = health_pb2.HealthCheckResponse
         await self._health.set(service, states.SERVING if serving else states.NOT_SERVING)
-
-    async def _start_grpc(self) -> None:
-        options = self._options
-        interceptor = ChassisInterceptor(
-            runner=self._runner, gate=TokenGate(options.token), max_receive_bytes=options.max_receive_bytes
-        )
-        server = grpc.aio.server(
-            interceptors=[interceptor],
-            options=_arguments(options),
-            maximum_concurrent_rpcs=options.max_concurrent_rpcs + _SPARE_RPCS,
-        )
-        self._add_services(server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        self.address = _bind(server, options)
-        self._grpc = server
-        await server.start()
-        for name in ("", *self._names):
-            await self.set_health(name, serving=True)
 
     def _write_ready_file(self) -> None:
         path = self._options.ready_file
@@ -154,24 +158,14 @@ class Server:
         self._announcing = asyncio.get_running_loop().create_task(self._announce())
 
     async def _announce(self) -> None:
-        """Tells health checks first, then everything else, that the server goes away."""
+        """Tells health checks that the server goes away, then begins the shutdown."""
         try:
             async with asyncio.timeout(_ANNOUNCE_TIMEOUT_S):
                 await self._health.enter_graceful_shutdown()
         except TimeoutError:
-            pass  # A health watcher that does not read holds the lock; the others will see the connection end.
+            pass  # A health watcher that does not read holds the lock; other watchers will see the connection end.
         finally:
             self._shutdown.begin()
-
-    async def _drain(self, server: grpc.aio.Server, *, drain_s: float, cut_s: float) -> None:
-        stopping = asyncio.create_task(server.stop(drain_s + cut_s / 2))
-        await asyncio.wait({stopping}, timeout=min(_FAREWELL_S, drain_s))
-        self._runner.cut(infrastructure_only=True)
-        await asyncio.wait({stopping}, timeout=drain_s)
-        if not stopping.done():
-            self._runner.cut(infrastructure_only=False)
-            await asyncio.wait({stopping}, timeout=cut_s)
-        stopping.cancel()  # Only a handler that ignores its cancellation can still be there.
 
 
 class _Signals:
@@ -193,7 +187,7 @@ class _Signals:
         self._previous = {each: signal.signal(each, self._on_signal) for each in _SIGNALS}
 
     def release(self) -> None:
-        """Stops catching, unless a signal has come: a second one shall end a slow exit too."""
+        """Stops catching, unless a signal has come: a second signal must still end a slow exit."""
         previous, self._previous = self._previous, {}
         if self._seen:
             return
@@ -205,7 +199,7 @@ class _Signals:
         if self._seen:
             os._exit(128 + number)
         self._seen = True
-        # A thread of C code, so that neither a blocked loop nor a held GIL can keep the process beyond its grace.
+        # faulthandler's thread is C code: neither a blocked loop nor a held GIL keeps the process beyond its grace.
         faulthandler.dump_traceback_later(self._grace_s, exit=True, file=sys.stderr)
         if self._loop is not None and self._callback is not None:
             self._loop.call_soon_threadsafe(self._callback)
@@ -236,10 +230,10 @@ def _arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
         ("grpc.max_send_message_length", options.max_send_bytes),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms // 3),
-        ("grpc.http2.ping_timeout_ms", keepalive_ms // 3),  # Alone, the line above leaves it at a minute.
+        ("grpc.http2.ping_timeout_ms", keepalive_ms // 3),  # Without this line the timeout stays at a minute.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # No limit: a watch may be silent, and its client gone, for long.
-        # Clients ping every 30 s too; without this grpc takes a ping in less than 5 minutes for abuse and hangs up.
+        # Clients ping every 30 s too; by default grpc takes pings less than 5 minutes apart for abuse and hangs up.
         ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms // 3),
         ("grpc.http2.max_ping_strikes", 2),
         ("grpc.so_reuseport", 0),  # Two servers on one port are an error, not a lottery.

@@ -1,4 +1,4 @@
-"""One event that tells everything long to come to an end."""
+"""One event that tells every long task of a server to come to an end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_chassis.errors import ShuttingDown
 
 T = TypeVar("T")
 
-# A source that ignores its cancellation for longer is left behind; the process is about to end.
+# A source that ignores its cancellation for longer than this is abandoned; the process is about to end.
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -26,7 +26,7 @@ class Shutdown:
         return self._event.is_set()
 
     def begin(self) -> None:
-        """Starts the shutdown; again is no error."""
+        """Starts the shutdown; a second call is no error."""
         self._event.set()
 
     async def wait(self) -> None:
@@ -54,16 +54,17 @@ class Shutdown:
     async def watching(
         self, items: AsyncIterator[T], *, idle_s: float | None = None, on_idle: Callable[[], T] | None = None
     ) -> AsyncGenerator[T, None]:
-        """Yields `items`, and `on_idle()` after each `idle_s` without one; raises ShuttingDown as soon as it begins.
+        """Yields `items`, and `on_idle()` after every `idle_s` without an item; raises ShuttingDown once it begins.
 
-        Owns `items`: cancels a wait in progress and closes it at the end, however the end comes.
+        Owns `items`: however the loop ends, a wait for the next item is cancelled and `items` is closed.
         """
         stop = asyncio.create_task(self.wait())
         pending: asyncio.Task[T] | None = None
         try:
             while True:
                 self.check()
-                pending = pending or asyncio.create_task(_next(items))
+                # Not create_task: the next item of an async generator is an awaitable, but no coroutine.
+                pending = pending or asyncio.ensure_future(anext(items))
                 await asyncio.wait({pending, stop}, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED)
                 if pending.done():
                     finished, pending = pending, None
@@ -76,28 +77,15 @@ class Shutdown:
                     yield on_idle()
         finally:
             stop.cancel()
-            await _close(items, pending)
-
-
-async def _next(items: AsyncIterator[T]) -> T:
-    return await anext(items)
-
-
-async def _close(items: AsyncIterator[T], pending: asyncio.Task[T] | None) -> None:
-    if pending is not None:
-        await _cancel(pending)
-    if isinstance(items, AsyncGenerator) and (pending is None or pending.done()):
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await items.aclose()
+            if pending is not None:
+                await _cancel(pending)
+            if isinstance(items, AsyncGenerator) and (pending is None or pending.done()):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await items.aclose()
 
 
 async def _cancel(pending: asyncio.Task[T]) -> None:
-    pending.add_done_callback(_retrieve)
+    # A look at the exception keeps asyncio from reporting it as never retrieved.
+    pending.add_done_callback(lambda task: task.cancelled() or task.exception())
     pending.cancel()
     await asyncio.wait({pending}, timeout=_CLOSE_TIMEOUT_S)
-
-
-def _retrieve(task: asyncio.Task[T]) -> None:
-    """Looks at a task's exception, so that asyncio does not report it as never retrieved."""
-    if not task.cancelled():
-        task.exception()

@@ -1,4 +1,4 @@
-"""From an exception to a `google.rpc.Status`: one table, one canonical code and one reason an error."""
+"""From an exception to a `google.rpc.Status`: one table gives each error one canonical code and one reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOMAIN = "headrace.dev"
 INTERNAL = "INTERNAL"
 
 # The whole status travels in trailing metadata, which peers cut at 8 KiB. The message appears twice (percent-encoded,
-# at worst threefold, and in base64), details in base64: with these bounds the worst case stays under 6.5 KiB.
+# which at worst triples it, and in base64), details appear in base64. These bounds keep the worst case under 6.5 KiB.
 MAX_MESSAGE_BYTES = 640
 MAX_DESCRIPTION_BYTES = 160
 MAX_METADATA_BYTES = 1280
@@ -41,9 +41,9 @@ _REASONS = frozenset(error_reason_pb2.ErrorReason.DESCRIPTOR.values_by_name)
 
 
 class StatusTable:
-    """Error classes and what they become on the wire.
+    """Code and reason of each error class on the wire.
 
-    A class without a row inherits its nearest ancestor's. The chassis' own errors have rows already; a service may
+    A class without a row takes its nearest ancestor's row. The errors of this package have rows already; a service may
     override them. Raises ValueError for a reason that `error_reason.proto` does not have.
     """
 
@@ -54,7 +54,7 @@ class StatusTable:
                 raise ValueError(f"{kind.__name__} can't have the row {code.name} {reason}")
 
     def row(self, exc: BaseException) -> Row | None:
-        """Returns code and reason of an expected error, None for anything else."""
+        """Returns code and reason of an expected error, None for any other exception."""
         return self._row_of(type(exc))
 
     def missing(self, root: type[ServiceError]) -> list[type[ServiceError]]:
@@ -62,11 +62,15 @@ class StatusTable:
         return [kind for kind in _leaves(root) if self._row_of(kind) is None]
 
     def rich_status(self, exc: BaseException, *, request_id: str = "") -> status_pb2.Status:
-        """Returns the status of `exc`; what is not in the table becomes INTERNAL and says nothing but `request_id`."""
+        """Returns the status of `exc`; an error without a row becomes INTERNAL, which tells only the `request_id`."""
         error = expected_error(exc)
         row = self.row(error) if error is not None else None
         if error is None or row is None:
-            return _bug(request_id)
+            hint = f" The server's log has its cause under request id {request_id}." if request_id else ""
+            status = status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=f"Internal error: a bug.{hint}")
+            metadata = {"request_id": request_id} if request_id else {}
+            status.details.add().Pack(error_details_pb2.ErrorInfo(reason=INTERNAL, domain=DOMAIN, metadata=metadata))
+            return status
         code, reason = row
         status = status_pb2.Status(code=code.value[0], message=shorten(error.message, MAX_MESSAGE_BYTES))
         for detail in _details(error, code, reason):
@@ -83,7 +87,7 @@ class StatusTable:
 def expected_error(exc: BaseException) -> ServiceError | None:
     """Returns the ServiceError in `exc`, or None.
 
-    A handler's TaskGroup wraps what its tasks raise; a group of nothing but ServiceErrors counts as its first.
+    A handler's TaskGroup wraps the exceptions of its tasks; a group that holds only ServiceErrors counts as its first.
     """
     if isinstance(exc, ServiceError):
         return exc
@@ -100,7 +104,7 @@ def reason_of(status: status_pb2.Status) -> str:
 
 
 def shorten(text: str, max_bytes: int) -> str:
-    """Cuts out the middle of a long text: the situation stands at its start, the remedy at its end."""
+    """Cuts out the middle of a long message, which names the situation at its start and the remedy at its end."""
     raw = text.encode("utf-8", "replace")
     if len(raw) <= max_bytes:
         return raw.decode("utf-8")
@@ -118,7 +122,16 @@ def _leaves(root: type[ServiceError]) -> Iterator[type[ServiceError]]:
 
 
 def _details(error: ServiceError, code: grpc.StatusCode, reason: str) -> Iterator[Message]:
-    yield error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_fitting(error.metadata))
+    kept = [(shorten(key, MAX_KEY_BYTES), value) for key, value in list(error.metadata.items())[:MAX_METADATA_KEYS]]
+    room = MAX_METADATA_BYTES - sum(len(key) for key, _ in kept)
+    fitted: dict[str, str] = {}
+    # From the shortest value to the longest: each gets an equal share of the bytes that are left.
+    by_size = sorted(kept, key=lambda item: len(item[1].encode("utf-8", "replace")))
+    for index, (key, value) in enumerate(by_size):
+        fitted[key] = shorten(value, max(room // (len(by_size) - index), 16))
+        room -= len(fitted[key].encode())
+    metadata = {key: fitted[key] for key, _ in kept}
+    yield error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
     description = shorten(error.message, MAX_DESCRIPTION_BYTES)
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
@@ -135,25 +148,3 @@ def _details(error: ServiceError, code: grpc.StatusCode, reason: str) -> Iterato
         yield error_details_pb2.PreconditionFailure(violations=[unmet])
     if error.resource is not None:
         yield error_details_pb2.ResourceInfo(resource_type=kind, resource_name=name, description=description)
-
-
-def _fitting(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the metadata within its bounds; the longest values give way first."""
-    kept = [(shorten(key, MAX_KEY_BYTES), value) for key, value in list(metadata.items())[:MAX_METADATA_KEYS]]
-    room = MAX_METADATA_BYTES - sum(len(key) for key, _ in kept)
-    fitted: dict[str, str] = {}
-    by_size = sorted(kept, key=lambda item: len(item[1].encode("utf-8", "replace")))
-    for index, (key, value) in enumerate(by_size):
-        fitted[key] = shorten(value, max(room // (len(by_size) - index), 16))
-        room -= len(fitted[key].encode())
-    return {key: fitted[key] for key, _ in kept}
-
-
-def _bug(request_id: str) -> status_pb2.Status:
-    message = "Internal error: a bug."
-    if request_id:
-        message = f"Internal error: a bug. The server's log has its cause under request id {request_id}."
-    status = status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message=message)
-    metadata = {"request_id": request_id} if request_id else {}
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=INTERNAL, domain=DOMAIN, metadata=metadata))
-    return status

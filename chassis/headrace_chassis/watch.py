@@ -1,4 +1,4 @@
-"""The shape all Watch RPCs share."""
+"""The loop that all Watch RPCs share: events, heartbeats, the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_chassis.shutdown import Shutdown
 
 T = TypeVar("T")
 
-# As the contract says; well under the idle limits of the usual proxies (60 s).
+# The contract promises this interval; it is well under the idle limit of the usual proxies (60 s).
 HEARTBEAT_INTERVAL_S = 15.0
 
 
@@ -23,7 +23,7 @@ async def watch(
 ) -> AsyncGenerator[T, None]:
     """Yields `events` and, after every `interval_s` of silence, a `heartbeat()`.
 
-    Ends when the events end, raises what they raise, and ShuttingDown when the server goes away. Closes `events`.
+    Ends when `events` ends, and closes it. Raises the errors of `events`, and ShuttingDown when the server goes away.
     """
     async with aclosing(shutdown.watching(events, idle_s=interval_s, on_idle=heartbeat)) as items:
         async for item in items:
