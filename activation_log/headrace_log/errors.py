@@ -1,11 +1,11 @@
-"""What can go wrong with an activation log.
+"""The errors of an activation log.
 
 LogError
 ├── SetCorrupt        a file contradicts the manifest or the index
-├── DigestMismatch    a sealed segment's bytes are not the ones that were written
-├── DiskFull          no room for what comes next
-├── TooManyFiles      no descriptor left to open a file with
-└── RowsExpired       a WINDOW set has let these rows go
+├── DigestMismatch    a sealed segment's bytes changed after they were written
+├── DiskFull          no space for the next file or record
+├── TooManyFiles      no free descriptor to open a file
+└── RowsExpired       a WINDOW set has dropped these rows
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class DigestMismatch(LogError):
 
 
 class DiskFull(LogError):
-    """No room for the next segment, or for the record of one."""
+    """No space for the next segment, or for the record of one."""
 
     def __init__(self, path: Path, *, required_bytes: int, free_bytes: int) -> None:
         super().__init__(
-            f"the disk of {path} has {free_bytes} bytes free, what comes next needs {required_bytes}; free some space"
+            f"the disk of {path} has {free_bytes} bytes free, the next write needs {required_bytes}; free some space"
         )
         self.path = path
         self.required_bytes = required_bytes
@@ -44,7 +44,7 @@ class DiskFull(LogError):
 
 
 class TooManyFiles(LogError):
-    """This process, or the machine, has all the files open that it may; a mapped segment counts as one."""
+    """This process, or the machine, has as many files open as it may; each mapped segment counts as one."""
 
     def __init__(self, *, max_files: int) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class TooManyFiles(LogError):
 
 
 class RowsExpired(LogError):
-    """Rows of a WINDOW set that are no longer kept."""
+    """The rows lie before `first_kept`: a WINDOW set has dropped them."""
 
     def __init__(self, row: int, *, first_available_row: int) -> None:
         super().__init__(f"row {row} is no longer kept; the first row still there is {first_available_row}")

@@ -1,4 +1,4 @@
-"""Durable small steps on files."""
+"""Small durable steps on files, and the errors of a full disk or too many open files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from headrace_log.errors import DiskFull, TooManyFiles
 
-# EFBIG: the size limit of a process, which is no different to its user.
+# EFBIG is the file size limit of the process: for the user the same as a full disk.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of file systems over a network and in user space: their names are as durable as they make them.
+# File systems over a network or in user space answer so; their names can't be made more durable.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
-# The limit of the process, and that of the machine.
+# The limit of the process, and the machine's.
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
 def disk_full_as_typed(path: Path, required_bytes: int) -> Iterator[None]:
-    """Turns the errors of a disk or a quota that is full into DiskFull."""
+    """Turns the errors of a full disk or a full quota into DiskFull."""
     try:
         yield
     except OSError as exc:
@@ -33,7 +33,7 @@ def disk_full_as_typed(path: Path, required_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def too_many_files_as_typed() -> Iterator[None]:
-    """Turns the errors of a process that can open no more files into TooManyFiles."""
+    """Turns the errors of a process without a free file descriptor into TooManyFiles."""
     try:
         yield
     except OSError as exc:
@@ -55,7 +55,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: a reader sees the old file or the new one, also after a crash. Raises DiskFull."""
+    """Replaces `path` by `content`. Even after a crash a reader sees the old file or the new one. Raises DiskFull."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         with disk_full_as_typed(path, len(content)):

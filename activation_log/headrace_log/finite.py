@@ -1,4 +1,4 @@
-"""How many values of a set's rows are NaN or infinite."""
+"""Counts the NaN and infinite values in a set's rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headrace_log.layout import ColumnSpec, Dtype, segment_path
 from headrace_log.manifest import Manifest
 from headrace_log.segment import DATA_OFFSET
 
-# The bits of the exponent, all of them set in what is not finite.
+# The bits of the exponent: in a value that is not finite, all of them are set.
 _EXPONENT = {
     Dtype.FLOAT32: np.array(0x7F800000, "<u4"),
     Dtype.FLOAT16: np.array(0x7C00, "<u2"),
@@ -21,9 +21,9 @@ _EXPONENT = {
 
 
 def non_finite(folder: Path, index: SegmentIndex, columns: Sequence[str], end_row: int) -> Mapping[str, int]:
-    """Values of `columns` that are NaN or infinite in the rows before `end_row`; columns without one are left out.
+    """Counts the NaN and infinite values of `columns` in the rows before `end_row`; columns without any are left out.
 
-    A whole segment has its count on record; one of which only some rows are meant is read, if there is any in it.
+    Whole segments have their count on record. A segment that `end_row` divides is read, unless its count is 0.
     """
     counts = dict.fromkeys(columns, 0)
     manifest = Manifest.load(folder)
@@ -35,10 +35,11 @@ def non_finite(folder: Path, index: SegmentIndex, columns: Sequence[str], end_ro
 
 
 def _of_segment(folder: Path, column: ColumnSpec, record: SegmentRecord, end_row: int, manifest: Manifest) -> int:
+    """Counts in one segment; not exact if the segment is divided and its file was dropped."""
     recorded = record.non_finite[column.name]
     if record.end_row <= end_row:
         return recorded
-    # The values of an 8-bit row are as finite as its scale.
+    # The values of an 8-bit row are finite exactly if its scale is.
     stored = manifest.column(column.scale_column) if column.scale_column else column
     exponent = _EXPONENT[stored.dtype]
     n_values = (end_row - record.first_row) * stored.width
@@ -46,6 +47,6 @@ def _of_segment(folder: Path, column: ColumnSpec, record: SegmentRecord, end_row
         bits = np.fromfile(
             segment_path(folder, stored, record.segment), exponent.dtype, count=n_values, offset=DATA_OFFSET
         )
-    except FileNotFoundError:  # Let go since: what is on record is all that is known.
+    except FileNotFoundError:  # Dropped meanwhile: only the recorded count is known.
         return recorded
     return int(np.count_nonzero((bits & exponent) == exponent)) * (column.width // stored.width)

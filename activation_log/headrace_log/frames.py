@@ -1,8 +1,8 @@
 """`ActivationChunk` messages, framed and parsed by hand around their payload.
 
-The bytes are those of a `headrace.extractor.v1.StreamActivationsResponse` that holds a `chunk`: any generated stub
-reads and writes them. By hand, because a generated one copies the payload twice on each side. The payload is last and
-starts at a multiple of `ALIGNMENT` from the start of the message, so that columns are views of the message, not copies.
+A message is a `headrace.extractor.v1.StreamActivationsResponse` with a `chunk`: any generated stub reads and writes it.
+It is framed by hand because generated code copies the payload twice on each side. The payload is last and starts at a
+multiple of `ALIGNMENT` from the start of the message, so that columns are views of the message, not copies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 
 ALIGNMENT = 64
 
-# Field numbers and wire types: (number << 3) | type, with 0 a varint and 2 length-delimited.
+# Field numbers and wire types: (number << 3) | type, where type 0 is a varint and 2 length-delimited.
 _OUTER_CHUNK = (15 << 3) | 2
 _FIRST_ROW = (1 << 3) | 0
 _N_ROWS = (2 << 3) | 0
@@ -26,14 +26,14 @@ _ZEROS = bytes(ALIGNMENT)
 
 
 class FrameError(ValueError):
-    """A message that claims to be a chunk and can't be parsed."""
+    """The message begins like a chunk and can't be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A parsed chunk; `payload` is a view of the message it came in.
+    """A parsed chunk; `payload` is a view of its message.
 
-    `position` is the place of the first row in the reading order; for one sequential shard it stays 0.
+    `position` is the place of the first row in the reading order; for a single sequential shard it is 0.
     """
 
     first_row: int
@@ -48,7 +48,7 @@ class Chunk:
         return self.first_row + self.n_rows
 
     def column(self, at: int, row_bytes: int) -> memoryview:
-        """Bytes of the column with number `at` in the stream's header."""
+        """Returns the bytes of the column that has number `at` in the stream's header."""
         start = self.column_offsets[at]
         view = self.payload[start : start + self.n_rows * row_bytes]
         if len(view) != self.n_rows * row_bytes:
@@ -59,7 +59,7 @@ class Chunk:
 def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview], position: int = 0) -> bytes:
     """Frames rows as one message: the only copy of the columns on the way to the transport.
 
-    Without columns it is a range of rows that the client maps itself.
+    A message without columns announces a range of rows that the client maps itself.
     """
     offsets, parts, payload_bytes = _lay_out(columns)
     head = bytearray()
@@ -88,7 +88,7 @@ def encode_chunk(first_row: int, n_rows: int, columns: Sequence[memoryview], pos
 
 
 def decode_chunk(message: bytes | memoryview) -> Chunk | None:
-    """Parses a message into views of itself; None if it holds something other than a chunk.
+    """Parses a message into views of it; returns None if it holds something other than a chunk.
 
     Raises FrameError if the message is damaged.
     """
@@ -97,7 +97,7 @@ def decode_chunk(message: bytes | memoryview) -> Chunk | None:
     try:
         length, at = _get_varint(message, 1)
         if at + length != len(message):
-            return None  # Several fields: left to a generated stub.
+            return None  # Several fields: the caller parses these with a generated stub.
         return _decode_fields(message, at)
     except IndexError as exc:
         raise FrameError("a chunk ends in the middle of a field") from exc
@@ -114,37 +114,26 @@ def _decode_fields(message: bytes | memoryview, at: int) -> Chunk:
             first_row = value if tag == _FIRST_ROW else first_row
             n_rows = value if tag == _N_ROWS else n_rows
             position = value if tag == _POSITION else position
-            offsets += [value] if tag == _COLUMN_OFFSETS & ~7 else []  # Not packed: allowed to writers.
+            offsets += [value] if tag == _COLUMN_OFFSETS & ~7 else []  # Not packed: protobuf allows both.
             continue
-        start, end = _bounds(message, tag, at)
+        if tag & 7 != 2:
+            raise FrameError(f"wire type {tag & 7} in a chunk")
+        length, at = _get_varint(message, at)
+        end = at + length
+        if end > len(message):
+            raise FrameError("a chunk ends in the middle of a field")
         if tag == _PAYLOAD:
-            payload = memoryview(message)[start:end].toreadonly()
+            payload = memoryview(message)[at:end].toreadonly()
         elif tag == _COLUMN_OFFSETS:
-            offsets += _get_varints(message, start, end)
+            while at < end:
+                value, at = _get_varint(message, at)
+                offsets.append(value)
         at = end
     return Chunk(first_row, n_rows, tuple(offsets), payload, position)
 
 
-def _bounds(message: bytes | memoryview, tag: int, at: int) -> tuple[int, int]:
-    """Start and end of the content of the length-delimited field whose length stands at `at`."""
-    if tag & 7 != 2:
-        raise FrameError(f"wire type {tag & 7} in a chunk")
-    length, at = _get_varint(message, at)
-    if at + length > len(message):
-        raise FrameError("a chunk ends in the middle of a field")
-    return at, at + length
-
-
-def _get_varints(message: bytes | memoryview, at: int, end: int) -> list[int]:
-    values = []
-    while at < end:
-        value, at = _get_varint(message, at)
-        values.append(value)
-    return values
-
-
 def _lay_out(columns: Sequence[memoryview]) -> tuple[list[int], list[bytes | memoryview], int]:
-    """Offset of each column, the parts of the payload with the gaps between them, and its length."""
+    """Returns the offset of each column, the payload's parts (columns and gaps between them), and its length."""
     offsets: list[int] = []
     parts: list[bytes | memoryview] = []
     end = 0
@@ -160,11 +149,11 @@ def _lay_out(columns: Sequence[memoryview]) -> tuple[list[int], list[bytes | mem
 
 @lru_cache(maxsize=256)
 def _outer_and_padding(n_head: int, n_tail: int, payload_bytes: int) -> tuple[bytes, bytes]:
-    """The outer tag and length, and the padding field that puts the payload on a multiple of `ALIGNMENT`.
+    """Returns the outer tag and length, and the padding field that puts the payload on a multiple of `ALIGNMENT`.
 
-    Remembered: nearly all chunks of a stream have the same three lengths.
+    Cached: nearly all chunks of a stream have the same three lengths.
     """
-    # Where the padding makes the outer length a byte longer, one residue is passed over until the next round of 64.
+    # Padding can make the outer length one byte longer. This skips one residue, so a second round of 64 may be needed.
     for n_padding in range(2 * ALIGNMENT):
         n_field = 2 + n_padding if n_padding else 0
         outer = bytearray((_OUTER_CHUNK,))
@@ -183,7 +172,7 @@ def _put_varint(out: bytearray, value: int) -> None:
 
 
 def _get_varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
-    """Value and the offset behind it."""
+    """Returns a varint's value and the offset behind it."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -1,6 +1,6 @@
-"""A shared lock by which a process that maps a set's files keeps it where it is; it goes with the process.
+"""A shared lock with which a process that maps a set's files keeps the set in its place; it ends with the process.
 
-It holds on one machine. Who reads the files elsewhere must have the set kept by other means.
+The lock works on one machine only. A reader on another machine needs another means, such as a pin.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# The node touches it whenever the set is used.
+# The node touches this file whenever the set is used, so its time of change tells the last use.
 HOLD_NAME = "last_used"
-# A lock of the same process, from another thread, would be taken for a reader's.
+# The exclusive lock of another thread of this process would look like a reader's.
 _LOOKING = threading.Lock()
 
 
 class Hold:
-    """Keeps the set in `folder` until `close`. A folder without the file to lock can't be held; that is no error."""
+    """Keeps the set in `folder` until `close`. A folder without the lock's file can't be held, which is no error."""
 
     def __init__(self, folder: Path) -> None:
         self._fd = -1
         with contextlib.suppress(FileNotFoundError):
             self._fd = os.open(folder / HOLD_NAME, os.O_RDONLY)
-            fcntl.flock(self._fd, fcntl.LOCK_SH)  # Waits for a removal under way, which takes a moment.
+            fcntl.flock(self._fd, fcntl.LOCK_SH)  # Waits out a removal, which takes a moment.
 
     def close(self) -> None:
         """Lets the set go."""
@@ -39,26 +39,22 @@ class Hold:
 
 @contextlib.contextmanager
 def nobody_holds(folder: Path) -> Iterator[bool]:
-    """Yields True, and lets nobody in for the block, if no process holds the set; else False.
+    """Yields True if no process holds the set, and keeps new holders out for the block; else yields False.
 
     One look at a time in a process: the block must be short.
     """
     with _LOOKING:
-        yield from _locked(folder)
-
-
-def _locked(folder: Path) -> Iterator[bool]:
-    try:
-        fd = os.open(folder / HOLD_NAME, os.O_RDONLY)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
+            fd = os.open(folder / HOLD_NAME, os.O_RDONLY)
+        except FileNotFoundError:
             yield True
-    finally:
-        os.close(fd)
+            return
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(fd)

@@ -1,7 +1,7 @@
-"""`segments.jsonl`: which segments are sealed, with digests and the point from which a writer goes on.
+"""`segments.jsonl`: the sealed segments, with digests and the point from which a writer goes on.
 
-One line per sealing. A later line of the same segment adds columns to it. A torn last line, left by a crash, is
-ignored.
+One line per sealing. A later line of the same segment adds columns to it. A last line without a newline is ignored: a
+crash left it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DROPPED_NAME = "dropped.json"
 class SegmentRecord:
     """A sealed segment: rows `[first_row, end_row)`, SHA-256 of each column's data, and the resume point behind it.
 
-    `non_finite` counts the values of columns that are NaN or infinite; without such a column is not in it.
+    `non_finite` is the number of NaN or infinite values by column, only for columns that have any.
     """
 
     segment: int
@@ -40,7 +40,7 @@ class SegmentRecord:
         return self.first_row + self.n_rows
 
     def to_line(self) -> bytes:
-        """One line of `segments.jsonl`."""
+        """Returns the record as one line of `segments.jsonl`."""
         document = {
             "segment": self.segment,
             "first_row": self.first_row,
@@ -54,19 +54,25 @@ class SegmentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentIndex:
-    """All sealed segments of a set, in order and without holes; `size_bytes` of the file have been read for them."""
+    """All sealed segments of a set, in order and without holes; `size_bytes` is how much of the file was read."""
 
     records: tuple[SegmentRecord, ...] = ()
     size_bytes: int = 0
 
     @classmethod
     def load(cls, folder: Path) -> SegmentIndex:
-        """Reads the index; an absent file is an empty index."""
+        """Reads the index; without a file it is empty."""
         return cls().refreshed(folder)
 
     def refreshed(self, folder: Path) -> SegmentIndex:
-        """This index with what was recorded since; itself if that is nothing. Only new lines are read."""
-        new = _whole_lines(folder / FILE_NAME, self.size_bytes)
+        """Returns the index with the segments recorded since, or itself if there are none. Reads only new lines."""
+        try:
+            with (folder / FILE_NAME).open("rb") as file:
+                file.seek(self.size_bytes)
+                content = file.read()
+        except FileNotFoundError:
+            return self
+        new = content[: content.rfind(b"\n") + 1]
         if not new:
             return self
         records = list(self.records)
@@ -75,16 +81,19 @@ class SegmentIndex:
         return SegmentIndex(records=tuple(records), size_bytes=self.size_bytes + len(new))
 
     def append(self, folder: Path, record: SegmentRecord) -> SegmentIndex:
-        """Records a sealing on disk; returns the index that includes it."""
+        """Records a sealing on disk; returns the index with that record."""
         index = self.refreshed(folder)
         records, line = list(index.records), record.to_line()
         _merge(records, record, folder)
-        _end_torn_line(folder / FILE_NAME, index.size_bytes)
-        append_durably(folder / FILE_NAME, line)
+        path = folder / FILE_NAME
+        if path.exists() and path.stat().st_size > index.size_bytes:
+            with path.open("r+b") as file:  # A crash left part of a line behind the last newline.
+                file.truncate(index.size_bytes)
+        append_durably(path, line)
         return SegmentIndex(records=tuple(records), size_bytes=index.size_bytes + len(line))
 
     def n_rows(self, columns: Sequence[str], *, known_rows: int = 0) -> int:
-        """Rows that are sealed in every one of `columns`, of which `known_rows` are known to be."""
+        """Returns `sealed` of `columns`: rows sealed in every one of them. `known_rows` are not looked up again."""
         n_rows = known_rows
         for at in range(self.n_before(known_rows), len(self.records)):
             record = self.records[at]
@@ -94,22 +103,22 @@ class SegmentIndex:
         return n_rows
 
     def n_before(self, row: int) -> int:
-        """Segments that end at or before `row`."""
+        """Returns how many segments end at or before `row`."""
         return bisect_right(self.records, row, key=lambda record: record.end_row)
 
     def n_non_finite(self, columns: Sequence[str], end_row: int) -> int:
-        """Values of `columns` that are NaN or infinite, in the segments of the rows before `end_row`."""
+        """Returns how many values of `columns` are NaN or infinite, in all segments that begin before `end_row`."""
         records = [record for record in self.records if record.first_row < end_row]
         return sum(record.non_finite.get(name, 0) for record in records for name in columns)
 
     def find(self, row: int) -> SegmentRecord | None:
-        """The sealed segment that holds `row`."""
+        """Returns the sealed segment that holds `row`, or None."""
         at = bisect_right(self.records, row, key=lambda record: record.first_row) - 1
         return self.records[at] if at >= 0 and row < self.records[at].end_row else None
 
 
 def dropped_rows(folder: Path) -> int:
-    """Rows a WINDOW set has let go: the first row still kept."""
+    """Returns `first_kept`; 0 unless the set is a WINDOW set that has dropped rows."""
     try:
         return int(json.loads((folder / DROPPED_NAME).read_bytes())["first_row"])
     except FileNotFoundError:
@@ -117,7 +126,7 @@ def dropped_rows(folder: Path) -> int:
 
 
 def record_dropped(folder: Path, first_row: int) -> None:
-    """Notes that rows before `first_row` are gone; done before their files are removed."""
+    """Moves `first_kept` to `first_row` on disk; the files are removed afterwards."""
     write_atomically(folder / DROPPED_NAME, json.dumps({"first_row": first_row}).encode() + b"\n")
 
 
@@ -137,6 +146,7 @@ def _parse(line: bytes, folder: Path) -> SegmentRecord:
 
 
 def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) -> None:
+    """Appends a record, or adds its columns to the record of the same segment. Raises SetCorrupt if it fits neither."""
     end_row = records[-1].end_row if records else 0
     if record.segment == len(records) and record.first_row == end_row and record.n_rows > 0:
         records.append(record)
@@ -152,21 +162,3 @@ def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) ->
         resume=known.resume,
         non_finite={**known.non_finite, **record.non_finite},
     )
-
-
-def _whole_lines(path: Path, start: int) -> bytes:
-    """What follows `start`, less a last line that was never finished."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            content = file.read()
-    except FileNotFoundError:
-        return b""
-    return content[: content.rfind(b"\n") + 1]
-
-
-def _end_torn_line(path: Path, size_bytes: int) -> None:
-    """Cuts off what a crash left of a line, so that the next one starts at the margin."""
-    if path.exists() and path.stat().st_size > size_bytes:
-        with path.open("r+b") as file:
-            file.truncate(size_bytes)

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-# Column names become folder names.
+# Column names become names of folders.
 _COLUMN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}$")
 
 OPEN_SUFFIX = ".open"
@@ -56,9 +56,9 @@ _SAFETENSORS_NAME = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSpec:
-    """One column: `width` elements of `dtype` a row, of `shape` if that is given, such as heads x width of a head.
+    """One column: `width` elements of `dtype` a row; `shape` of a row of several dimensions, such as heads x width.
 
-    An 8-bit column names in `scale_column` the float32 column of width 1 that its values are multiplied by.
+    `scale_column` of an 8-bit column names the float32 column, one scale a row, that its values are multiplied by.
     """
 
     name: str
@@ -82,11 +82,11 @@ class ColumnSpec:
 
     @property
     def is_provenance(self) -> bool:
-        """True for the three columns that say where a row comes from."""
+        """True for the three columns that tell where a row comes from: token_id, document, position."""
         return self.name in _PROVENANCE_NAMES
 
     def to_json(self) -> dict[str, Any]:
-        """Manifest entry."""
+        """Returns the column's entry in the manifest."""
         entry: dict[str, Any] = {"name": self.name, "dtype": str(self.dtype), "width": self.width}
         entry |= {"scale_column": self.scale_column} if self.scale_column else {}
         return entry | ({"shape": list(self.shape)} if self.shape else {})
@@ -104,7 +104,7 @@ class ColumnSpec:
 
 
 def scale_column(column: str) -> str:
-    """Name of the column with the scales of an 8-bit column."""
+    """Returns the name of the column with the scales of an 8-bit column."""
     return f"{column}.scale"
 
 
@@ -116,15 +116,15 @@ _PROVENANCE_NAMES = frozenset(column.name for column in PROVENANCE)
 
 
 def column_folder(folder: Path, column: ColumnSpec) -> Path:
-    """Folder of a column's segments: `token_id`, `blocks.3.hook_resid_post/bfloat16`."""
+    """Returns the folder of a column's segments: `token_id`, `blocks.3.hook_resid_post/bfloat16`."""
     return folder / column.name if column.is_provenance else folder / column.name / str(column.dtype)
 
 
 def segment_path(folder: Path, column: ColumnSpec, segment: int) -> Path:
-    """Path of a sealed segment file."""
+    """Returns the path of a sealed segment's file."""
     return column_folder(folder, column) / f"{segment:08d}.safetensors"
 
 
 def open_segment_path(folder: Path, column: ColumnSpec, segment: int) -> Path:
-    """Path of the same file while it is being written."""
+    """Returns the path of the same file while the segment is open."""
     return column_folder(folder, column) / f"{segment:08d}.safetensors{OPEN_SUFFIX}"

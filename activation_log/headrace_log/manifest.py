@@ -1,4 +1,4 @@
-"""`manifest.json`: what a set is."""
+"""`manifest.json`: identity, columns and extent of a set."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 LOCK_NAME = "manifest.lock"
 
-# Large enough that sealing (a digest, an fsync and a rename per column) is rare, small enough that a crash, which costs
-# the open segment, is cheap and that a WINDOW set holds several.
+# Large enough that sealing (a digest, an fsync and a rename per column) is rare; small enough that a crash, which costs
+# the open segment, is cheap, and that a WINDOW set holds several.
 SEGMENT_BYTES = 64 * 1024 * 1024
 MAX_SEGMENT_ROWS = 1 << 20
 
 
 def set_id_of(identity: Mapping[str, Any]) -> str:
-    """Digest of everything that determines a set's numbers: 32 hex digits of SHA-256 over canonical JSON."""
+    """Returns the digest of everything that determines a set's numbers: 32 hex digits of SHA-256, canonical JSON."""
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 def segment_rows_for(columns: Sequence[ColumnSpec], segment_bytes: int = SEGMENT_BYTES) -> int:
-    """Rows of a full segment so that all its columns together take about `segment_bytes`."""
+    """Returns the rows of a full segment, so that its columns together take about `segment_bytes`."""
     row_bytes = sum(column.row_bytes for column in columns)
     return min(max(segment_bytes // row_bytes, 1), MAX_SEGMENT_ROWS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Identity, columns and extent of a set. `total_rows` is known once the corpus was exhausted.
+    """Identity, columns and extent of a set. `total_rows` is known once the corpus is exhausted.
 
-    `statistics` and `receipt` have an entry for each column that has them; `docs/format.md` says what is in it.
+    `statistics` and `receipt` are by column; `docs/format.md` has the fields of their entries.
     """
 
     set_id: str
@@ -70,7 +70,7 @@ class Manifest:
 
     @property
     def hookpoints(self) -> tuple[ColumnSpec, ...]:
-        """Columns of hookpoints: those that neither say where a row comes from nor hold scales."""
+        """Columns of hookpoints: all but the three of provenance and the columns of scales."""
         scales = {column.scale_column for column in self.columns}
         return tuple(column for column in self.columns if not column.is_provenance and column.name not in scales)
 
@@ -80,14 +80,14 @@ class Manifest:
         return sum(column.row_bytes for column in self.columns)
 
     def column(self, name: str) -> ColumnSpec:
-        """Raises KeyError if there is no such column."""
+        """Returns the column with this name; raises KeyError if there is none."""
         for column in self.columns:
             if column.name == name:
                 return column
         raise KeyError(name)
 
     def with_columns(self, extra: Sequence[ColumnSpec]) -> Manifest:
-        """Same set with those of `extra` that it does not have yet."""
+        """Returns the manifest with the columns of `extra` added that it does not have yet."""
         names = {column.name for column in self.columns}
         return replace(self, columns=(*self.columns, *(column for column in extra if column.name not in names)))
 
@@ -109,16 +109,16 @@ class Manifest:
 
     @classmethod
     def update(cls, folder: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
-        """Replaces the manifest by `change` of it, one process after another; returns the new one."""
+        """Replaces the manifest by `change(manifest)`, under a lock between processes; returns the new manifest."""
         with (folder / LOCK_NAME).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # Held for two small file operations.
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Held for one small read and one small write.
             manifest = change(cls.load(folder))
             manifest.save(folder)
             return manifest
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Reads `manifest.json`; FileNotFoundError if there is no set, SetCorrupt if it is not one of ours."""
+        """Reads `manifest.json`. Raises FileNotFoundError if there is no set, SetCorrupt if the file is no manifest."""
         text = (folder / FILE_NAME).read_text()
         try:
             document = json.loads(text)
@@ -131,7 +131,7 @@ class Manifest:
                 segment_rows=document["segment_rows"],
                 retention=document["retention"],
                 total_rows=document["total_rows"],
-                statistics=document.get("statistics", {}),  # Older sets lack both.
+                statistics=document.get("statistics", {}),  # Sets of older versions lack both.
                 receipt=document.get("receipt", {}),
             )
         except (KeyError, TypeError, ValueError) as exc:

@@ -1,7 +1,7 @@
 """Reading orders: which row stands at which place. Pure functions; `docs/reading.md` has the algorithms.
 
 A reading order is made of blocks of `block_rows` rows, each read front to back. A shard has every n-th block of it.
-Places are counted from 0 within what one reader gets.
+Places are counted from 0 within the rows that one reader gets.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 DEFAULT_BLOCK_ROWS = 1024
-# Each round swaps about half of all pairs of blocks; after sixty-four nothing of the order they had is left.
+# Each round swaps about half of all pairs of blocks; after 64 rounds nothing is left of the order before.
 _ROUNDS = 64
-_PAGE = 256  # Slots that are worked out at once: one pass of numpy costs the same for one as for hundreds.
+_PAGE = 256  # Slots computed at once: one pass of numpy costs the same for one slot as for hundreds.
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Shard `index` of `count`; (0, 1) is everything."""
+    """Shard `index` of `count`; (0, 1) is the whole order."""
 
     index: int = 0
     count: int = 1
 
 
 class Stretch(NamedTuple):
-    """Rows `[row, row + n_rows)` stand one after the other in the reading order, within one block."""
+    """Rows `[row, row + n_rows)`, which follow one another in the reading order, within one block."""
 
     row: int
     n_rows: int
@@ -38,19 +38,19 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequential:
-    """Blocks in the order of their rows; needs no knowledge of how many there will be."""
+    """Blocks in the order of their rows; the number of rows need not be known."""
 
     block_rows: int
     shard: Shard
 
     def n_places(self, n_rows: int) -> int:
-        """Places that a reader may have of the first `n_rows` rows: rounds of whole blocks, if there are shards."""
+        """Returns how many places the first `n_rows` rows fill: with several shards only whole rounds of blocks."""
         if self.shard.count == 1:
             return n_rows
         return n_rows // (self.block_rows * self.shard.count) * self.block_rows
 
     def stretch(self, place: int) -> Stretch:
-        """The rest of the block in which `place` lies."""
+        """Returns the rows from `place` to the end of its block."""
         slot, offset = divmod(place, self.block_rows)
         row = (slot * self.shard.count + self.shard.index) * self.block_rows
         return Stretch(row + offset, self.block_rows - offset)
@@ -60,7 +60,7 @@ class Sequential:
 class Shuffled:
     """Blocks of `n_rows` rows in an order that depends on seed, epoch, block_rows and n_rows alone.
 
-    A last block that is short takes part if there is one shard, and is left out of more.
+    A short last block takes part only if there is a single shard.
     """
 
     n_rows: int
@@ -71,28 +71,30 @@ class Shuffled:
 
     @property
     def n_blocks(self) -> int:
-        """Blocks that are permuted."""
+        """Number of blocks that are permuted."""
         n_whole = self.n_rows // self.block_rows
         return n_whole + (self.shard.count == 1 and n_whole * self.block_rows < self.n_rows)
 
     @property
     def n_places(self) -> int:
-        """Places that this reader has."""
+        """Number of places that this reader has."""
         if self.shard.count == 1:
             return self.n_rows
         return self.n_blocks // self.shard.count * self.block_rows
 
     def stretch(self, place: int) -> Stretch:
-        """The rest of the block in which `place` lies."""
+        """Returns the rows from `place` to the end of its block."""
         slot, offset = self._slot(place)
-        row = self._block(slot * self.shard.count + self.shard.index) * self.block_rows
+        page, at = divmod(slot * self.shard.count + self.shard.index, _PAGE)
+        row = int(_blocks(page, self.n_blocks, self._key)[at]) * self.block_rows
         return Stretch(row + offset, min(self.block_rows, self.n_rows - row) - offset)
 
     def _slot(self, place: int) -> tuple[int, int]:
-        """Number of the block in this reader's order, and the place within it."""
+        """Returns the block's number in this reader's order, and the offset of `place` within the block."""
         short = self.n_rows % self.block_rows
         if self.shard.count > 1 or not short:
             return divmod(place, self.block_rows)
+        # The short block stands at slot `at`; the places behind it begin earlier by the rows that it lacks.
         at = slot_of(self.n_blocks - 1, self.n_blocks, self._key)
         before = at * self.block_rows
         if place < before:
@@ -101,10 +103,6 @@ class Shuffled:
             return at, place - before
         slot, offset = divmod(place - before - short, self.block_rows)
         return at + 1 + slot, offset
-
-    def _block(self, slot: int) -> int:
-        page, at = divmod(slot, _PAGE)
-        return int(_blocks(page, self.n_blocks, self._key)[at])
 
     @property
     def _key(self) -> int:
@@ -116,24 +114,24 @@ Order = Sequential | Shuffled
 
 @lru_cache(maxsize=256)
 def shuffle_key(purpose: str, *numbers: int) -> int:
-    """64 bits of SHA-256 over a purpose and unsigned 64-bit numbers, all little-endian."""
+    """Returns 64 bits of SHA-256 over a purpose and unsigned 64-bit numbers, all little-endian."""
     content = b"".join(number.to_bytes(8, "little") for number in numbers)
     return int.from_bytes(hashlib.sha256(f"headrace.{purpose}\n".encode() + content).digest()[:8], "little")
 
 
 def permuted(slots: NDArray[np.uint64], n: int, key: int) -> NDArray[np.uint64]:
-    """Where a permutation of `n` numbers takes `slots`: the swap-or-not shuffle (Hoang, Morris, Rogaway, 2012)."""
+    """Maps `slots` by a permutation of `n` numbers: the swap-or-not shuffle (Hoang, Morris, Rogaway, 2012)."""
     return _swap(slots, n, _round_keys(key))
 
 
 @lru_cache(maxsize=64)
 def slot_of(number: int, n: int, key: int) -> int:
-    """The slot that `permuted` takes to `number`: every round is its own inverse."""
+    """Returns the slot that `permuted` maps to `number`: every round is its own inverse."""
     return int(_swap(np.array([number], np.uint64), n, _round_keys(key)[::-1])[0])
 
 
 def mixed_rows(n: int, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
-    """The order in which `n` rows of a mixing window are taken: by a keyed hash of their places in it."""
+    """Returns the order in which `n` rows of a mixing window are taken: by a keyed hash of their places in it."""
     key = np.uint64(shuffle_key("window", seed, epoch, window))
     return np.argsort(_mix(np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN) + key), kind="stable")
 
@@ -148,13 +146,13 @@ def _swap(numbers: NDArray[np.uint64], n: int, keys: NDArray[np.uint64]) -> NDAr
 
 
 def _round_keys(key: int) -> NDArray[np.uint64]:
-    """The first outputs of SplitMix64 started at `key`."""
+    """Returns the first outputs of SplitMix64 started at `key`."""
     steps = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     return _mix(steps + np.array([key], np.uint64))
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64; arithmetic modulo 2^64."""
+    """Applies the finalizer of SplitMix64; arithmetic modulo 2^64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -162,5 +160,5 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def _blocks(page: int, n: int, key: int) -> NDArray[np.uint64]:
-    """Blocks that stand in the slots of a page."""
+    """Returns the blocks in the slots of a page; cached, since a reader asks for one slot after the other."""
     return permuted(np.arange(page * _PAGE, min((page + 1) * _PAGE, n), dtype=np.uint64), n, key)

@@ -1,7 +1,7 @@
 """Reads runs of rows of a set as views of its mapped files; nothing is copied.
 
-A reader maps a segment at a time, or some when it goes back and forth, and lets go of pages that it has passed, so its
-memory does not grow with the set.
+A reader maps one segment at a time, or several if it reads back and forth. It gives back the pages that it has passed,
+so that its memory does not grow with the set.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from headrace_log.layout import ColumnSpec
 from headrace_log.manifest import Manifest
 from headrace_log.segment import DATA_OFFSET, map_segment
 
-# Passed pages are given back in steps of this many bytes: one system call for several chunks.
+# Passed pages are given back in steps of this size: one system call for several chunks of 1 MiB.
 _RELEASE_BYTES = 4 * 1024 * 1024
-# For readers in another order than that of rows: mapping a segment anew for each block takes a fifth of their time.
+# For readers in shuffled order: mapping a segment anew for each block would take a fifth of their time.
 KEPT_SEGMENTS = 16
 
 
@@ -44,23 +44,23 @@ class _MappedColumn:
         self._map = map_segment(folder, column, segment, private=handed_on)
         self._handed_on = handed_on
         self._row_bytes = column.row_bytes
-        self._claimed = 0, 0  # Where pages may still be claimed, in bytes of the file.
+        self._claimed = 0, 0  # Range of the file, in bytes, whose pages this process may still hold.
         if len(self._map) < DATA_OFFSET + n_rows * column.row_bytes:
             raise SetCorrupt(f"{folder}: segment {segment} of {column.name} is cut short; delete the set")
         self._data = memoryview(self._map)[DATA_OFFSET:]
 
     def view(self, at: int, n_rows: int) -> memoryview:
-        """Rows from `at` on, counted from the segment's first."""
+        """Returns `n_rows` rows from the segment's row `at` on, counted from 0."""
         start, end = at * self._row_bytes, (at + n_rows) * self._row_bytes
         if not self._handed_on:
             self._release_passed_pages(DATA_OFFSET + start, DATA_OFFSET + end)
         return self._data[start:end]
 
     def _release_passed_pages(self, start: int, end: int) -> None:
-        """Ends this process's claim on pages before `start`; they stay in the page cache."""
+        """Takes pages before `start` out of this process's memory; they stay in the page cache."""
         first, last = self._claimed
         page_start = start - start % mmap.PAGESIZE
-        if start != last:  # Not the next rows: those before are done with.
+        if start != last:  # A jump: no page of the rows before it is needed now.
             self._release(first, last)
             first = page_start
         elif page_start - first >= _RELEASE_BYTES:
@@ -73,18 +73,18 @@ class _MappedColumn:
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
-        """Unmaps; a view that somebody still holds keeps its memory until it goes."""
+        """Unmaps; views that are still in use keep their memory until they go."""
         self._data.release()
         with contextlib.suppress(BufferError):
             self._map.close()
 
 
 class SetReader:
-    """Reads some columns of a set, sealed segments and the open one.
+    """Reads some columns of a set, in sealed and open segments.
 
-    Pages before the last run are given back. With `handed_on` they are not, and views may be written to, by those who
-    got them: what they write is their own, and no file changes.
-    `keep_segments` stay mapped for readers that come back to them; one that is dropped takes its room until it is not.
+    Pages before the last run are given back. With `handed_on` they are kept, and the caller may write to the views: the
+    written values stay in its memory, no file changes.
+    Up to `keep_segments` segments stay mapped. A mapped segment takes disk space even after it was dropped.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SetReader:
         self._names = tuple(columns)
         self._capacity = manifest.segment_rows
         self._keep_segments = keep_segments
-        self._mapped: dict[int, tuple[_MappedColumn, ...]] = {}  # The last was used last.
+        self._mapped: dict[int, tuple[_MappedColumn, ...]] = {}  # In the order of their last use.
         self._index = SegmentIndex()
         self._sealed_rows = 0
         self.refresh()
@@ -110,20 +110,20 @@ class SetReader:
 
     @property
     def sealed_rows(self) -> int:
-        """Rows sealed in all columns, as of the last `refresh`."""
+        """The border `sealed` of the reader's columns, as of the last `refresh`."""
         return self._sealed_rows
 
     def refresh(self) -> None:
-        """Looks at the index again: what was sealed or dropped since. Raises TooManyFiles."""
+        """Reads the borders `first_kept` and `sealed` from disk again. Raises TooManyFiles."""
         with too_many_files_as_typed():
-            self.first_row = dropped_rows(self._folder)
+            self.first_row = dropped_rows(self._folder)  # The border `first_kept`.
             self._index = self._index.refreshed(self._folder)
             self._sealed_rows = self._index.n_rows(self._names, known_rows=self._sealed_rows)
 
     def read(self, row: int, max_rows: int, *, end_row: int) -> RowRun:
         """Reads up to `max_rows` rows from `row` on, at most to `end_row` and to the end of the segment.
 
-        `end_row` is the committed row count the caller knows of; `row` must lie before it. Raises RowsExpired,
+        `end_row` is the border `committed` as the caller knows it; `row` must lie before it. Raises RowsExpired,
         TooManyFiles and SetCorrupt.
         """
         assert row < end_row, "read only what is committed"
@@ -136,9 +136,9 @@ class SetReader:
         return RowRun(row, n_rows, views)
 
     def sealed_after(self, row: int) -> int:
-        """Rows from `row` to the end of its segment if that is sealed in all columns, else 0. Nothing is mapped.
+        """Returns the rows from `row` to the end of its segment if that is sealed in all columns, else 0.
 
-        Raises RowsExpired.
+        Maps no file. Raises RowsExpired.
         """
         if row >= self._sealed_rows:
             self.refresh()
@@ -150,7 +150,7 @@ class SetReader:
         return record.end_row - row if record else 0
 
     def forget_open_segment(self) -> None:
-        """Drops the mapping: the writer died, and its open segment will be written anew in another file."""
+        """Unmaps everything: the writer died, and the next one writes the open segment into another file."""
         self._unmap()
         self.refresh()
 
@@ -159,12 +159,12 @@ class SetReader:
         self._unmap()
 
     def _locate(self, row: int) -> tuple[int, int, int]:
-        """Segment number, first row and end row of the segment with `row`."""
+        """Returns number, first row and end row of the segment with `row`."""
         if row >= self._sealed_rows:
             self.refresh()
         if row < self._sealed_rows and (record := self._index.find(row)):
             return record.segment, record.first_row, record.end_row
-        # Not recorded yet: the open segment, or the one before it while it is being sealed.
+        # Not recorded yet: the segment that is being written, or the one before it while it is being sealed.
         segment = self._index.n_before(self._sealed_rows)
         first_row = self._sealed_rows
         while row >= first_row + self._rows_of(segment):
@@ -188,7 +188,7 @@ class SetReader:
         return mapped
 
     def _unmap(self, *, down_to: int = 0) -> None:
-        """Closes what was not used for the longest time."""
+        """Unmaps the segments that were not used for the longest time."""
         while len(self._mapped) > down_to:
             for column in self._mapped.pop(next(iter(self._mapped))):
                 column.close()

@@ -1,4 +1,4 @@
-"""What a set takes on disk, and letting go of it."""
+"""How many bytes a set takes on disk; dropping its rows, deleting it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace_log.manifest import Manifest
 
 
 def drop_before(folder: Path, row: int, index: SegmentIndex) -> int:
-    """Removes sealed segments that end at or before `row`; returns the first row still kept. Safe to repeat."""
+    """Drops sealed segments that end at or before `row`; returns the new `first_kept`. Safe to repeat."""
     manifest, kept = Manifest.load(folder), dropped_rows(folder)
     gone = index.records[index.n_before(kept) : index.n_before(row)]
     if not gone:
@@ -27,14 +27,14 @@ def drop_before(folder: Path, row: int, index: SegmentIndex) -> int:
 
 
 def size_bytes(folder: Path) -> int:
-    """Bytes of all files of a set, the open segment's reservation included."""
+    """Returns the bytes of all files of a set, with the full size of open segments."""
     return sum(sizes(folder))
 
 
 def sizes(folder: Path) -> tuple[int, int]:
-    """Bytes of a set's files that will stay as they are, and of the open segment's reservation."""
+    """Returns the bytes of a set's finished files, and the full size of its open segments."""
     kept = opened = 0
-    # What goes while it is counted, a file or the whole set, counts no more.
+    # A file, or the whole set, may be removed while it is counted; it then counts as nothing.
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
@@ -46,15 +46,15 @@ def sizes(folder: Path) -> tuple[int, int]:
 
 
 def delete_set(folder: Path) -> None:
-    """Removes a set; its manifest goes first, so that a crash in between leaves no set that looks whole."""
+    """Removes a set, its manifest first: a crash in between leaves no set that looks whole."""
     (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def throw_away(folder: Path, trash: Path) -> Path:
-    """Takes a set out of the way in one step; returns where it lies until `shutil.rmtree`.
+    """Moves a set into `trash` in one step; returns its new folder, which the caller removes with `shutil.rmtree`.
 
-    It is whole in its place, or gone from there, also after a crash. Files that are mapped stay readable.
+    Even after a crash the set is either whole in its place or gone from there. Files that are mapped stay readable.
     """
     trash.mkdir(exist_ok=True)
     thrown = trash / f"{folder.name}.{uuid.uuid4().hex[:8]}"

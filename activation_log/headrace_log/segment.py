@@ -1,7 +1,7 @@
-"""One column of one segment: a safetensors file with a single tensor whose data start on a page boundary.
+"""One column of one segment: a safetensors file with a single tensor; its data start on a page boundary.
 
-While it is open it has its full size and the suffix `.open`; sealing cuts it to its rows, rewrites the header to match,
-and renames it. Mappings made while it was open stay valid: the file is never copied.
+While the segment is open, the file has its full size and the suffix `.open`. Sealing cuts the file to its rows,
+rewrites the header to match, and renames it. Mappings made before stay valid: the file is never copied.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from headrace_log.errors import SetCorrupt
 from headrace_log.files import disk_full_as_typed, too_many_files_as_typed
 from headrace_log.layout import ColumnSpec, open_segment_path, segment_path
 
-# Pages are 4 KiB nearly everywhere; readers map whole files, so larger pages do no harm.
+# A page is 4 KiB nearly everywhere. Larger ones do no harm: readers map whole files.
 DATA_OFFSET = 4096
-# An open file has a page more than its rows need. Sealing gives it back just before the sealing is recorded, so that
-# there is room for the record on a disk that is full by then.
+# An open file has one page more than its rows need. Sealing gives this page back just before it writes the record, so
+# that the record finds room even on a full disk.
 SPARE_BYTES = 4096
 
 
 def header_bytes(column: ColumnSpec, *, first_row: int, n_rows: int) -> bytes:
-    """The first `DATA_OFFSET` bytes of a segment file: length, JSON, and the blanks safetensors allows behind it."""
+    """Returns the first `DATA_OFFSET` bytes of a segment file: length, JSON, and blanks, which safetensors allows."""
     shape = [n_rows] if column.is_provenance else [n_rows, column.width]
     document = {
         "__metadata__": {"format": "headrace", "first_row": str(first_row)},
@@ -42,7 +42,7 @@ def header_bytes(column: ColumnSpec, *, first_row: int, n_rows: int) -> bytes:
 
 
 class OpenSegment:
-    """A segment file being written, mapped; `data` is the writable memory behind the header."""
+    """A mapped segment file that is being written; `data` is the writable memory behind the header."""
 
     def __init__(
         self,
@@ -63,9 +63,14 @@ class OpenSegment:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            _allocate(self._fd, self._path, size + spare_bytes)
+            # Reserves the blocks now: a full disk is an error here instead of a SIGBUS while rows are written.
+            with disk_full_as_typed(self._path, size + spare_bytes):
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._fd, 0, size + spare_bytes)
+                else:
+                    os.ftruncate(self._fd, size + spare_bytes)
             with too_many_files_as_typed():
-                self._map = mmap.mmap(self._fd, size)  # It has a descriptor of its own.
+                self._map = mmap.mmap(self._fd, size)  # The mapping holds a descriptor of its own.
         except BaseException:
             os.close(self._fd)
             self._path.unlink(missing_ok=True)
@@ -75,17 +80,17 @@ class OpenSegment:
         self._capacity_rows = capacity_rows
 
     def digest(self, n_rows: int) -> str:
-        """SHA-256 of the bytes of the first `n_rows` rows."""
+        """Returns the SHA-256 of the bytes of the first `n_rows` rows."""
         return hashlib.sha256(self.data[: n_rows * self.column.row_bytes]).hexdigest()
 
     def flush(self) -> None:
-        """Brings what was written to the disk, so that sealing has little left to do. Raises DiskFull."""
-        # Some file systems, NFS among them, find out only now.
+        """Writes the rows to the disk, so that little is left for sealing to do. Raises DiskFull."""
+        # Some file systems, NFS among them, notice only now that they are full.
         with disk_full_as_typed(self._path, len(self._map)):
             os.fsync(self._fd)
 
     def seal(self, n_rows: int) -> None:
-        """Makes the first `n_rows` rows permanent under the sealed name, and gives back what the file has beyond.
+        """Makes the first `n_rows` rows permanent under the sealed name and gives back the rest of the file.
 
         Raises DiskFull.
         """
@@ -97,12 +102,12 @@ class OpenSegment:
         self.close()
 
     def discard(self) -> None:
-        """Gives the rows up."""
+        """Removes the file with its rows."""
         self._path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Closes the file; the mapping goes when the last view of it does."""
+        """Closes the file; the mapping ends with its last view."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -110,13 +115,13 @@ class OpenSegment:
 
 
 def map_segment(folder: Path, column: ColumnSpec, segment: int, *, private: bool = False) -> mmap.mmap:
-    """Maps a segment file, sealed or open, for reading; with `private`, what is written stays in this mapping.
+    """Maps a segment file, sealed or open, for reading. A `private` mapping may be written to: the file stays as it is.
 
-    The mapping keeps a descriptor of its own. Raises TooManyFiles and SetCorrupt.
+    The mapping holds a descriptor of its own. Raises TooManyFiles and SetCorrupt.
     """
     access = mmap.ACCESS_COPY if private else mmap.ACCESS_READ
     sealed, opened = segment_path(folder, column, segment), open_segment_path(folder, column, segment)
-    for path in (sealed, opened, sealed):  # It may be renamed between the first and the second look.
+    for path in (sealed, opened, sealed):  # The writer may rename it between two looks.
         try:
             with too_many_files_as_typed(), path.open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=access)
@@ -129,16 +134,7 @@ def map_segment(folder: Path, column: ColumnSpec, segment: int, *, private: bool
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a sealed file's data, as `segments.jsonl` records it."""
+    """Returns the SHA-256 of a sealed file's data, as recorded in `segments.jsonl`."""
     with path.open("rb") as file:
         file.seek(DATA_OFFSET)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _allocate(fd: int, path: Path, size: int) -> None:
-    """Reserves the blocks now: a full disk is an error here instead of a SIGBUS while rows are written."""
-    with disk_full_as_typed(path, size):
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size)
-        else:
-            os.ftruncate(fd, size)

@@ -1,8 +1,9 @@
-"""Statistics of hookpoint columns: of the values as they are stored, 8-bit ones multiplied by their scale.
+"""Statistics of hookpoint columns: of the values as stored; 8-bit values are multiplied by their scale first.
 
 Beside the last sealed segment of a column lies `<segment>.statistics`, over all rows up to that segment's end: a
 safetensors file with the float64 tensors `mean` and `m2`, and the other figures in its metadata. It is on disk before
-the segment is recorded, and the one before it goes only then, so that after a crash the last recorded segment has its.
+the segment is recorded, and its predecessor is removed only afterwards: so the last recorded segment always has its
+file, even after a crash.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from headrace_log.index import SegmentIndex
 from headrace_log.layout import ColumnSpec, column_folder
 
 SUFFIX = ".statistics"
-# A writer that seals meanwhile replaces the file; it does not do so many times in the moment between two looks.
+# A writer that seals between two looks replaces the file; it can't do so five times in such a short time.
 _LOOKS = 5
 
 
@@ -29,7 +30,7 @@ _LOOKS = 5
 class ColumnStatistics:
     """Of `count` rows: mean and sum of squared deviations by element, means of the rows' norms and of their squares.
 
-    One value that is not finite makes the figures it is part of NaN or infinite.
+    A NaN or infinite value makes each figure that includes it NaN or infinite.
     """
 
     count: int
@@ -39,7 +40,7 @@ class ColumnStatistics:
     mean_squared_norm: float
 
     def merged(self, other: ColumnStatistics) -> ColumnStatistics:
-        """Statistics of both sets of rows together (Chan, Golub and LeVeque, 1979)."""
+        """Returns the statistics of both groups of rows together (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         share = other.count / count
         delta = other.mean - self.mean
@@ -53,19 +54,19 @@ class ColumnStatistics:
 
 
 class Summarize(Protocol):
-    """Works out the statistics of rows in memory, in a thread of the writer's."""
+    """Computes the statistics of rows in memory, in a thread of the writer's."""
 
     def __call__(self, column: ColumnSpec, rows: memoryview, scales: memoryview | None) -> ColumnStatistics:
         """`rows` are whole rows, at least one; `scales` has a float32 for each row of an 8-bit column."""
 
 
 def statistics_path(folder: Path, column: ColumnSpec, segment: int) -> Path:
-    """File with the statistics of all rows up to the end of a segment."""
+    """Returns the path of the statistics of all rows up to the end of a segment."""
     return column_folder(folder, column) / f"{segment:08d}{SUFFIX}"
 
 
 def file_bytes(column: ColumnSpec) -> int:
-    """The most that a statistics file of this column takes."""
+    """Returns the largest size of a statistics file of this column: 1 KiB of header, and two float64 an element."""
     return 1024 + 16 * column.width
 
 
@@ -90,7 +91,7 @@ def save_statistics(path: Path, statistics: ColumnStatistics) -> None:
 
 
 def read_statistics(path: Path, column: ColumnSpec) -> ColumnStatistics | None:
-    """Reads a statistics file; None if there is none, or a damaged one, which is as good as none."""
+    """Reads a statistics file; None if it is absent or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -111,7 +112,7 @@ def read_statistics(path: Path, column: ColumnSpec) -> ColumnStatistics | None:
 
 
 def last_segment(index: SegmentIndex, column: ColumnSpec) -> int:
-    """The last segment that is sealed in a column; -1 if none is."""
+    """Returns the number of the last segment sealed in a column; -1 if there is none."""
     n_segments = 0
     for record in index.records:
         if column.name not in record.digests:
@@ -121,7 +122,7 @@ def last_segment(index: SegmentIndex, column: ColumnSpec) -> int:
 
 
 def load_statistics(folder: Path, column: ColumnSpec) -> ColumnStatistics | None:
-    """Statistics of all rows sealed in a column; None if there are no rows, or if nobody worked them out."""
+    """Reads the statistics of all rows sealed in a column; None if there are no rows or no statistics."""
     for _ in range(_LOOKS):
         segment = last_segment(SegmentIndex.load(folder), column)
         if segment < 0:
@@ -134,7 +135,7 @@ def load_statistics(folder: Path, column: ColumnSpec) -> ColumnStatistics | None
 
 
 def summary_to_json(folder: Path, column: ColumnSpec, segment: int, statistics: ColumnStatistics) -> Mapping[str, Any]:
-    """Manifest entry: figures, and the file with the vectors. Figures that are not finite are null."""
+    """Returns the manifest entry: figures, and the file with the vectors. NaN and infinite figures are null."""
     figures = {"mean_norm": statistics.mean_norm, "mean_squared_norm": statistics.mean_squared_norm}
     return {
         "count": statistics.count,

@@ -1,4 +1,4 @@
-"""Keeps the statistics of columns that are being written, segment by segment, beside the digests."""
+"""Computes the statistics of the columns that a writer writes, segment by segment, while digests are computed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _MAX_THREADS = 4
 
 
 class StatisticsWriter:
-    """Statistics of those of `columns` that are of hookpoints, as their segments are sealed; none without `summarize`.
+    """Keeps the statistics of the hookpoints among `columns` as segments are sealed; of no column without `summarize`.
 
-    A column has none for good once rows went, in a WINDOW set, that nobody had summarised.
+    If a WINDOW set drops rows that were not summarised, their column never has statistics again.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class StatisticsWriter:
         self._pool = ThreadPoolExecutor(max_workers=n_threads, thread_name_prefix="statistics")
 
     def spare_bytes(self, column: ColumnSpec) -> int:
-        """Room that sealing a segment of `column` needs for its statistics."""
+        """Returns the disk space that sealing a segment of `column` needs for its statistics."""
         return file_bytes(column) if column in self._columns else 0
 
     def start(self, segments: Sequence[OpenSegment], n_rows: int) -> Mapping[str, Future[ColumnStatistics]]:
-        """Begins to summarise the first `n_rows` rows of open segments, by column."""
+        """Begins to summarise the first `n_rows` rows of open segments; returns the results to come, by column."""
         memory = {segment.column.name: segment.data[: n_rows * segment.column.row_bytes] for segment in segments}
         return {column.name: self._submit(column, memory) for column in self._columns}
 
     def save(self, segment: int, parts: Mapping[str, Future[ColumnStatistics]], index: SegmentIndex) -> None:
-        """Writes the statistics up to the end of `segment`, which is recorded next; `index` ends before it."""
+        """Writes the statistics up to the end of `segment`, which is recorded next; `index` ends before `segment`."""
         for column in self._columns:
             before, part = self._before(column, segment, index), parts[column.name].result()
             if before is None and segment:
@@ -70,7 +70,7 @@ class StatisticsWriter:
             self._remove(column, segment.__gt__)
 
     def remove_leftovers(self, index: SegmentIndex) -> None:
-        """Removes statistics of segments that a crash kept from being recorded, and those the next ones superseded."""
+        """Removes the files that a crash left: of segments that were not recorded, and of earlier segments."""
         for column in self._columns:
             self._remove(column, last_segment(index, column).__ne__)
 
@@ -84,7 +84,7 @@ class StatisticsWriter:
         return entries
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; work that has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, column: ColumnSpec, memory: Mapping[str, memoryview]) -> Future[ColumnStatistics]:
@@ -93,7 +93,7 @@ class StatisticsWriter:
         return self._pool.submit(self._summarize, column, memory[column.name], scales)
 
     def _before(self, column: ColumnSpec, segment: int, index: SegmentIndex) -> ColumnStatistics | None:
-        """Statistics of the rows before a segment; None if there are none or if they can't be had any more."""
+        """Returns the statistics of the rows before a segment; None at segment 0, or if they are lost for good."""
         if not segment:
             return None
         if column.name not in self._so_far:
@@ -106,9 +106,9 @@ class StatisticsWriter:
         return read_statistics(statistics_path(self._folder, column, segment), column)
 
     def _from_files(self, column: ColumnSpec, segment: int, index: SegmentIndex) -> ColumnStatistics | None:
-        """Summarises sealed segments again: a version that kept no statistics wrote them."""
+        """Summarises sealed segments from their files: an older version wrote these, without statistics."""
         if dropped_rows(self._folder):
-            return None
+            return None  # Some of the files are gone.
         total: ColumnStatistics | None = None
         scale = self._manifest.column(column.scale_column) if column.scale_column else None
         for record in index.records[:segment]:

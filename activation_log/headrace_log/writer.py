@@ -1,7 +1,8 @@
 """Appends rows to a set: straight into mapped segment files, sealed in the background.
 
-One writer per set at a time. Rows are visible to readers once `commit` returns, durable once their segment is sealed.
-A crash at any point leaves the sealed segments; the next writer removes what was open and goes on behind them.
+One writer per set at a time. `commit` moves the border `committed` (the package's docstring has the picture), which is
+`next_row`; a sealing moves `sealed`. A crash at any point leaves the sealed segments; the next writer removes the files
+of open ones and goes on at `sealed`.
 """
 
 from __future__ import annotations
@@ -50,30 +51,35 @@ class SetWriter:
         self._resume_at_commit: Mapping[str, Any] = {}
         self._non_finite: Counter[str] = Counter()
         self._sealing: Future[SegmentIndex] | None = None
-        # What sealing gives back to a full disk is for its record, not for the next segment.
+        # On a full disk the bytes that a sealing gives back are for its record: no segment is opened meanwhile.
         self._disk = Lock()
         # One thread: segments are sealed in order.
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self.next_row = self._index.n_rows([column.name for column in self._columns])
-        _remove_leftovers(folder, self._columns, self._index)
+        for column in self._columns:
+            # Files without a record: open ones, and those renamed just before a crash.
+            recorded = {f"{r.segment:08d}.safetensors" for r in self._index.records if column.name in r.digests}
+            for path in column_folder(folder, column).glob("*.safetensors*"):
+                if path.name.endswith(OPEN_SUFFIX) or path.name not in recorded:
+                    path.unlink()
         self._statistics = StatisticsWriter(folder, manifest, self._columns, summarize)
         self._statistics.remove_leftovers(self._index)
 
     @classmethod
     def open(cls, folder: Path, columns: Sequence[str] | None = None, summarize: Summarize | None = None) -> SetWriter:
-        """Opens a set whose manifest exists, behind the last row sealed in all of `columns`."""
+        """Opens an existing set at the border `sealed` of `columns`; by default of all its columns."""
         manifest = Manifest.load(folder)
         names = [column.name for column in manifest.columns] if columns is None else columns
         return cls(folder, manifest, [manifest.column(name) for name in names], summarize)
 
     @property
     def resume(self) -> Mapping[str, Any] | None:
-        """Resume point stored with the segment before `next_row`; None at the start of the set."""
+        """Resume point stored with the segment that ends at `next_row`; None at the start of the set."""
         record = self._index.find(self.next_row - 1) if self.next_row else None
         return record.resume if record else None
 
     def reserve(self, n_rows: int) -> Reservation:
-        """Offers memory for at most `n_rows` rows, less where the open segment ends; at least one. Raises DiskFull."""
+        """Offers memory for 1 to `n_rows` rows; fewer than asked for at the end of a segment. Raises DiskFull."""
         if not self._open:
             self._begin_segment()
         n_rows = min(n_rows, self._capacity - self._open_rows)
@@ -87,13 +93,13 @@ class SetWriter:
 
     @property
     def n_non_finite(self) -> int:
-        """Values sealed in its columns that are NaN or infinite."""
+        """Number of NaN or infinite values sealed in the writer's columns."""
         return self._index.n_non_finite([column.name for column in self._columns], self.next_row)
 
     def commit(self, n_rows: int, resume: Mapping[str, Any], non_finite: Mapping[str, int] | None = None) -> None:
-        """Makes the first `n_rows` rows reserved readable; from `resume` the row behind them can be produced again.
+        """Makes the first `n_rows` reserved rows readable. From `resume` the row behind them can be produced again.
 
-        `non_finite` has how many of their values are NaN or infinite, by column.
+        `non_finite` is the number of NaN or infinite values in these rows, by column.
         """
         assert 0 < n_rows <= self._capacity - self._open_rows, "commit what was reserved"
         self._open_rows += n_rows
@@ -104,9 +110,10 @@ class SetWriter:
             self.seal()
 
     def seal(self) -> None:
-        """Seals the open segment however short, in the background; nothing happens if it has no rows.
+        """Seals the open segment in the background, even a short one; an empty segment is discarded.
 
-        Rows of a segment that exists in other columns are sealed whole or not at all: `next_row` goes back.
+        A segment that exists in other columns is sealed whole or not at all: the rows of a short one are given up, and
+        `next_row` goes back.
         """
         if not self._open:
             return
@@ -128,27 +135,27 @@ class SetWriter:
         self._sealing = self._sealer.submit(self._seal_files, segments, record)
 
     def settle(self) -> None:
-        """Waits for the segment being sealed, so that at most one is under way.
+        """Waits until the segment in the background is sealed, so that at most one is under way.
 
-        If that failed, nothing is sealed behind it: every later call raises the same.
+        After a failed sealing no later segment is sealed: every further call raises the same error.
         """
         if self._sealing is not None:
             self._index = self._sealing.result()
             self._sealing = None
 
     def finish(self) -> None:
-        """Seals what is open and marks the set complete at `next_row` rows."""
+        """Seals the open segment and marks the set complete at `next_row` rows."""
         self.seal()
         self.settle()
         summary = self._statistics.summary(self._index)
-        # Another process may have added columns to the manifest since.
+        # Read anew under the lock: another process may have added columns to the manifest.
         Manifest.update(
             self._folder,
             lambda manifest: replace(manifest, total_rows=self.next_row, statistics={**manifest.statistics, **summary}),
         )
 
     def close(self) -> None:
-        """Waits for sealing to end and gives up rows that were not sealed. Raises what sealing raised."""
+        """Waits for the sealing under way and gives up the open segment. Raises the error of a failed sealing."""
         try:
             self.settle()
         finally:
@@ -168,7 +175,7 @@ class SetWriter:
 
     @property
     def _capacity(self) -> int:
-        """Rows of the open segment: as many as its columns of an earlier pass have, else a full segment."""
+        """Rows that the open segment can hold: as many as it has in other columns, else those of a full segment."""
         return self._index.records[self._open_segment].n_rows if self._is_known else self._manifest.segment_rows
 
     @property
@@ -177,10 +184,8 @@ class SetWriter:
         return self._open_segment < len(self._index.records)
 
     def _begin_segment(self) -> None:
-        """Opens the next segment; the one before may still be sealed in the background.
-
-        Not if it is short: until it is recorded, readers take every segment to be full.
-        """
+        """Opens the next segment while the one before may still be sealed in the background."""
+        # A short one must be recorded first: readers take every segment without a record to be full.
         if self._open_rows < self._capacity or (self._sealing and self._sealing.done()):
             self.settle()
         names = [column.name for column in self._columns]
@@ -188,29 +193,21 @@ class SetWriter:
         self._open_segment = n_recorded + (self._sealing is not None)
         self._open_first_row, self._open_rows = self.next_row, 0
         self._non_finite = Counter()
-        with self._disk:
-            self._open = self._open_columns()
-
-    def _open_columns(self) -> tuple[OpenSegment, ...]:
         opened: list[OpenSegment] = []
-        try:
+        with self._disk, ExitStack() as undo:
             for column in self._columns:
-                opened.append(self._open_column(column))  # noqa: PERF401 -- those opened so far must be at hand on failure
-        except BaseException:
-            for segment in opened:
-                segment.discard()
-            raise
-        return tuple(opened)
-
-    def _open_column(self, column: ColumnSpec) -> OpenSegment:
-        return OpenSegment(
-            self._folder,
-            column,
-            segment=self._open_segment,
-            first_row=self._open_first_row,
-            capacity_rows=self._capacity,
-            spare_bytes=SPARE_BYTES + self._statistics.spare_bytes(column),
-        )
+                segment = OpenSegment(
+                    self._folder,
+                    column,
+                    segment=self._open_segment,
+                    first_row=self._open_first_row,
+                    capacity_rows=self._capacity,
+                    spare_bytes=SPARE_BYTES + self._statistics.spare_bytes(column),
+                )
+                undo.callback(segment.discard)
+                opened.append(segment)
+            undo.pop_all()
+        self._open = tuple(opened)
 
     def _seal_files(self, segments: Sequence[OpenSegment], record: SegmentRecord) -> SegmentIndex:
         with ExitStack() as files:
@@ -219,7 +216,7 @@ class SetWriter:
             parts = self._statistics.start(segments, record.n_rows)
             digests = {segment.column.name: segment.digest(record.n_rows) for segment in segments}
             for segment in segments:
-                segment.flush()
+                segment.flush()  # Outside the lock, for which the next segment may be waiting.
             wait(parts.values())
             with self._disk:
                 for segment in segments:
@@ -229,12 +226,3 @@ class SetWriter:
                 index = self._index.append(self._folder, replace(record, digests=digests))
                 self._statistics.recorded(record.segment)
         return index
-
-
-def _remove_leftovers(folder: Path, columns: Sequence[ColumnSpec], index: SegmentIndex) -> None:
-    """Removes segment files that no record speaks of: open ones, and those renamed just before a crash."""
-    for column in columns:
-        recorded = {f"{r.segment:08d}.safetensors" for r in index.records if column.name in r.digests}
-        for path in column_folder(folder, column).glob("*.safetensors*"):
-            if path.name.endswith(OPEN_SUFFIX) or path.name not in recorded:
-                path.unlink()

@@ -142,7 +142,7 @@ def test_what_can_not_be_exported_leaves_nothing_behind(system, extraction, tmp_
 
 
 def test_the_folder_is_read_without_headrace_as_the_page_says(system, extraction):
-    page = (ROOT / "docs/reading-a-set.md").read_text()
+    page = (ROOT / "docs/sets-without-headrace.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names = {"path_of_a_set": extraction.path, "hookpoint": HOOKPOINTS[0]}
     for block in blocks:
