@@ -104,7 +104,7 @@ def failure(name: str) -> BaseException:
 
 @dataclass
 class Probe:
-    """The service's behaviour and what it saw."""
+    """The service's behaviour, and its notes of opened and closed calls."""
 
     shutdown: Shutdown
     heartbeat_s: float = 0.05
@@ -118,7 +118,7 @@ class Probe:
         if command.startswith("sleep "):
             await asyncio.sleep(float(command.split()[1]))
         if command == "block":
-            time.sleep(3600)  # noqa: ASYNC251 - what must not happen, happens
+            time.sleep(3600)  # noqa: ASYNC251 - the fault itself: a blocked loop
         if command == "request id":
             logging.getLogger("probe").info("inside")
             return StringValue(value=logs.current_request_id.get())
@@ -200,7 +200,7 @@ MODEL_SERVICE = "headrace.registry.v1.ModelService"
 
 
 def make_server(options: ServerOptions, *, handle_signals: bool) -> tuple[Server, Probe, Metrics, Shutdown]:
-    """Wires a server with the probe and a generated servicer nobody has overridden."""
+    """Wires a server with the probe and a generated servicer without overridden methods."""
     shutdown, metrics = Shutdown(), Metrics()
     probe = Probe(shutdown)
 
@@ -263,7 +263,7 @@ class Running:
 async def eventually(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
     """Waits until a condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for may be a file or another process
+        while not condition():  # noqa: ASYNC110 - the condition may be of a file or another process
             await asyncio.sleep(0.005)
 
 
@@ -314,7 +314,7 @@ async def probe_server(log_stream: io.StringIO) -> AsyncIterator[StartServer]:
 
 @pytest.fixture(scope="session")
 def canonical_codes() -> dict[str, grpc.StatusCode]:
-    """The one canonical code of every reason, as the comments of `error_reason.proto` say."""
+    """The one canonical code of every reason, as in the comments of `error_reason.proto`."""
     source = (PROTOS / "headrace/common/v1/error_reason.proto").read_text()
     rows = re.findall(r"// ([A-Z_]+): [^\n]*\n  ERROR_REASON_(\w+) = ", source)
     return {reason: grpc.StatusCode[code] for code, reason in rows}

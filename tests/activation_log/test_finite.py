@@ -48,7 +48,7 @@ def test_part_of_a_segment_is_counted_value_by_value(tmp_path, dtype):
 
     counted = [non_finite(tmp_path, index, ["token_id", NAME], end_row).get(NAME, 0) for end_row in (4, 5, 12, 13, 18)]
 
-    recorded_first = 3  # Whole segments count as recorded, here a whole row for each that has one.
+    recorded_first = 3  # Whole segments count as recorded: here a whole row for each bad row.
     assert counted == [0, 2, recorded_first, recorded_first + 1, recorded_first + 4]
     assert non_finite(tmp_path, index, [NAME], N_ROWS) == {NAME: 9}
     assert non_finite(tmp_path, index, ["token_id"], N_ROWS) == {}

@@ -312,7 +312,7 @@ def test_a_reader_going_back_and_forth_keeps_some_segments_mapped(tmp_path, keep
 
 
 def claimed_kb(folder):
-    """Kilobytes of the set's files that this process has pages of."""
+    """Kilobytes of the set's files in this process's memory."""
     total, ours = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ")[0]:
@@ -340,7 +340,9 @@ def test_pages_that_were_passed_are_given_back(tmp_path, order, monkeypatch):
             most = max(most, claimed_kb(folder))
     reader.close()
 
-    assert 0 < most <= 2 * (4 + 1 + 1) * 1024  # A step and a block of each segment, of 16 MiB in all.
+    assert (
+        0 < most <= 2 * (4 + 1 + 1) * 1024
+    )  # In MiB: for each of two segments a step, a block and a bit more, out of 16.
 
 
 def test_dropping_a_window_removes_whole_segments_only(tmp_path):
@@ -465,7 +467,9 @@ def test_what_vanishes_while_a_set_is_counted_counts_no_more(tmp_path):
     (tmp_path / "column").mkdir()
     (tmp_path / "column" / "00000000.safetensors").write_bytes(b"12345")
     (tmp_path / "column" / "00000001.safetensors.open").write_bytes(b"123")
-    (tmp_path / "column" / "gone").symlink_to(tmp_path / "nothing")  # Listed, and not there when looked at.
+    (tmp_path / "column" / "gone").symlink_to(
+        tmp_path / "nothing"
+    )  # Listed by the folder, but absent when its size is read.
 
     assert retention.sizes(tmp_path) == (5, 3)
     assert retention.sizes(tmp_path / "never") == (0, 0)

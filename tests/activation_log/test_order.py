@@ -1,4 +1,4 @@
-"""Reading orders: every row once, shards disjoint and equal, the same for the same numbers for ever."""
+"""Reading orders: every row once, shards disjoint and equal, the same for the same numbers in every version."""
 
 import itertools
 from collections import Counter
@@ -18,7 +18,7 @@ def shuffled(n_rows, block_rows=8, seed=1, epoch=0, shard=(0, 1)):
 
 
 def rows_of(order, n_places):
-    """Rows by place, as a reader gets them who asks for three at a time."""
+    """Rows by place, as a reader gets them that asks for three at a time."""
     rows, place = [], 0
     while place < n_places:
         row, n_rows = order.stretch(place)

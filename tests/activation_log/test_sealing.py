@@ -31,7 +31,7 @@ def _target(fd):
 
 
 class Sealing:
-    """Stands where rows are summarised: holds a sealing until `go_on`, or lets it fail."""
+    """A `summarize` that holds a sealing until `go_on`, or lets it fail."""
 
     def __init__(self, *, fails=False):
         self.begun, self._go_on, self._fails = threading.Event(), threading.Event(), fails

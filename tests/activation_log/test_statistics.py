@@ -1,4 +1,4 @@
-"""Statistics of what is sealed are those of all rows, however they came to be sealed."""
+"""Statistics cover all sealed rows, however the rows were cut into segments and runs."""
 
 import json
 import signal
@@ -103,7 +103,7 @@ def test_ten_interrupted_pieces_have_the_statistics_of_one(tmp_path):
         with SetWriter.open(tmp_path, summarize=summarize) as writer:
             write(writer, 13 * (piece + 1), step=1 + piece)
             if piece % 2:
-                writer.seal()  # Otherwise the open segment is lost.
+                writer.seal()  # In the other runs the open segment is lost.
     with SetWriter.open(tmp_path, summarize=summarize) as writer:
         write(writer, 131)
         writer.finish()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Started so, they end before they listen.
+# With these flags the servers end before they listen.
 REFUSED = {
     "headrace_registry": ["--models-root", "/nowhere"],
     "headrace_extractor": ["--listen", "0.0.0.0:0"],

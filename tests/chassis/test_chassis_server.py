@@ -1,4 +1,4 @@
-"""What every server offers around its services."""
+"""The parts that every server has around its services: health, reflection, tokens, TLS, addresses, metrics."""
 
 from __future__ import annotations
 

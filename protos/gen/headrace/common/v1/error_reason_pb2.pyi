@@ -83,7 +83,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_DISK_FULL: _ErrorReason.ValueType  # 29
     """RESOURCE_EXHAUSTED: the disk is full; metadata `required_bytes`, `free_bytes`."""
     ERROR_REASON_ROWS_EXPIRED: _ErrorReason.ValueType  # 30
-    """OUT_OF_RANGE: the row window is already gone, or never will exist; metadata `first_available_row`, `n_rows`."""
+    """OUT_OF_RANGE: a window has dropped the rows, or they will never exist; metadata `first_available_row`, `n_rows`."""
     ERROR_REASON_DIGEST_MISMATCH: _ErrorReason.ValueType  # 31
     """DATA_LOSS: a digest does not match its file."""
     ERROR_REASON_NON_FINITE: _ErrorReason.ValueType  # 32
@@ -91,13 +91,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_EXTRACTION_CANCELLED: _ErrorReason.ValueType  # 33
     """CANCELLED: the extraction was cancelled before the requested rows existed."""
     ERROR_REASON_READER_STALLED: _ErrorReason.ValueType  # 34
-    """FAILED_PRECONDITION: no reader advanced a WINDOW extraction for its idle limit."""
+    """FAILED_PRECONDITION: no reader advanced a WINDOW extraction within its idle limit."""
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 35
     """UNAVAILABLE: the server is going away; RetryInfo."""
     ERROR_REASON_RUNNER_LOST: _ErrorReason.ValueType  # 36
     """UNAVAILABLE: the model's process died; RetryInfo."""
     ERROR_REASON_NODE_LOST: _ErrorReason.ValueType  # 37
-    """UNAVAILABLE: the node is not there, or no node is; RetryInfo."""
+    """UNAVAILABLE: the node is lost, or no node is alive; RetryInfo."""
     ERROR_REASON_EPOCH_STALE: _ErrorReason.ValueType  # 38
     """FAILED_PRECONDITION: the node's epoch is no longer the current one."""
     ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 39
@@ -107,15 +107,15 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_TOKEN_INVALID: _ErrorReason.ValueType  # 41
     """UNAUTHENTICATED: the bearer token is missing or wrong."""
     ERROR_REASON_NOT_IMPLEMENTED: _ErrorReason.ValueType  # 42
-    """UNIMPLEMENTED: in the contract, not in this version."""
+    """UNIMPLEMENTED: the method is in the contract, but not in this version of the server."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 43
     """INTERNAL: a bug; the message carries the request id, the log the stack."""
     ERROR_REASON_STATE_CONFLICT: _ErrorReason.ValueType  # 44
-    """FAILED_PRECONDITION: the resource's state does not allow this call; PreconditionFailure says which it needs."""
+    """FAILED_PRECONDITION: the resource's state does not allow this call; PreconditionFailure names the state needed."""
     ERROR_REASON_WAIT_TIMEOUT: _ErrorReason.ValueType  # 45
     """DEADLINE_EXCEEDED: a wait inside the service ran past its limit."""
     ERROR_REASON_NOT_ALLOWED: _ErrorReason.ValueType  # 46
-    """PERMISSION_DENIED: only who runs the server may allow this (pickled weights, code from a repo)."""
+    """PERMISSION_DENIED: only the server's operator may allow this (pickled weights, code from a repo)."""
     ERROR_REASON_EXTRA_MISSING: _ErrorReason.ValueType  # 47
     """FAILED_PRECONDITION: an optional package is not installed where it is needed."""
 
@@ -185,7 +185,7 @@ ERROR_REASON_LOAD_FAILED: ErrorReason.ValueType  # 28
 ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 29
 """RESOURCE_EXHAUSTED: the disk is full; metadata `required_bytes`, `free_bytes`."""
 ERROR_REASON_ROWS_EXPIRED: ErrorReason.ValueType  # 30
-"""OUT_OF_RANGE: the row window is already gone, or never will exist; metadata `first_available_row`, `n_rows`."""
+"""OUT_OF_RANGE: a window has dropped the rows, or they will never exist; metadata `first_available_row`, `n_rows`."""
 ERROR_REASON_DIGEST_MISMATCH: ErrorReason.ValueType  # 31
 """DATA_LOSS: a digest does not match its file."""
 ERROR_REASON_NON_FINITE: ErrorReason.ValueType  # 32
@@ -193,13 +193,13 @@ ERROR_REASON_NON_FINITE: ErrorReason.ValueType  # 32
 ERROR_REASON_EXTRACTION_CANCELLED: ErrorReason.ValueType  # 33
 """CANCELLED: the extraction was cancelled before the requested rows existed."""
 ERROR_REASON_READER_STALLED: ErrorReason.ValueType  # 34
-"""FAILED_PRECONDITION: no reader advanced a WINDOW extraction for its idle limit."""
+"""FAILED_PRECONDITION: no reader advanced a WINDOW extraction within its idle limit."""
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 35
 """UNAVAILABLE: the server is going away; RetryInfo."""
 ERROR_REASON_RUNNER_LOST: ErrorReason.ValueType  # 36
 """UNAVAILABLE: the model's process died; RetryInfo."""
 ERROR_REASON_NODE_LOST: ErrorReason.ValueType  # 37
-"""UNAVAILABLE: the node is not there, or no node is; RetryInfo."""
+"""UNAVAILABLE: the node is lost, or no node is alive; RetryInfo."""
 ERROR_REASON_EPOCH_STALE: ErrorReason.ValueType  # 38
 """FAILED_PRECONDITION: the node's epoch is no longer the current one."""
 ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 39
@@ -209,15 +209,15 @@ ERROR_REASON_REGISTRY_UNAVAILABLE: ErrorReason.ValueType  # 40
 ERROR_REASON_TOKEN_INVALID: ErrorReason.ValueType  # 41
 """UNAUTHENTICATED: the bearer token is missing or wrong."""
 ERROR_REASON_NOT_IMPLEMENTED: ErrorReason.ValueType  # 42
-"""UNIMPLEMENTED: in the contract, not in this version."""
+"""UNIMPLEMENTED: the method is in the contract, but not in this version of the server."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 43
 """INTERNAL: a bug; the message carries the request id, the log the stack."""
 ERROR_REASON_STATE_CONFLICT: ErrorReason.ValueType  # 44
-"""FAILED_PRECONDITION: the resource's state does not allow this call; PreconditionFailure says which it needs."""
+"""FAILED_PRECONDITION: the resource's state does not allow this call; PreconditionFailure names the state needed."""
 ERROR_REASON_WAIT_TIMEOUT: ErrorReason.ValueType  # 45
 """DEADLINE_EXCEEDED: a wait inside the service ran past its limit."""
 ERROR_REASON_NOT_ALLOWED: ErrorReason.ValueType  # 46
-"""PERMISSION_DENIED: only who runs the server may allow this (pickled weights, code from a repo)."""
+"""PERMISSION_DENIED: only the server's operator may allow this (pickled weights, code from a repo)."""
 ERROR_REASON_EXTRA_MISSING: ErrorReason.ValueType  # 47
 """FAILED_PRECONDITION: an optional package is not installed where it is needed."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -18,7 +18,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Transfer(_message.Message):
-    """Transfer tells how far a piece of long work that moves bytes has come."""
+    """Transfer is the progress of long work that moves bytes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -30,7 +30,7 @@ class Transfer(_message.Message):
     done_bytes: _builtins.int
     """Bytes done so far."""
     total_bytes: _builtins.int
-    """Bytes in all; 0 while unknown."""
+    """Total bytes; 0 while unknown."""
     percent: _builtins.float
     """0 to 100; 0 while the total is unknown."""
     rate_bytes_per_s: _builtins.float

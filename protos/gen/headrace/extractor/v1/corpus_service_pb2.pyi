@@ -37,8 +37,8 @@ class _CorpusFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CorpusFo
     CORPUS_FORMAT_PARQUET: _CorpusFormat.ValueType  # 4
     """Parquet."""
     CORPUS_FORMAT_TOKEN_IDS: _CorpusFormat.ValueType  # 5
-    """Token ids: a NumPy array of integers (`.npy`), one document a row; or JSON lines or Parquet whose `text_column` holds
-    lists of ids.
+    """Token ids: a NumPy array of integers (`.npy`), one document a row; or JSON lines or Parquet with lists of ids in
+    `text_column`.
     """
 
 class CorpusFormat(_CorpusFormat, metaclass=_CorpusFormatEnumTypeWrapper):
@@ -55,8 +55,8 @@ CORPUS_FORMAT_CSV: CorpusFormat.ValueType  # 3
 CORPUS_FORMAT_PARQUET: CorpusFormat.ValueType  # 4
 """Parquet."""
 CORPUS_FORMAT_TOKEN_IDS: CorpusFormat.ValueType  # 5
-"""Token ids: a NumPy array of integers (`.npy`), one document a row; or JSON lines or Parquet whose `text_column` holds
-lists of ids.
+"""Token ids: a NumPy array of integers (`.npy`), one document a row; or JSON lines or Parquet with lists of ids in
+`text_column`.
 """
 Global___CorpusFormat: _TypeAlias = CorpusFormat  # noqa: Y015
 
@@ -94,7 +94,7 @@ Global___TextSplit: _TypeAlias = TextSplit  # noqa: Y015
 
 @_typing.final
 class CorpusSpec(_message.Message):
-    """CorpusSpec says what a corpus is called and how its file is read."""
+    """CorpusSpec is a corpus' id and the way its file is read."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -111,11 +111,11 @@ class CorpusSpec(_message.Message):
     text_column: _builtins.str
     """Column (or JSON key) that holds the text; empty means `text`."""
     text_split: Global___TextSplit.ValueType
-    """For TXT."""
+    """For TXT: how the file is cut into documents."""
     file_name: _builtins.str
-    """Name of the file, for its ending and for people."""
+    """Name of the file: its ending tells the format, people see the name."""
     chat: _builtins.bool
-    """Documents are conversations: `text_column` holds lists of messages with `role` and `content`."""
+    """True: documents are conversations, `text_column` holds lists of messages with `role` and `content`."""
     def __init__(
         self,
         *,
@@ -160,7 +160,7 @@ Global___TokenDocument: _TypeAlias = TokenDocument  # noqa: Y015
 
 @_typing.final
 class Corpus(_message.Message):
-    """Corpus is an ingested source of documents."""
+    """Corpus is a source of documents, copied to the node."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -173,7 +173,7 @@ class Corpus(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id."""
+    """Id, from its CorpusSpec."""
     digest: _builtins.str
     """SHA-256 over its documents, hex: the same documents in the same order have the same digest."""
     n_documents: _builtins.int
@@ -183,12 +183,12 @@ class Corpus(_message.Message):
     tokenized: _builtins.bool
     """True when it holds token ids instead of text."""
     origin: _builtins.str
-    """File name or path it came from."""
+    """File name, path or dataset that it came from."""
     chat: _builtins.bool
     """True when its documents are conversations."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was ingested."""
+        """When it was uploaded or registered."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class UploadCorpusRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
-    """In all later ones; at most 1 MiB each."""
+    """In all later messages; at most 1 MiB each."""
     @_builtins.property
     def spec(self) -> Global___CorpusSpec:
         """In the first message only."""
@@ -331,9 +331,9 @@ class HubDatasetSource(_message.Message):
     split: _builtins.str
     """Split."""
     max_documents: _builtins.int
-    """Stop after so many documents; 0: all."""
+    """Most documents taken; 0: all."""
     hub_token: _builtins.str
-    """Token for gated datasets; never stored, never logged. Empty: the node's own, if any."""
+    """Token for gated datasets; never stored, never logged. Empty: the node's own token, if it has one."""
     def __init__(
         self,
         *,
@@ -363,7 +363,7 @@ class MixPart(_message.Message):
     corpus_id: _builtins.str
     """Corpus on this node."""
     weight: _builtins.float
-    """Its share of the documents, relative to the others'; more than 0."""
+    """Its share of the documents, relative to the other weights; more than 0."""
     def __init__(
         self,
         *,
@@ -380,8 +380,8 @@ Global___MixPart: _TypeAlias = MixPart  # noqa: Y015
 
 @_typing.final
 class MixSource(_message.Message):
-    """MixSource mixes corpora into a new one, drawing each document's corpus by weight; each corpus gives its documents in
-    order, and the mixture ends when one that is drawn has none left.
+    """MixSource mixes corpora into a new one: the corpus of each document is drawn by weight, and each corpus gives its
+    documents in order. The mixture ends when a drawn corpus has no document left.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -390,9 +390,9 @@ class MixSource(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     MAX_DOCUMENTS_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Of the draws."""
+    """Seed of the draws."""
     max_documents: _builtins.int
-    """Stop after so many documents; 0: until a corpus is exhausted."""
+    """Most documents taken; 0: until a corpus is exhausted."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MixPart]:
         """At least two."""
@@ -425,10 +425,10 @@ class RegisterCorpusRequest(_message.Message):
     HUB_FIELD_NUMBER: _builtins.int
     MIX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4; repeating it answers with the first call's result."""
+    """UUID4; a repeated call answers with the first call's result."""
     @_builtins.property
     def spec(self) -> Global___CorpusSpec:
-        """Name and format."""
+        """Id and format."""
 
     @_builtins.property
     def path(self) -> Global___PathSource:
@@ -498,7 +498,7 @@ class GetCorpusRequest(_message.Message):
 
     CORPUS_ID_FIELD_NUMBER: _builtins.int
     corpus_id: _builtins.str
-    """Id."""
+    """Id of the corpus."""
     def __init__(
         self,
         *,
@@ -545,7 +545,7 @@ class ListCorporaRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most so many; 0 means 100, more than 1000 is taken as 1000."""
+    """Most corpora in the answer; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     def __init__(
@@ -599,9 +599,9 @@ class DeleteCorpusRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CORPUS_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4; repeating it is no error."""
+    """UUID4; a repeated call is no error."""
     corpus_id: _builtins.str
-    """Id."""
+    """Id of the corpus."""
     def __init__(
         self,
         *,

@@ -68,15 +68,16 @@ class CorpusServiceServicer:
 
     def UploadCorpus(self, request_iterator, context):
         """Uploads a file: `spec` first, then its bytes in pieces. Nothing is kept if the stream breaks off.
-        CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. The same content under the same id again is no error.
+        CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. Uploading the same content under the same id again is no
+        error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterCorpus(self, request, context):
-        """Registers a corpus from a path on the node, from token ids, or from the hub. Content is copied, so that a later
-        change of the file changes nothing. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
+        """Registers a corpus from a path on the node, from token ids, from the hub, or as a mix of other corpora. Content is
+        copied: a later change of the file does not change the corpus. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,11 +35,12 @@ class CorpusServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CorpusServiceAsyncStub: ...
     UploadCorpus: _grpc.StreamUnaryMultiCallable[_corpus_service_pb2.UploadCorpusRequest, _corpus_service_pb2.UploadCorpusResponse]
     """Uploads a file: `spec` first, then its bytes in pieces. Nothing is kept if the stream breaks off.
-    CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. The same content under the same id again is no error.
+    CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. Uploading the same content under the same id again is no
+    error.
     """
     RegisterCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_service_pb2.RegisterCorpusRequest, _corpus_service_pb2.RegisterCorpusResponse]
-    """Registers a corpus from a path on the node, from token ids, or from the hub. Content is copied, so that a later
-    change of the file changes nothing. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
+    """Registers a corpus from a path on the node, from token ids, from the hub, or as a mix of other corpora. Content is
+    copied: a later change of the file does not change the corpus. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
     """
     GetCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_service_pb2.GetCorpusRequest, _corpus_service_pb2.GetCorpusResponse]
     """Reads one corpus. CORPUS_NOT_FOUND."""
@@ -55,11 +56,12 @@ class CorpusServiceAsyncStub(CorpusServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadCorpus: _aio.StreamUnaryMultiCallable[_corpus_service_pb2.UploadCorpusRequest, _corpus_service_pb2.UploadCorpusResponse]  # type: ignore[assignment]
     """Uploads a file: `spec` first, then its bytes in pieces. Nothing is kept if the stream breaks off.
-    CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. The same content under the same id again is no error.
+    CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. Uploading the same content under the same id again is no
+    error.
     """
     RegisterCorpus: _aio.UnaryUnaryMultiCallable[_corpus_service_pb2.RegisterCorpusRequest, _corpus_service_pb2.RegisterCorpusResponse]  # type: ignore[assignment]
-    """Registers a corpus from a path on the node, from token ids, or from the hub. Content is copied, so that a later
-    change of the file changes nothing. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
+    """Registers a corpus from a path on the node, from token ids, from the hub, or as a mix of other corpora. Content is
+    copied: a later change of the file does not change the corpus. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
     """
     GetCorpus: _aio.UnaryUnaryMultiCallable[_corpus_service_pb2.GetCorpusRequest, _corpus_service_pb2.GetCorpusResponse]  # type: ignore[assignment]
     """Reads one corpus. CORPUS_NOT_FOUND."""
@@ -78,7 +80,8 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_service_pb2.UploadCorpusResponse, _abc.Awaitable[_corpus_service_pb2.UploadCorpusResponse]]:
         """Uploads a file: `spec` first, then its bytes in pieces. Nothing is kept if the stream breaks off.
-        CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. The same content under the same id again is no error.
+        CORPUS_MALFORMED (with the line), CORPUS_EMPTY, DISK_FULL. Uploading the same content under the same id again is no
+        error.
         """
 
     @_abc_1.abstractmethod
@@ -87,8 +90,8 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _corpus_service_pb2.RegisterCorpusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_service_pb2.RegisterCorpusResponse, _abc.Awaitable[_corpus_service_pb2.RegisterCorpusResponse]]:
-        """Registers a corpus from a path on the node, from token ids, or from the hub. Content is copied, so that a later
-        change of the file changes nothing. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
+        """Registers a corpus from a path on the node, from token ids, from the hub, or as a mix of other corpora. Content is
+        copied: a later change of the file does not change the corpus. PATH_NOT_ALLOWED, CORPUS_MALFORMED, CORPUS_EMPTY.
         """
 
     @_abc_1.abstractmethod

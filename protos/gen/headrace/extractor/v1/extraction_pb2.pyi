@@ -31,11 +31,11 @@ class _PackingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Packing.Value
     PACKING_UNSPECIFIED: _Packing.ValueType  # 0
     """Same as PACKED."""
     PACKING_PACKED: _Packing.ValueType  # 1
-    """Documents follow one another without padding; a long document goes on in the next sequence, with its positions
-    starting at 0 again.
+    """Documents follow one another without padding; a long document continues in the next sequence, with positions from 0
+    again.
     """
     PACKING_ONE_DOCUMENT: _Packing.ValueType  # 2
-    """One document a sequence; what exceeds `context_size` is cut off."""
+    """One document a sequence; tokens beyond `context_size` are cut off."""
 
 class Packing(_Packing, metaclass=_PackingEnumTypeWrapper):
     """Packing says how documents fill sequences."""
@@ -43,11 +43,11 @@ class Packing(_Packing, metaclass=_PackingEnumTypeWrapper):
 PACKING_UNSPECIFIED: Packing.ValueType  # 0
 """Same as PACKED."""
 PACKING_PACKED: Packing.ValueType  # 1
-"""Documents follow one another without padding; a long document goes on in the next sequence, with its positions
-starting at 0 again.
+"""Documents follow one another without padding; a long document continues in the next sequence, with positions from 0
+again.
 """
 PACKING_ONE_DOCUMENT: Packing.ValueType  # 2
-"""One document a sequence; what exceeds `context_size` is cut off."""
+"""One document a sequence; tokens beyond `context_size` are cut off."""
 Global___Packing: _TypeAlias = Packing  # noqa: Y015
 
 class _BosPolicy:
@@ -64,7 +64,7 @@ class _BosPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BosPolicy.V
     """Nowhere."""
 
 class BosPolicy(_BosPolicy, metaclass=_BosPolicyEnumTypeWrapper):
-    """BosPolicy says where the beginning-of-sequence token goes."""
+    """BosPolicy says where beginning-of-sequence tokens are inserted."""
 
 BOS_POLICY_UNSPECIFIED: BosPolicy.ValueType  # 0
 """Same as DOCUMENT."""
@@ -88,7 +88,7 @@ class _EosPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EosPolicy.V
     """After each document."""
 
 class EosPolicy(_EosPolicy, metaclass=_EosPolicyEnumTypeWrapper):
-    """EosPolicy says where the end-of-sequence token goes."""
+    """EosPolicy says where end-of-sequence tokens are inserted."""
 
 EOS_POLICY_UNSPECIFIED: EosPolicy.ValueType  # 0
 """Same as NONE."""
@@ -107,19 +107,19 @@ class _LongDocumentsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LongDoc
     LONG_DOCUMENTS_UNSPECIFIED: _LongDocuments.ValueType  # 0
     """SPLIT for PACKED, TRUNCATE for ONE_DOCUMENT."""
     LONG_DOCUMENTS_SPLIT: _LongDocuments.ValueType  # 1
-    """It goes on in the next sequence, with its positions starting at 0 again."""
+    """It continues in the next sequence, with positions from 0 again."""
     LONG_DOCUMENTS_TRUNCATE: _LongDocuments.ValueType  # 2
-    """What exceeds `context_size` is left out."""
+    """Tokens beyond `context_size` are left out."""
 
 class LongDocuments(_LongDocuments, metaclass=_LongDocumentsEnumTypeWrapper):
-    """LongDocuments says what happens to a document that exceeds a sequence."""
+    """LongDocuments says how a document that is longer than a sequence is handled."""
 
 LONG_DOCUMENTS_UNSPECIFIED: LongDocuments.ValueType  # 0
 """SPLIT for PACKED, TRUNCATE for ONE_DOCUMENT."""
 LONG_DOCUMENTS_SPLIT: LongDocuments.ValueType  # 1
-"""It goes on in the next sequence, with its positions starting at 0 again."""
+"""It continues in the next sequence, with positions from 0 again."""
 LONG_DOCUMENTS_TRUNCATE: LongDocuments.ValueType  # 2
-"""What exceeds `context_size` is left out."""
+"""Tokens beyond `context_size` are left out."""
 Global___LongDocuments: _TypeAlias = LongDocuments  # noqa: Y015
 
 class _RetentionKind:
@@ -133,7 +133,7 @@ class _RetentionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Retenti
     RETENTION_KIND_RETAIN: _RetentionKind.ValueType  # 1
     """On disk until evicted by quota."""
     RETENTION_KIND_WINDOW: _RetentionKind.ValueType  # 2
-    """A bounded number of bytes; the forward pass waits for the slowest attached reader."""
+    """A bounded number of bytes; the forward pass waits for the slowest attached reader (see ExtractionService)."""
 
 class RetentionKind(_RetentionKind, metaclass=_RetentionKindEnumTypeWrapper):
     """RetentionKind says how long rows stay."""
@@ -143,7 +143,7 @@ RETENTION_KIND_UNSPECIFIED: RetentionKind.ValueType  # 0
 RETENTION_KIND_RETAIN: RetentionKind.ValueType  # 1
 """On disk until evicted by quota."""
 RETENTION_KIND_WINDOW: RetentionKind.ValueType  # 2
-"""A bounded number of bytes; the forward pass waits for the slowest attached reader."""
+"""A bounded number of bytes; the forward pass waits for the slowest attached reader (see ExtractionService)."""
 Global___RetentionKind: _TypeAlias = RetentionKind  # noqa: Y015
 
 class _ExtractionState:
@@ -165,14 +165,14 @@ class _ExtractionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Extra
     EXTRACTION_STATE_DONE: _ExtractionState.ValueType  # 5
     """All rows exist."""
     EXTRACTION_STATE_FAILED: _ExtractionState.ValueType  # 6
-    """Ended with `failure`; rows so far stay readable."""
+    """Ended with `failure`; its rows stay readable."""
     EXTRACTION_STATE_CANCELLED: _ExtractionState.ValueType  # 7
-    """Cancelled; rows so far stay readable."""
+    """Cancelled; its rows stay readable."""
     EXTRACTION_STATE_RECOVERING: _ExtractionState.ValueType  # 8
-    """Its runner died; it goes on as soon as there is a new one."""
+    """Its runner died; it continues once there is a new runner."""
 
 class ExtractionState(_ExtractionState, metaclass=_ExtractionStateEnumTypeWrapper):
-    """ExtractionState is where an extraction stands."""
+    """ExtractionState is the stage of an extraction."""
 
 EXTRACTION_STATE_UNSPECIFIED: ExtractionState.ValueType  # 0
 """Never sent."""
@@ -187,11 +187,11 @@ EXTRACTION_STATE_WAITING: ExtractionState.ValueType  # 4
 EXTRACTION_STATE_DONE: ExtractionState.ValueType  # 5
 """All rows exist."""
 EXTRACTION_STATE_FAILED: ExtractionState.ValueType  # 6
-"""Ended with `failure`; rows so far stay readable."""
+"""Ended with `failure`; its rows stay readable."""
 EXTRACTION_STATE_CANCELLED: ExtractionState.ValueType  # 7
-"""Cancelled; rows so far stay readable."""
+"""Cancelled; its rows stay readable."""
 EXTRACTION_STATE_RECOVERING: ExtractionState.ValueType  # 8
-"""Its runner died; it goes on as soon as there is a new one."""
+"""Its runner died; it continues once there is a new runner."""
 Global___ExtractionState: _TypeAlias = ExtractionState  # noqa: Y015
 
 @_typing.final
@@ -203,7 +203,7 @@ class TokenWindow(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     start: _builtins.int
-    """First position that becomes a row; -1 is the last one."""
+    """First position that becomes a row; -1 is the document's last position."""
     end: _builtins.int
     """One past the last position that becomes a row; 0 means the document's end."""
     def __init__(
@@ -251,15 +251,17 @@ class Recipe(_message.Message):
     drop_special_tokens: _builtins.bool
     """True: no rows for special tokens (BOS and EOS among them)."""
     drop_first_positions: _builtins.int
-    """No rows for the first so many positions of each document piece."""
+    """Number of positions at the start of each document piece that become no rows."""
     batch_size: _builtins.int
-    """Sequences in one forward pass, 1 to 1024; 0 means 4. Numbers depend on it in the last bits, hence it is here."""
+    """Sequences in one forward pass, 1 to 1024; 0 means 4. Part of the identity because the last bits of the numbers
+    depend on it.
+    """
     storage_dtype: _dtype_pb2.Dtype.ValueType
     """Dtype of hookpoint columns in the log; unspecified means float32.
-    FLOAT8_E4M3 and INT8 store a float32 scale per row beside them, in the column `<hookpoint>.scale`.
+    For FLOAT8_E4M3 and INT8 the column `<hookpoint>.scale` stores a float32 scale per row.
     """
     long_documents: Global___LongDocuments.ValueType
-    """What happens to documents that exceed a sequence."""
+    """How documents longer than a sequence are handled."""
     chat_template: _builtins.bool
     """True: documents are conversations, and the tokenizer's chat template turns them into tokens."""
     @_builtins.property
@@ -300,11 +302,11 @@ class Retention(_message.Message):
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
     READER_GRACE_S_FIELD_NUMBER: _builtins.int
     kind: Global___RetentionKind.ValueType
-    """Which kind."""
+    """How long rows stay."""
     window_bytes: _builtins.int
     """For WINDOW: most bytes on disk, at least 1 MiB; 0 means 256 MiB."""
     reader_grace_s: _builtins.float
-    """For WINDOW: seconds the extraction stays without any reader before it ends with READER_STALLED; 0 means 60."""
+    """For WINDOW: seconds without any reader after which the extraction ends with READER_STALLED; 0 means 60."""
     def __init__(
         self,
         *,
@@ -338,14 +340,14 @@ class ExtractionSpec(_message.Message):
     corpus_id: _builtins.str
     """Corpus on this node."""
     max_rows: _builtins.int
-    """Stop after so many rows; 0: the whole corpus."""
+    """Number of rows after which the extraction stops; 0: the whole corpus."""
     allow_non_finite: _builtins.bool
-    """Keep NaN and infinite values instead of failing with NON_FINITE; they are counted."""
+    """True: NaN and infinite values are kept and counted. False: they fail the extraction with NON_FINITE."""
     @_builtins.property
     def hookpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hookpoints, such as `blocks.14.hook_resid_post`; at least one. TransformerLens names, canonical bridge names such as
-        `blocks.14.hook_out`, and module paths such as `model.layers.14.mlp:out`; `*` stands for anything between dots, and
-        `blocks.4-7.hook_resid_post` for a range of layers. They come back in TransformerLens spelling.
+        """Hookpoints, such as `blocks.14.hook_resid_post`; at least one. TransformerLens names, canonical bridge names such
+        as `blocks.14.hook_out`, and module paths such as `model.layers.14.mlp:out`; `*` stands for any run of characters,
+        and `blocks.4-7.hook_resid_post` for a range of layers. Answers have them in TransformerLens spelling.
         """
 
     @_builtins.property
@@ -436,9 +438,9 @@ class ReaderStatus(_message.Message):
     READER_FIELD_NUMBER: _builtins.int
     NEXT_ROW_FIELD_NUMBER: _builtins.int
     reader: _builtins.str
-    """`reader` of its StreamActivations request, or a server-made one."""
+    """`reader` of its StreamActivations request, or a name made by the server."""
     next_row: _builtins.int
-    """Every row before this one is released by it."""
+    """The reader has released every row before this one."""
     def __init__(
         self,
         *,
@@ -455,7 +457,7 @@ Global___ReaderStatus: _TypeAlias = ReaderStatus  # noqa: Y015
 
 @_typing.final
 class ColumnParity(_message.Message):
-    """ColumnParity compares one column with what transformers computes by itself for the same tokens."""
+    """ColumnParity compares one column with the values that transformers computes by itself for the same tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -464,13 +466,13 @@ class ColumnParity(_message.Message):
     MIN_COSINE_FIELD_NUMBER: _builtins.int
     MAX_RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Column."""
+    """Name of the column."""
     max_difference: _builtins.float
     """Largest absolute difference."""
     min_cosine: _builtins.float
     """Smallest cosine of a row with its reference."""
     max_relative_error: _builtins.float
-    """Largest relative error of a row, by norms; what an 8-bit column loses shows here."""
+    """Largest relative error of a row, by norms; shows the loss of an 8-bit column."""
     def __init__(
         self,
         *,
@@ -548,19 +550,19 @@ class Extraction(_message.Message):
     set_id: _builtins.str
     """The activation set."""
     state: Global___ExtractionState.ValueType
-    """Where it stands."""
+    """Its stage."""
     n_rows: _builtins.int
     """Rows committed in the set."""
     n_rows_expected: _builtins.int
-    """Rows there will be; an estimate until DONE, 0 while unknown."""
+    """Rows at the end; an estimate until DONE, 0 while unknown."""
     n_rows_exact: _builtins.bool
     """True when `n_rows_expected` is exact."""
     n_rows_computed: _builtins.int
-    """Rows computed by this extraction; the rest was there already."""
+    """Rows computed by this extraction; the other rows existed before."""
     rows_per_s: _builtins.float
     """Rows per second over the last few seconds."""
     size_bytes: _builtins.int
-    """Bytes kept of its own columns, provenance included; the set may have others."""
+    """Bytes kept of its own columns, provenance included; the set may have other columns."""
     eta_s: _builtins.float
     """Seconds left; negative while unknown."""
     queue_position: _builtins.int
@@ -568,12 +570,12 @@ class Extraction(_message.Message):
     path: _builtins.str
     """Folder of the set on the node."""
     cached: _builtins.bool
-    """True when every row was there before: no forward pass ran."""
+    """True if every row existed before: no forward pass ran."""
     n_non_finite: _builtins.int
-    """NaN or infinite values seen."""
+    """Number of NaN or infinite values in its rows."""
     @_builtins.property
     def spec(self) -> Global___ExtractionSpec:
-        """What was asked for, defaults filled in."""
+        """The request's spec, with defaults filled in."""
 
     @_builtins.property
     def failure(self) -> Global___ExtractionFailure:
@@ -593,11 +595,11 @@ class Extraction(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Created."""
+        """When it was created."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Last change."""
+        """When it last changed."""
 
     @_builtins.property
     def receipt(self) -> Global___ParityReceipt:

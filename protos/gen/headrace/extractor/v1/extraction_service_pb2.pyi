@@ -32,7 +32,7 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     TRANSPORT_INLINE: _Transport.ValueType  # 1
     """In the messages."""
     TRANSPORT_MAPPED: _Transport.ValueType  # 2
-    """As row ranges; the client maps the set's files itself."""
+    """As ranges of sealed rows, which the client reads from the set's files by itself."""
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """Transport says how rows travel."""
@@ -42,7 +42,7 @@ TRANSPORT_UNSPECIFIED: Transport.ValueType  # 0
 TRANSPORT_INLINE: Transport.ValueType  # 1
 """In the messages."""
 TRANSPORT_MAPPED: Transport.ValueType  # 2
-"""As row ranges; the client maps the set's files itself."""
+"""As ranges of sealed rows, which the client reads from the set's files by itself."""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 class _ReadOrder:
@@ -56,8 +56,8 @@ class _ReadOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReadOrder.V
     READ_ORDER_SEQUENTIAL: _ReadOrder.ValueType  # 1
     """By row number, as rows are committed."""
     READ_ORDER_SHUFFLED: _ReadOrder.ValueType  # 2
-    """Blocks in an order that depends on `seed`, `epoch`, `block_rows` and the number of rows alone; rows within a block in
-    theirs. Begins once the extraction has all its rows.
+    """Blocks in an order that depends on `seed`, `epoch`, `block_rows` and the number of rows alone; rows within a block
+    by row number. Begins once the extraction has all its rows.
     """
 
 class ReadOrder(_ReadOrder, metaclass=_ReadOrderEnumTypeWrapper):
@@ -68,8 +68,8 @@ READ_ORDER_UNSPECIFIED: ReadOrder.ValueType  # 0
 READ_ORDER_SEQUENTIAL: ReadOrder.ValueType  # 1
 """By row number, as rows are committed."""
 READ_ORDER_SHUFFLED: ReadOrder.ValueType  # 2
-"""Blocks in an order that depends on `seed`, `epoch`, `block_rows` and the number of rows alone; rows within a block in
-theirs. Begins once the extraction has all its rows.
+"""Blocks in an order that depends on `seed`, `epoch`, `block_rows` and the number of rows alone; rows within a block
+by row number. Begins once the extraction has all its rows.
 """
 Global___ReadOrder: _TypeAlias = ReadOrder  # noqa: Y015
 
@@ -82,7 +82,7 @@ class EstimateExtractionRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _extraction_pb2.ExtractionSpec:
-        """What would be extracted."""
+        """The extraction to estimate."""
 
     def __init__(
         self,
@@ -115,15 +115,15 @@ class EstimateExtractionResponse(_message.Message):
     size_bytes: _builtins.int
     """Bytes of the set on disk."""
     seconds: _builtins.float
-    """Seconds of computing, by the rate last seen for this model on this node; negative while unknown."""
+    """Seconds of computing, at the last rate of this model on this node; negative while unknown."""
     n_tokens: _builtins.int
-    """Tokens through the model."""
+    """Tokens that would go through the model."""
     n_rows_cached: _builtins.int
     """Rows that exist already and would not be computed."""
     new_bytes: _builtins.int
     """Bytes that would be written."""
     available_bytes: _builtins.int
-    """Bytes that the node could take now, what may be evicted counted; negative while unknown."""
+    """Bytes that the node could take now, sets that may be evicted counted as free; negative while unknown."""
     def __init__(
         self,
         *,
@@ -152,10 +152,10 @@ class StartExtractionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4; repeating it answers with the first call's extraction."""
+    """UUID4; a repeated call answers with the first call's extraction."""
     @_builtins.property
     def spec(self) -> _extraction_pb2.ExtractionSpec:
-        """What to extract."""
+        """The extraction to start."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class GetExtractionRequest(_message.Message):
 
     EXTRACTION_ID_FIELD_NUMBER: _builtins.int
     extraction_id: _builtins.str
-    """Id."""
+    """Id of the extraction."""
     def __init__(
         self,
         *,
@@ -250,7 +250,7 @@ class ListExtractionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most so many; 0 means 100, more than 1000 is taken as 1000."""
+    """Most extractions in the answer; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     def __init__(
@@ -306,7 +306,7 @@ class CancelExtractionRequest(_message.Message):
     request_id: _builtins.str
     """UUID4."""
     extraction_id: _builtins.str
-    """Id."""
+    """Id of the extraction."""
     def __init__(
         self,
         *,
@@ -354,9 +354,9 @@ class WatchExtractionRequest(_message.Message):
     EXTRACTION_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQ_FIELD_NUMBER: _builtins.int
     extraction_id: _builtins.str
-    """Id."""
+    """Id of the extraction."""
     after_seq: _builtins.int
-    """Send only events with a larger `seq`, after the snapshot."""
+    """After the snapshot, only events with a larger `seq` are sent."""
     def __init__(
         self,
         *,
@@ -382,11 +382,11 @@ class WatchExtractionResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
-    """Grows with each event of this extraction."""
+    """Number of the event; grows with each event of this extraction."""
     snapshot: _builtins.bool
     """True for the first message."""
     heartbeat: _builtins.bool
-    """True when nothing happened for 15 s."""
+    """True if it is sent only because nothing happened for 15 s."""
     @_builtins.property
     def extraction(self) -> _extraction_pb2.Extraction:
         """The extraction after the event."""
@@ -429,35 +429,35 @@ class StreamActivationsRequest(_message.Message):
     SHARD_COUNT_FIELD_NUMBER: _builtins.int
     BLOCK_ROWS_FIELD_NUMBER: _builtins.int
     extraction_id: _builtins.str
-    """Extraction whose set is read."""
+    """Extraction; its set is read."""
     start_row: _builtins.int
     """First row wanted; for shards and SHUFFLED a place in the reading order, counted from 0."""
     end_row: _builtins.int
-    """One past the last row wanted, counted alike; 0: all the extraction will have."""
+    """One past the last row wanted, counted like `start_row`; 0: all rows that the extraction will have."""
     chunk_bytes: _builtins.int
-    """Payload bytes aimed at in one message; 0 means 1 MiB. Up to 3.5 MiB unless `allow_large_chunks`, then up to 16 MiB."""
+    """Aimed size of one message's payload; 0 means 1 MiB. At most 3.5 MiB, or 16 MiB with `allow_large_chunks`."""
     allow_large_chunks: _builtins.bool
     """The client accepts messages beyond gRPC's default limit of 4 MiB."""
     reader: _builtins.str
     """Name of the reader, for people and for ReleaseRows; at most 255 characters. Empty: server-made."""
     explicit_release: _builtins.bool
-    """For WINDOW sets: rows are kept until ReleaseRows, instead of until sent."""
+    """For WINDOW sets: rows are released by ReleaseRows; otherwise they are released as soon as they are sent."""
     transport: Global___Transport.ValueType
     """How rows travel."""
     order: Global___ReadOrder.ValueType
-    """In which order."""
+    """Order of the blocks of rows."""
     seed: _builtins.int
-    """For SHUFFLED."""
+    """For SHUFFLED: seed of the order."""
     epoch: _builtins.int
     """For SHUFFLED: each epoch has an order of its own."""
     shard_index: _builtins.int
     """This reader's shard, 0 to `shard_count` - 1."""
     shard_count: _builtins.int
-    """Number of shards; 0 or 1: all rows. Of more, each gets every `shard_count`-th block of the reading order, and all the
-    same number of whole blocks: what is left over is nobody's.
+    """Number of shards; 0 or 1: all rows. Of several shards each gets every `shard_count`-th block of the reading order,
+    and all get the same number of whole blocks; the blocks left over are sent to no shard.
     """
     block_rows: _builtins.int
-    """Rows in a block of shards and SHUFFLED; 0 means 1024."""
+    """For shards and SHUFFLED: rows in a block; 0 means 1024."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Columns wanted: hookpoints, `token_id`, `document`, `position`. Empty: all."""
@@ -507,7 +507,7 @@ class Column(_message.Message):
     width: _builtins.int
     """Elements in one row."""
     scale_column: _builtins.str
-    """For 8-bit columns: name of the float32 column of the same rows that values are to be multiplied by."""
+    """For 8-bit columns: name of the float32 column with one scale a row, by which values are to be multiplied."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of one row, such as heads and elements per head; its product is `width`. Empty: [width]."""
@@ -542,17 +542,17 @@ class ColumnStatistics(_message.Message):
     MEAN_NORM_FIELD_NUMBER: _builtins.int
     MEAN_SQUARED_NORM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Column."""
+    """Name of the column."""
     count: _builtins.int
-    """Rows."""
+    """Number of rows."""
     mean_norm: _builtins.float
     """Mean of the rows' Euclidean norms."""
     mean_squared_norm: _builtins.float
     """Mean of the squares of the rows' Euclidean norms."""
     @_builtins.property
     def mean(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Mean vector, `width` values. It and `m2` are left out from the column on where all vectors exceed 2 MiB; the set's
-        folder has them.
+        """Mean vector, `width` values. The vectors of a header take at most 2 MiB: `mean` and `m2` are empty for the first
+        column beyond that and all further ones; the set's folder has them.
         """
 
     @_builtins.property
@@ -598,7 +598,7 @@ class StreamHeader(_message.Message):
     first_row: _builtins.int
     """First row that will come; for shards and SHUFFLED a place in the reading order."""
     end_row: _builtins.int
-    """One past the last row that will come, counted alike; 0 while unknown."""
+    """One past the last row that will come, counted like `first_row`; 0 while unknown."""
     reader: _builtins.str
     """Name of this reader."""
     path: _builtins.str
@@ -606,8 +606,8 @@ class StreamHeader(_message.Message):
     transport: Global___Transport.ValueType
     """How rows travel."""
     nonce: _builtins.str
-    """For the mapped transport: what the file `nonce` in the set's folder says. A client that reads something else there
-    sees another folder and must ask for INLINE.
+    """For the mapped transport: content of the file `nonce` in the set's folder. A client that reads another content
+    there sees another folder and must ask for INLINE.
     """
     block_rows: _builtins.int
     """Rows in a block of the reading order; 0 for one sequential shard."""
@@ -617,7 +617,7 @@ class StreamHeader(_message.Message):
 
     @_builtins.property
     def statistics(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnStatistics]:
-        """Statistics of the rows sealed so far; none for a column without such rows."""
+        """Statistics of the sealed rows; none for a column without sealed rows."""
 
     def __init__(
         self,
@@ -654,15 +654,15 @@ class ActivationChunk(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     first_row: _builtins.int
-    """Row of the first one."""
+    """Number of its first row."""
     n_rows: _builtins.int
     """Rows in it, at least 1."""
     padding: _builtins.bytes
-    """Zeros, 0 to 127 of them, that put `payload` on a multiple of 64 from the start of the message."""
+    """0 to 127 zeros, which put `payload` at a multiple of 64 bytes from the start of the message."""
     position: _builtins.int
     """For shards and SHUFFLED: place of the first row in the reading order. A chunk lies within one block."""
     payload: _builtins.bytes
-    """The rows. Empty with the mapped transport, except for rows that are not sealed yet."""
+    """The rows. Empty for a range of sealed rows with the mapped transport."""
     @_builtins.property
     def column_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Byte offset of each column in `payload`, in the header's order, each a multiple of 64. A column is `n_rows * width`
@@ -689,7 +689,7 @@ Global___ActivationChunk: _TypeAlias = ActivationChunk  # noqa: Y015
 
 @_typing.final
 class StreamProgress(_message.Message):
-    """StreamProgress is sent while no rows come, at least every 15 s."""
+    """StreamProgress is sent while there are no rows to send, at least every 15 s."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -698,7 +698,7 @@ class StreamProgress(_message.Message):
     n_rows: _builtins.int
     """Rows committed in the set."""
     state: _extraction_pb2.ExtractionState.ValueType
-    """Where the extraction stands."""
+    """State of the extraction."""
     def __init__(
         self,
         *,
@@ -751,15 +751,15 @@ class StreamActivationsResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___StreamHeader:
-        """First."""
+        """The first message."""
 
     @_builtins.property
     def progress(self) -> Global___StreamProgress:
-        """While nothing else comes."""
+        """While there are no rows to send."""
 
     @_builtins.property
     def end(self) -> Global___StreamEnd:
-        """Last."""
+        """The last message."""
 
     @_builtins.property
     def chunk(self) -> Global___ActivationChunk:
@@ -793,12 +793,12 @@ class ReleaseRowsRequest(_message.Message):
     READER_FIELD_NUMBER: _builtins.int
     ROW_FIELD_NUMBER: _builtins.int
     extraction_id: _builtins.str
-    """Extraction."""
+    """Id of the extraction."""
     reader: _builtins.str
-    """Reader of an open stream."""
+    """Name of the reader, from StreamHeader; its stream may be cut."""
     row: _builtins.int
-    """Rows before this one may go. 2^63 - 1: the reader closes its stream and comes no more. Without that a reader of a
-    WINDOW set that is cut off is waited for by the others, up to reader_grace_s.
+    """Rows before this row are released. 2^63 - 1: the reader closes its stream for good. Without this last release a
+    WINDOW extraction waits up to `reader_grace_s` for a reader with a cut stream.
     """
     def __init__(
         self,
@@ -870,9 +870,9 @@ class Hookpoint(_message.Message):
     width: _builtins.int
     """Elements in one row."""
     unavailable: _builtins.str
-    """Why it can't be captured; empty when it can."""
+    """Reason why it can't be captured; empty if it can."""
     module: _builtins.str
-    """Where it is taken: a module path with `:in` or `:out`; empty where no single module has it."""
+    """Module path with `:in` or `:out` at which it is taken; empty if no single module has it."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of one row; its product is `width`. Empty: [width]."""

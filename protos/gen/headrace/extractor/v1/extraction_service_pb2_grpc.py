@@ -26,7 +26,24 @@ if _version_not_supported:
 
 
 class ExtractionServiceStub:
-    """ExtractionService runs forward passes into activation sets and streams rows of them.
+    """ExtractionService runs forward passes into activation sets and streams their rows.
+
+    The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
+
+    rows                   state             owner
+    [0, first_kept)        dropped           none: every reader had released them, and their files are gone
+    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
+    [committed, grant)     may be written    the writer alone
+    [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
+
+    A segment counts as open until its sealing is recorded. Only `committed` ever moves back, and then to `sealed`: after
+    a crash the next writer computes the rows from there on again.
+
+    `first_kept`: metadata `first_available_row` of ROWS_EXPIRED; moves when all readers have released a segment.
+    `sealed`: `ColumnStatistics.count` when a stream begins; row ranges of TRANSPORT_MAPPED end before it.
+    `committed`: `n_rows` of Extraction, StreamProgress and StreamEnd; rows before it can be streamed.
+    `grant`: in no message; it is `first_kept` plus the rows that `Retention.window_bytes` hold.
     """
 
     def __init__(self, channel):
@@ -88,7 +105,24 @@ class ExtractionServiceStub:
 
 
 class ExtractionServiceServicer:
-    """ExtractionService runs forward passes into activation sets and streams rows of them.
+    """ExtractionService runs forward passes into activation sets and streams their rows.
+
+    The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
+
+    rows                   state             owner
+    [0, first_kept)        dropped           none: every reader had released them, and their files are gone
+    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
+    [committed, grant)     may be written    the writer alone
+    [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
+
+    A segment counts as open until its sealing is recorded. Only `committed` ever moves back, and then to `sealed`: after
+    a crash the next writer computes the rows from there on again.
+
+    `first_kept`: metadata `first_available_row` of ROWS_EXPIRED; moves when all readers have released a segment.
+    `sealed`: `ColumnStatistics.count` when a stream begins; row ranges of TRANSPORT_MAPPED end before it.
+    `committed`: `n_rows` of Extraction, StreamProgress and StreamEnd; rows before it can be streamed.
+    `grant`: in no message; it is `first_kept` plus the rows that `Retention.window_bytes` hold.
     """
 
     def EstimateExtraction(self, request, context):
@@ -99,7 +133,8 @@ class ExtractionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartExtraction(self, request, context):
-        """Starts an extraction, or answers with one that covers it: rows that exist are never computed again. Answers at once.
+        """Starts an extraction, or answers with a present one that covers it: rows that exist are never computed again.
+        Answers at once.
         MODEL_NOT_FOUND, MODEL_NOT_READY, CORPUS_NOT_FOUND, HOOKPOINT_NOT_FOUND, FIELD_INVALID, QUEUE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -121,14 +156,15 @@ class ExtractionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelExtraction(self, request, context):
-        """Stops an extraction; rows so far stay. One that has ended stays as it is.
+        """Stops an extraction; its rows stay. An extraction that has ended stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchExtraction(self, request, context):
-        """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s; ends after the end.
+        """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s. The stream ends
+        after the extraction's end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +172,7 @@ class ExtractionServiceServicer:
 
     def StreamActivations(self, request, context):
         """Streams rows of an extraction's set in order, from `start_row`: a header, chunks as rows are committed, an end.
-        Reconnecting with `start_row` = one past the last row received resumes without gap or duplicate.
+        To resume without gap or duplicate, reconnect with `start_row` = one past the last row received.
         EXTRACTION_NOT_FOUND, HOOKPOINT_NOT_FOUND, ROWS_EXPIRED, TOO_MANY_STREAMS, RUNNER_LOST, SHUTTING_DOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -144,7 +180,7 @@ class ExtractionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseRows(self, request, context):
-        """For readers of WINDOW sets that asked for `explicit_release`: rows before `row` may go.
+        """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,7 +194,7 @@ class ExtractionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DecodeTokens(self, request, context):
-        """Turns token ids into text, one string per id, by the model's tokenizer.
+        """Turns token ids into text, one string per id, with the model's tokenizer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,7 +262,24 @@ def add_ExtractionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ExtractionService:
-    """ExtractionService runs forward passes into activation sets and streams rows of them.
+    """ExtractionService runs forward passes into activation sets and streams their rows.
+
+    The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
+
+    rows                   state             owner
+    [0, first_kept)        dropped           none: every reader had released them, and their files are gone
+    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
+    [committed, grant)     may be written    the writer alone
+    [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
+
+    A segment counts as open until its sealing is recorded. Only `committed` ever moves back, and then to `sealed`: after
+    a crash the next writer computes the rows from there on again.
+
+    `first_kept`: metadata `first_available_row` of ROWS_EXPIRED; moves when all readers have released a segment.
+    `sealed`: `ColumnStatistics.count` when a stream begins; row ranges of TRANSPORT_MAPPED end before it.
+    `committed`: `n_rows` of Extraction, StreamProgress and StreamEnd; rows before it can be streamed.
+    `grant`: in no message; it is `first_kept` plus the rows that `Retention.window_bytes` hold.
     """
 
     @staticmethod

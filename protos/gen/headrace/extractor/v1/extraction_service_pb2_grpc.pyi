@@ -27,7 +27,25 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ExtractionServiceStub:
-    """ExtractionService runs forward passes into activation sets and streams rows of them."""
+    """ExtractionService runs forward passes into activation sets and streams their rows.
+
+    The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
+
+        rows                   state             owner
+        [0, first_kept)        dropped           none: every reader had released them, and their files are gone
+        [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+        [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
+        [committed, grant)     may be written    the writer alone
+        [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
+
+    A segment counts as open until its sealing is recorded. Only `committed` ever moves back, and then to `sealed`: after
+    a crash the next writer computes the rows from there on again.
+
+    `first_kept`: metadata `first_available_row` of ROWS_EXPIRED; moves when all readers have released a segment.
+    `sealed`: `ColumnStatistics.count` when a stream begins; row ranges of TRANSPORT_MAPPED end before it.
+    `committed`: `n_rows` of Extraction, StreamProgress and StreamEnd; rows before it can be streamed.
+    `grant`: in no message; it is `first_kept` plus the rows that `Retention.window_bytes` hold.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,7 +54,8 @@ class ExtractionServiceStub:
     EstimateExtraction: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.EstimateExtractionRequest, _extraction_service_pb2.EstimateExtractionResponse]
     """Counts rows, bytes and seconds before any work."""
     StartExtraction: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.StartExtractionRequest, _extraction_service_pb2.StartExtractionResponse]
-    """Starts an extraction, or answers with one that covers it: rows that exist are never computed again. Answers at once.
+    """Starts an extraction, or answers with a present one that covers it: rows that exist are never computed again.
+    Answers at once.
     MODEL_NOT_FOUND, MODEL_NOT_READY, CORPUS_NOT_FOUND, HOOKPOINT_NOT_FOUND, FIELD_INVALID, QUEUE_FULL.
     """
     GetExtraction: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.GetExtractionRequest, _extraction_service_pb2.GetExtractionResponse]
@@ -44,30 +63,51 @@ class ExtractionServiceStub:
     ListExtractions: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.ListExtractionsRequest, _extraction_service_pb2.ListExtractionsResponse]
     """Lists extractions, the newest first."""
     CancelExtraction: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.CancelExtractionRequest, _extraction_service_pb2.CancelExtractionResponse]
-    """Stops an extraction; rows so far stay. One that has ended stays as it is."""
+    """Stops an extraction; its rows stay. An extraction that has ended stays as it is."""
     WatchExtraction: _grpc.UnaryStreamMultiCallable[_extraction_service_pb2.WatchExtractionRequest, _extraction_service_pb2.WatchExtractionResponse]
-    """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s; ends after the end."""
+    """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s. The stream ends
+    after the extraction's end.
+    """
     StreamActivations: _grpc.UnaryStreamMultiCallable[_extraction_service_pb2.StreamActivationsRequest, _extraction_service_pb2.StreamActivationsResponse]
     """Streams rows of an extraction's set in order, from `start_row`: a header, chunks as rows are committed, an end.
-    Reconnecting with `start_row` = one past the last row received resumes without gap or duplicate.
+    To resume without gap or duplicate, reconnect with `start_row` = one past the last row received.
     EXTRACTION_NOT_FOUND, HOOKPOINT_NOT_FOUND, ROWS_EXPIRED, TOO_MANY_STREAMS, RUNNER_LOST, SHUTTING_DOWN.
     """
     ReleaseRows: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.ReleaseRowsRequest, _extraction_service_pb2.ReleaseRowsResponse]
-    """For readers of WINDOW sets that asked for `explicit_release`: rows before `row` may go."""
+    """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`."""
     ListHookpoints: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.ListHookpointsRequest, _extraction_service_pb2.ListHookpointsResponse]
     """Lists the hookpoints of a model."""
     DecodeTokens: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.DecodeTokensRequest, _extraction_service_pb2.DecodeTokensResponse]
-    """Turns token ids into text, one string per id, by the model's tokenizer."""
+    """Turns token ids into text, one string per id, with the model's tokenizer."""
 
 @_typing.type_check_only
 class ExtractionServiceAsyncStub(ExtractionServiceStub):
-    """ExtractionService runs forward passes into activation sets and streams rows of them."""
+    """ExtractionService runs forward passes into activation sets and streams their rows.
+
+    The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
+
+        rows                   state             owner
+        [0, first_kept)        dropped           none: every reader had released them, and their files are gone
+        [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+        [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
+        [committed, grant)     may be written    the writer alone
+        [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
+
+    A segment counts as open until its sealing is recorded. Only `committed` ever moves back, and then to `sealed`: after
+    a crash the next writer computes the rows from there on again.
+
+    `first_kept`: metadata `first_available_row` of ROWS_EXPIRED; moves when all readers have released a segment.
+    `sealed`: `ColumnStatistics.count` when a stream begins; row ranges of TRANSPORT_MAPPED end before it.
+    `committed`: `n_rows` of Extraction, StreamProgress and StreamEnd; rows before it can be streamed.
+    `grant`: in no message; it is `first_kept` plus the rows that `Retention.window_bytes` hold.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EstimateExtraction: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.EstimateExtractionRequest, _extraction_service_pb2.EstimateExtractionResponse]  # type: ignore[assignment]
     """Counts rows, bytes and seconds before any work."""
     StartExtraction: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.StartExtractionRequest, _extraction_service_pb2.StartExtractionResponse]  # type: ignore[assignment]
-    """Starts an extraction, or answers with one that covers it: rows that exist are never computed again. Answers at once.
+    """Starts an extraction, or answers with a present one that covers it: rows that exist are never computed again.
+    Answers at once.
     MODEL_NOT_FOUND, MODEL_NOT_READY, CORPUS_NOT_FOUND, HOOKPOINT_NOT_FOUND, FIELD_INVALID, QUEUE_FULL.
     """
     GetExtraction: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.GetExtractionRequest, _extraction_service_pb2.GetExtractionResponse]  # type: ignore[assignment]
@@ -75,23 +115,43 @@ class ExtractionServiceAsyncStub(ExtractionServiceStub):
     ListExtractions: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.ListExtractionsRequest, _extraction_service_pb2.ListExtractionsResponse]  # type: ignore[assignment]
     """Lists extractions, the newest first."""
     CancelExtraction: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.CancelExtractionRequest, _extraction_service_pb2.CancelExtractionResponse]  # type: ignore[assignment]
-    """Stops an extraction; rows so far stay. One that has ended stays as it is."""
+    """Stops an extraction; its rows stay. An extraction that has ended stays as it is."""
     WatchExtraction: _aio.UnaryStreamMultiCallable[_extraction_service_pb2.WatchExtractionRequest, _extraction_service_pb2.WatchExtractionResponse]  # type: ignore[assignment]
-    """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s; ends after the end."""
+    """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s. The stream ends
+    after the extraction's end.
+    """
     StreamActivations: _aio.UnaryStreamMultiCallable[_extraction_service_pb2.StreamActivationsRequest, _extraction_service_pb2.StreamActivationsResponse]  # type: ignore[assignment]
     """Streams rows of an extraction's set in order, from `start_row`: a header, chunks as rows are committed, an end.
-    Reconnecting with `start_row` = one past the last row received resumes without gap or duplicate.
+    To resume without gap or duplicate, reconnect with `start_row` = one past the last row received.
     EXTRACTION_NOT_FOUND, HOOKPOINT_NOT_FOUND, ROWS_EXPIRED, TOO_MANY_STREAMS, RUNNER_LOST, SHUTTING_DOWN.
     """
     ReleaseRows: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.ReleaseRowsRequest, _extraction_service_pb2.ReleaseRowsResponse]  # type: ignore[assignment]
-    """For readers of WINDOW sets that asked for `explicit_release`: rows before `row` may go."""
+    """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`."""
     ListHookpoints: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.ListHookpointsRequest, _extraction_service_pb2.ListHookpointsResponse]  # type: ignore[assignment]
     """Lists the hookpoints of a model."""
     DecodeTokens: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.DecodeTokensRequest, _extraction_service_pb2.DecodeTokensResponse]  # type: ignore[assignment]
-    """Turns token ids into text, one string per id, by the model's tokenizer."""
+    """Turns token ids into text, one string per id, with the model's tokenizer."""
 
 class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ExtractionService runs forward passes into activation sets and streams rows of them."""
+    """ExtractionService runs forward passes into activation sets and streams their rows.
+
+    The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
+
+        rows                   state             owner
+        [0, first_kept)        dropped           none: every reader had released them, and their files are gone
+        [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+        [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
+        [committed, grant)     may be written    the writer alone
+        [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
+
+    A segment counts as open until its sealing is recorded. Only `committed` ever moves back, and then to `sealed`: after
+    a crash the next writer computes the rows from there on again.
+
+    `first_kept`: metadata `first_available_row` of ROWS_EXPIRED; moves when all readers have released a segment.
+    `sealed`: `ColumnStatistics.count` when a stream begins; row ranges of TRANSPORT_MAPPED end before it.
+    `committed`: `n_rows` of Extraction, StreamProgress and StreamEnd; rows before it can be streamed.
+    `grant`: in no message; it is `first_kept` plus the rows that `Retention.window_bytes` hold.
+    """
 
     @_abc_1.abstractmethod
     def EstimateExtraction(
@@ -107,7 +167,8 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _extraction_service_pb2.StartExtractionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_extraction_service_pb2.StartExtractionResponse, _abc.Awaitable[_extraction_service_pb2.StartExtractionResponse]]:
-        """Starts an extraction, or answers with one that covers it: rows that exist are never computed again. Answers at once.
+        """Starts an extraction, or answers with a present one that covers it: rows that exist are never computed again.
+        Answers at once.
         MODEL_NOT_FOUND, MODEL_NOT_READY, CORPUS_NOT_FOUND, HOOKPOINT_NOT_FOUND, FIELD_INVALID, QUEUE_FULL.
         """
 
@@ -133,7 +194,7 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _extraction_service_pb2.CancelExtractionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_extraction_service_pb2.CancelExtractionResponse, _abc.Awaitable[_extraction_service_pb2.CancelExtractionResponse]]:
-        """Stops an extraction; rows so far stay. One that has ended stays as it is."""
+        """Stops an extraction; its rows stay. An extraction that has ended stays as it is."""
 
     @_abc_1.abstractmethod
     def WatchExtraction(
@@ -141,7 +202,9 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _extraction_service_pb2.WatchExtractionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_extraction_service_pb2.WatchExtractionResponse], _abc.AsyncIterator[_extraction_service_pb2.WatchExtractionResponse]]:
-        """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s; ends after the end."""
+        """Streams progress: a snapshot first, then changes (at most ten a second), a heartbeat every 15 s. The stream ends
+        after the extraction's end.
+        """
 
     @_abc_1.abstractmethod
     def StreamActivations(
@@ -150,7 +213,7 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_extraction_service_pb2.StreamActivationsResponse], _abc.AsyncIterator[_extraction_service_pb2.StreamActivationsResponse]]:
         """Streams rows of an extraction's set in order, from `start_row`: a header, chunks as rows are committed, an end.
-        Reconnecting with `start_row` = one past the last row received resumes without gap or duplicate.
+        To resume without gap or duplicate, reconnect with `start_row` = one past the last row received.
         EXTRACTION_NOT_FOUND, HOOKPOINT_NOT_FOUND, ROWS_EXPIRED, TOO_MANY_STREAMS, RUNNER_LOST, SHUTTING_DOWN.
         """
 
@@ -160,7 +223,7 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _extraction_service_pb2.ReleaseRowsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_extraction_service_pb2.ReleaseRowsResponse, _abc.Awaitable[_extraction_service_pb2.ReleaseRowsResponse]]:
-        """For readers of WINDOW sets that asked for `explicit_release`: rows before `row` may go."""
+        """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`."""
 
     @_abc_1.abstractmethod
     def ListHookpoints(
@@ -176,6 +239,6 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _extraction_service_pb2.DecodeTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_extraction_service_pb2.DecodeTokensResponse, _abc.Awaitable[_extraction_service_pb2.DecodeTokensResponse]]:
-        """Turns token ids into text, one string per id, by the model's tokenizer."""
+        """Turns token ids into text, one string per id, with the model's tokenizer."""
 
 def add_ExtractionServiceServicer_to_server(servicer: ExtractionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ActivationSet(_message.Message):
-    """ActivationSet is what one node holds of one set."""
+    """ActivationSet is one node's part of one set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -44,11 +44,11 @@ class ActivationSet(_message.Message):
     id: _builtins.str
     """Digest of everything that determines the numbers."""
     node_id: _builtins.str
-    """Node that holds it."""
+    """The node."""
     model_id: _builtins.str
-    """Model."""
+    """Model that computed it."""
     corpus_id: _builtins.str
-    """Corpus."""
+    """Corpus it was computed from."""
     n_rows: _builtins.int
     """Committed rows that all columns have."""
     size_bytes: _builtins.int
@@ -60,14 +60,14 @@ class ActivationSet(_message.Message):
     path: _builtins.str
     """Folder on the node."""
     deleting: _builtins.bool
-    """True once DeleteActivationSet was called: the node removes it as soon as nobody reads it."""
+    """True once DeleteActivationSet was called: the node removes the set as soon as no reader uses it."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Columns, hookpoints and the three of provenance."""
+        """Columns: hookpoints and the three of provenance."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """First seen."""
+        """First report."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
@@ -75,15 +75,15 @@ class ActivationSet(_message.Message):
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """Last read or extended."""
+        """When it was last read or extended."""
 
     @_builtins.property
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetPin]:
-        """Living pins."""
+        """Pins that have not expired."""
 
     @_builtins.property
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who reads or extends it, as the node said last: names of readers and ids of extractions, 20 at most."""
+        """Names of readers and ids of extractions that use it, as of the last report; 20 at most."""
 
     def __init__(
         self,
@@ -123,12 +123,12 @@ class SetPin(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
-    """Who."""
+    """Owner of the pin."""
     reason: _builtins.str
-    """Why."""
+    """Reason for the pin."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when; unset for ever."""
+        """End of the pin; unset: none."""
 
     def __init__(
         self,
@@ -156,13 +156,13 @@ class ListActivationSetsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """Only of this model; empty: all."""
+    """Only sets of this model; empty: all."""
     page_size: _builtins.int
-    """At most so many; 0 means 100, more than 1000 is taken as 1000."""
+    """Most sets in the answer; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     node_id: _builtins.str
-    """Only on this node; empty: all."""
+    """Only sets on this node; empty: all."""
     def __init__(
         self,
         *,
@@ -238,7 +238,7 @@ class GetActivationSetResponse(_message.Message):
     SETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationSet]:
-        """One per node that holds it."""
+        """One entry per node that holds a part of it."""
 
     def __init__(
         self,
@@ -265,16 +265,16 @@ class PinActivationSetRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4; repeating it is no second pin."""
+    """UUID4; a repeated call makes no second pin."""
     set_id: _builtins.str
     """Id of the set."""
     owner: _builtins.str
-    """Who."""
+    """Owner of the pin."""
     reason: _builtins.str
-    """Why."""
+    """Reason for the pin."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when; unset for ever. A time that is past ends the owner's pin; one that is not there is no error."""
+        """End of the pin; unset: none. A time in the past ends the owner's pin; without a pin this is no error."""
 
     def __init__(
         self,
@@ -371,10 +371,12 @@ class ReportActivationSetRequest(_message.Message):
     deleted: _builtins.bool
     """True when the node no longer holds it."""
     evict: _builtins.bool
-    """True when the node asks to evict it: unless the answer says `pinned`, it is off the list, and the node removes it."""
+    """True when the node asks to evict the set: unless the answer says `pinned`, the set leaves the list and the node
+    removes it.
+    """
     @_builtins.property
     def set(self) -> Global___ActivationSet:
-        """What it holds."""
+        """The node's part of the set."""
 
     def __init__(
         self,
@@ -403,12 +405,12 @@ class ReportActivationSetResponse(_message.Message):
     PINNED_UNTIL_FIELD_NUMBER: _builtins.int
     DELETE_FIELD_NUMBER: _builtins.int
     pinned: _builtins.bool
-    """True while somebody pins the set: the node must not evict it."""
+    """True while the set is pinned: the node must not evict it."""
     delete: _builtins.bool
-    """True when the set shall go: DeleteActivationSet was called."""
+    """True if the node must remove the set: DeleteActivationSet was called."""
     @_builtins.property
     def pinned_until(self) -> _timestamp_pb2.Timestamp:
-        """Until when, at most; unset for ever."""
+        """End of the last pin; unset: none."""
 
     def __init__(
         self,

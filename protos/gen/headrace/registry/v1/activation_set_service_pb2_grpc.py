@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ActivationSetServiceStub:
-    """ActivationSetService keeps the list of activation sets on all nodes. The data stay with the nodes.
+    """ActivationSetService keeps the list of activation sets on all nodes. The rows themselves stay on the nodes.
     """
 
     def __init__(self, channel):
@@ -63,7 +63,7 @@ class ActivationSetServiceStub:
 
 
 class ActivationSetServiceServicer:
-    """ActivationSetService keeps the list of activation sets on all nodes. The data stay with the nodes.
+    """ActivationSetService keeps the list of activation sets on all nodes. The rows themselves stay on the nodes.
     """
 
     def ListActivationSets(self, request, context):
@@ -81,23 +81,24 @@ class ActivationSetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinActivationSet(self, request, context):
-        """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
-        an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+        """Keeps a set from eviction until `expire_time`. There is one pin for each set and owner: a second call changes its
+        reason and its end, and an `expire_time` in the past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which
+        its readers keep.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteActivationSet(self, request, context):
-        """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
-        STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+        """Deletes a set on all nodes. Answers once the deletion is recorded; nodes then remove their folders within seconds.
+        SET_NOT_FOUND; STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportActivationSet(self, request, context):
-        """For nodes: tells what a node's set holds now; replaces the node's earlier report of that set.
+        """For nodes: reports the present content of a set; replaces the node's earlier report of that set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +141,7 @@ def add_ActivationSetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ActivationSetService:
-    """ActivationSetService keeps the list of activation sets on all nodes. The data stay with the nodes.
+    """ActivationSetService keeps the list of activation sets on all nodes. The rows themselves stay on the nodes.
     """
 
     @staticmethod

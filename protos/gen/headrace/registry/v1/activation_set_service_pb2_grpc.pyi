@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ActivationSetServiceStub:
-    """ActivationSetService keeps the list of activation sets on all nodes. The data stay with the nodes."""
+    """ActivationSetService keeps the list of activation sets on all nodes. The rows themselves stay on the nodes."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -38,19 +38,20 @@ class ActivationSetServiceStub:
     GetActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.GetActivationSetRequest, _activation_set_service_pb2.GetActivationSetResponse]
     """Reads one set. SET_NOT_FOUND."""
     PinActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.PinActivationSetRequest, _activation_set_service_pb2.PinActivationSetResponse]
-    """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
-    an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+    """Keeps a set from eviction until `expire_time`. There is one pin for each set and owner: a second call changes its
+    reason and its end, and an `expire_time` in the past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which
+    its readers keep.
     """
     DeleteActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.DeleteActivationSetRequest, _activation_set_service_pb2.DeleteActivationSetResponse]
-    """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
-    STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+    """Deletes a set on all nodes. Answers once the deletion is recorded; nodes then remove their folders within seconds.
+    SET_NOT_FOUND; STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
     """
     ReportActivationSet: _grpc.UnaryUnaryMultiCallable[_activation_set_service_pb2.ReportActivationSetRequest, _activation_set_service_pb2.ReportActivationSetResponse]
-    """For nodes: tells what a node's set holds now; replaces the node's earlier report of that set."""
+    """For nodes: reports the present content of a set; replaces the node's earlier report of that set."""
 
 @_typing.type_check_only
 class ActivationSetServiceAsyncStub(ActivationSetServiceStub):
-    """ActivationSetService keeps the list of activation sets on all nodes. The data stay with the nodes."""
+    """ActivationSetService keeps the list of activation sets on all nodes. The rows themselves stay on the nodes."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListActivationSets: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.ListActivationSetsRequest, _activation_set_service_pb2.ListActivationSetsResponse]  # type: ignore[assignment]
@@ -58,18 +59,19 @@ class ActivationSetServiceAsyncStub(ActivationSetServiceStub):
     GetActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.GetActivationSetRequest, _activation_set_service_pb2.GetActivationSetResponse]  # type: ignore[assignment]
     """Reads one set. SET_NOT_FOUND."""
     PinActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.PinActivationSetRequest, _activation_set_service_pb2.PinActivationSetResponse]  # type: ignore[assignment]
-    """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
-    an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+    """Keeps a set from eviction until `expire_time`. There is one pin for each set and owner: a second call changes its
+    reason and its end, and an `expire_time` in the past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which
+    its readers keep.
     """
     DeleteActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.DeleteActivationSetRequest, _activation_set_service_pb2.DeleteActivationSetResponse]  # type: ignore[assignment]
-    """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
-    STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+    """Deletes a set on all nodes. Answers once the deletion is recorded; nodes then remove their folders within seconds.
+    SET_NOT_FOUND; STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
     """
     ReportActivationSet: _aio.UnaryUnaryMultiCallable[_activation_set_service_pb2.ReportActivationSetRequest, _activation_set_service_pb2.ReportActivationSetResponse]  # type: ignore[assignment]
-    """For nodes: tells what a node's set holds now; replaces the node's earlier report of that set."""
+    """For nodes: reports the present content of a set; replaces the node's earlier report of that set."""
 
 class ActivationSetServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ActivationSetService keeps the list of activation sets on all nodes. The data stay with the nodes."""
+    """ActivationSetService keeps the list of activation sets on all nodes. The rows themselves stay on the nodes."""
 
     @_abc_1.abstractmethod
     def ListActivationSets(
@@ -93,8 +95,9 @@ class ActivationSetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _activation_set_service_pb2.PinActivationSetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_activation_set_service_pb2.PinActivationSetResponse, _abc.Awaitable[_activation_set_service_pb2.PinActivationSetResponse]]:
-        """Keeps a set from eviction until `expire_time`. One pin for each set and owner: again changes its reason and its end, and
-        an `expire_time` that is past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which its readers keep.
+        """Keeps a set from eviction until `expire_time`. There is one pin for each set and owner: a second call changes its
+        reason and its end, and an `expire_time` in the past ends it. SET_NOT_FOUND; STATE_CONFLICT for a WINDOW set, which
+        its readers keep.
         """
 
     @_abc_1.abstractmethod
@@ -103,8 +106,8 @@ class ActivationSetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _activation_set_service_pb2.DeleteActivationSetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_activation_set_service_pb2.DeleteActivationSetResponse, _abc.Awaitable[_activation_set_service_pb2.DeleteActivationSetResponse]]:
-        """Deletes a set on all nodes. Answers once it is ordered; nodes remove their folders within seconds. SET_NOT_FOUND;
-        STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
+        """Deletes a set on all nodes. Answers once the deletion is recorded; nodes then remove their folders within seconds.
+        SET_NOT_FOUND; STATE_CONFLICT while it is pinned, read or extended, with metadata `pin_owners` or `holders`.
         """
 
     @_abc_1.abstractmethod
@@ -113,6 +116,6 @@ class ActivationSetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _activation_set_service_pb2.ReportActivationSetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_activation_set_service_pb2.ReportActivationSetResponse, _abc.Awaitable[_activation_set_service_pb2.ReportActivationSetResponse]]:
-        """For nodes: tells what a node's set holds now; replaces the node's earlier report of that set."""
+        """For nodes: reports the present content of a set; replaces the node's earlier report of that set."""
 
 def add_ActivationSetServiceServicer_to_server(servicer: ActivationSetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -44,7 +44,7 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     """Preparation ended with `failure`; PrepareModel tries again."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
-    """ModelState is where a model's files stand. A name ending in -ING resolves by itself."""
+    """ModelState is the state of a model's files. A state with a name ending in -ING resolves by itself."""
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
 """Never sent."""
@@ -103,27 +103,27 @@ class _ValidationStepStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_V
     VALIDATION_STEP_STATE_UNSPECIFIED: _ValidationStepState.ValueType  # 0
     """Never sent."""
     VALIDATION_STEP_STATE_RUNNING: _ValidationStepState.ValueType  # 1
-    """At work."""
+    """The step has begun."""
     VALIDATION_STEP_STATE_PASSED: _ValidationStepState.ValueType  # 2
-    """As it should be."""
+    """The step ended well."""
     VALIDATION_STEP_STATE_FAILED: _ValidationStepState.ValueType  # 3
-    """Not as it should be; `message` says what was seen."""
+    """The step found a fault; `message` describes it."""
     VALIDATION_STEP_STATE_SKIPPED: _ValidationStepState.ValueType  # 4
-    """Not tried, since an earlier step failed or it does not apply."""
+    """The step was left out: an earlier step failed, or it does not apply."""
 
 class ValidationStepState(_ValidationStepState, metaclass=_ValidationStepStateEnumTypeWrapper):
-    """ValidationStepState is how a step of a validation ended, or that it has not."""
+    """ValidationStepState is the state of one step of a validation."""
 
 VALIDATION_STEP_STATE_UNSPECIFIED: ValidationStepState.ValueType  # 0
 """Never sent."""
 VALIDATION_STEP_STATE_RUNNING: ValidationStepState.ValueType  # 1
-"""At work."""
+"""The step has begun."""
 VALIDATION_STEP_STATE_PASSED: ValidationStepState.ValueType  # 2
-"""As it should be."""
+"""The step ended well."""
 VALIDATION_STEP_STATE_FAILED: ValidationStepState.ValueType  # 3
-"""Not as it should be; `message` says what was seen."""
+"""The step found a fault; `message` describes it."""
 VALIDATION_STEP_STATE_SKIPPED: ValidationStepState.ValueType  # 4
-"""Not tried, since an earlier step failed or it does not apply."""
+"""The step was left out: an earlier step failed, or it does not apply."""
 Global___ValidationStepState: _TypeAlias = ValidationStepState  # noqa: Y015
 
 @_typing.final
@@ -198,7 +198,7 @@ Global___GgufSource: _TypeAlias = GgufSource  # noqa: Y015
 
 @_typing.final
 class ModelSource(_message.Message):
-    """ModelSource says where the files come from."""
+    """ModelSource is the place that the files come from."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -236,7 +236,7 @@ Global___ModelSource: _TypeAlias = ModelSource  # noqa: Y015
 
 @_typing.final
 class Architecture(_message.Message):
-    """Architecture holds what `config.json` says of the network. Zero or empty where it says nothing."""
+    """Architecture is the network as described by `config.json`. Fields that it does not give are zero or empty."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -270,7 +270,7 @@ class Architecture(_message.Message):
     vocab_size: _builtins.int
     """Vocabulary size."""
     context_window: _builtins.int
-    """Longest sequence the position encoding covers."""
+    """Longest sequence that the position encoding covers."""
     tied_embeddings: _builtins.bool
     """True when input and output embeddings share one matrix."""
     def __init__(
@@ -298,7 +298,7 @@ Global___Architecture: _TypeAlias = Architecture  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
-    """Failure is why long work ended badly; `reason` is an ErrorReason without its prefix."""
+    """Failure is the reason why long work failed; `reason` is an ErrorReason without its prefix."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -354,7 +354,7 @@ Global___LayerFidelity: _TypeAlias = LayerFidelity  # noqa: Y015
 
 @_typing.final
 class Fidelity(_message.Message):
-    """Fidelity is what quantization changed, on a fixed text."""
+    """Fidelity is the change that quantization made, measured on a fixed text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -418,9 +418,9 @@ class ValidationStep(_message.Message):
     name: _builtins.str
     """`dry_load`, `load`, `forward`, `finite`, `parity`, `unload`, `memory_back`."""
     state: Global___ValidationStepState.ValueType
-    """How it stands."""
+    """State of the step."""
     message: _builtins.str
-    """What was seen, for people."""
+    """The finding, for people."""
     seconds: _builtins.float
     """How long it took, in seconds."""
     @_builtins.property
@@ -488,7 +488,7 @@ class ValidationAttempt(_message.Message):
     model_id: _builtins.str
     """Model it was for."""
     node_id: _builtins.str
-    """Where it ran."""
+    """Node it ran on."""
     device_id: _builtins.str
     """Device it ran on."""
     quantization: Global___Quantization.ValueType
@@ -507,11 +507,11 @@ class ValidationAttempt(_message.Message):
 
     @_builtins.property
     def failure(self) -> Global___Failure:
-        """Why it failed."""
+        """Reason if it failed."""
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of what took part."""
+        """Versions of the libraries involved."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -519,7 +519,7 @@ class ValidationAttempt(_message.Message):
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ended or was last heard of."""
+        """When it ended, or the time of its last report."""
 
     def __init__(
         self,
@@ -620,7 +620,7 @@ class Model(_message.Message):
     quantization: Global___Quantization.ValueType
     """Quantization on the device."""
     state: Global___ModelState.ValueType
-    """Where the files stand. Output only."""
+    """State of the files. Output only."""
     n_parameters: _builtins.int
     """Exact number of parameters, from the safetensors headers. Output only."""
     weight_bytes: _builtins.int
@@ -643,7 +643,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def failure(self) -> Global___Failure:
-        """Why `state` is FAILED. Output only."""
+        """Reason when `state` is FAILED. Output only."""
 
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
@@ -671,7 +671,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def fidelity(self) -> Global___Fidelity:
-        """What quantization changed; set once quantized weights were made. Output only."""
+        """The change that quantization made; set once quantized weights exist. Output only."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:

@@ -32,29 +32,29 @@ class _FitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fit.ValueType], _
     FIT_UNSPECIFIED: _Fit.ValueType  # 0
     """Never sent."""
     FIT_RESIDENT: _Fit.ValueType  # 1
-    """It is there already."""
+    """The model is resident there already."""
     FIT_FREE: _Fit.ValueType  # 2
     """There is room now."""
     FIT_AFTER_EVICTION: _Fit.ValueType  # 3
     """There is room once idle models are evicted."""
     FIT_BUSY: _Fit.ValueType  # 4
-    """There is room only once others give back what they hold."""
+    """There is room only after leases or pins of other models end."""
     FIT_NEVER: _Fit.ValueType  # 5
     """The device is too small."""
 
 class Fit(_Fit, metaclass=_FitEnumTypeWrapper):
-    """Fit is whether a model has room on a device."""
+    """Fit tells whether a model has room on a device."""
 
 FIT_UNSPECIFIED: Fit.ValueType  # 0
 """Never sent."""
 FIT_RESIDENT: Fit.ValueType  # 1
-"""It is there already."""
+"""The model is resident there already."""
 FIT_FREE: Fit.ValueType  # 2
 """There is room now."""
 FIT_AFTER_EVICTION: Fit.ValueType  # 3
 """There is room once idle models are evicted."""
 FIT_BUSY: Fit.ValueType  # 4
-"""There is room only once others give back what they hold."""
+"""There is room only after leases or pins of other models end."""
 FIT_NEVER: Fit.ValueType  # 5
 """The device is too small."""
 Global___Fit: _TypeAlias = Fit  # noqa: Y015
@@ -69,10 +69,10 @@ class RegisterModelRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     HUB_TOKEN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4; repeating it answers with the first call's result. Empty: not idempotent."""
+    """UUID4; a repeated call answers with the first call's result. Empty: not idempotent."""
     hub_token: _builtins.str
-    """Token for private and gated repos, to learn what the revision is; never stored, never logged. Empty: the registry's
-    own, if any.
+    """Token for private and gated repos, to resolve the revision; never stored, never logged. Empty: the registry's own
+    token, if it has one.
     """
     @_builtins.property
     def model(self) -> _model_pb2.Model:
@@ -234,11 +234,11 @@ class UpdateModelRequest(_message.Message):
     """UUID4, see RegisterModelRequest."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
-        """`id` says which; the fields named by `update_mask` are taken; a non-empty `etag` must match."""
+        """The model with this `id` is changed in the fields named by `update_mask`; a non-empty `etag` must match."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`labels` and `load_options`; others are FIELD_INVALID."""
+        """`labels` and `load_options`; other fields are FIELD_INVALID."""
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ class DeleteModelRequest(_message.Message):
     model_id: _builtins.str
     """Id of the model."""
     force: _builtins.bool
-    """Drain and unload first instead of refusing."""
+    """True: drain and unload the model first, instead of refusing."""
     etag: _builtins.str
     """When not empty, must match."""
     def __init__(
@@ -445,7 +445,7 @@ class WatchModelRequest(_message.Message):
     model_id: _builtins.str
     """Id of the model."""
     after_seq: _builtins.int
-    """Send only events with a larger `seq`, after the snapshot. 0: none of the past ones."""
+    """After the snapshot, only events with a larger `seq` are sent. 0: no past event."""
     def __init__(
         self,
         *,
@@ -473,13 +473,13 @@ class WatchModelResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
-    """Grows by at least one with each event of this model. A heartbeat repeats the last one."""
+    """Number of the event; grows by at least one with each event of this model. A heartbeat repeats the last number."""
     message: _builtins.str
-    """What happened, for people; empty in a snapshot."""
+    """The event in words, for people; empty in a snapshot."""
     snapshot: _builtins.bool
     """True for the first message."""
     heartbeat: _builtins.bool
-    """True when nothing happened for 15 s."""
+    """True if it is sent only because nothing happened for 15 s."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened, by the database's clock."""
@@ -542,7 +542,7 @@ Global___EstimateMemoryRequest: _TypeAlias = EstimateMemoryRequest  # noqa: Y015
 
 @_typing.final
 class Placement(_message.Message):
-    """Placement is what loading a model would mean on one device."""
+    """Placement is the effect of loading a model on one device."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -553,9 +553,9 @@ class Placement(_message.Message):
     EVICTED_MODEL_IDS_FIELD_NUMBER: _builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
-    """Node."""
+    """The node."""
     device_id: _builtins.str
-    """Device."""
+    """The device."""
     fit: Global___Fit.ValueType
     """Whether there is room."""
     required_bytes: _builtins.int
@@ -601,19 +601,19 @@ class MemoryEstimate(_message.Message):
     MEASURED_FIELD_NUMBER: _builtins.int
     PLACEMENTS_FIELD_NUMBER: _builtins.int
     quantization: _model_pb2.Quantization.ValueType
-    """For which quantization."""
+    """Form of the weights."""
     weight_bytes: _builtins.int
     """Bytes of weights, scales included."""
     overhead_bytes: _builtins.int
     """Bytes of buffers, runtime and workload."""
     dtype: _builtins.str
-    """Dtype of what is not quantized, such as `bfloat16`."""
+    """Dtype of the tensors that are not quantized, such as `bfloat16`."""
     runtime_bytes: _builtins.int
     """Of `overhead_bytes`: an empty runner."""
     workload_bytes: _builtins.int
     """Of `overhead_bytes`: activations of the workload."""
     total_bytes: _builtins.int
-    """Bytes in all."""
+    """Total bytes."""
     measured: _builtins.bool
     """True when weights and runtime were measured by a load, not computed."""
     @_builtins.property
@@ -622,7 +622,7 @@ class MemoryEstimate(_message.Message):
 
     @_builtins.property
     def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placement]:
-        """What it means on each device of the living nodes, the best first."""
+        """Placement on each device of the living nodes, the best first."""
 
     def __init__(
         self,
@@ -655,7 +655,7 @@ class EstimateMemoryResponse(_message.Message):
     ESTIMATES_FIELD_NUMBER: _builtins.int
     RECOMMENDED_FIELD_NUMBER: _builtins.int
     recommended: _builtins.int
-    """Index in `estimates` of the most exact one with room somewhere; negative if there is none."""
+    """Index in `estimates` of the most exact form that has room on some device; negative if there is none."""
     @_builtins.property
     def estimates(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryEstimate]:
         """One per quantization, and for NONE one per dtype."""
@@ -692,7 +692,7 @@ class ValidateModelRequest(_message.Message):
     """Device of that node; empty: the registry chooses."""
     @_builtins.property
     def load_options(self) -> _struct_pb2.Struct:
-        """Load options to try instead of the model's own; unset: its own."""
+        """Load options to try; unset: the model's own."""
 
     def __init__(
         self,
@@ -726,7 +726,7 @@ class ValidateModelResponse(_message.Message):
     passed: _builtins.bool
     """True when the step passed."""
     message: _builtins.str
-    """What was seen."""
+    """The finding of the step."""
     @_builtins.property
     def detail(self) -> _model_pb2.ValidationStep:
         """The step in full."""
@@ -765,7 +765,7 @@ class ListAttemptsRequest(_message.Message):
     model_id: _builtins.str
     """Id of the model."""
     passed_only: _builtins.bool
-    """Only those that passed."""
+    """True: only attempts that passed."""
     page_size: _builtins.int
     """See ListModelsRequest."""
     page_token: _builtins.str
@@ -825,7 +825,7 @@ class ListCatalogRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     CATEGORY_FIELD_NUMBER: _builtins.int
     fits_bytes: _builtins.int
-    """Only models whose smallest form fits in so many bytes; 0: all."""
+    """Only models with a form that fits in this many bytes; 0: all."""
     page_size: _builtins.int
     """See ListModelsRequest."""
     page_token: _builtins.str
@@ -850,7 +850,7 @@ Global___ListCatalogRequest: _TypeAlias = ListCatalogRequest  # noqa: Y015
 
 @_typing.final
 class CatalogMemory(_message.Message):
-    """CatalogMemory is what a model takes in one form."""
+    """CatalogMemory is the memory that a model takes in one form."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -860,7 +860,7 @@ class CatalogMemory(_message.Message):
     quantization: _model_pb2.Quantization.ValueType
     """Form of the weights."""
     dtype: _builtins.str
-    """Dtype of what is not quantized."""
+    """Dtype of the tensors that are not quantized."""
     total_bytes: _builtins.int
     """Bytes to hold the weights and an empty runner."""
     def __init__(
@@ -880,7 +880,7 @@ Global___CatalogMemory: _TypeAlias = CatalogMemory  # noqa: Y015
 
 @_typing.final
 class CatalogBatch(_message.Message):
-    """CatalogBatch is a batch size that goes with a memory size, at 1024 tokens and one hookpoint."""
+    """CatalogBatch is the largest batch for a memory size, at 1024 tokens and one hookpoint."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -892,7 +892,7 @@ class CatalogBatch(_message.Message):
     batch_size: _builtins.int
     """Sequences in one forward pass."""
     quantization: _model_pb2.Quantization.ValueType
-    """Form of the weights that makes it possible."""
+    """Form of the weights in which this batch fits."""
     def __init__(
         self,
         *,

@@ -131,8 +131,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModel(self, request, context):
-        """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
-        unloaded first, and its leases are lost. Idempotent by `request_id`.
+        """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` the
+        model is unloaded first, and its leases are lost. Idempotent by `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,7 +146,7 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelPreparation(self, request, context):
-        """Stops a preparation; the model goes back to REGISTERED. What was fetched is kept for the next try.
+        """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,22 +167,22 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ValidateModel(self, request, context):
-        """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
-        MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+        """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling the call
+        stops the run. MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAttempts(self, request, context):
-        """Lists the attempts of a model, the newest first: which options worked, with which versions.
+        """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCatalog(self, request, context):
-        """Lists curated models with what they need.
+        """Lists curated models with the memory that they need.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

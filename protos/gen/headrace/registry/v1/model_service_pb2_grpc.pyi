@@ -44,25 +44,25 @@ class ModelServiceStub:
     UpdateModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UpdateModelRequest, _model_service_pb2.UpdateModelResponse]
     """Changes `labels` and `load_options`. ETAG_MISMATCH if `etag` is given and stale."""
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _model_service_pb2.DeleteModelResponse]
-    """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
-    unloaded first, and its leases are lost. Idempotent by `request_id`.
+    """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` the
+    model is unloaded first, and its leases are lost. Idempotent by `request_id`.
     """
     PrepareModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]
     """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
     CancelPreparation: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]
-    """Stops a preparation; the model goes back to REGISTERED. What was fetched is kept for the next try."""
+    """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
     WatchModel: _grpc.UnaryStreamMultiCallable[_model_service_pb2.WatchModelRequest, _model_service_pb2.WatchModelResponse]
     """Streams the model's events: a snapshot first, then every change in order of `seq`, a heartbeat every 15 s."""
     EstimateMemory: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.EstimateMemoryRequest, _model_service_pb2.EstimateMemoryResponse]
     """Estimates device memory by quantization and workload, before anything is loaded."""
     ValidateModel: _grpc.UnaryStreamMultiCallable[_model_service_pb2.ValidateModelRequest, _model_service_pb2.ValidateModelResponse]
-    """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
-    MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+    """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling the call
+    stops the run. MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
     """
     ListAttempts: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListAttemptsRequest, _model_service_pb2.ListAttemptsResponse]
-    """Lists the attempts of a model, the newest first: which options worked, with which versions."""
+    """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries."""
     ListCatalog: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListCatalogRequest, _model_service_pb2.ListCatalogResponse]
-    """Lists curated models with what they need."""
+    """Lists curated models with the memory that they need."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -80,25 +80,25 @@ class ModelServiceAsyncStub(ModelServiceStub):
     UpdateModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UpdateModelRequest, _model_service_pb2.UpdateModelResponse]  # type: ignore[assignment]
     """Changes `labels` and `load_options`. ETAG_MISMATCH if `etag` is given and stale."""
     DeleteModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _model_service_pb2.DeleteModelResponse]  # type: ignore[assignment]
-    """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
-    unloaded first, and its leases are lost. Idempotent by `request_id`.
+    """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` the
+    model is unloaded first, and its leases are lost. Idempotent by `request_id`.
     """
     PrepareModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]  # type: ignore[assignment]
     """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
     CancelPreparation: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]  # type: ignore[assignment]
-    """Stops a preparation; the model goes back to REGISTERED. What was fetched is kept for the next try."""
+    """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
     WatchModel: _aio.UnaryStreamMultiCallable[_model_service_pb2.WatchModelRequest, _model_service_pb2.WatchModelResponse]  # type: ignore[assignment]
     """Streams the model's events: a snapshot first, then every change in order of `seq`, a heartbeat every 15 s."""
     EstimateMemory: _aio.UnaryUnaryMultiCallable[_model_service_pb2.EstimateMemoryRequest, _model_service_pb2.EstimateMemoryResponse]  # type: ignore[assignment]
     """Estimates device memory by quantization and workload, before anything is loaded."""
     ValidateModel: _aio.UnaryStreamMultiCallable[_model_service_pb2.ValidateModelRequest, _model_service_pb2.ValidateModelResponse]  # type: ignore[assignment]
-    """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
-    MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+    """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling the call
+    stops the run. MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
     """
     ListAttempts: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListAttemptsRequest, _model_service_pb2.ListAttemptsResponse]  # type: ignore[assignment]
-    """Lists the attempts of a model, the newest first: which options worked, with which versions."""
+    """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries."""
     ListCatalog: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListCatalogRequest, _model_service_pb2.ListCatalogResponse]  # type: ignore[assignment]
-    """Lists curated models with what they need."""
+    """Lists curated models with the memory that they need."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """ModelService owns model metadata and files."""
@@ -143,8 +143,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DeleteModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.DeleteModelResponse, _abc.Awaitable[_model_service_pb2.DeleteModelResponse]]:
-        """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` it is
-        unloaded first, and its leases are lost. Idempotent by `request_id`.
+        """Deletes a model and its files in the model store. MODEL_IN_USE while leased, pinned or resident; with `force` the
+        model is unloaded first, and its leases are lost. Idempotent by `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -161,7 +161,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.CancelPreparationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.CancelPreparationResponse, _abc.Awaitable[_model_service_pb2.CancelPreparationResponse]]:
-        """Stops a preparation; the model goes back to REGISTERED. What was fetched is kept for the next try."""
+        """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
 
     @_abc_1.abstractmethod
     def WatchModel(
@@ -185,8 +185,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ValidateModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_service_pb2.ValidateModelResponse], _abc.AsyncIterator[_model_service_pb2.ValidateModelResponse]]:
-        """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling stops it.
-        MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
+        """Runs the test profile and streams its steps; the last message has the attempt, which is kept. Cancelling the call
+        stops the run. MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
         """
 
     @_abc_1.abstractmethod
@@ -195,7 +195,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListAttemptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListAttemptsResponse, _abc.Awaitable[_model_service_pb2.ListAttemptsResponse]]:
-        """Lists the attempts of a model, the newest first: which options worked, with which versions."""
+        """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries."""
 
     @_abc_1.abstractmethod
     def ListCatalog(
@@ -203,6 +203,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListCatalogRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListCatalogResponse, _abc.Awaitable[_model_service_pb2.ListCatalogResponse]]:
-        """Lists curated models with what they need."""
+        """Lists curated models with the memory that they need."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

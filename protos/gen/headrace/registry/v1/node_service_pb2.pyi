@@ -39,15 +39,17 @@ class RegisterNodeRequest(_message.Message):
     node_id: _builtins.str
     """Node id, stable over restarts."""
     address: _builtins.str
-    """`host:port` clients reach."""
+    """`host:port` at which clients reach it."""
     version: _builtins.str
     """Version of the extractor."""
     boot_nonce: _builtins.str
-    """Random per start of the extractor; the same nonce again keeps the epoch (a lost answer, a registry restart)."""
+    """Random per start of the extractor; the same nonce again keeps the epoch (after a lost answer or a registry
+    restart).
+    """
     memory_bytes: _builtins.int
     """Main memory of the machine in bytes."""
     runtime_bytes: _builtins.int
-    """Bytes a runner takes before it holds weights; 0 while not measured."""
+    """Bytes that a runner takes before it holds weights; 0 while not measured."""
     max_loads: _builtins.int
     """Most models that load at once; 0: no limit."""
     max_residents: _builtins.int
@@ -88,7 +90,7 @@ class RegisterNodeResponse(_message.Message):
     epoch: _builtins.int
     """The new epoch."""
     heartbeat_interval_s: _builtins.float
-    """Seconds between heartbeats the registry expects."""
+    """Seconds between heartbeats that the registry expects."""
     def __init__(
         self,
         *,
@@ -119,7 +121,7 @@ class HeartbeatRequest(_message.Message):
     epoch: _builtins.int
     """Its epoch."""
     memory_free_bytes: _builtins.int
-    """Main memory free, in bytes."""
+    """Free bytes of main memory."""
     runtime_bytes: _builtins.int
     """See RegisterNodeRequest; 0 while not measured."""
     @_builtins.property
@@ -188,7 +190,7 @@ Global___WatchAssignmentsRequest: _TypeAlias = WatchAssignmentsRequest  # noqa: 
 
 @_typing.final
 class Assignment(_message.Message):
-    """Assignment: hold this residency."""
+    """Assignment is a residency that the node must hold or end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -196,7 +198,7 @@ class Assignment(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def residency(self) -> _residency_pb2.Residency:
-        """Which residency; `state` LOADING or RESIDENT: have it loaded; UNLOADING: have it gone."""
+        """The residency. With `state` LOADING or RESIDENT the node loads it and keeps it; with UNLOADING the node unloads it."""
 
     @_builtins.property
     def model(self) -> _model_pb2.Model:
@@ -252,7 +254,7 @@ Global___Build: _TypeAlias = Build  # noqa: Y015
 
 @_typing.final
 class Validation(_message.Message):
-    """Validation: run the test profile on this node."""
+    """Validation is a run of the test profile on this node."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -293,7 +295,7 @@ class WatchAssignmentsResponse(_message.Message):
     VALIDATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def assignments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
-        """Residencies to hold or to end. One that is not listed shall not be loaded."""
+        """Residencies to hold or to end. A residency that is not listed must not be loaded."""
 
     @_builtins.property
     def builds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Build]:
@@ -301,7 +303,7 @@ class WatchAssignmentsResponse(_message.Message):
 
     @_builtins.property
     def validations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Validation]:
-        """Validations to carry out; one that is not listed any more shall be stopped."""
+        """Validations to carry out; the node stops a validation that is no longer listed."""
 
     def __init__(
         self,
@@ -338,22 +340,22 @@ class ReportResidencyRequest(_message.Message):
     epoch: _builtins.int
     """Its epoch."""
     residency_id: _builtins.str
-    """Residency."""
+    """Id of the residency."""
     fence: _builtins.int
-    """Fence of the assignment this answers."""
+    """Fence of the assignment that this report answers."""
     state: _residency_pb2.ResidencyState.ValueType
     """LOADING, RESIDENT, UNLOADED or FAILED."""
     measured_bytes: _builtins.int
     """Measured size when RESIDENT."""
     lost_bytes: _builtins.int
-    """Bytes the device did not get back, when UNLOADED or FAILED."""
+    """Bytes that the device did not get back, when UNLOADED or FAILED."""
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
         """Progress while LOADING."""
 
     @_builtins.property
     def failure(self) -> _model_pb2.Failure:
-        """Why FAILED (also when the runner died)."""
+        """Reason when FAILED, also if the runner died."""
 
     def __init__(
         self,
@@ -416,8 +418,8 @@ class ReportBuildRequest(_message.Message):
     done: _builtins.bool
     """True when `target_path` is complete."""
     target_path: _builtins.str
-    """`target_path` of the build it is about: a report of another than the model's present one is ignored. Empty: of
-    whichever the node has.
+    """`target_path` of the build; the report is ignored unless this is the model's present build. Empty: whichever build
+    the node has.
     """
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
@@ -425,11 +427,11 @@ class ReportBuildRequest(_message.Message):
 
     @_builtins.property
     def failure(self) -> _model_pb2.Failure:
-        """Why it failed."""
+        """Reason if it failed."""
 
     @_builtins.property
     def fidelity(self) -> _model_pb2.Fidelity:
-        """What quantization changed, when `done`."""
+        """The changes made by quantization, when `done`."""
 
     def __init__(
         self,
@@ -515,11 +517,11 @@ class ReportValidationRequest(_message.Message):
 
     @_builtins.property
     def failure(self) -> _model_pb2.Failure:
-        """Why it could not be carried out, or what a step found."""
+        """Reason why it could not be carried out, or the finding of a step."""
 
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of what took part, such as `torch` and `transformers`."""
+        """Versions of the libraries involved, such as `torch` and `transformers`."""
 
     def __init__(
         self,

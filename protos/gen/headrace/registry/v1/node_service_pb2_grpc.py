@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class NodeServiceStub:
-    """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
-    EPOCH_STALE, upon which the extractor registers again.
+    """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
+    epoch is EPOCH_STALE, and the extractor then registers again.
     """
 
     def __init__(self, channel):
@@ -69,48 +69,48 @@ class NodeServiceStub:
 
 
 class NodeServiceServicer:
-    """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
-    EPOCH_STALE, upon which the extractor registers again.
+    """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
+    epoch is EPOCH_STALE, and the extractor then registers again.
     """
 
     def RegisterNode(self, request, context):
-        """Announces an extractor: ends the node's epoch before (its residencies become LOST) and starts a new one.
+        """Announces an extractor: ends the node's previous epoch (its residencies become LOST) and starts a new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Heartbeat(self, request, context):
-        """Tells that the node lives and what its devices have free.
+        """Tells that the node is alive, with the free memory of its devices.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchAssignments(self, request, context):
-        """Streams what the node shall hold: every message is the whole desired state, sent at once and after each change, and
-        repeated every 15 s.
+        """Streams the node's desired state: every message has all residencies, builds and validations. It is sent at once,
+        after each change, and every 15 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportResidency(self, request, context):
-        """Tells how a residency stands. LEASE_LOST if `fence` is stale.
+        """Reports the state of a residency. LEASE_LOST if `fence` is stale.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportBuild(self, request, context):
-        """Tells how a build stands.
+        """Reports the state of a build.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportValidation(self, request, context):
-        """Tells how a validation stands. STATE_CONFLICT once it is over.
+        """Reports the steps of a validation. STATE_CONFLICT once it is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,8 +158,8 @@ def add_NodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class NodeService:
-    """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
-    EPOCH_STALE, upon which the extractor registers again.
+    """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
+    epoch is EPOCH_STALE, and the extractor then registers again.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class NodeServiceStub:
-    """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
-    EPOCH_STALE, upon which the extractor registers again.
+    """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
+    epoch is EPOCH_STALE, and the extractor then registers again.
     """
 
     @_typing.overload
@@ -36,45 +36,45 @@ class NodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> NodeServiceAsyncStub: ...
     RegisterNode: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.RegisterNodeRequest, _node_service_pb2.RegisterNodeResponse]
-    """Announces an extractor: ends the node's epoch before (its residencies become LOST) and starts a new one."""
+    """Announces an extractor: ends the node's previous epoch (its residencies become LOST) and starts a new one."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.HeartbeatRequest, _node_service_pb2.HeartbeatResponse]
-    """Tells that the node lives and what its devices have free."""
+    """Tells that the node is alive, with the free memory of its devices."""
     WatchAssignments: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchAssignmentsRequest, _node_service_pb2.WatchAssignmentsResponse]
-    """Streams what the node shall hold: every message is the whole desired state, sent at once and after each change, and
-    repeated every 15 s.
+    """Streams the node's desired state: every message has all residencies, builds and validations. It is sent at once,
+    after each change, and every 15 s.
     """
     ReportResidency: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportResidencyRequest, _node_service_pb2.ReportResidencyResponse]
-    """Tells how a residency stands. LEASE_LOST if `fence` is stale."""
+    """Reports the state of a residency. LEASE_LOST if `fence` is stale."""
     ReportBuild: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportBuildRequest, _node_service_pb2.ReportBuildResponse]
-    """Tells how a build stands."""
+    """Reports the state of a build."""
     ReportValidation: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportValidationRequest, _node_service_pb2.ReportValidationResponse]
-    """Tells how a validation stands. STATE_CONFLICT once it is over."""
+    """Reports the steps of a validation. STATE_CONFLICT once it is over."""
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
-    """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
-    EPOCH_STALE, upon which the extractor registers again.
+    """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
+    epoch is EPOCH_STALE, and the extractor then registers again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterNode: _aio.UnaryUnaryMultiCallable[_node_service_pb2.RegisterNodeRequest, _node_service_pb2.RegisterNodeResponse]  # type: ignore[assignment]
-    """Announces an extractor: ends the node's epoch before (its residencies become LOST) and starts a new one."""
+    """Announces an extractor: ends the node's previous epoch (its residencies become LOST) and starts a new one."""
     Heartbeat: _aio.UnaryUnaryMultiCallable[_node_service_pb2.HeartbeatRequest, _node_service_pb2.HeartbeatResponse]  # type: ignore[assignment]
-    """Tells that the node lives and what its devices have free."""
+    """Tells that the node is alive, with the free memory of its devices."""
     WatchAssignments: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchAssignmentsRequest, _node_service_pb2.WatchAssignmentsResponse]  # type: ignore[assignment]
-    """Streams what the node shall hold: every message is the whole desired state, sent at once and after each change, and
-    repeated every 15 s.
+    """Streams the node's desired state: every message has all residencies, builds and validations. It is sent at once,
+    after each change, and every 15 s.
     """
     ReportResidency: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportResidencyRequest, _node_service_pb2.ReportResidencyResponse]  # type: ignore[assignment]
-    """Tells how a residency stands. LEASE_LOST if `fence` is stale."""
+    """Reports the state of a residency. LEASE_LOST if `fence` is stale."""
     ReportBuild: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportBuildRequest, _node_service_pb2.ReportBuildResponse]  # type: ignore[assignment]
-    """Tells how a build stands."""
+    """Reports the state of a build."""
     ReportValidation: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportValidationRequest, _node_service_pb2.ReportValidationResponse]  # type: ignore[assignment]
-    """Tells how a validation stands. STATE_CONFLICT once it is over."""
+    """Reports the steps of a validation. STATE_CONFLICT once it is over."""
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """NodeService is what extractors call. Every call after RegisterNode carries the epoch it was given; a stale one is
-    EPOCH_STALE, upon which the extractor registers again.
+    """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
+    epoch is EPOCH_STALE, and the extractor then registers again.
     """
 
     @_abc_1.abstractmethod
@@ -83,7 +83,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.RegisterNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.RegisterNodeResponse, _abc.Awaitable[_node_service_pb2.RegisterNodeResponse]]:
-        """Announces an extractor: ends the node's epoch before (its residencies become LOST) and starts a new one."""
+        """Announces an extractor: ends the node's previous epoch (its residencies become LOST) and starts a new one."""
 
     @_abc_1.abstractmethod
     def Heartbeat(
@@ -91,7 +91,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.HeartbeatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.HeartbeatResponse, _abc.Awaitable[_node_service_pb2.HeartbeatResponse]]:
-        """Tells that the node lives and what its devices have free."""
+        """Tells that the node is alive, with the free memory of its devices."""
 
     @_abc_1.abstractmethod
     def WatchAssignments(
@@ -99,8 +99,8 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.WatchAssignmentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.WatchAssignmentsResponse], _abc.AsyncIterator[_node_service_pb2.WatchAssignmentsResponse]]:
-        """Streams what the node shall hold: every message is the whole desired state, sent at once and after each change, and
-        repeated every 15 s.
+        """Streams the node's desired state: every message has all residencies, builds and validations. It is sent at once,
+        after each change, and every 15 s.
         """
 
     @_abc_1.abstractmethod
@@ -109,7 +109,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.ReportResidencyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ReportResidencyResponse, _abc.Awaitable[_node_service_pb2.ReportResidencyResponse]]:
-        """Tells how a residency stands. LEASE_LOST if `fence` is stale."""
+        """Reports the state of a residency. LEASE_LOST if `fence` is stale."""
 
     @_abc_1.abstractmethod
     def ReportBuild(
@@ -117,7 +117,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.ReportBuildRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ReportBuildResponse, _abc.Awaitable[_node_service_pb2.ReportBuildResponse]]:
-        """Tells how a build stands."""
+        """Reports the state of a build."""
 
     @_abc_1.abstractmethod
     def ReportValidation(
@@ -125,6 +125,6 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.ReportValidationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ReportValidationResponse, _abc.Awaitable[_node_service_pb2.ReportValidationResponse]]:
-        """Tells how a validation stands. STATE_CONFLICT once it is over."""
+        """Reports the steps of a validation. STATE_CONFLICT once it is over."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -38,7 +38,7 @@ class _DeviceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceKind
     """Apple GPU."""
 
 class DeviceKind(_DeviceKind, metaclass=_DeviceKindEnumTypeWrapper):
-    """DeviceKind is the sort of memory a model sits in."""
+    """DeviceKind is the kind of memory that holds a model."""
 
 DEVICE_KIND_UNSPECIFIED: DeviceKind.ValueType  # 0
 """Never sent."""
@@ -64,7 +64,7 @@ class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.V
     """Heartbeats stopped; its residencies are LOST."""
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
-    """NodeState is whether the registry hears from a node."""
+    """NodeState tells whether the registry hears from a node."""
 
 NODE_STATE_UNSPECIFIED: NodeState.ValueType  # 0
 """Never sent."""
@@ -85,13 +85,13 @@ class _ResidencyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reside
     RESIDENCY_STATE_QUEUED: _ResidencyState.ValueType  # 1
     """Waits for memory."""
     RESIDENCY_STATE_LOADING: _ResidencyState.ValueType  # 2
-    """Memory is reserved, the node loads."""
+    """Memory is reserved and the node loads the model."""
     RESIDENCY_STATE_RESIDENT: _ResidencyState.ValueType  # 3
     """Loaded; leases may be granted."""
     RESIDENCY_STATE_DRAINING: _ResidencyState.ValueType  # 4
     """No new leases; waits for the last one to end."""
     RESIDENCY_STATE_UNLOADING: _ResidencyState.ValueType  # 5
-    """The node frees the memory, which still counts."""
+    """The node frees the memory, which still counts as reserved."""
     RESIDENCY_STATE_UNLOADED: _ResidencyState.ValueType  # 6
     """Memory is back."""
     RESIDENCY_STATE_FAILED: _ResidencyState.ValueType  # 7
@@ -100,20 +100,20 @@ class _ResidencyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reside
     """The epoch of its node ended."""
 
 class ResidencyState(_ResidencyState, metaclass=_ResidencyStateEnumTypeWrapper):
-    """ResidencyState is where one model on one device stands."""
+    """ResidencyState is the state of one model on one device."""
 
 RESIDENCY_STATE_UNSPECIFIED: ResidencyState.ValueType  # 0
 """Never sent."""
 RESIDENCY_STATE_QUEUED: ResidencyState.ValueType  # 1
 """Waits for memory."""
 RESIDENCY_STATE_LOADING: ResidencyState.ValueType  # 2
-"""Memory is reserved, the node loads."""
+"""Memory is reserved and the node loads the model."""
 RESIDENCY_STATE_RESIDENT: ResidencyState.ValueType  # 3
 """Loaded; leases may be granted."""
 RESIDENCY_STATE_DRAINING: ResidencyState.ValueType  # 4
 """No new leases; waits for the last one to end."""
 RESIDENCY_STATE_UNLOADING: ResidencyState.ValueType  # 5
-"""The node frees the memory, which still counts."""
+"""The node frees the memory, which still counts as reserved."""
 RESIDENCY_STATE_UNLOADED: ResidencyState.ValueType  # 6
 """Memory is back."""
 RESIDENCY_STATE_FAILED: ResidencyState.ValueType  # 7
@@ -141,19 +141,19 @@ class Device(_message.Message):
     id: _builtins.str
     """`cpu`, `cuda:0`, `mps`."""
     kind: Global___DeviceKind.ValueType
-    """Sort of device."""
+    """Kind of device."""
     name: _builtins.str
     """Name for people."""
     capacity_bytes: _builtins.int
-    """Bytes Headrace may use on it."""
+    """Bytes that Headrace may use on it."""
     reserved_bytes: _builtins.int
     """Bytes reserved by residencies that hold or will hold memory. Output only."""
     free_bytes: _builtins.int
-    """Bytes the node sees free. As of the last heartbeat."""
+    """Free bytes as the node sees them. As of the last heartbeat."""
     total_bytes: _builtins.int
-    """Bytes of memory it has in all, whoever uses them."""
+    """Total bytes of its memory, all programs' use included."""
     lost_bytes: _builtins.int
-    """Bytes that an unload did not give back; they count as held until the node finds them free."""
+    """Bytes that an unload did not give back; they count as in use until the node finds them free."""
     capability: _builtins.str
     """Compute capability of a CUDA device, such as `9.0`; empty elsewhere."""
     flash_attention: _builtins.bool
@@ -205,15 +205,15 @@ class Node(_message.Message):
     epoch: _builtins.int
     """Grows with every start of the extractor; reports of an earlier epoch are refused."""
     state: Global___NodeState.ValueType
-    """Whether it is heard from."""
+    """Whether its heartbeats arrive."""
     version: _builtins.str
     """Version of its extractor."""
     memory_bytes: _builtins.int
     """Main memory of the machine in bytes."""
     memory_free_bytes: _builtins.int
-    """Main memory free, in bytes. As of the last heartbeat."""
+    """Free bytes of main memory. As of the last heartbeat."""
     runtime_bytes: _builtins.int
-    """Bytes a runner takes on a device before it holds any weights, as measured by the node; 0 while unknown."""
+    """Bytes that a runner takes on a device before it holds weights, as measured by the node; 0 while unknown."""
     max_loads: _builtins.int
     """Most models that load at once; 0: no limit."""
     max_residents: _builtins.int
@@ -279,27 +279,27 @@ class Residency(_message.Message):
     id: _builtins.str
     """Id, server-made."""
     model_id: _builtins.str
-    """Which model."""
+    """Its model."""
     node_id: _builtins.str
-    """On which node."""
+    """Its node."""
     device_id: _builtins.str
-    """On which device."""
+    """Its device."""
     state: Global___ResidencyState.ValueType
-    """Where it stands."""
+    """Its state."""
     reserved_bytes: _builtins.int
     """Bytes reserved: the estimate, then the measured size."""
     measured_bytes: _builtins.int
     """Bytes measured after loading; 0 before."""
     fence: _builtins.int
-    """Bumped at every assignment; the node's reports carry it."""
+    """Grows with every assignment; the node's reports carry it."""
     node_epoch: _builtins.int
     """Epoch of the node it belongs to."""
     n_leases: _builtins.int
     """Leases held now."""
     reason: _builtins.str
-    """Why the last transition happened."""
+    """Reason for the last transition."""
     actor: _builtins.str
-    """Who caused it."""
+    """Actor that caused the last transition."""
     queue_position: _builtins.int
     """Place in the device's queue while QUEUED, 1 is next; 0 otherwise."""
     pinned: _builtins.bool
@@ -314,19 +314,19 @@ class Residency(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Created."""
+        """When it was created."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Last transition or report."""
+        """Time of the last transition or report."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """Last lease granted or released."""
+        """When a lease on it was last granted or released."""
 
     @_builtins.property
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who holds leases on it, for people; 20 names at most."""
+        """Names of the holders of leases on it, for people; 20 at most."""
 
     def __init__(
         self,
@@ -382,7 +382,7 @@ class Lease(_message.Message):
     model_id: _builtins.str
     """Model of that residency."""
     holder: _builtins.str
-    """Who holds it, for people."""
+    """Name of the holder, for people."""
     fence: _builtins.int
     """Number of this grant, larger than every earlier one of the residency."""
     ttl_s: _builtins.float
@@ -429,16 +429,16 @@ class Pin(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
-    """Model."""
+    """The model."""
     node_id: _builtins.str
-    """Node; empty for any."""
+    """Node; empty for any node."""
     owner: _builtins.str
-    """Who wishes it."""
+    """Owner of the pin."""
     reason: _builtins.str
-    """Why."""
+    """Reason for the pin."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when; unset for ever."""
+        """End of the pin; unset: none."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

@@ -32,7 +32,7 @@ class LoadModelRequest(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUID4; repeating it answers with the first call's result."""
+    """UUID4; a repeated call answers with the first call's result."""
     model_id: _builtins.str
     """Model to load."""
     node_id: _builtins.str
@@ -96,7 +96,7 @@ class UnloadModelRequest(_message.Message):
     node_id: _builtins.str
     """Node; empty: everywhere."""
     force: _builtins.bool
-    """Unload although leases are held; they are lost."""
+    """True: unload even while leases are held; these are lost."""
     def __init__(
         self,
         *,
@@ -122,7 +122,7 @@ class UnloadModelResponse(_message.Message):
     RESIDENCIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def residencies(self) -> _containers.RepeatedCompositeFieldContainer[_residency_pb2.Residency]:
-        """The residencies concerned."""
+        """The residencies that are drained or unloaded."""
 
     def __init__(
         self,
@@ -160,13 +160,13 @@ class AcquireLeaseRequest(_message.Message):
     device_id: _builtins.str
     """Device; empty: the registry chooses."""
     holder: _builtins.str
-    """Who asks, for people; at most 255 characters."""
+    """Name of the caller, for people; at most 255 characters."""
     ttl_s: _builtins.float
-    """Seconds, 5 to 3600; 0 means 60."""
+    """Time to live in seconds, 5 to 3600; 0 means 60."""
     wait_s: _builtins.float
     """Longest wait for the grant in seconds, at most 3600; 0 means 600."""
     if_resident_only: _builtins.bool
-    """Refuse with MODEL_NOT_READY instead of loading."""
+    """True: refuse with MODEL_NOT_READY instead of loading."""
     def __init__(
         self,
         *,
@@ -189,7 +189,7 @@ Global___AcquireLeaseRequest: _TypeAlias = AcquireLeaseRequest  # noqa: Y015
 
 @_typing.final
 class LeaseQueued(_message.Message):
-    """LeaseQueued: waits for memory."""
+    """LeaseQueued says that the call waits for memory."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -211,7 +211,7 @@ Global___LeaseQueued: _TypeAlias = LeaseQueued  # noqa: Y015
 
 @_typing.final
 class LeaseLoading(_message.Message):
-    """LeaseLoading: the node loads."""
+    """LeaseLoading says that the node loads the model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -221,7 +221,7 @@ class LeaseLoading(_message.Message):
     """The residency."""
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
-        """How far it is."""
+        """Progress of the load."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ Global___LeaseLoading: _TypeAlias = LeaseLoading  # noqa: Y015
 
 @_typing.final
 class LeaseGranted(_message.Message):
-    """LeaseGranted: the end of the stream."""
+    """LeaseGranted is the last message of the stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -272,15 +272,15 @@ class AcquireLeaseResponse(_message.Message):
     GRANTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___LeaseQueued:
-        """Waits for memory."""
+        """The call waits for memory."""
 
     @_builtins.property
     def loading(self) -> Global___LeaseLoading:
-        """The node loads."""
+        """The node loads the model."""
 
     @_builtins.property
     def granted(self) -> Global___LeaseGranted:
-        """Done."""
+        """The lease is granted."""
 
     def __init__(
         self,
@@ -461,7 +461,7 @@ class UnpinModelRequest(_message.Message):
     owner: _builtins.str
     """Owner of the pin."""
     node_id: _builtins.str
-    """Node of the pin; empty: the one for any node."""
+    """Node of the pin; empty: the pin for any node."""
     def __init__(
         self,
         *,
@@ -507,7 +507,7 @@ class ListPinsRequest(_message.Message):
     model_id: _builtins.str
     """Only of this model; empty: all."""
     page_size: _builtins.int
-    """At most so many; 0 means 100, more than 1000 is taken as 1000."""
+    """Most entries in the answer; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     def __init__(
@@ -562,7 +562,7 @@ class ListNodesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most so many; 0 means 100, more than 1000 is taken as 1000."""
+    """Most entries in the answer; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     def __init__(
@@ -623,9 +623,9 @@ class ListResidenciesRequest(_message.Message):
     node_id: _builtins.str
     """Only of this node; empty: all."""
     include_ended: _builtins.bool
-    """Also those that ended (UNLOADED, FAILED, LOST)."""
+    """True: also residencies that ended (UNLOADED, FAILED, LOST)."""
     page_size: _builtins.int
-    """At most so many; 0 means 100, more than 1000 is taken as 1000."""
+    """Most entries in the answer; 0 means 100, more than 1000 is taken as 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     def __init__(
@@ -684,7 +684,7 @@ class WatchResidenciesRequest(_message.Message):
     model_id: _builtins.str
     """Only of this model; empty: all."""
     after_seq: _builtins.int
-    """Send only events with a larger `seq`."""
+    """Only events with a larger `seq` are sent."""
     def __init__(
         self,
         *,
@@ -711,11 +711,13 @@ class WatchResidenciesResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
-    """Grows with each event. 0 in a snapshot, but for its last event: who resumes with 0 is sent the snapshot again."""
+    """Number of the event; grows with each event. All events of a snapshot but the last have 0: a watcher that resumes
+    with 0 gets the snapshot again.
+    """
     snapshot: _builtins.bool
-    """True while the snapshot is sent."""
+    """True for the events of the snapshot."""
     heartbeat: _builtins.bool
-    """True when nothing happened for 15 s."""
+    """True if it is sent only because nothing happened for 15 s."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When, by the database's clock."""

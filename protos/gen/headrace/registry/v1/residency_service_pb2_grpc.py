@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ResidencyServiceStub:
-    """ResidencyService decides which model is in which device's memory, and who may rely on it.
+    """ResidencyService decides which model is in which device's memory, and grants leases on it.
     """
 
     def __init__(self, channel):
@@ -93,21 +93,21 @@ class ResidencyServiceStub:
 
 
 class ResidencyServiceServicer:
-    """ResidencyService decides which model is in which device's memory, and who may rely on it.
+    """ResidencyService decides which model is in which device's memory, and grants leases on it.
     """
 
     def LoadModel(self, request, context):
         """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
         one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
-        pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
+        pins stand in the way; LOAD_FAILED with RetryInfo for a while after a failed load, in which no load is tried.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
-        LOST, and does not come back with the node.
+        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. A residency that is LOST with a silent
+        node stays LOST: it does not come back with the node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,7 +115,7 @@ class ResidencyServiceServicer:
 
     def AcquireLease(self, request, context):
         """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-        leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+        leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
         MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -137,22 +137,22 @@ class ResidencyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinModel(self, request, context):
-        """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
-        pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+        """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
+        pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnpinModel(self, request, context):
-        """Removes a pin. Removing one that is not there is no error.
+        """Removes a pin. Without a pin this is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListPins(self, request, context):
-        """Lists living pins by model, node and owner.
+        """Lists the pins that have not expired, by model, node and owner.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,7 +246,7 @@ def add_ResidencyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ResidencyService:
-    """ResidencyService decides which model is in which device's memory, and who may rely on it.
+    """ResidencyService decides which model is in which device's memory, and grants leases on it.
     """
 
     @staticmethod

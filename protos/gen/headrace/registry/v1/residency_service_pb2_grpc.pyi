@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ResidencyServiceStub:
-    """ResidencyService decides which model is in which device's memory, and who may rely on it."""
+    """ResidencyService decides which model is in which device's memory, and grants leases on it."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,15 +36,15 @@ class ResidencyServiceStub:
     LoadModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.LoadModelRequest, _residency_service_pb2.LoadModelResponse]
     """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
     one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
-    pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
+    pins stand in the way; LOAD_FAILED with RetryInfo for a while after a failed load, in which no load is tried.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.UnloadModelRequest, _residency_service_pb2.UnloadModelResponse]
-    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
-    LOST, and does not come back with the node.
+    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. A residency that is LOST with a silent
+    node stays LOST: it does not come back with the node.
     """
     AcquireLease: _grpc.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-    leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+    leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
     MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.RenewLeaseRequest, _residency_service_pb2.RenewLeaseResponse]
@@ -52,13 +52,13 @@ class ResidencyServiceStub:
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ReleaseLeaseRequest, _residency_service_pb2.ReleaseLeaseResponse]
     """Ends a lease. Releasing one that has ended is no error."""
     PinModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.PinModelRequest, _residency_service_pb2.PinModelResponse]
-    """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
-    pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+    """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
+    pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
     """
     UnpinModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.UnpinModelRequest, _residency_service_pb2.UnpinModelResponse]
-    """Removes a pin. Removing one that is not there is no error."""
+    """Removes a pin. Without a pin this is no error."""
     ListPins: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ListPinsRequest, _residency_service_pb2.ListPinsResponse]
-    """Lists living pins by model, node and owner."""
+    """Lists the pins that have not expired, by model, node and owner."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ListNodesRequest, _residency_service_pb2.ListNodesResponse]
     """Lists nodes with their devices."""
     ListResidencies: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.ListResidenciesRequest, _residency_service_pb2.ListResidenciesResponse]
@@ -68,21 +68,21 @@ class ResidencyServiceStub:
 
 @_typing.type_check_only
 class ResidencyServiceAsyncStub(ResidencyServiceStub):
-    """ResidencyService decides which model is in which device's memory, and who may rely on it."""
+    """ResidencyService decides which model is in which device's memory, and grants leases on it."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.LoadModelRequest, _residency_service_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
     one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
-    pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
+    pins stand in the way; LOAD_FAILED with RetryInfo for a while after a failed load, in which no load is tried.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.UnloadModelRequest, _residency_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
-    LOST, and does not come back with the node.
+    """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. A residency that is LOST with a silent
+    node stays LOST: it does not come back with the node.
     """
     AcquireLease: _aio.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-    leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+    leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
     MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.RenewLeaseRequest, _residency_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
@@ -90,13 +90,13 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ReleaseLeaseRequest, _residency_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. Releasing one that has ended is no error."""
     PinModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.PinModelRequest, _residency_service_pb2.PinModelResponse]  # type: ignore[assignment]
-    """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
-    pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+    """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
+    pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
     """
     UnpinModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.UnpinModelRequest, _residency_service_pb2.UnpinModelResponse]  # type: ignore[assignment]
-    """Removes a pin. Removing one that is not there is no error."""
+    """Removes a pin. Without a pin this is no error."""
     ListPins: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ListPinsRequest, _residency_service_pb2.ListPinsResponse]  # type: ignore[assignment]
-    """Lists living pins by model, node and owner."""
+    """Lists the pins that have not expired, by model, node and owner."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ListNodesRequest, _residency_service_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Lists nodes with their devices."""
     ListResidencies: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.ListResidenciesRequest, _residency_service_pb2.ListResidenciesResponse]  # type: ignore[assignment]
@@ -105,7 +105,7 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     """Streams residency events: a snapshot of each first, then changes in order of `seq`, a heartbeat every 15 s."""
 
 class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ResidencyService decides which model is in which device's memory, and who may rely on it."""
+    """ResidencyService decides which model is in which device's memory, and grants leases on it."""
 
     @_abc_1.abstractmethod
     def LoadModel(
@@ -115,7 +115,7 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_residency_service_pb2.LoadModelResponse, _abc.Awaitable[_residency_service_pb2.LoadModelResponse]]:
         """Asks for a model to become resident; answers at once with a residency in QUEUED, LOADING or RESIDENT. Idempotent:
         one load per model and device. MODEL_NOT_READY, MODEL_TOO_LARGE, QUEUE_FULL, NODE_LOST; CAPACITY_BUSY when only
-        pins stand in the way; LOAD_FAILED with RetryInfo while a failure just before keeps others from trying.
+        pins stand in the way; LOAD_FAILED with RetryInfo for a while after a failed load, in which no load is tried.
         """
 
     @_abc_1.abstractmethod
@@ -124,8 +124,8 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.UnloadModelResponse, _abc.Awaitable[_residency_service_pb2.UnloadModelResponse]]:
-        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. One that was lost with a silent node stays
-        LOST, and does not come back with the node.
+        """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. A residency that is LOST with a silent
+        node stays LOST: it does not come back with the node.
         """
 
     @_abc_1.abstractmethod
@@ -135,7 +135,7 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_residency_service_pb2.AcquireLeaseResponse], _abc.AsyncIterator[_residency_service_pb2.AcquireLeaseResponse]]:
         """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
-        leaves no lease behind, and a queued model that nobody waits for any more is not loaded. MODEL_NOT_READY,
+        leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
         MODEL_TOO_LARGE, QUEUE_FULL, CAPACITY_BUSY, ADMISSION_TIMEOUT, NODE_LOST, LOAD_FAILED: see LoadModel.
         """
 
@@ -161,8 +161,8 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.PinModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.PinModelResponse, _abc.Awaitable[_residency_service_pb2.PinModelResponse]]:
-        """Pins a model: what is resident stays until the pin is removed or expires. One pin for each model, node and owner;
-        pinning again changes reason and end. It loads nothing. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+        """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
+        pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -171,7 +171,7 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.UnpinModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.UnpinModelResponse, _abc.Awaitable[_residency_service_pb2.UnpinModelResponse]]:
-        """Removes a pin. Removing one that is not there is no error."""
+        """Removes a pin. Without a pin this is no error."""
 
     @_abc_1.abstractmethod
     def ListPins(
@@ -179,7 +179,7 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _residency_service_pb2.ListPinsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.ListPinsResponse, _abc.Awaitable[_residency_service_pb2.ListPinsResponse]]:
-        """Lists living pins by model, node and owner."""
+        """Lists the pins that have not expired, by model, node and owner."""
 
     @_abc_1.abstractmethod
     def ListNodes(
