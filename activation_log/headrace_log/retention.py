@@ -19,6 +19,7 @@ def drop_before(folder: Path, row: int, index: SegmentIndex) -> int:
     gone = index.records[index.n_before(kept) : index.n_before(row)]
     if not gone:
         return kept
+    # On record before the files go: after a crash in between, a reader gets RowsExpired instead of a missing file.
     record_dropped(folder, gone[-1].end_row)
     for record in gone:
         for column in manifest.columns:

@@ -127,7 +127,7 @@ def map_segment(folder: Path, column: ColumnSpec, segment: int, *, private: bool
                 mapping = mmap.mmap(file.fileno(), 0, access=access)
         except FileNotFoundError:
             continue
-        if hasattr(mapping, "madvise"):
+        if hasattr(mapping, "madvise"):  # Reading goes front to back, at least within a block.
             mapping.madvise(mmap.MADV_SEQUENTIAL)
         return mapping
     raise SetCorrupt(f"{sealed} is missing; delete the set to recompute it")

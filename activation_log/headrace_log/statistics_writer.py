@@ -31,7 +31,7 @@ _MAX_THREADS = 4
 class StatisticsWriter:
     """Keeps the statistics of the hookpoints among `columns` as segments are sealed; of no column without `summarize`.
 
-    If a WINDOW set drops rows that were not summarised, their column never has statistics again.
+    Once a WINDOW set has dropped rows that were not summarised, their columns never have statistics again.
     """
 
     def __init__(

@@ -124,6 +124,7 @@ class Server:
         server, self._grpc = self._grpc, None
         await self._announce()
         if server is not None:
+            # Refuses new calls at once and ends when the last call does; the cuts below bring that about in time.
             stopping = asyncio.create_task(server.stop(drain_s + cut_s / 2))
             await asyncio.wait({stopping}, timeout=min(_FAREWELL_S, drain_s))
             self._runner.cut(infrastructure_only=True)
