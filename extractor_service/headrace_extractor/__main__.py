@@ -211,7 +211,7 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     finally:
         shutdown.begin()
         waiting.cancel()
-        corpora.close()  # Ends running ingests, whose threads would hold up the exit.
+        corpora.close()  # Ends running ingests: their threads would delay the exit.
         await server.stop()
         await extractions.close()
         for task in background:

@@ -1,4 +1,4 @@
-"""How many rows an extraction will have, and what it will cost, before any work."""
+"""Rows, bytes and seconds of an extraction before any work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CorpusRowCounter:
         self._models = models
         # By digest as well as by path: a corpus may be deleted, and another one take its id.
         self._count = lru_cache(maxsize=MAX_REMEMBERED)(lambda _digest, *what: count(*what))
-        # Threads of their own: the ones that all else shares, heartbeats included, must not wait a minute for a count.
+        # Threads of their own: the default threads, which heartbeats need too, must not be busy for a minute.
         self._threads = ThreadPoolExecutor(MAX_COUNTS, thread_name_prefix="counts")
 
     async def count(self, spec: ExtractionSpec) -> RowCount:
@@ -49,8 +49,8 @@ class CorpusRowCounter:
 class Estimate:
     """Rows, bytes and seconds of an extraction; negative: unknown.
 
-    `size_bytes` are the bytes of all its rows, `new_bytes` those that it would add to the disk, `available_bytes` those
-    that the disk could take.
+    `size_bytes`: bytes of all its rows; `new_bytes`: bytes that it would add to the disk; `available_bytes`: bytes that
+    the disk could take.
     """
 
     n_rows: int

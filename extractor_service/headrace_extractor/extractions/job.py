@@ -1,8 +1,8 @@
 """One extraction as clients see it: its state, its readers, its end.
 
-The rows come from the passes over its set (`drive.py`), which it may share with other extractions of that set. The job
-knows what is its own: how many rows its columns have, which readers read them, and which rows of a WINDOW set may be
-dropped behind those readers.
+The rows come from the passes over its set (`drive.py`), which it may share with other extractions of that set. A job
+knows how many rows its own columns have, which readers read them, and which rows of a WINDOW set may be dropped behind
+these readers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 def add_service(
     server: grpc.aio.Server, descriptor: ServiceDescriptor, servicer: object, *, framed: Collection[str] = ()
 ) -> None:
-    """Adds all methods of a service; those in `framed` yield `bytes` instead of messages."""
+    """Adds all methods of a service; the methods in `framed` yield `bytes` instead of messages."""
     handlers = {method.name: _handler(method, servicer, method.name in framed) for method in descriptor.methods}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
 

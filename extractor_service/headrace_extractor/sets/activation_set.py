@@ -1,4 +1,4 @@
-"""An activation set on this node: its folder, what the files in it say, and the extractions that use it.
+"""An activation set on this node: its folder, the facts that its files hold, and the extractions that use it.
 
 Manifest and index are read here and nowhere else in the server, and remembered until they change on disk: a runner
 appends to them, and an evicted set may be computed anew in the same folder.
@@ -30,7 +30,7 @@ MAX_HOLDERS = 20
 
 
 class Kind(StrEnum):
-    """How long a set keeps its rows; the values are those of the manifest."""
+    """How long a set keeps its rows; the values as manifests spell them."""
 
     RETAIN = "retain"
     WINDOW = "window"
@@ -86,7 +86,7 @@ class ActivationSet:
         stat = (self.folder / MANIFEST_NAME).stat()
         seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if self._manifest is None or seen != self._seen:
-            # The index starts anew too: it may be that of another set in the same folder, made after an eviction.
+            # The index starts anew too: after an eviction, another set may have been made in the same folder.
             self._manifest, self._index, self._seen = Manifest.load(self.folder), SegmentIndex(), seen
         return self._manifest
 

@@ -28,15 +28,18 @@ _OF_THE_MODEL = ("model", "compute_dtype", "load_options", "tokenizer_digest")
 def identity_of(
     spec: ExtractionSpec, model: ModelInfo, *, corpus_digest: str, compute_dtype: str, chat_template_digest: str = ""
 ) -> dict[str, Any]:
-    """Everything row values depend on. `max_rows`, hookpoints and retention don't change a value and stay out.
+    """Everything that row values depend on; `max_rows`, hookpoints and retention change no value and stay out.
 
     `chat_template_digest` is empty, and stays out, unless the recipe asks for the template.
     """
     options = {key: value for key, value in model.load_options.items() if key not in _NOT_NUMERIC}
+    # Families that SDPA can't compute run with eager attention, which rounds otherwise.
+    attention = attention_of(model)
+    default_attention = {"attn_implementation": attention} if attention else {}
     return {
         "model": {"source": model.source, "commit_sha": model.commit_sha, "quantization": model.quantization},
         "compute_dtype": compute_dtype,
-        "load_options": _attention(model) | options | {"dtype": compute_dtype},
+        "load_options": default_attention | options | {"dtype": compute_dtype},
         "tokenizer_digest": model.tokenizer_digest,
         "corpus_digest": corpus_digest,
         "recipe": spec.recipe.to_json(),
@@ -45,7 +48,7 @@ def identity_of(
 
 
 def check_same_model(identity: Mapping[str, Any], spec: ExtractionSpec, loaded: Assignment) -> None:
-    """Raises StateConflict unless what is loaded computes the numbers of the set with this identity."""
+    """Raises StateConflict unless the loaded model computes the numbers of the set with this identity."""
     dtype = loaded.model.compute_dtype(loaded.device_id)
     now = identity_of(spec, loaded.model, corpus_digest=identity["corpus_digest"], compute_dtype=dtype)
     other = [key for key in _OF_THE_MODEL if now[key] != identity[key]]
@@ -58,14 +61,8 @@ def check_same_model(identity: Mapping[str, Any], spec: ExtractionSpec, loaded: 
         )
 
 
-def _attention(model: ModelInfo) -> dict[str, str]:
-    """Families that SDPA can't compute run with eager attention, whose numbers are others."""
-    attention = attention_of(model)
-    return {"attn_implementation": attention} if attention else {}
-
-
 def hookpoint_columns(spec: ExtractionSpec, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ColumnSpec, ...]:
-    """Columns of the hookpoints asked for, 8-bit ones followed by their scales; `shapes` are those of a row."""
+    """Columns of the hookpoints asked for, each 8-bit column followed by its scales; `shapes` are shapes of one row."""
     dtype = Dtype(spec.recipe.storage_dtype)
     columns = []
     for name in spec.hookpoints:
@@ -77,7 +74,7 @@ def hookpoint_columns(spec: ExtractionSpec, shapes: Mapping[str, tuple[int, ...]
 
 
 def new_manifest(spec: ExtractionSpec, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
-    """Manifest of a set that does not exist yet."""
+    """Manifest of a set that does not exist yet; its id is the digest of `identity`."""
     columns = (*PROVENANCE, *hookpoint_columns(spec, shapes))
     segment_rows = segment_rows_for(columns)
     if spec.retention.kind is Kind.WINDOW:

@@ -110,7 +110,7 @@ class SetKeeper:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Removes what a crash left: trash, windows and sets without a manifest that no extraction has."""
+        """Removes the leftovers of a crash: trash, windows and sets without a manifest that no extraction has."""
         shutil.rmtree(self._sets.trash, ignore_errors=True)
         self._sets.create_folders()
         held = self._sets.held_folders()
@@ -135,7 +135,7 @@ class SetKeeper:
                 logger.exception("the sets could not be checked against their limits; the next check tries again")
 
     async def follow_orders(self) -> None:
-        """Asks the registry what it wants of the sets on this node, notes it, and removes the sets it wants deleted."""
+        """Asks the registry for its orders about the sets on this node; follows them."""
         orders = await self._registry.set_orders()
         folders = self._sets.retained_folders()
         self._orders = {folder: order for folder, order in self._orders.items() if folder in folders}
@@ -144,9 +144,9 @@ class SetKeeper:
                 await self.follow_order(self._sets.retained(folder.name), order)
 
     async def follow_order(self, of: ActivationSet, order: SetOrders) -> None:
-        """Notes what the registry wants of one set; removes a set that it wants deleted, unless the set is in use."""
+        """Notes a pin; removes a set that shall be deleted, unless the set is in use."""
         if self._orders.get(of.folder) != order:
-            await asyncio.to_thread(_note_pin, of.folder, order)
+            await asyncio.to_thread(_note_pin, of.folder, order)  # So that the pin outlives a restart.
             self._orders[of.folder] = order
         if order.delete and await self._remove(of, "it was deleted"):
             await self._registry.report_set(self._epoch(), HeldSet.gone(of.id, of.folder))

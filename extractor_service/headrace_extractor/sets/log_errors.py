@@ -11,7 +11,7 @@ from headrace_log import errors as log_errors
 
 @contextmanager
 def log_errors_as_typed() -> Iterator[None]:
-    """Turns what the log raises into DiskFull, TooManyStreams and DigestMismatch."""
+    """Turns the log's errors into DiskFull, TooManyStreams and DigestMismatch."""
     try:
         yield
     except log_errors.DiskFull as exc:
@@ -24,5 +24,5 @@ def log_errors_as_typed() -> Iterator[None]:
 
 
 def too_many_streams(exc: log_errors.TooManyFiles) -> TooManyStreams:
-    """The error for a server that can open no more files: it is its readers that hold them."""
+    """The error for a server that can open no more files: its readers hold most of them."""
     return TooManyStreams(f"{exc}.", metadata={"max_files": str(exc.max_files)}, retry_after_s=5.0)

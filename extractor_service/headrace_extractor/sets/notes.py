@@ -61,7 +61,7 @@ def note_use(folder: Path, now: float | None = None) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetOrders:
-    """What the registry wants of a set. `pinned_until` is a Unix time; None: a pin without end."""
+    """The registry's orders about a set. `pinned_until` is a Unix time; None: a pin without end."""
 
     pinned: bool = False
     pinned_until: float | None = None

@@ -15,4 +15,4 @@ class SetRegistry(Protocol):
         """Reports a set of this node; with `evict`, asks whether it may be evicted. May raise EpochStale."""
 
     async def set_orders(self) -> Mapping[str, SetOrders]:
-        """What the registry wants of each set that it has listed for this node, by id."""
+        """The orders about each set that the registry has listed for this node, by id."""

@@ -27,7 +27,7 @@ class ParityReceipt:
 
 
 def receipt_of(manifest: Manifest, columns: Sequence[str]) -> ParityReceipt | None:
-    """The receipt of these columns, those that have none left out; None if none has."""
+    """The receipt of these columns, without the columns that have none; None if no column has one."""
     entries = {name: manifest.receipt[name] for name in columns if name in manifest.receipt}
     if not entries:
         return None

@@ -1,4 +1,4 @@
-"""What a request asks to be extracted: model, corpus, hookpoints, recipe, retention."""
+"""The request for an extraction: model, corpus, hookpoints, recipe, retention."""
 
 from __future__ import annotations
 

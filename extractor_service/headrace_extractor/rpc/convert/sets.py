@@ -1,4 +1,4 @@
-"""Between the registry's messages about activation sets and the values here."""
+"""Messages about activation sets to values and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headrace_extractor.sets.notes import HeldSet, SetOrders
 
 
 def held_set_to_pb(held: HeldSet, node_id: str) -> pb.ActivationSet:
-    """What a node holds of a set."""
+    """A set on this node, as the registry is told of it."""
     last_used = Timestamp()
     last_used.FromNanoseconds(round(held.last_used * 1e9))
     return pb.ActivationSet(
@@ -29,13 +29,13 @@ def held_set_to_pb(held: HeldSet, node_id: str) -> pb.ActivationSet:
 
 
 def answer_from_pb(message: pb.ReportActivationSetResponse) -> SetOrders:
-    """What the registry answers to a report."""
+    """The orders in the answer to a report."""
     until = message.pinned_until.ToNanoseconds() / 1e9 if message.HasField("pinned_until") else None
     return SetOrders(pinned=message.pinned, pinned_until=until, delete=message.delete)
 
 
 def orders_from_pb(message: pb.ActivationSet) -> SetOrders:
-    """The same of a listed set."""
+    """The orders about a listed set."""
     ends = [pin.expire_time.ToNanoseconds() / 1e9 for pin in message.pins if pin.HasField("expire_time")]
     for_ever = len(ends) < len(message.pins)
     return SetOrders(

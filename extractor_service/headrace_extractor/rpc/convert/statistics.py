@@ -14,7 +14,7 @@ MAX_VECTOR_BYTES = 2 * 1024 * 1024
 
 
 def statistics_to_pb(folder: Path, columns: Iterable[ColumnSpec]) -> list[pb.ColumnStatistics]:
-    """Statistics of those columns that have them, as of now; without vectors from where they get too many."""
+    """Statistics of the columns that have any, as of now; vectors beyond `MAX_VECTOR_BYTES` are left out."""
     messages, room = [], MAX_VECTOR_BYTES
     for column in columns:
         if column.is_provenance or (found := load_statistics(folder, column)) is None:
