@@ -174,7 +174,6 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     node.on_registered = extractions.report_all
     extraction_servicer = ExtractionServicer(
         extractions,
-        registry,
         decode_tokens=_decode_tokens,
         metrics=metrics,
         shutdown=shutdown,

@@ -125,12 +125,7 @@ class Extractions:
         if not spec.model_id:
             raise FieldInvalid("spec.model_id is empty; name a registered model.", field="spec.model_id")
         _check_numbers(spec)
-        model = await self._services.models.get_model(spec.model_id)
-        if not model.ready:
-            raise ModelNotReady(
-                f"Model {model.id} has no files yet; run PrepareModel (`headrace models add` does) and wait for READY.",
-                resource=("Model", model.id),
-            )
+        model = await self.ready_model(spec.model_id)
         check_chat(spec.recipe, corpus_id=spec.corpus_id, is_chat=self._services.corpora.get(spec.corpus_id).chat)
         catalogue = hookpoints.catalogue_of(model)
         names = tuple(point.name for point in catalogue.resolve(spec.hookpoints))
@@ -142,6 +137,16 @@ class Extractions:
                 field="spec.recipe.context_size",
             )
         return replace(spec, hookpoints=names), model
+
+    async def ready_model(self, model_id: str) -> ModelInfo:
+        """A registered model with files. Raises ModelNotFound and ModelNotReady."""
+        model = await self._services.models.get_model(model_id)
+        if not model.ready:
+            raise ModelNotReady(
+                f"Model {model.id} has no files yet; run PrepareModel (`headrace models add` does) and wait for READY.",
+                resource=("Model", model.id),
+            )
+        return model
 
     async def estimate(self, spec: ExtractionSpec) -> Estimate:
         """Rows, bytes and seconds that a request would take, before any work."""

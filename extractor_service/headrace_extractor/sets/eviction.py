@@ -78,7 +78,7 @@ def excess_bytes(sets: Sequence[CachedSet], limits: Limits, disk: Disk) -> int:
 
 
 def victims(sets: Iterable[CachedSet], wanted_bytes: int) -> tuple[CachedSet, ...]:
-    """The least recently used sets that together have `wanted_bytes`, and none more; all that may go if that is less."""
+    """The least recently used sets that together have `wanted_bytes`; all that may go if they have less."""
     chosen: list[CachedSet] = []
     missing = wanted_bytes
     for each in sorted((each for each in sets if each.may_go), key=_by_use):
