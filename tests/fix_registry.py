@@ -19,7 +19,7 @@ from headrace.common.v1 import transfer_pb2
 from headrace.registry.v1 import model_pb2, node_service_pb2, residency_pb2
 from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_service_pb2 as residency_service
-from headrace_registry.models.architecture import architecture_from
+from headrace_registry.models.files import architecture_from
 from headrace_registry.sizing.reservation import estimated_bytes
 
 GIB = 1024**3

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import psycopg
 import pytest
+from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +17,8 @@ from headrace.registry.v1 import model_pb2, residency_service_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace_registry.errors import FieldInvalid, NotAllowed
 from headrace_registry.models.allowances import Allowances
-from headrace_registry.models.load_options import checked_load_options
 from headrace_registry.models.models import Source, SourceKind
+from headrace_registry.rpc.convert.models import load_options_from_pb
 
 ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048.0, "attention_factor": 0.5}
 
@@ -62,7 +64,16 @@ BAD = [
     ({"sliding_window": 1.5}, "tokens"),
     ({"sliding_window": True}, "tokens"),
     ({"trust_remote_code": "true"}, "true or false"),
+    ({"sliding_window": math.nan}, "not finite"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "not finite"),
 ]
+
+
+def checked_load_options(options):
+    """Sends the options as a message, in which every number is a double, as a client does."""
+    message = struct_pb2.Struct()
+    message.update(options)
+    return load_options_from_pb(message)
 
 
 @pytest.mark.parametrize(("options", "checked"), GOOD, ids=lambda value: json.dumps(value)[:60])

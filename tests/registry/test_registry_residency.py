@@ -26,7 +26,7 @@ from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as model_service
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
-from headrace_registry.models.architecture import architecture_from
+from headrace_registry.models.files import architecture_from
 from headrace_registry.sizing.reservation import estimated_bytes
 
 MB = 1_000_000

@@ -9,6 +9,8 @@ import logging
 import sys
 from collections.abc import Mapping
 
+from headrace_models.errors import HeaderInvalid
+from headrace_models.safetensors import entries_from
 from headrace_registry.errors import HubGated, HubNotFound, HubUnavailable, ModelUnsupported
 from headrace_registry.hub.events import Job
 from headrace_registry.sizing.headers import Headers, tensors_from
@@ -44,11 +46,12 @@ class HubHeaders:
                     error = _ERRORS.get(answer["reason"], HubUnavailable)
                     raise error(answer["message"], retry_after_s=answer["retry_after_s"] or None)
                 config = answer["config"] if isinstance(answer["config"], dict) else {}
-                return Headers(config=config, tensors=tuple(tensors_from(answer["tensors"])))
+                entries = entries_from(answer["tensors"], source=repo_id)
+                return Headers(config=config, tensors=tuple(tensors_from(entries)))
         except TimeoutError:
             message = f"the hub did not show the headers of {repo_id} within {self._deadline_s:.0f} s; try again"
             raise HubUnavailable(message, retry_after_s=_RETRY_AFTER_S) from None
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        except (HeaderInvalid, ValueError, TypeError, KeyError) as exc:
             log.warning("the headers of %s can't be read: %s", repo_id, exc)
             message = f"what the hub shows of {repo_id} is no safetensors header; PrepareModel it first"
             raise ModelUnsupported(message) from exc

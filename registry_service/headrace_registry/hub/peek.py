@@ -59,7 +59,7 @@ def _tensors(job: Job) -> dict[str, Any]:
         job.repo_id, revision=job.revision, token=job.token or None, timeout=_TIMEOUT_S
     )
     return {
-        name: {"dtype": tensor.dtype, "shape": tensor.shape}
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
         for file in found.files_metadata.values()
         for name, tensor in file.tensors.items()
     }

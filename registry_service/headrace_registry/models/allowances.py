@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headrace_models.load_options import trusts_remote_code
 from headrace_registry.errors import NotAllowed
-from headrace_registry.models.load_options import TRUST_REMOTE_CODE, trusts_remote_code
 from headrace_registry.models.models import Source, SourceKind
 
 
@@ -30,7 +30,7 @@ class Allowances:
         """Raises NotAllowed for a model that wants code to run which is not allowed."""
         if trusts_remote_code(load_options) and not self.code(source):
             raise NotAllowed(
-                f"{TRUST_REMOTE_CODE} lets code of {source.location} run on the nodes; leave it out, or start the "
+                f"trust_remote_code lets code of {source.location} run on the nodes; leave it out, or start the "
                 f"registry with --trust-remote-code {source.location}",
                 metadata={"repo": source.location},
                 field="load_options",

@@ -1,35 +1,35 @@
 """Inspects a folder in transformers' layout without loading it.
 
-Parameter counts and bytes are exact: they come from the safetensors headers (8 bytes little-endian length, then JSON).
-Everything here blocks; callers run it in a thread and stop it through `Reading.stop`.
+Parameter counts and bytes are exact: they come from the headers of the safetensors files. Everything here blocks;
+callers run it in a thread and stop it through `Reading.stop`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace_models.config import Network
+from headrace_models.errors import HeaderInvalid, JsonInvalid
+from headrace_models.json_files import read_object
+from headrace_models.safetensors import read_header
 from headrace_registry.errors import DigestMismatch, ModelUnsupported
-from headrace_registry.models.architecture import architecture_from
 from headrace_registry.models.models import Architecture
 
-# The longest header safetensors itself accepts.
-_MAX_HEADER_BYTES = 100_000_000
-_MAX_JSON_BYTES = 64 * 1024 * 1024
+# The largest models have some hundred files; a folder with more is a collection, registered by mistake.
 _MAX_FILES = 10_000
+# Large enough for a disk's sequential speed, small enough for smooth progress and a prompt stop.
 _READ_BYTES = 4 * 1024 * 1024
-# What makes up a model; caches, notes and weights in other formats beside it do not change its identity.
-MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")
+# Files that make up a model. Caches, notes and weights in other formats beside them do not change its identity.
+_MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 class Stopped(Exception):
-    """The reader was told to stop."""
+    """`Reading.stop` was set."""
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What safetensors headers say, summed."""
+    """Sums over the headers of all weight files."""
 
     n_parameters: int
     weight_bytes: int
@@ -58,7 +58,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What a folder holds; `digest` covers every model file."""
+    """The figures of a model's folder; `digest` covers every model file."""
 
     architecture: Architecture
     weights: Weights
@@ -67,40 +67,47 @@ class Inspection:
 
 
 def inspect_folder(folder: Path, *, reading: Reading, check_path: Callable[[Path], None] | None = None) -> Inspection:
-    """Reads the whole folder once. Raises ModelUnsupported, DigestMismatch or Stopped."""
-    paths = model_files(folder)
+    """Reads the whole folder once. Raises ModelUnsupported, DigestMismatch, Stopped, and errors of `check_path`."""
+    if not folder.is_dir():
+        raise ModelUnsupported(f"{folder} is no folder any more; restore it or register another path")
+    paths = sorted(
+        p for p in folder.iterdir() if p.suffix in _MODEL_SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+    if len(paths) > _MAX_FILES:
+        raise ModelUnsupported(f"{folder} holds more than {_MAX_FILES} files; give the folder of one model")
     if check_path is not None:
         for path in paths:
             check_path(path)
     reading.total_bytes = sum(path.stat().st_size for path in paths)
     architecture = architecture_from(_json_object(folder / "config.json"))
     weights = read_weights(path for path in paths if path.suffix == ".safetensors")
-    check_index(folder)
+    _check_index(folder)
     digests = {path.relative_to(folder).as_posix(): file_digest(path, reading=reading) for path in paths}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return Inspection(
         architecture=architecture,
         weights=weights,
         tokenizer_digest=digests.get("tokenizer.json", ""),
-        digest=folder_digest(digests),
+        digest="sha256:" + hashlib.sha256(lines.encode()).hexdigest(),  # The commit of local files.
     )
 
 
-def model_files(folder: Path) -> list[Path]:
-    """Lists the model's files at the top of the folder, in order."""
-    if not folder.is_dir():
-        raise ModelUnsupported(f"{folder} is no folder any more; restore it or register another path")
-    paths = sorted(
-        p for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and not p.name.startswith(".") and p.is_file()
+def architecture_from(config: Mapping[str, Any]) -> Architecture:
+    """Returns the numbers of a `config.json` that the registry keeps."""
+    network = Network.of_config(config)
+    return Architecture(
+        model_type=network.model_type,
+        class_name=network.class_name,
+        n_layers=network.n_layers,
+        d_model=network.d_model,
+        n_heads=network.n_heads,
+        n_kv_heads=network.n_kv_heads,
+        d_head=network.d_head,
+        d_mlp=network.d_mlp,
+        vocab_size=network.vocab_size,
+        context_window=network.context_window,
+        tied_embeddings=network.tied_embeddings,
     )
-    if len(paths) > _MAX_FILES:
-        raise ModelUnsupported(f"{folder} holds more than {_MAX_FILES} files; give the folder of one model")
-    return paths
-
-
-def folder_digest(digests: dict[str, str]) -> str:
-    """SHA-256 over names and digests, `sha256:` in front: the commit of local files."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def file_digest(path: Path, *, reading: Reading) -> str:
@@ -114,55 +121,36 @@ def file_digest(path: Path, *, reading: Reading) -> str:
 
 
 def read_weights(paths: Iterable[Path]) -> Weights:
-    """Sums the headers of all safetensors files; a tensor name that occurs twice is refused."""
+    """Sums the headers of safetensors files.
+
+    Raises DigestMismatch for a damaged file, ModelUnsupported for no tensor at all or a name that occurs twice.
+    """
     by_dtype: dict[str, int] = {}
     seen: set[str] = set()
     weight_bytes = 0
     for path in paths:
-        for name, tensor in read_header(path).items():
+        try:
+            header = read_header(path)
+        except HeaderInvalid as exc:
+            raise DigestMismatch(f"{exc}; fetch it again", metadata={"file": path.name}) from exc
+        size = path.stat().st_size
+        if header.file_bytes != size:
+            raise DigestMismatch(
+                f"{path.name} has {size} bytes, its header says {header.file_bytes}; fetch it again",
+                metadata={"file": path.name},
+            )
+        for name, tensor in header.tensors.items():
             if name in seen:
                 raise ModelUnsupported(f"tensor {name!r} is in two files of the folder; keep one copy of the weights")
             seen.add(name)
-            dtype, n_parameters, n_bytes = tensor
-            by_dtype[dtype] = by_dtype.get(dtype, 0) + n_parameters
-            weight_bytes += n_bytes
+            by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.n_elements
+            weight_bytes += tensor.n_bytes
     if not seen:
         raise ModelUnsupported("no *.safetensors weights in the folder; convert the model with save_pretrained() first")
     return Weights(n_parameters=sum(by_dtype.values()), weight_bytes=weight_bytes, parameters_by_dtype=by_dtype)
 
 
-def read_header(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Returns {tensor: (dtype, parameters, bytes)} and checks that the file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise DigestMismatch(
-                f"{path.name} is cut or no safetensors file; fetch it again", metadata={"file": path.name}
-            )
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: _tensor(entry) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            message = f"{path.name} has a header that is no safetensors header; fetch it again"
-            raise DigestMismatch(message, metadata={"file": path.name}) from exc
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if 8 + length + end != size:
-        raise DigestMismatch(
-            f"{path.name} has {size} bytes, its header says {8 + length + end}; fetch it again",
-            metadata={"file": path.name},
-        )
-    return tensors
-
-
-def _tensor(entry: dict[str, Any]) -> tuple[str, int, int]:
-    shape, (start, end) = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in [*shape, start, end]):
-        raise ValueError(entry)
-    return entry["dtype"], math.prod(shape), end - start
-
-
-def check_index(folder: Path) -> None:
+def _check_index(folder: Path) -> None:
     """Refuses a sharded folder that lacks a shard its index names."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -177,12 +165,7 @@ def check_index(folder: Path) -> None:
 def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelUnsupported(f"the folder has no {path.name}; give a folder in transformers' layout")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ModelUnsupported(f"{path.name} is larger than {_MAX_JSON_BYTES} bytes")
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as exc:
-        raise ModelUnsupported(f"{path.name} is no JSON: {exc}") from exc
-    if not isinstance(value, dict):
-        raise ModelUnsupported(f"{path.name} is no JSON object")
-    return value
+        return read_object(path)
+    except JsonInvalid as exc:
+        raise ModelUnsupported(str(exc)) from exc

@@ -11,11 +11,11 @@ from headrace.registry.v1 import model_service_pb2 as pb
 from headrace.registry.v1 import model_service_pb2_grpc
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.watch import HEARTBEAT_INTERVAL_S, watch
+from headrace_models.load_options import trusts_remote_code
 from headrace_registry.errors import FieldInvalid
 from headrace_registry.inputs import checked_id, checked_labels, checked_request_id, checked_text
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.filters import parse_filter
-from headrace_registry.models.load_options import trusts_remote_code
 from headrace_registry.models.models import ModelEvent
 from headrace_registry.models.registration import Commits, with_commit
 from headrace_registry.models.roots import ModelRoots

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace_models.errors import HeaderInvalid, JsonInvalid
+from headrace_models.json_files import read_object
+from headrace_models.safetensors import TensorEntry, read_header
 from headrace_registry.errors import DigestMismatch, ModelUnsupported
-from headrace_registry.models.architecture import architecture_from
+from headrace_registry.models.files import architecture_from
 from headrace_registry.sizing.estimate import Profile
 from headrace_registry.sizing.tensors import Tensor, tally_of
 
-_MAX_HEADER_BYTES = 100_000_000
-_MAX_JSON_BYTES = 64 * 1024 * 1024
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -27,7 +27,7 @@ class Headers:
     tensors: tuple[Tensor, ...]
 
     def profile(self) -> Profile:
-        """What the estimator needs of them."""
+        """Returns the figures that the estimator needs."""
         network = architecture_from(self.config)
         sizes: dict[str, int] = {}
         for tensor in self.tensors:
@@ -42,41 +42,39 @@ class Headers:
 
 
 def read_headers(folder: Path, check_path: Callable[[Path], None] | None = None) -> Headers:
-    """Reads a folder's headers. Raises ModelUnsupported or DigestMismatch. Blocks."""
-    paths = [folder / "config.json", *_weight_files(folder)]
-    for path in paths if check_path is not None else ():
-        assert check_path is not None
-        check_path(path)
+    """Reads a folder's config and headers. Raises ModelUnsupported, DigestMismatch, errors of `check_path`. Blocks."""
+    paths = _weight_files(folder)
+    if check_path is not None:
+        for path in (folder / "config.json", *paths):
+            check_path(path)
     try:
-        config = json.loads(paths[0].read_bytes()[:_MAX_JSON_BYTES])
-        tensors = [tensor for path in paths[1:] for tensor in _read_header(path)]
+        config = read_object(folder / "config.json")
+        tensors = [tensor for path in paths for tensor in tensors_from(read_header(path).tensors)]
     except OSError as exc:
         raise ModelUnsupported(f"{folder.name} lacks {Path(exc.filename or '').name}; prepare the model again") from exc
-    except ValueError as exc:
-        raise ModelUnsupported(f"config.json of {folder.name} is no JSON; prepare the model again") from exc
-    if not isinstance(config, dict):
-        raise ModelUnsupported(f"config.json of {folder.name} is no JSON object; prepare the model again")
+    except ValueError as exc:  # No file can have a name with NUL or half a surrogate pair.
+        raise ModelUnsupported(f"{_INDEX} of {folder.name} names no files; prepare the model again") from exc
+    except JsonInvalid as exc:
+        raise ModelUnsupported(f"config.json of {folder.name} {exc.problem}; prepare the model again") from exc
+    except HeaderInvalid as exc:
+        raise DigestMismatch(f"{exc}; fetch it again") from exc
     return Headers(config=config, tensors=tuple(tensors))
 
 
-def tensors_from(entries: Mapping[str, Any]) -> Iterable[Tensor]:
-    """Reads a header's entries. Raises ValueError, TypeError or KeyError for anything else."""
+def tensors_from(entries: Mapping[str, TensorEntry]) -> Iterable[Tensor]:
+    """Yields the tensors of a header, as the estimator counts them."""
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        shape = tuple(entry["shape"])
-        if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(name)
-        yield Tensor(name=name, dtype=entry["dtype"], shape=shape)
+        yield Tensor(name=name, dtype=entry.dtype, shape=entry.shape)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that a runner reads: the index's, or the single one, or all there are."""
+    """Lists the files that a runner reads: the index's, else the single file, else every file of the folder."""
     if (folder / _INDEX).is_file():
         try:
-            names = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
+            names = set(read_object(folder / _INDEX)["weight_map"].values())
+            # Names alone: an index may not lead out of its folder.
             return [folder / Path(str(name)).name for name in sorted(names)]
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (JsonInvalid, KeyError, TypeError, AttributeError) as exc:
             raise ModelUnsupported(f"{_INDEX} of {folder.name} can't be read; prepare the model again") from exc
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
@@ -84,15 +82,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if not found:
         raise ModelUnsupported(f"{folder.name} has no safetensors weights; convert it with save_pretrained() first")
     return found
-
-
-def _read_header(path: Path) -> list[Tensor]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER_BYTES, path.stat().st_size):
-            raise DigestMismatch(f"{path.name} is cut or no safetensors file; fetch it again")
-        raw = file.read(length)
-    try:
-        return list(tensors_from(json.loads(raw)))
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise DigestMismatch(f"{path.name} has a header that is no safetensors header; fetch it again") from exc

@@ -7,11 +7,12 @@ from typing import Any
 from google.protobuf import json_format, struct_pb2
 
 from headrace.registry.v1 import model_pb2, model_service_pb2
+from headrace_models.errors import LoadOptionInvalid
+from headrace_models.load_options import checked_options
 from headrace_registry.errors import FieldInvalid
 from headrace_registry.inputs import checked_id, checked_labels
 from headrace_registry.models import models as m
 from headrace_registry.models.identifiers import checked_repo
-from headrace_registry.models.load_options import checked_load_options
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.rpc.convert.residencies import (
     clean_text,
@@ -58,8 +59,13 @@ def new_model_from_pb(message: model_pb2.Model, roots: ModelRoots) -> m.NewModel
 
 
 def load_options_from_pb(message: struct_pb2.Struct) -> dict[str, Any]:
-    """Known options only."""
-    return checked_load_options(json_format.MessageToDict(message))
+    """Checks the options. Raises FieldInvalid for an option that is unknown, or whose value is not of its type."""
+    try:
+        return checked_options(json_format.MessageToDict(message))
+    except LoadOptionInvalid as exc:
+        raise FieldInvalid("load_options", str(exc)) from exc
+    except ValueError as exc:  # JSON has no NaN and no infinity, and protobuf refuses to write them.
+        raise FieldInvalid("load_options", "a number in it is not finite; use JSON's numbers") from exc
 
 
 def model_to_pb(model: m.Model) -> model_pb2.Model:
