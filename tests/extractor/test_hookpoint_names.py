@@ -18,7 +18,7 @@ from headrace_extractor.hookpoints.catalogue import (
     forward_order,
     layer_of,
 )
-from headrace_extractor.hookpoints.network import Network
+from headrace_models.config import Network
 
 LLAMA = {
     "model_type": "llama",

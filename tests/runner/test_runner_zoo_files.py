@@ -16,13 +16,13 @@ from fix_runner import documents, load, read_rows, run_command
 from fix_zoo import ZOO, zoo_batch, zoo_config
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.hookpoints.catalogue import Catalogue
-from headrace_extractor.hookpoints.network import Network
 from headrace_extractor.hookpoints.places import FINAL
 from headrace_extractor.node.runner_protocol import Extract
 from headrace_extractor.runner.hooks.binding import anatomy_of, resolve
 from headrace_extractor.runner.models.loading import stored_config
 from headrace_extractor.runner.passes.forward import forward_rows
 from headrace_extractor.runner.passes.linear import fast_linear_layers
+from headrace_models.config import Network
 
 LAST = "blocks.2.hook_resid_post"
 

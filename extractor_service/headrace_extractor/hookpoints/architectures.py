@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from headrace_extractor.hookpoints.network import Network
 from headrace_extractor.hookpoints.places import (
     BY_BLOCK_MASK,
     BY_MASK,
@@ -24,6 +23,7 @@ from headrace_extractor.hookpoints.places import (
     Scaled,
     Take,
 )
+from headrace_models.config import Network
 
 PARALLEL = "attention and MLP of its blocks read the same residual stream, so there is nothing between them"
 POST_NORM = "its blocks normalise the residual stream itself, so what is added to it is not what leaves a sublayer"

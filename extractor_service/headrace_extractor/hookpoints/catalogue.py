@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from headrace_extractor.corpora.recipe import PACKED, Recipe
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound
@@ -28,7 +29,6 @@ from headrace_extractor.hookpoints.names import (
     relative_path,
     split_path,
 )
-from headrace_extractor.hookpoints.network import Network, network_of
 from headrace_extractor.hookpoints.places import (
     EMBED,
     FINAL,
@@ -43,6 +43,9 @@ from headrace_extractor.hookpoints.places import (
 )
 from headrace_extractor.hookpoints.weight_shapes import WeightShapes, module_shape
 from headrace_extractor.models import ModelInfo
+from headrace_models.config import Network
+from headrace_models.errors import JsonInvalid
+from headrace_models.json_files import read_object
 
 __all__ = ["EMBED", "FINAL", "SITES", "Catalogue", "Hookpoint", "catalogue_of", "forward_order", "layer_of"]
 
@@ -216,6 +219,14 @@ class Catalogue:
 def catalogue_of(model: ModelInfo) -> Catalogue:
     """Reads what a model offers from its config; its weights' headers are looked at for modules alone."""
     return Catalogue(network_of(model), model.files_path)
+
+
+def network_of(model: ModelInfo) -> Network:
+    """Reads the config beside a model's files; without one, takes the numbers that the registry has."""
+    try:
+        return Network.of_config(read_object(Path(model.files_path) / "config.json"))
+    except (OSError, JsonInvalid):
+        return Network(model_type=model.model_type, n_layers=model.n_layers, d_model=model.d_model)
 
 
 def check_isolation(recipe: Recipe, catalogue: Catalogue) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from headrace_extractor.hookpoints.network import Network
+from headrace_models.config import Network
 
 # In the order of the forward pass of one block.
 SITES = (

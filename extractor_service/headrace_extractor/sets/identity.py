@@ -14,14 +14,11 @@ from headrace_extractor.sets.activation_set import Kind
 from headrace_extractor.sets.spec import ExtractionSpec
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
 from headrace_log.manifest import Manifest, segment_rows_for, set_id_of
+from headrace_models.load_options import options_changing_numbers
 
 # A WINDOW set holds at least this many segments, so that readers and the forward pass don't wait for one another's.
 MIN_WINDOW_SEGMENTS = 8
 
-# Load options that say where and how a model is loaded, not what it computes: a residency is on one device, and token
-# ids always come from tokenizer.json. The others (dtype, attn_implementation, rope_scaling, sliding_window,
-# trust_remote_code) change numbers.
-_NOT_NUMERIC = frozenset({"device_map", "max_memory", "low_cpu_mem_usage", "use_fast"})
 _OF_THE_MODEL = ("model", "compute_dtype", "load_options", "tokenizer_digest")
 
 
@@ -32,14 +29,13 @@ def identity_of(
 
     `chat_template_digest` is empty, and stays out, unless the recipe asks for the template.
     """
-    options = {key: value for key, value in model.load_options.items() if key not in _NOT_NUMERIC}
     # Families that SDPA can't compute run with eager attention, which rounds otherwise.
     attention = attention_of(model)
     default_attention = {"attn_implementation": attention} if attention else {}
     return {
         "model": {"source": model.source, "commit_sha": model.commit_sha, "quantization": model.quantization},
         "compute_dtype": compute_dtype,
-        "load_options": default_attention | options | {"dtype": compute_dtype},
+        "load_options": default_attention | options_changing_numbers(model.load_options) | {"dtype": compute_dtype},
         "tokenizer_digest": model.tokenizer_digest,
         "corpus_digest": corpus_digest,
         "recipe": spec.recipe.to_json(),

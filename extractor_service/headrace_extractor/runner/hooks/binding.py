@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from headrace_extractor.errors import ModelUnsupported
 from headrace_extractor.hookpoints.catalogue import SITES, Catalogue, Hookpoint
 from headrace_extractor.hookpoints.names import BLOCK_SITE, split_path
-from headrace_extractor.hookpoints.network import Network
 from headrace_extractor.hookpoints.places import Copied
 from headrace_extractor.runner.hooks.capture import Site, capture
 from headrace_extractor.runner.hooks.isolation import isolated
 from headrace_extractor.runner.hooks.structure import Found, search
 from headrace_extractor.runner.hooks.takes import function_of
+from headrace_models.config import Network
 
 # Two lengths, so that a dimension of another size by chance is not taken for that of tokens.
 _TRIAL_LENGTHS = (5, 7)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headrace_extractor.hookpoints.network import Network
 from headrace_extractor.hookpoints.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
 from headrace_extractor.runner.hooks.isolation import isolated
+from headrace_models.config import Network
 
 _N_TOKENS = 6
 _ATTENTION = ("attn", "attention", "mixer")

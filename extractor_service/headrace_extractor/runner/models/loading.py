@@ -1,12 +1,11 @@
 """Loads a model's files onto a device, without its language-model head.
 
-Only local files, only safetensors; no code from the model's folder unless its load options say so.
+Reads local files only, and weights from safetensors only; runs no code from the model's folder unless the load options
+say so.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +26,14 @@ from headrace_extractor.runner.models.load_options import (
     config_of,
     max_bytes_of,
     supports_sdpa,
-    trusts_code,
     without_pooler,
 )
 from headrace_extractor.runner.models.quantizers import quantizer_for
 from headrace_extractor.runner.progress import OnProgress
+from headrace_models.errors import HeaderInvalid, JsonInvalid
+from headrace_models.json_files import read_object
+from headrace_models.load_options import trusts_remote_code
+from headrace_models.safetensors import TensorEntry, read_header
 
 # Large enough for a disk's sequential speed, small enough for smooth progress.
 _PIECE_BYTES = 8 * 1024 * 1024
@@ -46,11 +48,11 @@ class LoadedModel:
     device: torch.device
     files_path: Path
     measured_bytes: int
-    runtime_bytes: int = 0  # Of them, what the process took before.
+    runtime_bytes: int = 0  # The part of `measured_bytes` that the process took before the load.
 
     @property
     def n_positions(self) -> int | None:
-        """Positions its text model has; None where the config sets no limit."""
+        """Number of positions of the text model; None where the config sets no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -65,22 +67,33 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model in `files_path`, telling `on_progress` how many bytes of weights were read.
 
-    With a quantization, `files_path` holds the weights that quantizer saved. Raises FieldInvalid, NotImplementedYet,
-    ModelUnsupported, LoadFailed, DeviceOom and ExtraMissing.
+    With a quantization, `files_path` holds the weights that its quantizer saved. Raises FieldInvalid,
+    NotImplementedYet, ModelUnsupported, LoadFailed, DeviceOom and ExtraMissing.
     """
     target, compute_dtype = device_of(device), compute_dtype_of(device, dtype)
-    check_options(load_options, target)
+    options = check_options(load_options, target)
     stored = stored_config(files_path)
     _check_stored(stored, quantization, files_path)
     weights = weight_files(files_path)
-    estimated_bytes = sum(_estimate(path, compute_dtype.itemsize) for path in weights)
-    _check_room(target, estimated_bytes, max_bytes_of(load_options, target))
+    estimated_bytes = sum(
+        # Floats are loaded in the compute dtype, integers (quantized weights) as they are.
+        tensor.n_elements * compute_dtype.itemsize if "F" in tensor.dtype else tensor.n_bytes
+        for path in weights
+        for tensor in tensors_in(path).values()
+    )
+    # Checked before anything is loaded: past the free memory, the system would kill this process instead.
+    max_bytes = max_bytes_of(options, target)
+    if max_bytes is not None and estimated_bytes > max_bytes:
+        raise _device_oom(target, estimated_bytes, f"max_memory allows {max_bytes}; raise it, or use a smaller dtype.")
+    free_bytes = torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else psutil.virtual_memory().available
+    if estimated_bytes > free_bytes:
+        raise _device_oom(target, estimated_bytes)
     total_bytes = sum(path.stat().st_size for path in weights)
     runtime_bytes = own_bytes(target)
     on_progress(0, total_bytes)
     warm_page_cache(weights, total_bytes, on_progress)
     with out_of_memory_as_typed(target, estimated_bytes), load_errors(files_path, stored):
-        arguments = from_pretrained_arguments(files_path, target, compute_dtype, load_options)
+        arguments = from_pretrained_arguments(files_path, target, compute_dtype, options)
         model = _from_pretrained(files_path, arguments, quantization)
         check_identity(model)
     on_progress(total_bytes, total_bytes)
@@ -93,10 +106,20 @@ def load_model(
     )
 
 
+def _check_stored(config: Mapping[str, Any], quantization: str, files_path: Path) -> None:
+    if quantization == "none" and config.get("quantization_config"):
+        raise NotImplementedYet(
+            "Loading weights that somebody else quantized is not in this version; register the full weights, with a "
+            "quantization."
+        )
+    if quantization != "none" and not config.get("quantization_config"):
+        raise ModelUnsupported(f"{files_path} holds no quantized weights; prepare the model again.")
+
+
 def from_pretrained_arguments(
     files_path: Path, device: torch.device, dtype: torch.dtype, load_options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what from_pretrained is called with. Raises FieldInvalid for an option that the model does not have."""
+    """Returns the arguments of from_pretrained. Raises FieldInvalid for an option that the model does not have."""
     config: PretrainedConfig = config_of(files_path, load_options)
     return {
         "config": config,
@@ -105,14 +128,28 @@ def from_pretrained_arguments(
         "device_map": None if device.type == "cpu" else {"": device},
         "local_files_only": True,
         "use_safetensors": True,
-        "trust_remote_code": trusts_code(load_options),
+        "trust_remote_code": trusts_remote_code(load_options),
         "output_loading_info": True,
         **without_pooler(config),
     }
 
 
+def _from_pretrained(files_path: Path, arguments: dict[str, Any], quantization: str) -> PreTrainedModel:
+    hush_transformers()
+    if quantization == "none":
+        model, report = AutoModel.from_pretrained(files_path, **arguments)
+    else:
+        model, report = quantizer_for(quantization).load(files_path, arguments)
+    # transformers would go on with random numbers in their place.
+    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        raise LoadFailed(
+            f"The files lack {len(absent)} weights of this model, {absent[0]} among them; prepare it again."
+        )
+    return model.eval().requires_grad_(requires_grad=False)
+
+
 def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress) -> None:
-    """Reads the files from front to back, as far as they fit in half of the memory that is free.
+    """Reads the files from front to back, as far as they fit into half of the free memory.
 
     Loading maps them, and a cold mapping is read page by page in the order of the tensors: slower than a plain read.
     """
@@ -127,15 +164,15 @@ def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress
 
 
 def own_bytes(device: torch.device) -> int:
-    """Main memory that would come back if this process ended; 0 for other devices, where it takes nothing yet."""
+    """Returns the main memory that the end of this process would free; 0 unless the device is a CPU."""
     return int(psutil.Process().memory_full_info().uss) if device.type == "cpu" else 0
 
 
 def measured_bytes(model: PreTrainedModel, runtime_bytes: int) -> int:
-    """Bytes the model takes: on an accelerator the allocator's, on a CPU the process's own.
+    """Returns the bytes that the model takes: the allocator's on an accelerator, the process's own on a CPU.
 
-    Weights in the dtype they are stored in stay mapped, and pages that nothing has read yet are not the process's own;
-    a pass reads them. So a process takes at least what it took empty, and its tensors.
+    Weights in their stored dtype stay mapped, and a mapped page is the process's own only once a pass has read it. So
+    the figure is at least that of the empty process, `runtime_bytes`, and the tensors.
     """
     device = model.device
     if device.type == "cuda":
@@ -146,24 +183,20 @@ def measured_bytes(model: PreTrainedModel, runtime_bytes: int) -> int:
 
 
 def tensor_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters, buffers and what quantization keeps beside them."""
+    """Returns the bytes of parameters, buffers and the scales of quantized weights."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        tensors += _scales(parameter)
+        # bitsandbytes keeps the scales of a quantized weight as attributes of it, where torch does not list them.
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        scales = (getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None))
+        tensors += [scale for scale in scales if isinstance(scale, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _scales(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    """What bitsandbytes keeps beside a quantized weight, outside of torch's sight."""
-    state = getattr(parameter, "quant_state", None)
-    nested = getattr(state, "state2", None)
-    found = [getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None)]
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 @contextmanager
 def out_of_memory_as_typed(device: torch.device, estimated_bytes: int, advice: str = "") -> Iterator[None]:
-    """Turns running out of memory, which torch reports in three ways, into DeviceOom."""
+    """Raises DeviceOom where the device runs out of memory, which torch reports in three ways."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as exc:
@@ -193,27 +226,22 @@ def _device_oom(device: torch.device, estimated_bytes: int, advice: str = "") ->
     )
 
 
-def _check_room(device: torch.device, estimated_bytes: int, max_bytes: int | None) -> None:
-    """Refuses before the system would kill this process for memory that it can't have, or may not have."""
-    if max_bytes is not None and estimated_bytes > max_bytes:
-        raise _device_oom(device, estimated_bytes, f"max_memory allows {max_bytes}; raise it, or use a smaller dtype.")
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if estimated_bytes > free_bytes:
-        raise _device_oom(device, estimated_bytes)
-
-
 def device_of(name: str) -> torch.device:
     """Returns the device of that name. Raises FieldInvalid if this process can't use it."""
     try:
         device = torch.device(name)
     except RuntimeError as exc:
         raise FieldInvalid(f"{name!r} is no device; use cpu, cuda:<number> or mps.", field="device") from exc
-    there = {
-        "cpu": lambda: True,
-        "cuda": lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available,
-    }.get(device.type, lambda: False)
-    if not there():
+    match device.type:
+        case "cpu":
+            is_usable = True
+        case "cuda":
+            is_usable = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        case "mps":
+            is_usable = torch.backends.mps.is_available()
+        case _:
+            is_usable = False
+    if not is_usable:
         raise FieldInvalid(f"Device {name!r} is not there for this process; use cpu.", field="device")
     return device
 
@@ -232,32 +260,21 @@ def compute_dtype_of(device: str, dtype: str) -> torch.dtype:
 def stored_config(files_path: Path) -> Mapping[str, Any]:
     """Reads config.json as it is. Raises ModelUnsupported."""
     try:
-        config = json.loads((files_path / "config.json").read_bytes())
-    except (OSError, ValueError) as exc:
+        return read_object(files_path / "config.json")
+    except OSError as exc:
         raise ModelUnsupported(f"{files_path} has no readable config.json; prepare the model again.") from exc
-    if not isinstance(config, dict):
-        raise ModelUnsupported(f"{files_path / 'config.json'} is no JSON object; prepare the model again.")
-    return config
-
-
-def _check_stored(config: Mapping[str, Any], quantization: str, files_path: Path) -> None:
-    if quantization == "none" and config.get("quantization_config"):
-        raise NotImplementedYet(
-            "Loading weights that somebody else quantized is not in this version; register the full weights, with a "
-            "quantization."
-        )
-    if quantization != "none" and not config.get("quantization_config"):
-        raise ModelUnsupported(f"{files_path} holds no quantized weights; prepare the model again.")
+    except JsonInvalid as exc:
+        raise ModelUnsupported(f"{files_path / 'config.json'} {exc.problem}; prepare the model again.") from exc
 
 
 def weight_files(files_path: Path) -> list[Path]:
-    """The files that from_pretrained will read: those of the index, or the single one."""
+    """Lists the files that from_pretrained will read: the index's, or the single file. Raises ModelUnsupported."""
+    index = files_path / "model.safetensors.index.json"
     try:
-        index = files_path / "model.safetensors.index.json"
-        names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as exc:
+        names = set(read_object(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        paths = [files_path / name for name in sorted(names)]
+    except (OSError, JsonInvalid, KeyError, AttributeError, TypeError) as exc:
         raise ModelUnsupported(f"{index} can't be read; prepare the model again.") from exc
-    paths = [files_path / name for name in sorted(names)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ModelUnsupported(
             f"{files_path} has no {missing[0]}; only safetensors are loaded. Prepare the model again."
@@ -265,51 +282,23 @@ def weight_files(files_path: Path) -> list[Path]:
     return paths
 
 
-def _estimate(path: Path, itemsize: int) -> int:
-    """Bytes of a file's tensors as loaded: floats in the compute dtype, integers (quantized weights) as they are."""
+def tensors_in(path: Path) -> Mapping[str, TensorEntry]:
+    """Returns the entries of a safetensors file's header by tensor. Raises LoadFailed."""
     try:
-        return sum(_loaded_bytes(entry, itemsize) for entry in read_header(path).values())
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as exc:
+        return read_header(path).tensors
+    except HeaderInvalid as exc:
         raise LoadFailed(f"{path} is no safetensors file, or is damaged; prepare the model again.") from exc
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Returns the entries of a safetensors file by tensor; raises ValueError, TypeError and their like for others."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
-def _loaded_bytes(entry: Mapping[str, Any], itemsize: int) -> int:
-    if "F" in entry["dtype"]:
-        return math.prod(entry["shape"]) * itemsize
-    start, end = entry["data_offsets"]
-    return int(end - start)
-
-
-def _from_pretrained(files_path: Path, arguments: dict[str, Any], quantization: str) -> PreTrainedModel:
-    hush_transformers()
-    if quantization == "none":
-        model, report = AutoModel.from_pretrained(files_path, **arguments)
-    else:
-        model, report = quantizer_for(quantization).load(files_path, arguments)
-    # transformers would go on with random numbers in their place.
-    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-        raise LoadFailed(
-            f"The files lack {len(absent)} weights of this model, {absent[0]} among them; prepare it again."
-        )
-    return model.eval().requires_grad_(requires_grad=False)
-
-
 def hush_transformers() -> None:
-    """Progress is told by events, and weights that are missing by an error."""
+    """Turns off transformers' progress bars and warnings: events tell progress, and missing weights are an error."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
 
 @contextmanager
 def load_errors(files_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Names what went wrong in libraries that raise whatever comes to hand."""
+    """Raises LoadFailed for damaged files and ModelUnsupported for others, whatever exception a library chose."""
     try:
         yield
     except SafetensorError as exc:

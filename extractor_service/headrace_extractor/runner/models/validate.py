@@ -20,7 +20,7 @@ from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import LoadFailed, ModelUnsupported, NonFinite, reason_of
 from headrace_extractor.node.runner_protocol import Step, Validate, Validated
 from headrace_extractor.runner.hooks.binding import anatomy_of, n_layers_of
-from headrace_extractor.runner.models.load_options import config_of, trusts_code, without_pooler
+from headrace_extractor.runner.models.load_options import config_of, without_pooler
 from headrace_extractor.runner.models.loading import (
     LoadedModel,
     compute_dtype_of,
@@ -30,12 +30,13 @@ from headrace_extractor.runner.models.loading import (
     load_errors,
     load_model,
     out_of_memory_as_typed,
-    read_header,
     stored_config,
+    tensors_in,
     weight_files,
 )
 from headrace_extractor.runner.models.probe import difference, residuals, sample_ids, worst
 from headrace_extractor.runner.models.quantizers import quantizer_for
+from headrace_models.load_options import trusts_remote_code
 
 _N_TOKENS = 128
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
@@ -112,7 +113,7 @@ def _dry_load_by_transformers(command: Validate, files_path: Path) -> int:
         dtype="auto",
         local_files_only=True,
         use_safetensors=True,
-        trust_remote_code=trusts_code(command.load_options),
+        trust_remote_code=trusts_remote_code(command.load_options),
         output_loading_info=True,
         **without_pooler(config),
     )
@@ -125,14 +126,14 @@ def _dry_load_by_names(command: Validate, files_path: Path) -> int:
     config = config_of(files_path, command.load_options)
     del config.quantization_config
     with torch.device("meta"):
-        trusted = trusts_code(command.load_options)
+        trusted = trusts_remote_code(command.load_options)
         model = AutoModel.from_config(config, trust_remote_code=trusted, **without_pooler(config))
-    stored = {name: entry for path in weight_files(files_path) for name, entry in read_header(path).items()}
+    stored = {name: entry for path in weight_files(files_path) for name, entry in tensors_in(path).items()}
     parameters = dict(model.named_parameters())
     wrong = {
         name
         for name, parameter in parameters.items()
-        if name not in stored or ("F" in stored[name]["dtype"] and list(parameter.shape) != stored[name]["shape"])
+        if name not in stored or ("F" in stored[name].dtype and tuple(parameter.shape) != stored[name].shape)
     }
     _check_complete(wrong)
     return sum(parameter.numel() for parameter in parameters.values())
