@@ -31,13 +31,13 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
 }
 _TIED_BY_DEFAULT = frozenset({"gpt2", "opt", "gemma", "gemma2", "gemma3_text", "bloom", "gpt_bigcode", "gpt_neo"})
-# Families whose MLP is four times as wide as the residual stream unless the config says otherwise.
+# In these families the MLP is four times as wide as the residual stream, unless the config says otherwise.
 _FOUR_TIMES = frozenset({"gpt2", "gptj", "gpt_neo", "gpt_bigcode", "bloom", "falcon", "codegen"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """The numbers of a config, 0 or empty where it does not tell, and its settings as they are in `fields`."""
+    """The numbers of a config, 0 or empty where the config does not tell; `fields` has its settings as they are."""
 
     model_type: str
     class_name: str = ""

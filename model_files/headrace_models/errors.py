@@ -1,4 +1,4 @@
-"""What can be wrong with a model's files and load options.
+"""Errors in a model's files and load options.
 
 ModelFilesError
 ├── HeaderInvalid      a safetensors file has no header, or a header that the format does not allow

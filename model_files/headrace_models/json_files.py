@@ -20,7 +20,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise JsonInvalid(path.name, f"is larger than {MAX_JSON_BYTES} bytes")
     try:
         value = json.loads(raw)
-    except (ValueError, RecursionError) as exc:  # A file of brackets only nests deeper than the parser can follow.
+    except (ValueError, RecursionError) as exc:  # A file of brackets alone nests deeper than the parser follows.
         raise JsonInvalid(path.name, f"is no JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise JsonInvalid(path.name, "is no JSON object")

@@ -101,7 +101,7 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError("true or false")  # noqa: TRY004 - all checks say what is wrong in the same way.
+        raise ValueError("true or false")  # noqa: TRY004 - all checks report by the same error.
     return value
 
 
@@ -199,7 +199,7 @@ def _tidy(value: float) -> float:
 
 OPTIONS: Mapping[str, LoadOption] = {
     "dtype": LoadOption(check=_one_of(*_DTYPES), changes_numbers=True),
-    # A residency is on one device: these two say where a model is loaded, not what it computes.
+    # A residency is on one device: these two change where a model is loaded, not the numbers it computes.
     "device_map": LoadOption(check=_device_map, changes_numbers=False),
     "max_memory": LoadOption(check=_max_memory, changes_numbers=False),
     "attn_implementation": LoadOption(check=_one_of(*_ATTENTION), changes_numbers=True),

@@ -15,8 +15,8 @@ from headrace_models.config import Network
 from headrace_models.errors import JsonInvalid
 from headrace_models.json_files import MAX_JSON_BYTES, read_object
 
-# Key/value heads, width of a head, width of the MLP, positions, whether embeddings are tied. All networks have 3 layers,
-# 4 heads, 32 numbers in the residual stream and 97 tokens.
+# Key/value heads, width of a head, width of the MLP, positions, whether embeddings are tied. All networks have 3 layers
+# of 4 heads, 32 numbers in the residual stream, and 97 tokens.
 KNOWN = {
     "arcee": (2, 8, 48, 64, False),
     "bert": (4, 8, 48, 64, True),

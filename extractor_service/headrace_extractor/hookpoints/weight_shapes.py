@@ -14,10 +14,10 @@ from headrace_models.safetensors import read_header
 
 Shape = tuple[int, ...]
 
-# What transformers' models with a head call their base model.
+# Names of the base model inside transformers' models with a head.
 HEADED = frozenset({"model", "transformer", "gpt_neox", "bert", "base_model"})
 
-# Families whose linear layers keep their weight as [in, out].
+# The linear layers of these families keep their weight as [in, out].
 _TRANSPOSED = frozenset({"gpt2", "gpt_bigcode", "openai-gpt"})
 
 

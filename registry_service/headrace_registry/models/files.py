@@ -81,7 +81,13 @@ def inspect_folder(folder: Path, *, reading: Reading, check_path: Callable[[Path
     reading.total_bytes = sum(path.stat().st_size for path in paths)
     architecture = architecture_from(_json_object(folder / "config.json"))
     weights = read_weights(path for path in paths if path.suffix == ".safetensors")
-    _check_index(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = _json_object(index).get("weight_map")
+        names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+        missing = sorted(name for name in names if not (folder / Path(name).name).is_file())
+        if missing:
+            raise ModelUnsupported(f"the folder lacks {', '.join(missing[:5])}; fetch the missing shards")
     digests = {path.relative_to(folder).as_posix(): file_digest(path, reading=reading) for path in paths}
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return Inspection(
@@ -148,18 +154,6 @@ def read_weights(paths: Iterable[Path]) -> Weights:
     if not seen:
         raise ModelUnsupported("no *.safetensors weights in the folder; convert the model with save_pretrained() first")
     return Weights(n_parameters=sum(by_dtype.values()), weight_bytes=weight_bytes, parameters_by_dtype=by_dtype)
-
-
-def _check_index(folder: Path) -> None:
-    """Refuses a sharded folder that lacks a shard its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    shards = _json_object(index).get("weight_map")
-    names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-    missing = sorted(name for name in names if not (folder / Path(name).name).is_file())
-    if missing:
-        raise ModelUnsupported(f"the folder lacks {', '.join(missing[:5])}; fetch the missing shards")
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _from_pretrained(files_path: Path, arguments: dict[str, Any], quantization: 
         model, report = AutoModel.from_pretrained(files_path, **arguments)
     else:
         model, report = quantizer_for(quantization).load(files_path, arguments)
-    # transformers would go on with random numbers in their place.
+    # transformers would go on with random numbers in place of absent weights.
     if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
         raise LoadFailed(
             f"The files lack {len(absent)} weights of this model, {absent[0]} among them; prepare it again."
@@ -186,7 +186,7 @@ def tensor_bytes(model: PreTrainedModel) -> int:
     """Returns the bytes of parameters, buffers and the scales of quantized weights."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        # bitsandbytes keeps the scales of a quantized weight as attributes of it, where torch does not list them.
+        # bitsandbytes keeps scales as attributes of the weight, which torch does not list.
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
         scales = (getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(nested, "absmax", None))
@@ -196,7 +196,7 @@ def tensor_bytes(model: PreTrainedModel) -> int:
 
 @contextmanager
 def out_of_memory_as_typed(device: torch.device, estimated_bytes: int, advice: str = "") -> Iterator[None]:
-    """Raises DeviceOom where the device runs out of memory, which torch reports in three ways."""
+    """Raises DeviceOom when the device runs out of memory, which torch reports by three exceptions."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as exc:
@@ -298,7 +298,7 @@ def hush_transformers() -> None:
 
 @contextmanager
 def load_errors(files_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Raises LoadFailed for damaged files and ModelUnsupported for others, whatever exception a library chose."""
+    """Turns the exceptions of libraries, which are of many types, into LoadFailed or ModelUnsupported."""
     try:
         yield
     except SafetensorError as exc:
