@@ -320,6 +320,26 @@ def test_what_a_module_returns_is_no_other_name_of_what_is_added_after_a_norm_or
         assert point.name == "layers.1.self_attn:out"
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_damaged_file_tells_no_width(files, damage):
+    (files / "model.safetensors").write_bytes(damage)
+
+    with pytest.raises(HookpointNotFound, match="no such module"):
+        catalogue_of(model_info(files)).resolve(["model.norm:out"])
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]"])
+def test_without_a_config_the_registry_tells_what_is_offered(files, content):
+    (files / "config.json").unlink()
+    if content is not None:
+        (files / "config.json").write_bytes(content)
+    model = model_info(files)
+
+    assert catalogue_of(model).network == Network(
+        model_type=model.model_type, n_layers=model.n_layers, d_model=model.d_model
+    )
+
+
 @pytest.mark.parametrize("name", ["layers.1.mlp.act_fn:out", "mlp:out", "1.mlp:out", "up_proj:in"])
 def test_a_module_that_the_files_do_not_have_is_not_found(files, name):
     with pytest.raises(HookpointNotFound):

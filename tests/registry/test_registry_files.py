@@ -10,6 +10,7 @@ import pytest
 from fix_registry import LLAMA, write_model, write_safetensors
 from headrace_registry.errors import DigestMismatch, ModelUnsupported
 from headrace_registry.models.files import Reading, Stopped, architecture_from, inspect_folder
+from headrace_registry.sizing.headers import read_headers
 
 
 def test_counts_and_bytes_are_exact(tmp_path):
@@ -63,6 +64,26 @@ def test_a_cut_file_is_found_by_its_length(tmp_path):
 
     with pytest.raises(DigestMismatch, match="fetch it again"):
         inspect_folder(folder, reading=Reading())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "match"),
+    [
+        ("model.safetensors", b"\xff" * 16, DigestMismatch, r"model\.safetensors is cut.*fetch it again"),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", DigestMismatch, "no safetensors header; fetch it again"),
+        ("config.json", b"{", ModelUnsupported, "config.json of m is no JSON.*prepare the model again"),
+        ("config.json", b"[]", ModelUnsupported, "config.json of m is no JSON object; prepare the model again"),
+        ("model.safetensors.index.json", b"[]", ModelUnsupported, "can't be read; prepare the model again"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "b"}}', ModelUnsupported, "m lacks b; prepare"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "\\u0000"}}', ModelUnsupported, "names no files"),
+    ],
+)
+def test_files_that_the_estimator_can_not_read_are_named(tmp_path, name, content, error, match):
+    folder = write_model(tmp_path / "m")
+    (folder / name).write_bytes(content)
+
+    with pytest.raises(error, match=match):
+        read_headers(folder)
 
 
 @pytest.mark.parametrize(("name", "match"), [("config.json", "transformers"), ("model.safetensors", "save_pretrained")])
