@@ -18,7 +18,6 @@ from headrace_extractor.corpora.tokenizer import Tokenizer
 from headrace_extractor.corpora.writer import DocumentWriter
 from headrace_extractor.node.runner_protocol import Extract
 from headrace_extractor.runner.models.convert import convert_gguf
-from headrace_extractor.runner.passes import linear
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -90,12 +89,7 @@ def test_converted_folder_has_its_tokenizer_and_is_not_quantized(gguf, smollm2):
     assert "quantization_config" not in (smollm2 / "config.json").read_text()
 
 
-@pytest.mark.parametrize("faster_products", [False, torch.backends.mkldnn.is_available()])
-def test_paragraphs_by_themselves_equal_hidden_states_exactly(
-    faster_products, smollm2, paragraphs, text_corpus, make_set, monkeypatch
-):
-    """To the bit what transformers computes with the same products; torch's own are one kind of them."""
-    monkeypatch.setattr(linear, "onednn_is_faster", lambda: faster_products)
+def test_paragraphs_by_themselves_equal_hidden_states_exactly(smollm2, paragraphs, text_corpus, make_set):
     names = ["blocks.0.hook_resid_pre", MIDDLE, "blocks.28.hook_resid_post"]
     folder = make_set(names, width=WIDTH, context_size=512, packing="one_document")
     rows = extract(load(smollm2), folder, text_corpus(paragraphs[:6]))
@@ -103,7 +97,7 @@ def test_paragraphs_by_themselves_equal_hidden_states_exactly(
 
     for document in range(6):
         here = rows["document"] == document
-        with torch.inference_mode(), linear.fast_linear_layers(reference.device):
+        with torch.inference_mode():
             token_ids = torch.from_numpy(rows["token_id"][here]).long()[None]
             states = reference(input_ids=token_ids, output_hidden_states=True).hidden_states
         for name, state in zip(names, (states[0], states[15], states[29]), strict=True):

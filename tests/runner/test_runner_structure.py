@@ -12,7 +12,6 @@ from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsu
 from headrace_extractor.hookpoints.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
 from headrace_extractor.runner.hooks.binding import anatomy_of, check_identity, offered_sites, resolve
 from headrace_extractor.runner.passes.forward import forward_rows
-from headrace_extractor.runner.passes.linear import fast_linear_layers
 
 SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
 PARALLEL = {"falcon", "falcon-new", "gpt_neox", "gptj", "phi"}
@@ -157,7 +156,7 @@ def test_rows_of_a_network_that_takes_no_positions_come_without():
     sites = resolve(model, ["blocks.1.hook_resid_post"])
     rows = forward_rows(model, zoo_batch([[3, 4, 5]]), sites)["blocks.1.hook_resid_post"]
 
-    with torch.inference_mode(), fast_linear_layers(model.device):
+    with torch.inference_mode():
         assert torch.equal(rows, model(torch.tensor([[3, 4, 5]]))[0])
     with pytest.raises(FieldInvalid, match="one_document"):
         forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), sites)

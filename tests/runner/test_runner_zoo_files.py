@@ -21,7 +21,6 @@ from headrace_extractor.node.runner_protocol import Extract
 from headrace_extractor.runner.hooks.binding import anatomy_of, resolve
 from headrace_extractor.runner.models.loading import stored_config
 from headrace_extractor.runner.passes.forward import forward_rows
-from headrace_extractor.runner.passes.linear import fast_linear_layers
 from headrace_models.config import Network
 
 LAST = "blocks.2.hook_resid_post"
@@ -107,7 +106,7 @@ def test_the_text_half_of_a_multimodal_model_is_captured(multimodal):
     document = documents(1, longest=20)[0] % 90
     sites = resolve(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
     rows = forward_rows(model, zoo_batch([document]), sites)
-    with torch.inference_mode(), fast_linear_layers(model.device):
+    with torch.inference_mode():
         ids = torch.from_numpy(document)[None].long()
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
 

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from headrace_extractor.corpora.packing import TokenBatch
 from headrace_extractor.runner.hooks.binding import isolation
 from headrace_extractor.runner.hooks.capture import Site, capture
-from headrace_extractor.runner.passes.linear import fast_linear_layers
 from headrace_extractor.runner.passes.quantized_rows import quantize_rows
 from headrace_log.layout import scale_column
 
@@ -52,11 +51,7 @@ def forward_rows(model: PreTrainedModel, batch: TokenBatch, sites: Sequence[Site
     """Runs the model over a batch as far as the deepest site; returns `[T, D]` a site, on the model's device."""
     token_ids_BS = torch.from_numpy(batch.token_ids).to(model.device, torch.int64)
     position_ids_BS = torch.from_numpy(batch.position_ids).to(model.device, torch.int64)
-    with (
-        capture(sites) as captured,
-        fast_linear_layers(model.device),
-        isolation(model, position_ids_BS) as arguments,
-    ):
+    with capture(sites) as captured, isolation(model, position_ids_BS) as arguments:
         model(input_ids=token_ids_BS, use_cache=False, **arguments)
     n_tokens = token_ids_BS.numel()
     return {name: acts.reshape(n_tokens, -1) for name, acts in captured.items()}
