@@ -49,13 +49,17 @@ class Extract(Message):
     """
 
     KIND: ClassVar[str] = "extract"
-    set_id: str
-    set_path: str
-    corpus_path: str
-    columns: Sequence[str] = ()  # empty: all columns of the set
-    max_rows: int = 0  # 0: the whole corpus
+    set_id: str  # The name of the run: its events carry it, and so do `grant` and `stop` for it.
+    set_path: str  # The folder with its manifest, made by the server: the runner never computes a set's identity.
+    corpus_path: str  # The documents are read from disk: no text crosses the pipe.
+    # Empty: all columns of the set. The server names those that lack rows, so that no column is computed twice.
+    columns: Sequence[str] = ()
+    # Row at which the run ends; 0: at the end of the corpus. Extractions of one set want different numbers of rows, so
+    # the manifest can't hold it.
+    max_rows: int = 0
+    # A set of retention WINDOW may not overwrite rows that readers still need, and only the server knows its readers.
     grant_row: int | None = None
-    allow_non_finite: bool = False
+    allow_non_finite: bool = False  # Count NaN and infinite values instead of failing: the client's choice, per run.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +139,9 @@ class Committed(Message):
 
     KIND: ClassVar[str] = "committed"
     set_id: str
-    n_rows: int
-    n_tokens: int = 0  # tokens through the model in this run
-    n_non_finite: int = 0
+    n_rows: int  # The watermark, counted from the set's first row: the server serves rows before it to readers.
+    n_tokens: int = 0  # Tokens through the model in this run, dropped ones included: the work done, also without rows.
+    n_non_finite: int = 0  # NaN and infinite values in the columns of this run so far, for the extractions' state.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +150,7 @@ class Blocked(Message):
 
     KIND: ClassVar[str] = "blocked"
     set_id: str
-    n_rows: int
+    n_rows: int  # The first row that waits: shows in a trace of the pipe which `grant` is missing.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +159,9 @@ class Finished(Message):
 
     KIND: ClassVar[str] = "finished"
     set_id: str
-    n_rows: int
-    complete: bool
-    n_non_finite: int = 0
+    n_rows: int  # Fewer than the last `committed` if a segment of added columns stayed partial, which is not sealed.
+    complete: bool  # False after `stop` and at `max_rows`: the corpus may have more rows.
+    n_non_finite: int = 0  # As in `committed`, which a run over a complete set never sends.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
