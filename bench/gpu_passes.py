@@ -25,7 +25,7 @@ from bench.gpu_models import Job
 from bench.processes import answer, questions
 from headrace_extractor.corpora.packing import Packer, SpecialTokens, TokenBatch
 from headrace_extractor.corpora.recipe import Recipe
-from headrace_extractor.runner.hooks.binding import resolve
+from headrace_extractor.runner.hooks.binding import bind
 from headrace_extractor.runner.passes.forward import DirectFetch, fetch_for, forward_rows
 
 
@@ -72,7 +72,7 @@ class Passes:
         deque(DirectFetch().rows(self._passes(hookpoints)), maxlen=0)
 
     def _passes(self, hookpoints: list[str]) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
-        sites = resolve(self._model, hookpoints)
+        sites = bind(self._model, hookpoints)
         for batch in self._batches:
             yield batch, forward_rows(self._model, batch, sites)
 

@@ -14,7 +14,7 @@ from fix_zoo import DECODERS, random_model, zoo_batch, zoo_config
 from headrace_extractor.corpora.recipe import TokenWindow
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.node.runner_protocol import Extract
-from headrace_extractor.runner.hooks.binding import anatomy_of, resolve
+from headrace_extractor.runner.hooks.binding import anatomy_of, bind
 from headrace_extractor.runner.passes import parity
 from headrace_extractor.runner.passes.forward import forward_rows
 
@@ -26,7 +26,7 @@ NOT_ISOLATED = {*WINDOWS, "falcon-alibi"}
 
 
 def rows(model, pieces):
-    return forward_rows(model, zoo_batch(pieces), resolve(model, [SITE]))[SITE]
+    return forward_rows(model, zoo_batch(pieces), bind(model, [SITE]))[SITE]
 
 
 @pytest.mark.parametrize("name", DECODERS)

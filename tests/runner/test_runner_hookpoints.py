@@ -8,7 +8,7 @@ from fix_runner import N_LAYERS, load
 from fix_zoo import random_model, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
 from headrace_extractor.hookpoints.catalogue import SITES
-from headrace_extractor.runner.hooks.binding import check_identity, offered_sites, resolve
+from headrace_extractor.runner.hooks.binding import bind, check_identity, offered_sites
 from headrace_extractor.runner.hooks.capture import capture
 
 
@@ -22,13 +22,13 @@ def test_hookpoints_are_listed_in_forward_order(tiny_model):
 def test_wanted_hookpoints_are_found(tiny_model):
     wanted = ["blocks.0.hook_mlp_out", "blocks.2.hook_resid_pre"]
 
-    assert [site.name for site in resolve(load(tiny_model).model, wanted)] == wanted
+    assert [site.name for site in bind(load(tiny_model).model, wanted)] == wanted
 
 
 @pytest.mark.parametrize("name", ["blocks.4.hook_resid_post", "blocks.1.hook_nothing", "model.layers.1"])
 def test_unknown_hookpoint_names_the_nearest(tiny_llama, name):
     with pytest.raises(HookpointNotFound) as caught:
-        resolve(load(tiny_llama).model, [name])
+        bind(load(tiny_llama).model, [name])
 
     assert caught.value.metadata["nearest"].startswith("blocks.")
 
@@ -36,7 +36,7 @@ def test_unknown_hookpoint_names_the_nearest(tiny_llama, name):
 def test_any_module_that_has_a_row_for_each_token_can_be_named(tiny_llama):
     model = load(tiny_llama).model
     names = ["layers.1.mlp.up_proj:out", "layers.1.self_attn.q_proj:in", "norm:out"]
-    with torch.inference_mode(), capture(resolve(model, names)) as captured:
+    with torch.inference_mode(), capture(bind(model, names)) as captured:
         model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
 
     assert [tuple(captured[name].shape) for name in names] == [(1, 3, 64), (1, 3, 32), (1, 3, 32)]
@@ -46,9 +46,9 @@ def test_a_module_whose_tensor_is_no_rows_is_refused():
     model = zoo_model("gemma3")  # Its norm of queries sees [batch, heads, tokens, width].
 
     with pytest.raises(ModelUnsupported, match="no row"):
-        resolve(model, ["layers.1.self_attn.q_norm:out"])
+        bind(model, ["layers.1.self_attn.q_norm:out"])
     with pytest.raises(HookpointNotFound):
-        resolve(model, ["layers.1.self_attn.absent:out"])
+        bind(model, ["layers.1.self_attn.absent:out"])
 
 
 def test_scaled_residual_passing_for_llama_is_refused():

@@ -173,14 +173,14 @@ def test_documents_that_see_one_another_end_the_run(tiny_model, make_set, make_c
 
 
 def test_another_layer_than_the_one_asked_for_ends_the_run(tiny_model, make_set, make_corpus, monkeypatch):
-    real = extract_module.resolve
+    real = extract_module.bind
 
     def one_too_deep(model, names):
         sites = real(model, ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"])
         wrong = type(sites[1])(name=sites[0].name, module=sites[1].module, is_input=sites[1].is_input)
         return (wrong,)
 
-    monkeypatch.setattr(extract_module, "resolve", one_too_deep)
+    monkeypatch.setattr(extract_module, "bind", one_too_deep)
 
     with pytest.raises(ModelUnsupported, match=r"blocks\.1\.hook_resid_post"):
         extract(make_set(["blocks.1.hook_resid_post"]), make_corpus(documents(40)), load(tiny_model))

@@ -42,7 +42,7 @@ def quantized(tiny_llama, tmp_path_factory):
 def test_saved_weights_are_small_and_give_what_quantizing_gives(tiny_model, tmp_path, quantization):
     quantize_to(tmp_path / "q", tiny_model, quantization)
     saved = load(tmp_path / "q", quantization=quantization).model
-    config = quantizers._BUILT_IN[quantization]()._config()
+    config = quantizers._BUILT_IN[quantization]().config()
     fresh = AutoModel.from_pretrained(tiny_model, quantization_config=config, dtype=torch.float32).eval()
     for module in fresh.modules():
         module.support_avx512bf16_for_cpu = False

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from fix_zoo import N_TOKENS_ZOO, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
 from headrace_extractor.hookpoints.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
-from headrace_extractor.runner.hooks.binding import anatomy_of, check_identity, offered_sites, resolve
+from headrace_extractor.runner.hooks.binding import anatomy_of, bind, check_identity, offered_sites
 from headrace_extractor.runner.passes.forward import forward_rows
 
 SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
@@ -43,8 +43,8 @@ def test_what_is_found_is_what_the_table_says(name):
 
 def same_numbers(model, ours, name, theirs):
     ids = zoo_batch([[5, 6, 7, 8, 9]])
-    one = forward_rows(model, ids, resolve(model, [ours.name]))[ours.name]
-    other = forward_rows(zoo_model(name), ids, resolve(zoo_model(name), [theirs.name]))[theirs.name]
+    one = forward_rows(model, ids, bind(model, [ours.name]))[ours.name]
+    other = forward_rows(zoo_model(name), ids, bind(zoo_model(name), [theirs.name]))[theirs.name]
     return torch.equal(one, other)
 
 
@@ -84,11 +84,11 @@ def test_what_can_not_be_proven_is_refused_site_by_site():
     check_identity(model)
 
     with pytest.raises(HookpointNotFound, match="adds up with the residual stream"):
-        resolve(model, ["blocks.1.hook_attn_out"])
+        bind(model, ["blocks.1.hook_attn_out"])
     with pytest.raises(HookpointNotFound, match="abacus"):
-        resolve(model, ["blocks.1.attn.hook_q"])
-    assert [site.name for site in resolve(model, ["blocks.1.hook_resid_post"])] == ["blocks.1.hook_resid_post"]
-    assert resolve(model, ["layers.1.self_attn:out"])
+        bind(model, ["blocks.1.attn.hook_q"])
+    assert [site.name for site in bind(model, ["blocks.1.hook_resid_post"])] == ["blocks.1.hook_resid_post"]
+    assert bind(model, ["layers.1.self_attn:out"])
 
 
 def test_how_documents_are_kept_apart_is_found_out():
@@ -103,7 +103,7 @@ def test_how_documents_are_kept_apart_is_found_out():
     }
     model = stranger("bloom")
     with pytest.raises(FieldInvalid, match="one_document"):
-        forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), resolve(model, ["blocks.1.hook_resid_post"]))
+        forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), bind(model, ["blocks.1.hook_resid_post"]))
 
 
 class TallyConfig(PretrainedConfig):
@@ -153,7 +153,7 @@ def test_a_network_of_another_kind_is_found_by_what_adds_up():
 
 def test_rows_of_a_network_that_takes_no_positions_come_without():
     model = Tally(TallyConfig(hidden_size=16, num_hidden_layers=2, vocab_size=N_TOKENS_ZOO)).eval()
-    sites = resolve(model, ["blocks.1.hook_resid_post"])
+    sites = bind(model, ["blocks.1.hook_resid_post"])
     rows = forward_rows(model, zoo_batch([[3, 4, 5]]), sites)["blocks.1.hook_resid_post"]
 
     with torch.inference_mode():

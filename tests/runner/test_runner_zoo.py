@@ -14,7 +14,7 @@ from transformers.models.gemma2 import modeling_gemma2
 
 from fix_zoo import DECODERS, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid
-from headrace_extractor.runner.hooks.binding import anatomy_of, check_identity, offered_sites, resolve
+from headrace_extractor.runner.hooks.binding import anatomy_of, bind, check_identity, offered_sites
 from headrace_extractor.runner.hooks.capture import capture
 from headrace_extractor.runner.passes.forward import forward_rows
 
@@ -31,7 +31,7 @@ def pieces():
 @torch.inference_mode()
 def rows_of(name, documents, wanted=None, batch=1):
     model = zoo_model(name)
-    sites = resolve(model, wanted) if wanted else offered_sites(model)
+    sites = bind(model, wanted) if wanted else offered_sites(model)
     return forward_rows(model, zoo_batch(documents, batch=batch), sites)
 
 
@@ -219,7 +219,7 @@ def test_mlp_neurons_are_before_and_behind_the_activation(name):
         if not gated:
             assert relative(found[0](pre), post) < 1e-6
         else:
-            linear = resolve(model, [anatomy_of(model).points[f"blocks.{layer}.mlp.hook_post"].module])
+            linear = bind(model, [anatomy_of(model).points[f"blocks.{layer}.mlp.hook_post"].module])
             assert torch.equal(forward_rows(model, zoo_batch([document]), linear).popitem()[1], post)
             assert relative(found[0](pre) * _up(model, rows, layer), post) < 1e-5
     assert name == "mixtral" or activations
@@ -280,7 +280,7 @@ def test_documents_that_can_not_be_kept_apart_are_refused(name):
 @pytest.mark.parametrize("name", ["bloom", "falcon", "falcon-serial", "opt", "llama"])
 def test_eager_attention_isolates_too(name):
     model = random_model(zoo_config(name), attention="eager")
-    sites = resolve(model, [f"blocks.{N_LAYERS - 1}.hook_resid_post"])
+    sites = bind(model, [f"blocks.{N_LAYERS - 1}.hook_resid_post"])
     packed = forward_rows(model, zoo_batch(pieces()), sites).popitem()[1]
     single = [forward_rows(model, zoo_batch([document]), sites).popitem()[1] for document in pieces()]
 
@@ -313,7 +313,7 @@ def test_the_pass_stops_behind_the_deepest_site(name):
 
 def test_a_site_that_does_not_fire_is_an_error():
     model = random_model(zoo_config("llama"))
-    (site,) = resolve(model, ["blocks.1.mlp.hook_post"])
+    (site,) = bind(model, ["blocks.1.mlp.hook_post"])
     model.layers[1].mlp.forward = lambda hidden: hidden
 
     with pytest.raises(RuntimeError, match=r"did not pass blocks\.1\.mlp\.hook_post"), capture([site]):

@@ -18,7 +18,7 @@ from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.hookpoints.catalogue import Catalogue
 from headrace_extractor.hookpoints.places import FINAL
 from headrace_extractor.node.runner_protocol import Extract
-from headrace_extractor.runner.hooks.binding import anatomy_of, resolve
+from headrace_extractor.runner.hooks.binding import anatomy_of, bind
 from headrace_extractor.runner.models.loading import stored_config
 from headrace_extractor.runner.passes.forward import forward_rows
 from headrace_models.config import Network
@@ -47,7 +47,7 @@ def test_files_with_a_head_are_loaded_without(name, saved):
     loaded = load(path).model
     document = documents(1, longest=20)[0]
     wanted = [LAST] if name == "bert" else [LAST, FINAL]
-    rows = forward_rows(loaded, zoo_batch([document]), resolve(loaded, wanted))
+    rows = forward_rows(loaded, zoo_batch([document]), bind(loaded, wanted))
     with torch.inference_mode():
         out = model.base_model(input_ids=torch.from_numpy(document)[None].long(), output_hidden_states=True)
 
@@ -104,7 +104,7 @@ def multimodal(tmp_path):
 def test_the_text_half_of_a_multimodal_model_is_captured(multimodal):
     model = load(multimodal).model
     document = documents(1, longest=20)[0] % 90
-    sites = resolve(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
+    sites = bind(model, ["blocks.1.attn.hook_k", "blocks.1.hook_resid_pre"])
     rows = forward_rows(model, zoo_batch([document]), sites)
     with torch.inference_mode():
         ids = torch.from_numpy(document)[None].long()

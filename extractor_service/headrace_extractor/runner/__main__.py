@@ -21,34 +21,24 @@ def main() -> None:
     # process group, and the server decides what becomes of its runners.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    # On Linux the system kills this process when the server's thread that started it ends. Elsewhere only the end of
+    # input ends it.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["HF_HUB_OFFLINE"] = "1"  # Read when transformers is imported, later.
-    _let_threads_sleep_soon()
-    events_fd = _keep_stdout_for_events()
-    runner = Runner(EventSink(events_fd).emit)
+    # How long OpenMP's threads spin while they wait for one another; read when torch is imported, later. A trainer
+    # often shares the cores with this process: threads that spin as long as GNU's do by default take its time. Threads
+    # that sleep at once are woken a thousand times a second, which takes a tenth of a small model's time.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+    runner = Runner(EventSink(_keep_stdout_for_events()).emit)
     threading.Thread(target=runner.read_commands, args=(sys.stdin.buffer,), name="commands", daemon=True).start()
     runner.run()
 
 
-def _die_with_parent() -> None:
-    """Asks Linux for SIGKILL when the thread that started this process ends; elsewhere the end of input must do."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _let_threads_sleep_soon() -> None:
-    """Limits how long threads of OpenMP spin while they wait for one another; read when torch is imported, later.
-
-    A trainer often shares the cores with this process. Threads that spin as long as GNU's do by default take its time;
-    those that sleep at once are woken a thousand times a second, which takes a tenth of a small model's.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
-
-
 def _keep_stdout_for_events() -> int:
-    """Moves standard output away, so that what libraries print goes to standard error."""
+    """Returns a new descriptor of standard output; prints of libraries go to standard error from now on."""
     events_fd = os.dup(1)
     os.dup2(2, 1)
     return events_fd

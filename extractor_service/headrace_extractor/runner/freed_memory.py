@@ -1,8 +1,8 @@
 """Keeps the memory of one forward pass for the next.
 
-A pass over a batch asks for hundreds of blocks of megabytes and gives them back. glibc returns such blocks to the
-system, which clears every page anew when the next are asked for: a tenth of the processor time of a small model. Other
-C libraries are left as they are, and so is a GPU's memory, which torch keeps anyhow.
+A pass over a batch allocates hundreds of blocks of megabytes and frees them. glibc returns such blocks to the system,
+which clears every page again for the next pass: a tenth of the processor time of a small model. Other C libraries are
+left as they are, and so is a GPU's memory, which torch keeps in any case.
 
 Source: mallopt(3), malloc_trim(3).
 """
@@ -17,17 +17,17 @@ from contextlib import contextmanager, suppress
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _NEVER_TRIM = 2**31 - 1
-# Blocks up to here are kept; older versions of glibc refuse more than the second.
+# Blocks up to this size are kept. Older versions of glibc refuse more than the second number.
 _LARGEST_KEPT = (2**30, 2**25)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Memory freed in the block stays with the process until the block ends.
+    """Keeps memory that is freed in the block with the process until the block ends.
 
-    The thresholds stay as they are set here: what is freed later goes back at the end of the next block.
+    The thresholds stay as set here: memory that is freed after the block goes back at the end of the next block.
     """
-    with suppress(AttributeError):
+    with suppress(AttributeError):  # No mallopt: not glibc.
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
         any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT)

@@ -40,8 +40,34 @@ class Gate:
         """
         with self._changed:
             blocked = not self._stopped and self._end_row <= row
-        if blocked:
+        if blocked:  # Outside of the lock: the callback writes to a pipe that may be full.
             on_blocked()
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._end_row > row)
             return 0 if self._stopped else self._end_row - row
+
+
+class Gates:
+    """Gates of the extractions that run or wait, by set id.
+
+    The server may send the next run of a set before the runner has closed the gate of its last run.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Gate] = {}
+
+    def open(self, set_id: str, gate: Gate) -> None:
+        """Directs commands for this id to this gate from now on."""
+        with self._lock:
+            self._by_id[set_id] = gate
+
+    def find(self, set_id: str) -> Gate | None:
+        """Returns the newest gate of an id; None if no run of it is left."""
+        with self._lock:
+            return self._by_id.get(set_id)
+
+    def close(self, gate: Gate) -> None:
+        """Forgets this gate; a newer gate of the same id stays."""
+        with self._lock:
+            self._by_id = {key: kept for key, kept in self._by_id.items() if kept is not gate}

@@ -1,17 +1,20 @@
 """The runner's frame: commands in, events out, one command carried out at a time.
 
-A thread reads commands, so that `grant` and `stop` reach an extraction at work and the end of input ends the process at
-once. torch is imported when the first command that needs it has arrived: a start that goes wrong is seen early.
+A thread reads commands, so that `grant` and `stop` reach a running extraction and the end of input ends the process at
+once. Rooms that need torch are imported when the first command that needs them has arrived: the process answers within
+a moment of its start, and a failed import is answered like any other failure.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -37,27 +40,28 @@ from headrace_extractor.node.runner_protocol import (
     encode,
 )
 from headrace_extractor.runner.freed_memory import freed_memory_kept
-from headrace_extractor.runner.gate import Gate
+from headrace_extractor.runner.gate import Gate, Gates
 from headrace_extractor.runner.throttle import Throttle
 from headrace_log.errors import DiskFull, LogError, TooManyFiles
 
 if TYPE_CHECKING:
     from headrace_extractor.runner.models.loading import LoadedModel
 
-# A server waits for one extraction before it sends the next; more than a few are its mistake.
+# The server waits for the end of one extraction before it sends the next; a queue this long is a mistake of its own.
 _MAX_WAITING = 64
+# Smooth for a person to watch; each event wakes the server.
 _PROGRESS_PER_SECOND = 20
 
 
 class EventSink:
-    """Writes events as lines; both threads do."""
+    """Writes events as lines, for both threads of the runner."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._lock = threading.Lock()
 
     def emit(self, message: Message) -> None:
-        """Writes one line; ends the process when nobody listens any more."""
+        """Writes one line; ends the process if the server has closed its end of the pipe."""
         line = memoryview(encode(message))
         with self._lock:
             try:
@@ -73,7 +77,7 @@ class Runner:
     def __init__(self, emit: Callable[[Message], None]) -> None:
         self._emit = emit
         self._waiting: queue.Queue[tuple[Message, Gate]] = queue.Queue(_MAX_WAITING)
-        self._gates = _Gates()
+        self._gates = Gates()
         self._loaded: LoadedModel | None = None
 
     def read_commands(self, stream: BinaryIO) -> None:
@@ -88,30 +92,50 @@ class Runner:
     def run(self) -> None:
         """Carries out commands as they come; never returns."""
         while True:
-            self.carry_out(*self._waiting.get())  # Ends with the process.
+            self.carry_out(*self._waiting.get())  # No deadline: the wait ends with the process.
 
     def carry_out(self, command: Message, gate: Gate) -> None:
-        """Carries out one command; whatever goes wrong becomes a `failed` event."""
+        """Carries out one command; every exception becomes a `failed` event."""
         set_id = command.set_id if isinstance(command, Extract) else ""
         try:
             if isinstance(command, Load):
                 self._load(command)
             elif isinstance(command, Extract):
-                self._extract(command, gate)
+                if self._loaded is None:
+                    raise errors.StateConflict("No model is loaded in this runner; send load first.")  # noqa: TRY301
+                from headrace_extractor.runner.passes.extract import run_extraction  # noqa: PLC0415 -- torch
+
+                with freed_memory_kept():
+                    run_extraction(command, gate, self._loaded, self._emit)
             elif isinstance(command, Convert):
                 self._convert(command)
             elif isinstance(command, Quantize):
-                self._quantize(command)
+                self._check_empty()
+                with _collector_paused():
+                    from headrace_extractor.runner.models.quantize import quantize  # noqa: PLC0415 -- torch
+
+                self._emit(Quantized(fidelity=quantize(command, self._progress(Converting))))
             elif isinstance(command, Validate):
-                self._validate(command)
+                self._check_empty()
+                with _collector_paused():
+                    from headrace_extractor.runner.models.validate import validate  # noqa: PLC0415 -- torch
+
+                self._emit(validate(command, self._emit))
         except Exception as exc:  # noqa: BLE001
             self._emit(replace(failure_of(exc), set_id=set_id))
         finally:
             self._gates.close(gate)
 
     def _take(self, command: Message) -> None:
+        """Queues a command with its gate; `grant` and `stop` act at once on the gate of an earlier `extract`."""
         if isinstance(command, Grant | Stop):
-            self._steer(command)
+            gate = self._gates.find(command.set_id)
+            if gate is None:
+                return  # The extraction has ended in the meantime, and the server was told.
+            if isinstance(command, Grant):
+                gate.grant(command.row)
+            else:
+                gate.stop()
             return
         set_id = command.set_id if isinstance(command, Extract) else ""
         gate = Gate(command.grant_row if isinstance(command, Extract) else None)
@@ -123,99 +147,67 @@ class Runner:
             full = errors.QueueFull(f"The runner has {_MAX_WAITING} commands waiting; wait for one to finish.")
             self._emit(replace(failure_of(full), set_id=set_id))
 
-    def _steer(self, command: Grant | Stop) -> None:
-        gate = self._gates.find(command.set_id)
-        if gate is None:
-            return  # It has ended meanwhile, and said so.
-        if isinstance(command, Grant):
-            gate.grant(command.row)
-        else:
-            gate.stop()
-
     def _load(self, command: Load) -> None:
         self._check_empty()
-        from headrace_extractor.runner.models.loading import load_model  # noqa: PLC0415 -- torch
+        with _collector_paused():
+            from headrace_extractor.runner.models.loading import load_model  # noqa: PLC0415 -- torch
 
         self._loaded = load_model(
             Path(command.files_path),
             command.device,
             command.dtype,
             command.load_options,
-            self._progress(lambda done, total: Loading(done_bytes=done, total_bytes=total)),
+            self._progress(Loading),
             quantization=command.quantization or "none",
         )
         self._emit(Loaded(measured_bytes=self._loaded.measured_bytes, runtime_bytes=self._loaded.runtime_bytes))
 
-    def _extract(self, command: Extract, gate: Gate) -> None:
-        if self._loaded is None:
-            raise errors.StateConflict("No model is loaded in this runner; send load first.")
-        from headrace_extractor.runner.passes.extract import run_extraction  # noqa: PLC0415 -- torch
-
-        with freed_memory_kept():
-            run_extraction(command, gate, self._loaded, self._emit)
-
     def _convert(self, command: Convert) -> None:
-        from headrace_extractor.runner.models.convert import convert_gguf  # noqa: PLC0415 -- torch
-        from headrace_extractor.runner.models.pickles import convert_pickled  # noqa: PLC0415 -- torch
+        """Converts a GGUF file, or a folder with pickled weights, for which transformers is not imported."""
+        source, target = Path(command.source_path), Path(command.target_path)
+        if source.is_dir():
+            from headrace_extractor.runner.models.pickles import convert_pickled  # noqa: PLC0415 -- torch
 
-        progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
-        source_path = Path(command.source_path)
-        convert = convert_pickled if source_path.is_dir() else convert_gguf
-        convert(source_path, Path(command.target_path), progress)
+            convert_pickled(source, target, self._progress(Converting))
+        else:
+            with _collector_paused():
+                from headrace_extractor.runner.models.convert import convert_gguf  # noqa: PLC0415 -- torch
+
+            convert_gguf(source, target, self._progress(Converting))
         self._emit(Converted())
-
-    def _quantize(self, command: Quantize) -> None:
-        self._check_empty()
-        from headrace_extractor.runner.models.quantize import quantize  # noqa: PLC0415 -- torch
-
-        progress = self._progress(lambda done, total: Converting(done_bytes=done, total_bytes=total))
-        self._emit(Quantized(fidelity=quantize(command, progress)))
-
-    def _validate(self, command: Validate) -> None:
-        self._check_empty()
-        from headrace_extractor.runner.models.validate import validate  # noqa: PLC0415 -- torch
-
-        self._emit(validate(command, self._emit))
 
     def _check_empty(self) -> None:
         if self._loaded is not None:
             raise errors.StateConflict("This runner holds a model already; start another runner.")
 
-    def _progress(self, event: Callable[[int, int], Message]) -> Callable[[int, int], None]:
+    def _progress(self, kind: type[Loading | Converting]) -> Callable[[int, int], None]:
+        """Returns a callback for bytes done and in all; it emits an event a few times a second, and at the end."""
         throttle = Throttle(_PROGRESS_PER_SECOND)
 
         def tell(done_bytes: int, total_bytes: int) -> None:
             if throttle.ready() or done_bytes >= total_bytes:
-                self._emit(event(done_bytes, total_bytes))
+                self._emit(kind(done_bytes=done_bytes, total_bytes=total_bytes))
 
         return tell
 
 
-class _Gates:
-    """Gates of the extractions that run or wait. An id may be used again while its last run is being put away."""
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Imports in the block run without the garbage collector, and what they made stays out of later collections.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._by_id: dict[str, Gate] = {}
-
-    def open(self, set_id: str, gate: Gate) -> None:
-        """Makes the gate the one that commands for this id reach."""
-        with self._lock:
-            self._by_id[set_id] = gate
-
-    def find(self, set_id: str) -> Gate | None:
-        """Returns the newest gate of an id."""
-        with self._lock:
-            return self._by_id.get(set_id)
-
-    def close(self, gate: Gate) -> None:
-        """Forgets this gate, and no newer one."""
-        with self._lock:
-            self._by_id = {key: kept for key, kept in self._by_id.items() if kept is not gate}
+    torch and transformers make some 370,000 objects that live as long as the process. Collections find next to nothing
+    among them, and take a sixth of the processor time until a model is loaded.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def failure_of(exc: Exception) -> Failed:
-    """Turns an exception into an event; one that nobody foresaw leaves its trace on standard error only."""
+    """Turns an exception into an event; an unexpected one leaves its traceback on standard error only."""
     if isinstance(exc, errors.ExtractorError):
         field = {"field": exc.field} if exc.field else {}
         return Failed(reason=exc.reason, message=exc.message, metadata={**exc.metadata, **field})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Throttle:
-    """Says yes at most so many times a second."""
+    """Lets through at most `per_second` events a second."""
 
     def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._interval_s = 1 / per_second
@@ -15,7 +15,7 @@ class Throttle:
         self._next = clock()
 
     def ready(self) -> bool:
-        """True if the last yes is long enough ago."""
+        """Returns True, and counts the event, if the last one is long enough ago."""
         now = self._clock()
         if now < self._next:
             return False

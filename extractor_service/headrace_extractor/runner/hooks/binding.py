@@ -1,9 +1,9 @@
-"""Finds hookpoints in a loaded model, and checks that they are what their names say.
+"""Binds hookpoints to the modules of a loaded model, and checks that the values are what the names say.
 
-`hook_attn_out` and `hook_mlp_out` are what is added to the residual stream: `resid_pre + attn_out + mlp_out ==
+`hook_attn_out` and `hook_mlp_out` are the values added to the residual stream: `resid_pre + attn_out + mlp_out ==
 resid_post` in every block. `check_identity` tries it once after loading, so that a model which only looks like a known
-family (norms behind the sublayers, scaled residuals) is refused instead of giving near misses. An architecture that is
-not known is searched for what holds (`structure.py`).
+family (norms behind the sublayers, scaled residuals) is refused instead of giving near misses. In an architecture that
+the catalogue does not know, `structure.py` looks for modules for which it holds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from headrace_extractor.errors import ModelUnsupported
-from headrace_extractor.hookpoints.catalogue import SITES, Catalogue, Hookpoint
+from headrace_extractor.hookpoints.catalogue import Catalogue, Hookpoint
 from headrace_extractor.hookpoints.names import BLOCK_SITE, split_path
 from headrace_extractor.hookpoints.places import Copied
 from headrace_extractor.runner.hooks.capture import Site, capture
-from headrace_extractor.runner.hooks.isolation import isolated
+from headrace_extractor.runner.hooks.isolation import isolated_by
 from headrace_extractor.runner.hooks.structure import Found, search
 from headrace_extractor.runner.hooks.takes import function_of
 from headrace_models.config import Network
@@ -35,7 +35,7 @@ _N_TOKENS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anatomy:
-    """What is known of a loaded model: its hookpoints by name, its blocks, and how it keeps documents apart."""
+    """The parts of a loaded model: its hookpoints by name, its blocks, and how it keeps documents apart."""
 
     catalogue: Catalogue
     points: Mapping[str, Hookpoint]
@@ -46,7 +46,7 @@ class Anatomy:
 
     @property
     def rotation_limits(self) -> tuple[int, ...]:
-        """Longer passes rotate all their tokens by other angles, those in front too."""
+        """Lengths beyond which a pass rotates all its tokens by other angles, also the first ones."""
         return self.catalogue.network.rotation_limits
 
 
@@ -54,11 +54,29 @@ _ANATOMIES: WeakKeyDictionary[PreTrainedModel, Anatomy] = WeakKeyDictionary()
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """Returns what is known of a model, found out once. Raises ModelUnsupported if nothing can be captured."""
+    """Returns the anatomy of a model, studied once. Raises ModelUnsupported if nothing can be captured."""
     known = _ANATOMIES.get(model)
-    if known is None:
-        known = _ANATOMIES[model] = _study(model)
-    return known
+    if known is not None:
+        return known
+    catalogue = Catalogue(Network.of_config({**model.config.to_dict(), "model_type": model.config.model_type}))
+    family = catalogue.family
+    if family is None:
+        found = search(model, catalogue.network)
+        if isinstance(found, str):
+            raise _unsupported(model, found)
+        anatomy = _of_found(catalogue, found)
+    else:
+        points = {point.name: point for point in catalogue.offered}
+        if all(point.unavailable for point in points.values()):
+            raise _unsupported(model, next((point.unavailable for point in points.values()), ""))
+        blocks = _submodule(model, family.blocks)
+        if not isinstance(blocks, nn.ModuleList):
+            raise _unsupported(model, "its hookpoints are not known and could not be found")
+        anatomy = Anatomy(
+            catalogue=catalogue, points=points, blocks=blocks, isolation=family.isolation, causal=family.causal
+        )
+    _ANATOMIES[model] = anatomy
+    return anatomy
 
 
 def offered_sites(model: PreTrainedModel) -> tuple[Site, ...]:
@@ -72,29 +90,47 @@ def n_layers_of(model: PreTrainedModel) -> int:
     return len(anatomy_of(model).blocks)
 
 
-def resolve(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[Site, ...]:
-    """Finds the wanted hookpoints, which have their own names by now.
+def bind(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[Site, ...]:
+    """Binds hookpoints and module paths to modules of the model; `wanted` are full names, without wildcards.
 
-    Raises HookpointNotFound with the nearest names, or with why one can't be captured.
+    Raises HookpointNotFound with the nearest names, or with the reason why a hookpoint can't be captured, and
+    ModelUnsupported for a module whose tensors are no rows.
     """
     anatomy = anatomy_of(model)
     sites = []
     for name in wanted:
         point = anatomy.points.get(name)
         if point is None or point.unavailable:
-            point = _by_path(model, name) or anatomy.catalogue.named(name, point)
+            path, side = split_path(name) or ("", "")
+            if path and _submodule(model, path) is not None:
+                point = Hookpoint(name=name, shape=(), module=f"{path}:{side}", take=Copied())
+            else:
+                point = anatomy.catalogue.named(name, point)
         sites.append(_site(model, point))
-    _check_tokens(model, [site for site in sites if split_path(site.name)])
+    # Any value may pass a module: only tensors with a row for each token, in order, are rows.
+    paths = [site for site in sites if split_path(site.name)]
+    for length in _TRIAL_LENGTHS if paths else ():
+        for name, values in run_through(model, paths, length).items():
+            if (
+                values.dim() < 2
+                or values.shape[0] not in (1, length)
+                or (values.shape[0] == 1 and values.shape[1] != length)
+            ):
+                raise ModelUnsupported(
+                    f"What passes {name} has the shape {list(values.shape)} for {length} tokens, which is no row for "
+                    "each of them; name another module.",
+                    metadata={"hookpoint": name},
+                )
     return tuple(sites)
 
 
-def isolation(model: PreTrainedModel, position_ids: Tensor) -> AbstractContextManager[dict[str, Any]]:
-    """Keeps documents in a pass over these position ids apart; the context yields arguments for the model."""
+def documents_isolated(model: PreTrainedModel, position_ids: Tensor) -> AbstractContextManager[dict[str, Any]]:
+    """Keeps documents in a pass apart by the model's own way; the context yields the arguments of the pass."""
     anatomy = anatomy_of(model)
-    return isolated(
+    return isolated_by(
+        anatomy.isolation,
         model,
         position_ids,
-        how=anatomy.isolation,
         causal=anatomy.causal,
         blocks=anatomy.blocks,
         takes_positions=anatomy.takes_positions,
@@ -102,17 +138,39 @@ def isolation(model: PreTrainedModel, position_ids: Tensor) -> AbstractContextMa
 
 
 def check_identity(model: PreTrainedModel) -> None:
-    """Runs a few tokens through the model; raises ModelUnsupported where a hookpoint is not what its name says."""
+    """Runs a few tokens through the model; raises ModelUnsupported if a hookpoint's values contradict its name."""
     anatomy = anatomy_of(model)
     captured = run_through(model, offered_sites(model), _N_TOKENS)
     for name, values in captured.items():
-        _check_shape(anatomy.points[name], values)
-    before: Tensor | None = None
+        width, expected = values.numel() // _N_TOKENS, anatomy.points[name].width
+        if width != expected:
+            raise ModelUnsupported(
+                f"{name} is {expected} wide by the model's config.json and {width} in the model; its config and "
+                "its code do not fit together.",
+                metadata={"hookpoint": name},
+            )
+    left_before: Tensor | None = None
     for layer in range(len(anatomy.blocks)):
-        block = {site: captured.get(f"blocks.{layer}.{site}") for site in SITES}
-        _check_block(layer, block)
-        _check_same(layer, before, block["hook_resid_pre"])
-        before = block["hook_resid_post"]
+        resid_pre, attn_out, resid_mid, mlp_out, resid_post = (
+            captured.get(f"blocks.{layer}.hook_{site}")
+            for site in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        if resid_pre is not None and attn_out is not None and resid_post is not None:
+            if resid_mid is not None:
+                _check_sum(layer, [resid_pre, attn_out], resid_mid)
+            if mlp_out is not None:
+                _check_sum(layer, [resid_pre, attn_out, mlp_out], resid_post)
+        if (
+            left_before is not None
+            and resid_pre is not None
+            and not torch.equal(left_before.nan_to_num(), resid_pre.nan_to_num())
+        ):
+            raise ModelUnsupported(
+                f"What enters block {layer} is not what leaves the block before it; use a model of another "
+                "architecture.",
+                metadata={"layer": str(layer)},
+            )
+        left_before = resid_post
 
 
 def run_through(model: PreTrainedModel, sites: Sequence[Site], n_tokens: int) -> dict[str, Tensor]:
@@ -123,25 +181,8 @@ def run_through(model: PreTrainedModel, sites: Sequence[Site], n_tokens: int) ->
     return captured
 
 
-def _study(model: PreTrainedModel) -> Anatomy:
-    catalogue = Catalogue(Network.of_config({**model.config.to_dict(), "model_type": model.config.model_type}))
-    points = {point.name: point for point in catalogue.offered}
-    family = catalogue.family
-    if family is None:
-        found = search(model, catalogue.network)
-        if isinstance(found, str):
-            raise _unsupported(model, found)
-        return _of_found(catalogue, found)
-    if all(point.unavailable for point in points.values()):
-        raise _unsupported(model, next((point.unavailable for point in points.values()), ""))
-    blocks = _submodule(model, family.blocks)
-    if not isinstance(blocks, nn.ModuleList):
-        raise _unsupported(model)
-    return Anatomy(catalogue=catalogue, points=points, blocks=blocks, isolation=family.isolation, causal=family.causal)
-
-
 def _of_found(catalogue: Catalogue, found: Found) -> Anatomy:
-    """Puts what a search has proven in place of what the config alone promises."""
+    """Replaces the modules that the catalogue reads off the config by modules that were proven."""
     points = {}
     for point in catalogue.offered:
         match = BLOCK_SITE.fullmatch(point.name)
@@ -163,13 +204,6 @@ def _of_found(catalogue: Catalogue, found: Found) -> Anatomy:
     )
 
 
-def _by_path(model: PreTrainedModel, name: str) -> Hookpoint | None:
-    path, side = split_path(name) or ("", "")
-    if not path or _submodule(model, path) is None:
-        return None
-    return Hookpoint(name=name, shape=(), module=f"{path}:{side}", take=Copied())
-
-
 def _site(model: PreTrainedModel, point: Hookpoint) -> Site:
     path, side = split_path(point.module) or ("", "")
     module = _submodule(model, path)
@@ -185,49 +219,12 @@ def _submodule(model: PreTrainedModel, path: str) -> nn.Module | None:
         return None
 
 
-def _check_tokens(model: PreTrainedModel, sites: Sequence[Site]) -> None:
-    """Anything may pass a module: only tensors that have a row for each token, in order, are rows."""
-    for length in _TRIAL_LENGTHS if sites else ():
-        for name, values in run_through(model, sites, length).items():
-            if (
-                values.dim() < 2
-                or values.shape[0] not in (1, length)
-                or (values.shape[0] == 1 and values.shape[1] != length)
-            ):
-                raise ModelUnsupported(
-                    f"What passes {name} has the shape {list(values.shape)} for {length} tokens, which is no row for "
-                    "each of them; name another module.",
-                    metadata={"hookpoint": name},
-                )
-
-
-def _check_shape(point: Hookpoint, values: Tensor) -> None:
-    width = values.numel() // _N_TOKENS
-    if width != point.width:
-        raise ModelUnsupported(
-            f"{point.name} is {point.width} wide by the model's config.json and {width} in the model; its config and "
-            "its code do not fit together.",
-            metadata={"hookpoint": point.name},
-        )
-
-
-def _check_block(layer: int, block: Mapping[str, Tensor | None]) -> None:
-    resid_pre, attn_out, mlp_out = (block[site] for site in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"))
-    resid_mid, resid_post = block["hook_resid_mid"], block["hook_resid_post"]
-    if resid_pre is None or resid_post is None or attn_out is None:
-        return
-    if resid_mid is not None:
-        _check_sum(layer, [resid_pre, attn_out], resid_mid)
-    if mlp_out is not None:
-        _check_sum(layer, [resid_pre, attn_out, mlp_out], resid_post)
-
-
 def _check_sum(layer: int, parts: Sequence[Tensor], whole: Tensor) -> None:
     flat = [part.float().reshape(_N_TOKENS, -1) for part in (*parts, whole)]
     difference = (sum(flat[:-1]) - flat[-1]).abs()
     # The model rounds after each of two additions; a norm or a scale in between is off by far more than that.
     allowed = 4 * torch.finfo(whole.dtype).eps * sum(part.abs() for part in flat[:-1])
-    # Broken weights give NaN here, which compares as false: they are found, and reported as such, while extracting.
+    # Broken weights give NaN here, which compares as false: an extraction finds and reports them.
     if bool((difference > allowed).any()):
         raise ModelUnsupported(
             f"In block {layer} attention and MLP outputs do not add up to the residual stream, so the hookpoints would "
@@ -236,22 +233,7 @@ def _check_sum(layer: int, parts: Sequence[Tensor], whole: Tensor) -> None:
         )
 
 
-def _check_same(layer: int, resid_post: Tensor | None, resid_pre: Tensor | None) -> None:
-    """What leaves a block is what enters the next."""
-    if (
-        resid_post is not None
-        and resid_pre is not None
-        and not torch.equal(resid_post.nan_to_num(), resid_pre.nan_to_num())
-    ):
-        raise ModelUnsupported(
-            f"What enters block {layer} is not what leaves the block before it; use a model of another architecture.",
-            metadata={"layer": str(layer)},
-        )
-
-
-def _unsupported(
-    model: PreTrainedModel, why: str = "its hookpoints are not known and could not be found"
-) -> ModelUnsupported:
+def _unsupported(model: PreTrainedModel, why: str) -> ModelUnsupported:
     return ModelUnsupported(
         f"{type(model).__name__} can't be captured: {why}. Use another model.",
         metadata={"architecture": type(model).__name__},

@@ -1,7 +1,7 @@
 """Captures activations at named places of a network.
 
 The hooks live inside a `with` block, and the forward pass ends as soon as the last requested place has been seen, so
-nothing behind it is computed, whatever the order of the request.
+nothing behind it is computed, in whatever order the places were requested.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ Captured = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A hookpoint resolved: what goes into `module`, or what comes out of it, after `take`."""
+    """A hookpoint bound to a module: its value is the module's input or output after `take`."""
 
     name: str
     module: nn.Module
@@ -32,27 +33,43 @@ class HookDidNotFireError(RuntimeError):
 
 
 class _AllSeen(BaseException):
-    """Ends the forward pass; a BaseException, so that no library takes it for an error."""
+    """Ends the forward pass; a BaseException, so that no library handles it as an error."""
 
 
 @contextmanager
 def capture(sites: Sequence[Site]) -> Iterator[Captured]:
-    """Fills the dict with one tensor a site during the forward pass in the block, which it ends early.
+    """Fills the yielded dict with one tensor a site during the forward pass in the block, and ends the pass early.
 
     Statements of the block behind the forward pass do not run. The tensors are the network's own, not copies, unless a
-    site's `take` makes one. Raises HookDidNotFireError if the block ends without them.
+    site's `take` makes one. Raises HookDidNotFireError if a site's tensor is missing at the end of the block.
     """
     captured: Captured = {}
     wanted = {site.name for site in sites}
 
-    def keep(site: Site, value: torch.Tensor) -> None:
+    def keep(site: Site, values: Any) -> None:
+        # The hidden states are the first tensor that a module is given or returns.
+        several = values if isinstance(values, tuple | list) else (values,)
+        value = next((each for each in several if isinstance(each, torch.Tensor)), None)
+        if value is None:
+            raise HookDidNotFireError(f"{site.name}: no tensor passes there")
         if site.name in captured:
             raise HookDidNotFireError(f"{site.name} was passed twice in one forward pass")
         captured[site.name] = site.take(value) if site.take else value
         if len(captured) == len(wanted):
             raise _AllSeen
 
-    handles = [_hook(site, keep) for site in sites]
+    def enter(site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(site, (*args, kwargs.get("hidden_states"), *kwargs.values()))
+
+    def leave(site: Site, _module: nn.Module, _args: Any, output: Any) -> None:
+        keep(site, output)
+
+    handles = [
+        site.module.register_forward_pre_hook(partial(enter, site), with_kwargs=True)
+        if site.is_input
+        else site.module.register_forward_hook(partial(leave, site))
+        for site in sites
+    ]
     try:
         yield captured
     except _AllSeen:
@@ -62,23 +79,3 @@ def capture(sites: Sequence[Site]) -> Iterator[Captured]:
             handle.remove()
     if missing := sorted(wanted - captured.keys()):
         raise HookDidNotFireError(f"the forward pass did not pass {', '.join(missing)}")
-
-
-def _hook(site: Site, keep: Callable[[Site, torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    if not site.is_input:
-        return site.module.register_forward_hook(lambda _module, _args, output: keep(site, _first(site, output)))
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(site, _first(site, (*args, kwargs.get("hidden_states"), *kwargs.values())))
-
-    return site.module.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def _first(site: Site, values: Any) -> torch.Tensor:
-    """The hidden states: the first tensor that a module is given or returns."""
-    if isinstance(values, torch.Tensor):
-        return values
-    for value in values if isinstance(values, tuple | list) else ():
-        if isinstance(value, torch.Tensor):
-            return value
-    raise HookDidNotFireError(f"{site.name}: no tensor passes there")

@@ -1,9 +1,9 @@
 """Keeps documents that share a sequence apart, in the way that the model's code allows.
 
-`position_ids` alone decide: a step other than +1 starts a document. Most models' code builds the mask from them. For
-others a mask is passed, which transformers takes as it is when it has four dimensions; BLOOM's code takes none, so each
-of its blocks is given the mask, and ALiBi that starts anew with each document. Where no document starts inside a
-sequence, nothing is passed and attention is the model's own.
+`position_ids` alone decide: a step other than +1 starts a document. Most models' code builds the mask from them. Other
+models are passed a mask, which transformers uses unchanged if it has four dimensions. BLOOM's code accepts none: there
+each block is given the mask, and ALiBi that starts anew with each document. If no document starts inside a sequence,
+the model's own attention is used.
 """
 
 # ruff: noqa: N803, N806 -- capital suffixes are shapes
@@ -24,18 +24,23 @@ from headrace_extractor.hookpoints.places import BY_BLOCK_MASK, BY_MASK, BY_POSI
 
 
 @contextmanager
-def isolated(
+def isolated_by(
+    how: str,
     model: PreTrainedModel,
     position_ids_BS: Tensor,
     *,
-    how: str,
     causal: bool,
     blocks: nn.ModuleList,
     takes_positions: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the arguments of a pass that keeps documents apart. Raises FieldInvalid where there is no way."""
+    """Yields the arguments of a pass that keeps documents apart by `how`.
+
+    Raises FieldInvalid if `how` is no way and documents share a sequence. `binding.documents_isolated` knows a model's
+    way.
+    """
     arguments = {"position_ids": position_ids_BS} if takes_positions else {}
-    if how == BY_POSITIONS or not _shares(position_ids_BS):
+    shares = bool((position_ids_BS.diff(dim=1) != 1).any())
+    if how == BY_POSITIONS or not shares:
         yield arguments
         return
     if how not in (BY_MASK, BY_BLOCK_MASK):
@@ -44,7 +49,16 @@ def isolated(
     if how == BY_MASK:
         yield arguments | {"attention_mask": mask}
         return
-    handles = [_give_mask(block, mask, position_ids_BS) for block in blocks]
+
+    def give_mask(
+        _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        alibi = kwargs["alibi"]  # [B*H, 1, S]: the slope of a head times the position.
+        n_heads = alibi.shape[0] // position_ids_BS.shape[0]
+        positions = position_ids_BS.repeat_interleave(n_heads, 0)[:, None]
+        return args, {**kwargs, "attention_mask": mask, "alibi": alibi.gather(2, positions)}
+
+    handles = [block.register_forward_pre_hook(give_mask, with_kwargs=True) for block in blocks]
     try:
         yield arguments
     finally:
@@ -52,12 +66,8 @@ def isolated(
             handle.remove()
 
 
-def _shares(position_ids_BS: Tensor) -> bool:
-    return bool((position_ids_BS.diff(dim=1) != 1).any())
-
-
 def _mask(model: PreTrainedModel, position_ids_BS: Tensor, *, causal: bool) -> Tensor:
-    """True, or 0 for eager attention, where a token may look."""
+    """Returns `[B, 1, S, S]`: where a token may look, True for SDPA and 0 for eager attention."""
     starts_BS = torch.zeros_like(position_ids_BS)
     starts_BS[:, 1:] = position_ids_BS.diff(dim=1) != 1
     document_BS = starts_BS.cumsum(1)
@@ -68,15 +78,3 @@ def _mask(model: PreTrainedModel, position_ids_BS: Tensor, *, causal: bool) -> T
         return may_BSS[:, None]
     lowest = torch.finfo(model.dtype).min
     return torch.zeros_like(may_BSS, dtype=model.dtype).masked_fill(~may_BSS, lowest)[:, None]
-
-
-def _give_mask(block: nn.Module, mask: Tensor, position_ids_BS: Tensor) -> torch.utils.hooks.RemovableHandle:
-    def before(
-        _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        alibi = kwargs["alibi"]  # [B*H, 1, S]: the slope of a head times the position.
-        n_heads = alibi.shape[0] // position_ids_BS.shape[0]
-        positions = position_ids_BS.repeat_interleave(n_heads, 0)[:, None]
-        return args, {**kwargs, "attention_mask": mask, "alibi": alibi.gather(2, positions)}
-
-    return block.register_forward_pre_hook(before, with_kwargs=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeli
 
 from headrace_extractor.errors import LoadFailed, ModelUnsupported
 from headrace_extractor.runner.models.new_folder import new_folder
-from headrace_extractor.runner.progress import OnProgress
+from headrace_extractor.runner.models.progress import OnProgress, bar_watched
 
-# The numbers of the GGUF file, unpacked, and nothing else: a scale times a small integer plus an offset has more digits
-# than bfloat16 holds (of a 4-bit file it keeps 18 % of the weights exactly, float16 52 %). The folder is twice as large
-# for that, once; whoever computes in bfloat16 rounds while loading.
+# Exactly the numbers of the GGUF file, unpacked: a scale times a small integer plus an offset has more digits than
+# bfloat16 holds (of a 4-bit file it keeps 18 % of the weights exactly, float16 52 %). For that the folder is twice as
+# large, once; a load in bfloat16 rounds.
 _DTYPE = torch.float32
 
 
 def convert_gguf(source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
-    """Writes weights, config and tokenizer to `target_path`, complete or not at all; done already is done.
+    """Writes weights, config and tokenizer to `target_path`, complete or not at all; an existing folder stays.
 
     Progress counts the bytes of the tensors unpacked so far; the rest of the time is spent writing. Raises
     ModelUnsupported, LoadFailed and DiskFull.
@@ -34,12 +32,20 @@ def convert_gguf(source_path: Path, target_path: Path, on_progress: OnProgress) 
         raise ModelUnsupported(f"There is no file {source_path}; register the model again with the right path.")
     total_bytes = source_path.stat().st_size
     on_progress(0, total_bytes)
-    with (
-        _conversion_errors(source_path),
-        new_folder(target_path) as folder,
-        _watched_tensors(lambda done: on_progress(done, total_bytes)),
-    ):
-        _convert(source_path, folder)
+    watched = bar_watched(
+        modeling_gguf_pytorch_utils,
+        lambda done_bytes, _: on_progress(done_bytes, total_bytes),
+        size_of=lambda tensor: int(tensor.n_bytes),
+    )
+    try:
+        with new_folder(target_path) as folder, watched:
+            _convert(source_path, folder)
+    except (OSError, SafetensorError) as exc:
+        raise LoadFailed(f"Converting {source_path} failed: {str(exc)[:500]}") from exc
+    except (ValueError, KeyError, NotImplementedError, ImportError) as exc:
+        raise ModelUnsupported(f"transformers can't read {source_path}: {str(exc)[:500]}") from exc
+    except (RuntimeError, IndexError, struct.error) as exc:  # From numbers in the file that make no sense.
+        raise LoadFailed(f"Converting {source_path} failed: {str(exc)[:500]}") from exc
     on_progress(total_bytes, total_bytes)
 
 
@@ -50,40 +56,9 @@ def _convert(source_path: Path, folder: Path) -> None:
         raise ModelUnsupported(
             f"The tokenizer in {source_path} has no form that tokenizer.json can hold; use another file."
         )
-    # `dequantize` also drops the GGUF entry from the config; with it save_pretrained would refuse.
+    # `dequantize` also drops the GGUF entry from the config; with that entry save_pretrained would refuse.
     model = AutoModelForCausalLM.from_pretrained(
         source_path.parent, dtype=_DTYPE, quantization_config=GgufConfig(dequantize=True), **where
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _watched_tensors(on_bytes: Callable[[int], None]) -> Iterator[None]:
-    """Counts tensors as transformers unpacks them: it has no callback, but shows a bar, which this replaces."""
-    shown = modeling_gguf_pytorch_utils.tqdm
-
-    def counted(tensors: Iterable[Any], **_options: Any) -> Iterator[Any]:
-        done = 0
-        for tensor in tensors:
-            yield tensor
-            done += int(tensor.n_bytes)
-            on_bytes(done)
-
-    modeling_gguf_pytorch_utils.tqdm = counted
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = shown
-
-
-@contextmanager
-def _conversion_errors(source_path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as exc:
-        raise LoadFailed(f"Converting {source_path} failed: {str(exc)[:500]}") from exc
-    except (ValueError, KeyError, NotImplementedError, ImportError) as exc:
-        raise ModelUnsupported(f"transformers can't read {source_path}: {str(exc)[:500]}") from exc
-    except (RuntimeError, IndexError, struct.error) as exc:
-        raise LoadFailed(f"Converting {source_path} failed: {str(exc)[:500]}") from exc

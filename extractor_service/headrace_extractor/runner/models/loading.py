@@ -28,8 +28,8 @@ from headrace_extractor.runner.models.load_options import (
     supports_sdpa,
     without_pooler,
 )
+from headrace_extractor.runner.models.progress import OnProgress
 from headrace_extractor.runner.models.quantizers import quantizer_for
-from headrace_extractor.runner.progress import OnProgress
 from headrace_models.errors import HeaderInvalid, JsonInvalid
 from headrace_models.json_files import read_object
 from headrace_models.load_options import trusts_remote_code

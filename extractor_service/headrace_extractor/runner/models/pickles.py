@@ -1,10 +1,11 @@
-"""Converts pickled weights to safetensors. Nothing but tensors is unpickled; anything else is refused."""
+"""Converts pickled weights to safetensors. Only tensors are unpickled; a file with anything else is refused."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from headrace_extractor.errors import LoadFailed, ModelUnsupported
 from headrace_extractor.runner.models.new_folder import new_folder
-from headrace_extractor.runner.progress import OnProgress
+from headrace_extractor.runner.models.progress import OnProgress
 
 _PATTERN = "pytorch_model*.bin"
 _INDEX = "model.safetensors.index.json"
@@ -21,7 +22,7 @@ _HEAD = "lm_head.weight"
 
 
 def convert_pickled(source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
-    """Writes the model with safetensors weights to `target_path`, complete or not at all; done already is done.
+    """Writes the model with safetensors to `target_path`, complete or not at all; an existing folder stays.
 
     Shards stay shards, so no more than one is in memory. Raises ModelUnsupported, LoadFailed and DiskFull.
     """
@@ -34,13 +35,22 @@ def convert_pickled(source_path: Path, target_path: Path, on_progress: OnProgres
     done_bytes = 0
     with new_folder(target_path) as folder:
         folder.mkdir()
-        _copy_companions(source_path, folder)
-        keep_one = _ties_embeddings(folder)
+        for path in source_path.iterdir():
+            if path.is_file() and not path.is_symlink() and not path.name.startswith((".", "pytorch_model")):
+                shutil.copyfile(path, folder / path.name)
+        config = folder / "config.json"
+        if not config.is_file():
+            raise ModelUnsupported("The repo has no config.json; use one in transformers' layout.")
+        try:
+            # Where the config is silent, transformers assumes that the head is the embedding.
+            ties_head = bool(json.loads(config.read_text()).get("tie_word_embeddings", True))
+        except (ValueError, AttributeError) as exc:
+            raise ModelUnsupported(f"config.json is no JSON object: {exc}") from exc
         weight_map: dict[str, str] = {}
         for shard in shards:
             on_progress(done_bytes, total_bytes)
             name = shard.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-            tensors = _own_memory(_tensors_of(shard), keep_one=keep_one)
+            tensors = _own_memory(_tensors_of(shard), ties_head=ties_head)
             save_file(tensors, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             done_bytes += shard.stat().st_size
@@ -50,9 +60,10 @@ def convert_pickled(source_path: Path, target_path: Path, on_progress: OnProgres
 
 
 def _tensors_of(shard: Path) -> dict[str, torch.Tensor]:
-    """Reads a shard with torch's restricted unpickler, mapped where its format allows."""
+    """Reads a shard with torch's restricted unpickler."""
     try:
-        loaded = _loaded(shard)
+        # Only zip archives can be mapped; files from before torch 1.6 are none, and are read into memory.
+        loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
     except pickle.UnpicklingError as exc:
         raise ModelUnsupported(
             f"{shard.name} holds more than tensors and is not read, since that could run code; convert the model with "
@@ -65,40 +76,15 @@ def _tensors_of(shard: Path) -> dict[str, torch.Tensor]:
     return {str(name): tensor for name, tensor in loaded.items()}
 
 
-def _loaded(shard: Path) -> Any:
-    try:
-        return torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as exc:
-        if "mmap" not in str(exc):
-            raise
-        return torch.load(shard, map_location="cpu", weights_only=True)  # From before torch 1.6.
-
-
-def _own_memory(tensors: dict[str, torch.Tensor], *, keep_one: bool) -> dict[str, torch.Tensor]:
-    """Gives each tensor memory of its own; a head that is the embedding is left out if the model ties them anyway."""
+def _own_memory(tensors: dict[str, torch.Tensor], *, ties_head: bool) -> dict[str, torch.Tensor]:
+    """Gives each tensor memory of its own, as safetensors demands; leaves out a tied head, which a load restores."""
     seen: set[tuple[Any, ...]] = set()
     own = {}
+    # The head last, so that it is the head that is left out and not the embedding.
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[0].endswith(_HEAD), item[0])):
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if place in seen and keep_one and name.endswith(_HEAD):
+        if place in seen and ties_head and name.endswith(_HEAD):
             continue
         own[name] = tensor.clone(memory_format=torch.contiguous_format)
         seen.add(place)
     return own
-
-
-def _ties_embeddings(folder: Path) -> bool:
-    """What transformers assumes when the config is silent: they are tied."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelUnsupported("The repo has no config.json; use one in transformers' layout.")
-    try:
-        return bool(json.loads(config.read_text()).get("tie_word_embeddings", True))
-    except (ValueError, AttributeError) as exc:
-        raise ModelUnsupported(f"config.json is no JSON object: {exc}") from exc
-
-
-def _copy_companions(source_path: Path, folder: Path) -> None:
-    for path in source_path.iterdir():
-        if path.is_file() and not path.is_symlink() and not path.name.startswith((".", "pytorch_model")):
-            shutil.copyfile(path, folder / path.name)

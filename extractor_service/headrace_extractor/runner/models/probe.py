@@ -1,4 +1,4 @@
-"""One short forward pass over the sample text, and what comes out behind every block."""
+"""One short forward pass over a sample text: the residual stream behind every block, and how far two of them differ."""
 
 # ruff: noqa: N803, N806 -- capital suffixes are shapes: T tokens · D model width
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headrace_extractor.corpora.tokenizer import Tokenizer
-from headrace_extractor.runner.hooks.binding import isolation, n_layers_of, resolve
+from headrace_extractor.runner.hooks.binding import bind, documents_isolated, n_layers_of
 from headrace_extractor.runner.hooks.capture import capture
 from headrace_extractor.runner.models.sample_text import SAMPLE_TEXT
 
@@ -34,7 +34,7 @@ class Difference:
 
 
 def sample_ids(files_path: Path, *, limit: int = MAX_TOKENS, longest: int | None = None) -> list[int]:
-    """Token ids of the sample text with this model's tokenizer; without one, ids spread over its vocabulary."""
+    """Returns token ids of the sample text; of a model without a tokenizer, ids spread over its vocabulary."""
     tokenizer = Tokenizer.load(files_path, ids_only=True)
     limit = min(limit, longest or limit)
     if not tokenizer.digest:
@@ -44,12 +44,12 @@ def sample_ids(files_path: Path, *, limit: int = MAX_TOKENS, longest: int | None
 
 
 def residuals(model: PreTrainedModel, token_ids: Sequence[int]) -> list[Tensor]:
-    """Returns what leaves each block, `[T, D]` on the host in the dtype of the pass, in order."""
+    """Returns the output of each block, `[T, D]` on the host in the dtype of the pass, in order."""
     wanted = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers_of(model))]
     ids = torch.tensor([list(token_ids)], device=model.device)
     positions = torch.arange(len(token_ids), device=model.device)[None]
-    sites = resolve(model, wanted)
-    with torch.inference_mode(), capture(sites) as captured, isolation(model, positions) as arguments:
+    sites = bind(model, wanted)
+    with torch.inference_mode(), capture(sites) as captured, documents_isolated(model, positions) as arguments:
         model(input_ids=ids, use_cache=False, **arguments)
     return [captured[name][0].cpu() for name in wanted]
 
@@ -69,7 +69,7 @@ def difference(found_TD: Tensor, reference_TD: Tensor) -> Difference:
 
 
 def worst(differences: Sequence[Difference]) -> Mapping[str, float]:
-    """The figures of the layer that is furthest off, each on its own."""
+    """Returns the worst of each figure over all layers."""
     return {
         "max_abs_difference": max(each.max_abs for each in differences),
         "max_relative_error": max(each.relative_error for each in differences),

@@ -1,11 +1,10 @@
-"""Makes quantized weights once, and measures what that changed."""
+"""Makes quantized weights once, and measures how far their residual stream is from the source's."""
 
 from __future__ import annotations
 
 import gc
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,22 @@ from headrace_extractor.runner.models.loading import (
 )
 from headrace_extractor.runner.models.new_folder import new_folder
 from headrace_extractor.runner.models.probe import difference, residuals, sample_ids
+from headrace_extractor.runner.models.progress import OnProgress
 from headrace_extractor.runner.models.quantizers import quantizer_for
-from headrace_extractor.runner.progress import OnProgress
 
 FIDELITY = "fidelity.json"
-# Everything beside the weights that a model needs; what transformers writes itself is left out.
+# Files beside the weights that a model needs. transformers writes the rewritten ones itself.
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _REWRITTEN = ("config.json", "model.safetensors.index.json")
 
 
 def quantize(command: Quantize, on_progress: OnProgress) -> dict[str, Any]:
-    """Writes the folder `target_path`, complete or not at all, and returns its fidelity; done already is only read.
+    """Makes the folder `target_path`, complete or not at all, and returns its fidelity; an existing folder stays.
 
-    Runs on the CPU, whatever the node has: so it needs nobody's device memory, and the same files give the same
-    weights everywhere. Progress counts the source twice, once for the comparison. Raises ExtraMissing, FieldInvalid,
-    ModelUnsupported, LoadFailed, DeviceOom and DiskFull.
+    Runs on the CPU also where a node has a GPU: it needs no device memory, and the same files give the same weights
+    on every node.
+    Progress counts the source twice, once for the comparison. Raises ExtraMissing, FieldInvalid, ModelUnsupported,
+    LoadFailed, DeviceOom and DiskFull.
     """
     source, target = Path(command.source_path), Path(command.target_path)
     if target.exists():
@@ -51,18 +51,26 @@ def quantize(command: Quantize, on_progress: OnProgress) -> dict[str, Any]:
     token_ids = sample_ids(source, longest=loaded.n_positions)
     reference = residuals(loaded.model, token_ids)
     del loaded
-    gc.collect()  # Both at once would need the memory of both.
+    gc.collect()  # Both models at once would need the memory of both.
     with new_folder(target) as folder:
         with load_errors(source, stored):
             quantizer.quantize(source, folder, lambda done, _: on_progress(source_bytes + done, total_bytes))
-        _carry_over(source, folder)
-        _name_whole_network(folder, stored)
+        for path in source.iterdir():
+            if path.suffix in _CARRIED and path.name not in _REWRITTEN and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        # The quantizer has saved the network without its head; the folder keeps the name of the whole network.
+        config = {**stored_config(folder), "architectures": stored.get("architectures")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         quantized = load_model(folder, on_progress=lambda *_: None, quantization=command.quantization, **options)
         found = residuals(quantized.model, token_ids)
+        compared = [difference(*pair) for pair in zip(found, reference, strict=True)]
         fidelity = {
             "reference_dtype": command.dtype,
             "n_tokens": len(token_ids),
-            "layers": [_layer(number, *pair) for number, pair in enumerate(zip(found, reference, strict=True))],
+            "layers": [
+                {"layer": layer, "cosine": apart.cosine, "relative_error": apart.relative_error}
+                for layer, apart in enumerate(compared)
+            ],
         }
         (folder / FIDELITY).write_text(json.dumps(fidelity))
     on_progress(total_bytes, total_bytes)
@@ -70,26 +78,9 @@ def quantize(command: Quantize, on_progress: OnProgress) -> dict[str, Any]:
 
 
 def read_fidelity(folder: Path) -> dict[str, Any]:
-    """Returns what was measured when the folder was made."""
+    """Returns the fidelity that was measured when the folder was made."""
     try:
         fidelity: dict[str, Any] = json.loads((folder / FIDELITY).read_bytes())
     except (OSError, ValueError) as exc:
         raise LoadFailed(f"{folder / FIDELITY} can't be read; delete the folder and prepare the model again.") from exc
     return fidelity
-
-
-def _layer(number: int, found: Any, reference: Any) -> dict[str, float]:
-    apart = difference(found, reference)
-    return {"layer": number, "cosine": apart.cosine, "relative_error": apart.relative_error}
-
-
-def _name_whole_network(folder: Path, stored: Mapping[str, Any]) -> None:
-    """What was loaded, and therefore saved, is the network without its head; the files say which one they are of."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**stored_config(folder), "architectures": stored.get("architectures")}, indent=2))
-
-
-def _carry_over(source: Path, folder: Path) -> None:
-    for path in source.iterdir():
-        if path.suffix in _CARRIED and path.name not in _REWRITTEN and path.is_file():
-            shutil.copyfile(path, folder / path.name)

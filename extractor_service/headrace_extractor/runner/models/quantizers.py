@@ -1,14 +1,13 @@
-"""Quantizers: how weights become small, and how small weights are loaded.
+"""Quantizers: how weights are made small, and how small weights are loaded.
 
-bitsandbytes is built in: LLM.int8 and NF4. Anything else is a plug-in: a package that offers, in the entry-point group
+LLM.int8 and NF4 of bitsandbytes are built in. Other quantizers are plug-ins: a package offers, in the entry-point group
 `headrace.quantizers` under the name of the quantization, a class without arguments that is a `Quantizer`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from headrace_extractor.errors import ExtraMissing, FieldInvalid
-from headrace_extractor.runner.progress import OnProgress
+from headrace_extractor.runner.models.progress import OnProgress, bar_watched
 
 GROUP = "headrace.quantizers"
 NAMES = ("int8", "int4", "int2")
@@ -35,23 +34,32 @@ _OUTLIER_THRESHOLD = 6.0
 
 
 class Quantizer(Protocol):
-    """One way to quantize. All of it runs in a runner, torch at hand."""
+    """One way to quantize. All methods run in a runner, with torch imported."""
 
     def probe(self) -> None:
-        """Raises ExtraMissing, naming what to install, where this can't work."""
+        """Raises ExtraMissing, with the package to install, if this quantizer can't work on this node."""
 
     def quantize(self, source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
         """Writes the base model in `source_path` to a new folder: config.json and safetensors."""
 
     def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Loads what `quantize` wrote, by from_pretrained's `arguments`; returns the model and the loading info."""
+        """Loads a folder of `quantize`, with from_pretrained's `arguments`; returns the model and the loading info."""
 
 
 def quantizer_for(quantization: str) -> Quantizer:
     """Returns the quantizer of that name, ready to use. Raises FieldInvalid and ExtraMissing."""
     if quantization not in NAMES:
         raise FieldInvalid(f"{quantization!r} is no quantization; use none, {', '.join(NAMES)}.", field="quantization")
-    quantizer = _BUILT_IN[quantization]() if quantization in _BUILT_IN else _plugged_in(quantization)
+    if built_in := _BUILT_IN.get(quantization):
+        quantizer: Quantizer = built_in()
+    elif plugged_in := next(iter(entry_points(group=GROUP, name=quantization)), None):
+        quantizer = plugged_in.load()()
+    else:
+        raise ExtraMissing(
+            f"No quantizer for {quantization} is installed on this node: install a package that offers the entry point "
+            f"{quantization} of the group {GROUP}, or use int4 or int8, which are built in.",
+            metadata={"extra": f"{GROUP}:{quantization}"},
+        )
     quantizer.probe()
     return quantizer
 
@@ -60,7 +68,7 @@ class BitsAndBytes:
     """Base of the two built-in quantizers.
 
     Weights are quantized from the dtype they are stored in, on the CPU, so that the result depends neither on the
-    device of a load nor on its dtype. What stays unquantized (embeddings, norms) keeps its stored dtype in the files.
+    device of a load nor on its dtype. Unquantized weights (embeddings, norms) keep their stored dtype in the files.
     """
 
     def probe(self) -> None:
@@ -71,19 +79,21 @@ class BitsAndBytes:
                     f"Quantized models need the package {name}; install headrace[extractor] on this node.",
                     metadata={"extra": "extractor", "package": name},
                 )
-        # It says at every product that it computes in 16 bits.
+        # It warns at every product that it computes in 16 bits.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     def quantize(self, source_path: Path, target_path: Path, on_progress: OnProgress) -> None:
         """Loads onto the CPU, which quantizes, and saves."""
         config = AutoConfig.from_pretrained(source_path, local_files_only=True, trust_remote_code=False)
-        with _told(sum(path.stat().st_size for path in source_path.glob("*.safetensors")), on_progress):
+        n_bytes = sum(path.stat().st_size for path in source_path.glob("*.safetensors"))
+        # Bytes by the share of parameters loaded: which bytes of the files were read can't be seen from here.
+        with bar_watched(core_model_loading, lambda done, total: on_progress(n_bytes * done // total, n_bytes)):
             model = AutoModel.from_pretrained(
                 source_path,
                 config=config,
                 dtype="auto",
                 device_map={"": "cpu"},
-                quantization_config=self._config(),
+                quantization_config=self.config(),
                 local_files_only=True,
                 use_safetensors=True,
             )
@@ -98,22 +108,24 @@ class BitsAndBytes:
         config.quantization_config = saved
         model, report = AutoModel.from_pretrained(files_path, **arguments)
         for parameter in model.parameters():
-            if parameter.is_floating_point():  # transformers leaves what is not quantized in its stored dtype.
+            if parameter.is_floating_point():  # transformers leaves unquantized weights in their stored dtype.
                 parameter.data = parameter.data.to(arguments["dtype"])
         return model, report
 
-    def _config(self) -> BitsAndBytesConfig:
+    def config(self) -> BitsAndBytesConfig:
+        """Returns the settings that transformers quantizes by."""
         raise NotImplementedError
 
 
 class Int8(BitsAndBytes):
     """LLM.int8: a scale for each row of weights and of activations; outlying columns stay in 16 bits.
 
-    Which columns are outliers is decided over a whole forward pass, so a row of activations depends a little on what
-    else is in its batch; batches are a function of corpus and recipe, so sets stay reproducible.
+    Which columns are outliers is decided over a whole forward pass, so a row of activations depends a little on the
+    other rows of its batch. Batches are a function of corpus and recipe, so sets stay reproducible.
     """
 
-    def _config(self) -> BitsAndBytesConfig:
+    def config(self) -> BitsAndBytesConfig:
+        """Returns the settings of LLM.int8."""
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=_OUTLIER_THRESHOLD)
 
 
@@ -121,10 +133,10 @@ class Int4(BitsAndBytes):
     """NF4: sixteen levels spaced like a normal distribution, in blocks of 64 with doubly quantized scales."""
 
     def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """As for all; and has the product computed as on every other machine.
+        """Loads saved weights and makes every machine compute the same product.
 
-        Where the CPU has AVX-512 for bfloat16, bitsandbytes would pack the weights anew at the first forward pass and
-        round their scales to 8 bits, for a kernel that took twice as long as the plain product in a trial.
+        On a CPU with AVX-512 for bfloat16 bitsandbytes would pack the weights again at the first forward pass and round
+        their scales to 8 bits, for a kernel that took twice as long as the plain product in a trial.
         """
         model, report = super().load(files_path, arguments)
         for module in model.modules():
@@ -132,7 +144,8 @@ class Int4(BitsAndBytes):
                 module.support_avx512bf16_for_cpu = False
         return model, report
 
-    def _config(self) -> BitsAndBytesConfig:
+    def config(self) -> BitsAndBytesConfig:
+        """Returns the settings of NF4; `load` replaces the compute dtype."""
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -142,31 +155,3 @@ class Int4(BitsAndBytes):
 
 
 _BUILT_IN: dict[str, type[Int8 | Int4]] = {"int8": Int8, "int4": Int4}
-
-
-def _plugged_in(quantization: str) -> Quantizer:
-    for entry in entry_points(group=GROUP, name=quantization):
-        quantizer: Quantizer = entry.load()()
-        return quantizer
-    raise ExtraMissing(
-        f"No quantizer for {quantization} is installed on this node: install a package that offers the entry point "
-        f"{quantization} of the group {GROUP}, or use int4 or int8, which are built in.",
-        metadata={"extra": f"{GROUP}:{quantization}"},
-    )
-
-
-@contextmanager
-def _told(total_bytes: int, on_progress: OnProgress) -> Iterator[None]:
-    """Counts parameters as transformers loads them: it has no callback, but shows a bar, which this replaces."""
-    shown = core_model_loading.tqdm
-
-    def counted(parameters: Any, **_options: Any) -> Iterator[Any]:
-        for done, parameter in enumerate(parameters):
-            yield parameter
-            on_progress(total_bytes * (done + 1) // len(parameters), total_bytes)
-
-    core_model_loading.tqdm = counted
-    try:
-        yield
-    finally:
-        core_model_loading.tqdm = shown

@@ -1,4 +1,4 @@
-"""A fixed English text, by which models are compared with one another."""
+"""A fixed English text for comparing models: prose, figures, quotes and code-like words."""
 
 from __future__ import annotations
 

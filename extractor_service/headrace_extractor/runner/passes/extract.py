@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from headrace_extractor.corpora.documents import open_documents
 from headrace_extractor.corpora.packing import Cursor, Packer, TokenBatch
@@ -18,7 +17,7 @@ from headrace_extractor.corpora.recipe import PACKED, Recipe
 from headrace_extractor.errors import CorpusEmpty, DigestMismatch, FieldInvalid
 from headrace_extractor.node.runner_protocol import Blocked, Committed, Extract, Finished, Message
 from headrace_extractor.runner.gate import Gate
-from headrace_extractor.runner.hooks.binding import anatomy_of, resolve
+from headrace_extractor.runner.hooks.binding import anatomy_of, bind
 from headrace_extractor.runner.hooks.capture import Site
 from headrace_extractor.runner.models.loading import LoadedModel, out_of_memory_as_typed
 from headrace_extractor.runner.passes.forward import BatchRows, fetch_for, forward_rows
@@ -33,52 +32,60 @@ from headrace_log.writer import SetWriter
 
 Emit = Callable[[Message], None]
 
-# Often enough for smooth progress and prompt readers; every event wakes the server.
+# Smooth progress and prompt readers need no more, and every event wakes the server.
 _COMMITTED_PER_SECOND = 20
 
 
 def run_extraction(command: Extract, gate: Gate, loaded: LoadedModel, emit: Emit) -> None:
     """Carries out one `extract` command; emits `committed`, `blocked` and at last `finished`.
 
-    Whatever ends it, rows that were committed are sealed first. Raises ServiceError and LogError.
+    Committed rows are sealed first, also if an error ends the run. Raises ServiceError and LogError.
     """
     manifest = Manifest.load(Path(command.set_path))
     recipe = Recipe.from_json(manifest.identity["recipe"])
     written = command.columns or [column.name for column in manifest.columns]
     columns = [column for column in manifest.hookpoints if column.name in written]
-    sites = resolve(loaded.model, [column.name for column in columns])
+    sites = bind(loaded.model, [column.name for column in columns])
     _check_context(recipe, loaded)
+    anatomy = anatomy_of(loaded.model)
+    # No row depends on later tokens: then passes can end with the last row of a window.
+    looks_back_only = anatomy.causal and all(recipe.context_size <= limit for limit in anatomy.rotation_limits)
     with DocumentReader(Path(command.corpus_path)) as reader:
-        _check_corpus(reader.digest, manifest)
+        if reader.digest != manifest.identity.get("corpus_digest", reader.digest):
+            raise DigestMismatch(
+                "The corpus is not the one this set was begun with; start the extraction again: its rows will be "
+                "another set's."
+            )
         documents, special = open_documents(reader, loaded.files_path, recipe)
-        packer = Packer(documents, recipe, special)
         with SetWriter.open(Path(command.set_path), written, summarize) as writer:
-            job = _Job(
+            run = _Run(
                 command=command,
                 gate=gate,
                 writer=writer,
                 loaded=loaded,
                 columns=columns,
                 sites=sites,
-                packer=packer,
+                packer=Packer(documents, recipe, special),
                 emit=emit,
                 parity=_parity_check(loaded, command, manifest, columns, sites),
                 n_non_finite=writer.n_non_finite,
-                trims=recipe.window is not None and _looks_back_only(loaded.model, recipe.context_size),
+                trims=recipe.window is not None and looks_back_only,
             )
-            complete = manifest.total_rows == writer.next_row or job.run()
+            complete = manifest.total_rows == writer.next_row or run.to_the_end()
     emit(
         Finished(
             set_id=command.set_id,
             n_rows=writer.next_row,
             complete=complete,
-            n_non_finite=job.n_non_finite,
+            n_non_finite=run.n_non_finite,
         )
     )
 
 
 @dataclass(slots=True, kw_only=True)
-class _Job:
+class _Run:
+    """One run over a set: everything it needs, and its counts so far."""
+
     command: Extract
     gate: Gate
     writer: SetWriter
@@ -93,10 +100,19 @@ class _Job:
     n_non_finite: int = 0
     throttle: Throttle = field(default_factory=lambda: Throttle(_COMMITTED_PER_SECOND))
 
-    def run(self) -> bool:
-        """Writes rows to the end; returns whether the corpus is exhausted."""
+    def to_the_end(self) -> bool:
+        """Writes rows until the corpus ends, `max_rows` exist, or a stop; returns whether the corpus is exhausted."""
+        resume = dict(self.writer.resume or {})
+        done = resume.pop("skip_rows", 0)  # Rows of the first batch that exist already.
+        fetch = fetch_for(self.loaded.device, {column.name: TORCH_DTYPES[column.dtype] for column in self.columns})
+        advice = "Use a smaller batch_size or context_size."
         try:
-            exhausted = self._write_all()
+            with out_of_memory_as_typed(self.loaded.device, self.loaded.measured_bytes, advice):
+                for rows in fetch.rows(self._passes(Cursor.from_json(resume))):
+                    if not self._write_batch(rows, done):
+                        break
+                    done = 0
+            exhausted = not self._is_over()
         finally:
             self._tell_committed()
             self.writer.seal()
@@ -106,19 +122,8 @@ class _Job:
             self.writer.finish()
         return exhausted
 
-    def _write_all(self) -> bool:
-        start, skip_rows = _resume_point(self.writer.resume)
-        fetch = fetch_for(self.loaded.device, {column.name: TORCH_DTYPES[column.dtype] for column in self.columns})
-        with out_of_memory_as_typed(
-            self.loaded.device, self.loaded.measured_bytes, "Use a smaller batch_size or context_size."
-        ):
-            for rows in fetch.rows(self._passes(start)):
-                if not self._write_batch(rows, skip_rows):
-                    return False
-                skip_rows = 0
-        return not self._is_over()
-
     def _passes(self, start: Cursor) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
+        """Yields each batch with its activations; a pass begins when the next item is asked for."""
         for batch in self.packer.batches(start, stop=self._is_over):
             if self._is_over():
                 return
@@ -129,10 +134,14 @@ class _Job:
     def _write_batch(self, rows: BatchRows, done: int) -> bool:
         """Writes a batch's rows from `done` on; returns False if stopped or if `max_rows` exist."""
         source = RowSource(rows, self.columns, allow_non_finite=self.command.allow_non_finite)
-        wanted = self.command.max_rows - self.writer.next_row if self.command.max_rows else source.n_rows
-        self.parity.begin(rows.batch, done, done + wanted)
+        max_rows = self.command.max_rows or sys.maxsize
+        self.parity.begin(rows.batch, done, done + max_rows - self.writer.next_row)
         while done < source.n_rows:
-            n_rows = min(source.n_rows - done, self._room())
+            next_row = self.writer.next_row
+            n_rows = 0
+            if not self._is_over():
+                granted_rows = self.gate.rows_from(next_row, self._tell_blocked)
+                n_rows = min(source.n_rows - done, granted_rows, max_rows - next_row)
             if n_rows == 0:
                 self.parity.end()
                 return False
@@ -141,19 +150,17 @@ class _Job:
             self.n_non_finite += sum(non_finite.values())
             self.parity.stored(reservation, done)
             done += reservation.n_rows
-            self.writer.commit(reservation.n_rows, _resume_json(rows.batch, done, source.n_rows), non_finite)
+            # Where the next run begins: at the next batch, or in this batch again behind the rows done.
+            resume = (
+                {**rows.batch.next.to_json(), "skip_rows": 0}
+                if done == source.n_rows
+                else {**rows.batch.start.to_json(), "skip_rows": done}
+            )
+            self.writer.commit(reservation.n_rows, resume, non_finite)
         self.parity.end()
         if self.throttle.ready():
             self._tell_committed()
         return True
-
-    def _room(self) -> int:
-        """Rows that may be written now; waits for a grant. 0 when it is over."""
-        row = self.writer.next_row
-        if self._is_over():
-            return 0
-        granted = self.gate.rows_from(row, self._tell_blocked)
-        return min(granted, self.command.max_rows - row) if self.command.max_rows else granted
 
     def _is_over(self) -> bool:
         return self.gate.stopped or bool(self.command.max_rows and self.writer.next_row >= self.command.max_rows)
@@ -169,7 +176,8 @@ class _Job:
         )
 
     def _tell_blocked(self) -> None:
-        self.writer.settle()  # Rows go when their segment is sealed: if that has failed, nobody could ever grant more.
+        # Rows are released by whole sealed segments. After a sealing that failed no grant could ever come: fail now.
+        self.writer.settle()
         self._tell_committed()
         self.emit(Blocked(set_id=self.command.set_id, n_rows=self.writer.next_row))
 
@@ -177,7 +185,7 @@ class _Job:
 def _parity_check(
     loaded: LoadedModel, command: Extract, manifest: Manifest, columns: Sequence[ColumnSpec], sites: Sequence[Site]
 ) -> ParityCheck:
-    """Compares the columns that no earlier run has."""
+    """Returns the check of the columns that have no receipt from an earlier run."""
     new = [column for column in columns if column.name not in manifest.receipt]
     names = {column.name for column in new}
 
@@ -190,14 +198,9 @@ def _parity_check(
     return ParityCheck(loaded.model, new, [site for site in sites if site.name in names], save)
 
 
-def _looks_back_only(model: PreTrainedModel, context_size: int) -> bool:
-    """True when no row depends on tokens behind it, in sequences of this length."""
-    anatomy = anatomy_of(model)
-    return anatomy.causal and all(context_size <= limit for limit in anatomy.rotation_limits)
-
-
 def _check_context(recipe: Recipe, loaded: LoadedModel) -> None:
-    """Beyond its positions a model has no embedding, or rotates by angles that depend on what it saw before."""
+    """Raises FieldInvalid for sequences longer than the model can take, or than it can take without changing others."""
+    # Beyond its positions a model has no embedding, or rotates by angles that depend on the tokens it saw before.
     limit = loaded.n_positions
     if limit is not None and recipe.context_size > limit:
         raise FieldInvalid(
@@ -205,14 +208,10 @@ def _check_context(recipe: Recipe, loaded: LoadedModel) -> None:
             field="spec.recipe.context_size",
             metadata={"max_position_embeddings": str(limit)},
         )
-    _check_rotation(recipe, anatomy_of(loaded.model).rotation_limits)
-
-
-def _check_rotation(recipe: Recipe, limits: Sequence[int]) -> None:
-    """One document alone, or sequences that are each one text, are rotated as they would be by themselves."""
+    # A document by itself, and a sequence that is one text, are rotated as they would be alone.
     if recipe.packing != PACKED or recipe.attend_across_documents:
         return
-    limit = min(limits, default=recipe.context_size)
+    limit = min(anatomy_of(loaded.model).rotation_limits, default=recipe.context_size)
     if recipe.context_size > limit:
         raise FieldInvalid(
             f"context_size is {recipe.context_size}, and a document of more than {limit} tokens changes how this model "
@@ -220,27 +219,3 @@ def _check_rotation(recipe: Recipe, limits: Sequence[int]) -> None:
             field="spec.recipe.context_size",
             metadata={"original_max_position_embeddings": str(limit)},
         )
-
-
-def _check_corpus(digest: str, manifest: Manifest) -> None:
-    """Raises DigestMismatch for a corpus that is not the one whose rows the set holds."""
-    if digest != manifest.identity.get("corpus_digest", digest):
-        raise DigestMismatch(
-            "The corpus is not the one this set was begun with; start the extraction again: its rows will be another "
-            "set's."
-        )
-
-
-def _resume_point(resume: Mapping[str, Any] | None) -> tuple[Cursor, int]:
-    """Batch to start from, and how many of its rows are there already."""
-    if resume is None:
-        return Cursor(), 0
-    cursor = dict(resume)
-    skip_rows = cursor.pop("skip_rows")
-    return Cursor.from_json(cursor), skip_rows
-
-
-def _resume_json(batch: TokenBatch, done: int, n_rows: int) -> dict[str, int]:
-    if done == n_rows:
-        return {**batch.next.to_json(), "skip_rows": 0}
-    return {**batch.start.to_json(), "skip_rows": done}

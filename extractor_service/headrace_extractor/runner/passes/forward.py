@@ -2,12 +2,12 @@
 
 `position_ids` are passed and, for most models, no attention mask. transformers then takes a step other than +1 between
 neighbouring position ids of a sequence for the start of a document and masks attention across it, in every sequence of
-the batch on its own; where no sequence has such a step, attention is plain causal (`isolation.py` has the models that
-need more). The packer numbers positions anew in each piece of a document, or through the whole sequence when documents
-may attend to one another, so its `position_ids` decide.
+the batch on its own; if no sequence has such a step, attention is plain causal (`isolation.py` has the models that need
+more). The packer numbers positions anew in each piece of a document, or through the whole sequence when documents may
+attend to one another, so its `position_ids` decide.
 """
 
-# ruff: noqa: N803, N806 -- capital suffixes are shapes
+# ruff: noqa: N806 -- capital suffixes are shapes
 # B sequences · S tokens in a sequence · T = B*S tokens of a batch · R kept rows · D model width
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headrace_extractor.corpora.packing import TokenBatch
-from headrace_extractor.runner.hooks.binding import isolation
+from headrace_extractor.runner.hooks.binding import documents_isolated
 from headrace_extractor.runner.hooks.capture import Site, capture
 from headrace_extractor.runner.passes.quantized_rows import quantize_rows
 from headrace_log.layout import scale_column
 
-# One being filled by the device while the other is written to the log.
+# The device fills one while the other is written to the log.
 _STAGING_BUFFERS = 2
 
 
@@ -43,7 +43,7 @@ class Fetch(Protocol):
     """Brings activations to the host."""
 
     def rows(self, passes: Iterable[tuple[TokenBatch, dict[str, Tensor]]]) -> Iterator[BatchRows]:
-        """Yields what `passes` yields, in order; rows are valid until the next are asked for."""
+        """Yields the batches of `passes` in order, on the host; rows are valid until the next batch is asked for."""
 
 
 @torch.inference_mode()
@@ -51,14 +51,14 @@ def forward_rows(model: PreTrainedModel, batch: TokenBatch, sites: Sequence[Site
     """Runs the model over a batch as far as the deepest site; returns `[T, D]` a site, on the model's device."""
     token_ids_BS = torch.from_numpy(batch.token_ids).to(model.device, torch.int64)
     position_ids_BS = torch.from_numpy(batch.position_ids).to(model.device, torch.int64)
-    with capture(sites) as captured, isolation(model, position_ids_BS) as arguments:
+    with capture(sites) as captured, documents_isolated(model, position_ids_BS) as arguments:
         model(input_ids=token_ids_BS, use_cache=False, **arguments)
     n_tokens = token_ids_BS.numel()
     return {name: acts.reshape(n_tokens, -1) for name, acts in captured.items()}
 
 
 def fetch_for(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Fetch:
-    """Chooses how rows come to the host; `dtypes` are those of the log, by column."""
+    """Chooses how rows come to the host; `dtypes` are the log's, by column."""
     return StagedFetch(device, dtypes) if device.type == "cuda" else DirectFetch()
 
 
@@ -72,7 +72,7 @@ class DirectFetch:
 
 
 class StagedFetch:
-    """For CUDA: kept rows go through two pinned buffers on a stream of their own.
+    """For CUDA: copies kept rows into two pinned buffers, in turns, on a stream of its own.
 
     Rows of a batch are handed out once the next forward pass has been launched, so copying and writing one batch
     overlaps with the computation of the next.
@@ -98,43 +98,38 @@ class StagedFetch:
     def _start(
         self, batch: TokenBatch, acts: dict[str, Tensor], buffer: dict[str, Tensor]
     ) -> tuple[BatchRows, torch.cuda.Event]:
+        """Starts the copy of a batch into pinned memory; the event tells when it is over."""
         index = _kept(batch)
         on_device = None if index is None else index.to(self._device, non_blocking=True)
-        rows_RD: dict[str, Tensor] = {}
+        rows_RD: dict[str, Tensor] = {}  # In the log's dtype, with their scales if that has 8 bits.
         for name, acts_TD in acts.items():
-            rows_RD |= self._for_log(name, acts_TD, on_device)
+            kept_RD = acts_TD if on_device is None else acts_TD.index_select(0, on_device)
+            dtype = self._dtypes[name]
+            if dtype.itemsize > 1:
+                rows_RD[name] = kept_RD.to(dtype)
+            else:
+                rows_RD[name], rows_RD[scale_column(name)] = quantize_rows(kept_RD, dtype)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        on_host: dict[str, Tensor] = {}
         with torch.cuda.stream(self._stream):
-            on_host = {name: _copy_to(buffer, name, acts_RD) for name, acts_RD in rows_RD.items()}
+            for name, acts_RD in rows_RD.items():
+                n_rows = acts_RD.shape[0]
+                # Pinning memory is slow: the buffer of a column is kept, and grows to the largest batch.
+                if name not in buffer or buffer[name].shape[0] < n_rows:
+                    buffer[name] = torch.empty(acts_RD.shape, dtype=acts_RD.dtype, pin_memory=True)
+                on_host[name] = buffer[name][:n_rows].copy_(acts_RD, non_blocking=True)
+                acts_RD.record_stream(self._stream)  # Its memory must not be reused before the copy is over.
             event = self._stream.record_event()
-        for acts_RD in rows_RD.values():
-            acts_RD.record_stream(self._stream)  # Its memory must not be reused before the copy is over.
         return BatchRows(batch=batch, activations=on_host, index=None), event
-
-    def _for_log(self, name: str, acts_TD: Tensor, index: Tensor | None) -> dict[str, Tensor]:
-        """Kept rows in the log's dtype; with their scales, if it has 8 bits."""
-        kept_RD = acts_TD if index is None else acts_TD.index_select(0, index)
-        dtype = self._dtypes[name]
-        if dtype.itemsize > 1:
-            return {name: kept_RD.to(dtype)}
-        values_RD, scale_R1 = quantize_rows(kept_RD, dtype)
-        return {name: values_RD, scale_column(name): scale_R1}
 
 
 def _arrived(rows: BatchRows, event: torch.cuda.Event) -> BatchRows:
+    """Waits for the copy of a batch."""
     event.synchronize()
     return rows
 
 
-def _copy_to(buffer: dict[str, Tensor], name: str, acts_RD: Tensor) -> Tensor:
-    """Starts a copy into the pinned memory kept for this column, which grows to the largest batch."""
-    if name not in buffer or buffer[name].shape[0] < acts_RD.shape[0]:
-        buffer[name] = torch.empty(acts_RD.shape, dtype=acts_RD.dtype, pin_memory=True)
-    host_RD = buffer[name][: acts_RD.shape[0]]
-    return host_RD.copy_(acts_RD, non_blocking=True)
-
-
 def _kept(batch: TokenBatch) -> Tensor | None:
-    """Indices of the kept tokens; None if all are."""
+    """Returns the indices of the kept tokens; None if all tokens are kept."""
     keep_T = torch.from_numpy(batch.keep).flatten()
     return None if bool(keep_T.all()) else keep_T.nonzero().squeeze(1)

@@ -1,7 +1,7 @@
 """8-bit rows: each row is divided by a float32 scale of its own, so that its largest value uses the whole range.
 
-What is done to a row depends on that row alone. A row of zeros has scale 0. A row with a value that is not finite has
-scale NaN: no element of it can be read by mistake.
+A row is quantized by its own values alone. A row of zeros has scale 0. A row with a value that is not finite has scale
+NaN, so that none of its elements can be read by mistake.
 """
 
 # ruff: noqa: N803, N806 -- capital suffixes are shapes
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Largest value of each; -128 is not used, so that signs are symmetric.
+# Largest value of each dtype; -128 is not used, so that signs are symmetric.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
@@ -29,5 +29,5 @@ def quantize_rows(acts_RD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(values_RD: Tensor, scale_R1: Tensor) -> Tensor:
-    """Inverse of `quantize_rows`, in float32, but for what was rounded."""
+    """Returns `[R, D]` float32: the inverse of `quantize_rows`, up to rounding."""
     return values_RD.float() * scale_R1

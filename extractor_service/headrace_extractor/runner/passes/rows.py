@@ -27,7 +27,7 @@ TORCH_DTYPES = {
 
 
 class RowSource:
-    """The kept rows of one batch, ready to be copied in parts; `columns` are those of hookpoints."""
+    """The kept rows of one batch, ready to be copied in parts. `columns` are the hookpoints', without their scales."""
 
     def __init__(self, rows: BatchRows, columns: Sequence[ColumnSpec], *, allow_non_finite: bool) -> None:
         self._activations = rows.activations
@@ -42,77 +42,66 @@ class RowSource:
         }
         self.n_rows = len(self._provenance[TOKEN_ID.name])
         for column in columns:
-            _check_width(column, rows.activations[column.name])
+            width = rows.activations[column.name].shape[1]
+            if width != column.width:
+                raise FieldInvalid(
+                    f"Column {column.name} is {column.width} wide, the model gives {width} values; the set was made "
+                    "for another model, delete it."
+                )
 
     def copy_to(self, reservation: Reservation, first: int) -> dict[str, int]:
         """Fills the reservation with rows from `first` on; returns how many values are not finite, by column.
 
-        Columns without such a value are left out. Raises NonFinite for these unless they are allowed.
+        Columns without such a value are left out. Raises NonFinite for these values unless they are allowed.
         """
         end = first + reservation.n_rows
         for name, values in self._provenance.items():
             if name in reservation.columns:  # Not where columns are added to rows that exist.
                 np.frombuffer(reservation.columns[name], dtype=np.int32)[:] = values[first:end]
-        counts = {column.name: self._copy_column(column, reservation, first, end) for column in self._columns}
+        counts = {}
+        for column in self._columns:
+            memory = torch.frombuffer(reservation.columns[column.name], dtype=TORCH_DTYPES[column.dtype])
+            stored_RD = memory.view(reservation.n_rows, column.width)
+            acts_RD = self._activations[column.name]
+            if column.scale_column:
+                rows_RD = acts_RD[first:end] if self._index is None else acts_RD.index_select(0, self._index[first:end])
+                if rows_RD.dtype == stored_RD.dtype:  # Quantized on the device already.
+                    values_RD, scale_R1 = rows_RD, self._activations[column.scale_column][first:end]
+                else:
+                    values_RD, scale_R1 = quantize_rows(rows_RD, stored_RD.dtype)
+                stored_RD.copy_(values_RD)
+                scales = torch.frombuffer(reservation.columns[column.scale_column], dtype=torch.float32)
+                scales.copy_(scale_R1.flatten())
+                # One value that is not finite leaves no value of its row readable.
+                counts[column.name] = self._count_non_finite(column, scale_R1, first) * column.width
+                continue
+            if self._index is None:
+                stored_RD.copy_(acts_RD[first:end])
+            elif stored_RD.dtype == acts_RD.dtype:
+                torch.index_select(acts_RD, 0, self._index[first:end], out=stored_RD)
+            else:
+                stored_RD.copy_(acts_RD.index_select(0, self._index[first:end]))
+            counts[column.name] = self._count_non_finite(column, stored_RD, first)
         return {name: count for name, count in counts.items() if count}
 
-    def _copy_column(self, column: ColumnSpec, reservation: Reservation, first: int, end: int) -> int:
-        memory = reservation.columns[column.name]
-        stored_RD = torch.frombuffer(memory, dtype=TORCH_DTYPES[column.dtype]).view(end - first, column.width)
-        if column.scale_column:
-            return self._copy_quantized(column, stored_RD, reservation.columns[column.scale_column], first, end)
-        acts_RD = self._activations[column.name]
-        if self._index is None:
-            stored_RD.copy_(acts_RD[first:end])
-        elif stored_RD.dtype == acts_RD.dtype:
-            torch.index_select(acts_RD, 0, self._index[first:end], out=stored_RD)
-        else:
-            stored_RD.copy_(acts_RD.index_select(0, self._index[first:end]))
-        return self._count_non_finite(column, stored_RD, first)
-
-    def _copy_quantized(
-        self, column: ColumnSpec, stored_RD: Tensor, scale_memory: memoryview, first: int, end: int
-    ) -> int:
-        """Fills an 8-bit column and its scales; all values of a row count as not finite if one is."""
-        acts_RD = self._activations[column.name]
-        rows_RD = acts_RD[first:end] if self._index is None else acts_RD.index_select(0, self._index[first:end])
-        if rows_RD.dtype == stored_RD.dtype:  # Done on the device.
-            values_RD, scale_R1 = rows_RD, self._activations[str(column.scale_column)][first:end]
-        else:
-            values_RD, scale_R1 = quantize_rows(rows_RD, stored_RD.dtype)
-        stored_RD.copy_(values_RD)
-        torch.frombuffer(scale_memory, dtype=torch.float32).copy_(scale_R1.flatten())
-        return self._count_non_finite(column, scale_R1, first) * column.width
-
     def _count_non_finite(self, column: ColumnSpec, stored_RD: Tensor, first: int) -> int:
-        """Looks at what was stored: a value may be finite before the conversion and not after it.
-
-        Behind the first attention a NaN is in every row of its sequence: masked positions are multiplied by zero.
-        """
+        """Counts values that are NaN or infinite, after the conversion: a value may be finite before it only."""
         # NaN and infinity show in the extremes; comparing every value takes ten times as long.
         if all(bool(extreme.isfinite()) for extreme in torch.aminmax(stored_RD)):
             return 0
         finite_RD = torch.isfinite(stored_RD)
-        if not self._allow_non_finite:
-            raise self._non_finite(column, first + int((~finite_RD.all(1)).nonzero()[0]))
-        return int((~finite_RD).sum())
-
-    def _non_finite(self, column: ColumnSpec, row: int) -> NonFinite:
+        if self._allow_non_finite:
+            return int((~finite_RD).sum())
+        # Behind the first attention a NaN is in every row of its sequence, because masked positions are multiplied by
+        # zero: the position named here is the first of them, and may be another than its origin.
+        row = first + int((~finite_RD.all(1)).nonzero()[0])
         where: Mapping[str, str] = {
             "hookpoint": column.name,
             "document": str(self._provenance[DOCUMENT.name][row]),
             "position": str(self._provenance[POSITION.name][row]),
         }
-        return NonFinite(
+        raise NonFinite(
             f"{column.name} has NaN or infinite values at position {where['position']} of document {where['document']} "
             f"stored as {column.dtype}; try a storage or compute dtype of wider range, or allow_non_finite.",
             metadata=where,
-        )
-
-
-def _check_width(column: ColumnSpec, acts: Tensor) -> None:
-    if acts.shape[1] != column.width:
-        raise FieldInvalid(
-            f"Column {column.name} is {column.width} wide, the model gives {acts.shape[1]} values; the set was made "
-            "for another model, delete it."
         )

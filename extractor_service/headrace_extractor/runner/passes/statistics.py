@@ -12,14 +12,14 @@ from headrace_extractor.runner.passes.rows import TORCH_DTYPES
 from headrace_log.layout import ColumnSpec
 from headrace_log.statistics import ColumnStatistics
 
-# torch shares out operations on more (at::internal::GRAIN_SIZE) to OpenMP threads, which the forward pass has busy: it
-# then takes tens of times longer. A block of this many float64 also stays in a core's own cache.
+# torch divides operations on more elements (at::internal::GRAIN_SIZE) among OpenMP's threads, which are busy with the
+# forward pass: then they take tens of times longer. A block of this many float64 also stays in a core's own cache.
 _BLOCK_ELEMENTS = 32_000
 
 
 @torch.inference_mode()
 def summarize(column: ColumnSpec, rows: memoryview, scales: memoryview | None) -> ColumnStatistics:
-    """Goes over rows in memory once, block by block; see `headrace_log.statistics.Summarize`."""
+    """Sums up rows in memory in one pass, block by block; see `headrace_log.statistics.Summarize`."""
     stored_RD = torch.frombuffer(rows, dtype=TORCH_DTYPES[column.dtype]).view(-1, column.width)
     scales_R1 = torch.frombuffer(scales, dtype=torch.float32).view(-1, 1) if scales is not None else None
     at_once = max(1, _BLOCK_ELEMENTS // column.width)
@@ -44,7 +44,7 @@ class _Total:
         self._squared_norm = torch.zeros((), dtype=torch.float64)
 
     def add(self, block_RD: Tensor) -> None:
-        """Takes rows in; what was in the block is lost."""
+        """Adds rows; overwrites the block, which saves a copy."""
         n_rows = len(block_RD)
         norms_R = torch.linalg.vector_norm(block_RD, dim=1)
         self._norm += norms_R.sum()
@@ -57,7 +57,7 @@ class _Total:
         self._count = total
 
     def statistics(self) -> ColumnStatistics:
-        """What all blocks come to."""
+        """Returns the statistics of all blocks together."""
         return ColumnStatistics(
             count=self._count,
             mean=self._mean_D.numpy(),
