@@ -86,7 +86,7 @@ def load(path, **options):
 
 
 def documents(n, *, seed=0, longest=60):
-    """Random documents of token ids that are not special."""
+    """Returns random documents, without special tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, VOCAB_SIZE, rng.integers(1, longest)).astype(np.int32) for _ in range(n)]
 
@@ -157,7 +157,7 @@ def run_command(command, model, gate=None, on_event=lambda _: None):
 
 
 def read_rows(folder, n_rows):
-    """All rows of a set by column, as numpy arrays; bfloat16 as its bits."""
+    """Returns all rows of a set by column, as numpy arrays; bfloat16 as its bits."""
     manifest = Manifest.load(folder)
     rows = {}
     for column in manifest.columns:
@@ -174,7 +174,7 @@ def read_rows(folder, n_rows):
 
 
 def digests(folder):
-    """What `segments.jsonl` says about each segment."""
+    """Returns first row, row count and digests of each segment."""
     return [(record.first_row, record.n_rows, record.digests) for record in SegmentIndex.load(folder).records]
 
 
@@ -206,7 +206,7 @@ class RunnerInProcess:
         return event
 
     def until(self, *kinds, deadline_s=30.0):
-        """Reads events up to one of these kinds; a failure nobody asked for is one."""
+        """Reads events up to one of these kinds; any other `failed` event is an error."""
         end = time.monotonic() + deadline_s
         while True:
             event = self.next(max(0.0, end - time.monotonic()))

@@ -91,7 +91,7 @@ def zoo_config(name, **changes):
 
 
 def random_model(config, dtype=None, attention=None):
-    """A base model of ordinary size: the default initialisation is so small that attention hardly matters."""
+    """Returns a base model with weights of ordinary size: default ones are so small that attention hardly matters."""
     import torch
     from transformers import AutoModel
 
@@ -109,12 +109,12 @@ def random_model(config, dtype=None, attention=None):
 
 @functools.cache
 def zoo_model(name):
-    """The model of a name, made once; nobody changes it."""
+    """Returns the model of a name, made once; no test may change it."""
     return random_model(zoo_config(name))
 
 
 def zoo_batch(pieces, *, batch=1):
-    """Token ids and position ids of documents packed into `batch` equal sequences, as the packer gives them."""
+    """Packs documents into `batch` equal sequences, with token ids and position ids as the packer makes them."""
     import numpy as np
 
     tokens = np.concatenate(pieces).astype(np.int32).reshape(batch, -1)

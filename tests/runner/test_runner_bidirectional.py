@@ -1,4 +1,4 @@
-"""Configs that make an encoder of a decoder: tokens see those behind them, and still no other document."""
+"""Configs that make an encoder of a decoder: tokens see later tokens of their document, and still no other document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from headrace_extractor.runner.passes.forward import forward_rows
 
 SITE = "blocks.2.hook_resid_post"
 PIECES = [np.arange(3, 20), np.arange(30, 52)[::-1].copy(), np.arange(60, 70)]
-# Layers that look only so far, which a mask of ours would not: no way is left to keep documents apart.
+# A mask that the runner passes would undo the layers' windows: no way is left to keep documents apart.
 WINDOWS = {"gemma2", "gemma3", "gpt_neo", "ministral", "mistral", "olmo3"}
 NOT_ISOLATED = {*WINDOWS, "falcon-alibi"}
 
@@ -44,7 +44,7 @@ def test_documents_of_a_decoder_that_is_no_longer_causal_stay_apart_or_are_refus
 
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
 def test_documents_of_a_gemma_that_looks_both_ways_stay_apart_or_are_refused(name):
-    """Gemma 1 and 2 make causal masks all the same, so that a row depends on whether its pass needs a mask."""
+    """Gemma 1 and 2 make causal masks in spite of their config: a row would depend on whether its pass needs one."""
     model = random_model(zoo_config(name, use_bidirectional_attention=True))
     if name == "gemma3":
         alone = torch.cat([rows(model, [piece]) for piece in PIECES])

@@ -1,4 +1,4 @@
-"""What goes wrong with a conversion; test_runner_smollm2.py converts a real file."""
+"""Failures of a conversion; test_runner_smollm2.py converts a real file."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ with new_folder(Path(sys.argv[1])) as folder:
 
 
 def die_while_making(target):
-    """As after a kill: nothing is cleared away."""
+    """Ends like a killed process: nothing is cleared away."""
     subprocess.run([sys.executable, "-c", LEAVE, str(target)], check=True, timeout=30)
 
 

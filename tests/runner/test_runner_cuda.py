@@ -1,4 +1,4 @@
-"""The same rows through pinned buffers and a side stream."""
+"""Rows are the same with and without pinned buffers and a side stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in the log against transformers' own hidden states."""
+"""Rows in the log, compared with transformers' own hidden states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reference(path):
 
 @torch.inference_mode()
 def hidden_states(path, token_ids):
-    """transformers' answer for one sequence, by the whole model: a list of [n, D] arrays."""
+    """Returns the hidden states of one sequence from the whole model: a list of [n, D] arrays."""
     out = reference(path)(input_ids=torch.tensor([token_ids]), output_hidden_states=True)
     return [state[0].numpy() for state in out.hidden_states]
 
@@ -71,11 +71,11 @@ def test_last_resid_post_is_what_the_final_norm_normalises(tiny_llama, extract):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_documents_do_not_see_one_another(tiny_model, extract, batch_size, attention):
-    corpus = documents(20, longest=30)  # several in a sequence; the longer pieces are continued in the next one
+    corpus = documents(20, longest=30)  # several documents in a sequence; longer ones go on in the next sequence
     model = load(tiny_model, load_options={"attn_implementation": attention})
     rows, _ = extract(model, corpus, RESID_POST[:-1], batch_size=batch_size)
 
-    # Pieces begin with a BOS each; every piece by itself must give the same rows.
+    # Each piece begins with a BOS, and must give the same rows by itself.
     starts = np.flatnonzero(rows["token_id"] == 1)
     assert len(starts) > len(corpus)
     for start, end in zip(starts, [*starts[1:], len(rows["token_id"])], strict=True):
@@ -156,7 +156,8 @@ def test_layers_behind_the_deepest_site_do_not_run(tiny_model, extract):
 
     def count(number):
         def on_call(_module, args):
-            calls[number] += len(args[0]) == 2  # Sequences; the receipt's documents go through all of it one by one.
+            # Two sequences: the receipt's documents go through the model one by one, and through all of it.
+            calls[number] += len(args[0]) == 2
 
         return on_call
 

@@ -1,4 +1,4 @@
-"""Memory of one forward pass is kept for the next, and given back at the end."""
+"""The memory of one forward pass is kept for the next, and given back at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 _BLOCK_BYTES, _N_BLOCKS = 24 * 2**20, 8
 _PAGE_BYTES = 4096
 
-# In a process of its own: what is set stays set.
+# In a process of its own: the thresholds stay set.
 _SCRIPT = f"""
 import json, resource
 from headrace_extractor.runner.freed_memory import freed_memory_kept
@@ -41,6 +41,6 @@ def test_freed_memory_stays_with_the_process_until_the_block_ends() -> None:
     found = subprocess.run([sys.executable, "-c", _SCRIPT], check=True, capture_output=True, text=True, timeout=60)
     faults_before, resident_before, faults_kept, resident_kept, resident_after = json.loads(found.stdout)
 
-    assert faults_kept < faults_before / 10  # Of pages that the system clears anew.
+    assert faults_kept < faults_before / 10  # Page faults: the system clears a page for each.
     assert resident_kept - resident_before > _N_BLOCKS * _BLOCK_BYTES / 2
     assert resident_after < resident_before + _BLOCK_BYTES

@@ -43,7 +43,7 @@ def test_any_module_that_has_a_row_for_each_token_can_be_named(tiny_llama):
 
 
 def test_a_module_whose_tensor_is_no_rows_is_refused():
-    model = zoo_model("gemma3")  # Its norm of queries sees [batch, heads, tokens, width].
+    model = zoo_model("gemma3")  # The model's norm of queries is given [batch, heads, tokens, width].
 
     with pytest.raises(ModelUnsupported, match="no row"):
         bind(model, ["layers.1.self_attn.q_norm:out"])

@@ -1,4 +1,4 @@
-"""LongRoPE rotates all tokens of a batch by the longest sequence in it: rows must not depend on their company."""
+"""LongRoPE rotates all tokens of a batch by its longest sequence: rows must not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace_extractor.node.runner_protocol import Extract
 from headrace_extractor.runner.passes import parity
 
 SITE = "blocks.1.hook_resid_post"
-LIMIT = 150  # More than the parity check takes of a document that nothing behind its beginning changes.
+LIMIT = 150  # More tokens than the parity check takes of a document whose beginning later tokens don't change.
 LENGTHS = (240, 30, 150, 151, 20, 400)
 
 
@@ -45,7 +45,7 @@ def run(model, corpus, folder):
 
 
 def alone(model, rows):
-    """What the model computes for each document by itself."""
+    """Computes the rows of each document by itself."""
     by_document = np.split(rows["token_id"], np.flatnonzero(np.diff(rows["document"])) + 1)
     with torch.inference_mode():
         ids = [torch.from_numpy(tokens.astype(np.int64))[None] for tokens in by_document]

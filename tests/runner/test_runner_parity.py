@@ -1,4 +1,4 @@
-"""The parity receipt shows what rows are worth, and a run whose rows are not the documents' own ends."""
+"""The parity receipt measures rows against plain transformers, and a run whose rows are wrong ends."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_every_recipe_has_its_receipt(tiny_model, make_set, make_corpus, recipe)
 
 
 def batch_of(*sequences):
-    """Sequences of documents' lengths."""
+    """A batch of sequences, each given by the lengths of its documents."""
     positions = np.array([np.concatenate([np.arange(n) for n in lengths]) for lengths in sequences], np.int32)
     return TokenBatch(
         token_ids=np.arange(positions.size, dtype=np.int32).reshape(positions.shape),
@@ -237,12 +237,13 @@ def fields_of(batch):
 @pytest.mark.parametrize(
     ("sequences", "most", "first", "n_tokens"),
     [
-        ([[20, 60], [30, 50]], 128, 110, 50),  # Behind another one, though one that begins a sequence is shorter.
+        # A document behind another is taken, though one at the start of a sequence is shorter.
+        ([[20, 60], [30, 50]], 128, 110, 50),
         ([[20, 4, 56], [30, 30, 20]], 128, 140, 20),
         ([[80], [80]], 128, 0, 80),
         ([[300]], 128, 0, 128),
         ([[300]], None, 0, 300),
-        ([[5, 3, 7, 5]], 128, 8, 7),  # All are short: the longest.
+        ([[5, 3, 7, 5]], 128, 8, 7),  # All documents are too short: the longest is taken.
     ],
 )
 def test_the_shortest_document_behind_another_is_chosen(sequences, most, first, n_tokens):

@@ -14,7 +14,7 @@ from headrace_extractor.runner.models.pickles import convert_pickled
 
 
 class Evil:
-    """Its pickle would make a file."""
+    """An object whose unpickling makes a file."""
 
     def __init__(self, path):
         self.path = path

@@ -37,7 +37,7 @@ def test_end_of_input_ends_the_process(start_runner):
 def test_sigterm_ends_the_process_at_once_and_sigint_does_not(start_runner):
     runner = start_runner()
     runner.send_raw(b"{}\n")
-    runner.next()  # It is up.
+    runner.next()  # The first event: its signal handlers are set.
     runner.signal(signal.SIGINT)
     runner.send_raw(b"{}\n")
     assert isinstance(runner.next(), Failed)

@@ -1,4 +1,4 @@
-"""Quantized weights: made once, loaded from then on, compared with what they were made from."""
+"""Quantized weights: made once, loaded from then on, and compared with the full weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quantize_to(target, source, quantization="int8", on_progress=lambda *_: None
 
 @pytest.fixture(scope="module")
 def quantized(tiny_llama, tmp_path_factory):
-    """A folder and its fidelity by quantization."""
+    """Folder and fidelity by quantization."""
     made = {}
     for quantization in QUANTIZATIONS:
         folder = tmp_path_factory.mktemp("quantized") / quantization
@@ -159,7 +159,7 @@ def test_unknown_quantization_is_refused():
 
 
 def test_plug_in_is_found_by_its_entry_point(tiny_llama, tmp_path, monkeypatch):
-    """A quantizer from elsewhere makes and loads the files; here one that stores them as int8 under another name."""
+    """A plug-in makes and loads the files; this one is the built-in int8 under another name."""
     entry = type("Entry", (), {"load": lambda _: quantizers.Int8})()
     monkeypatch.setattr(quantizers, "entry_points", lambda **wanted: [entry] if wanted["name"] == "int2" else [])
     fidelity = quantize_to(tmp_path / "q", tiny_llama, "int2")

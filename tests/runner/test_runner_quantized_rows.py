@@ -1,4 +1,4 @@
-"""8-bit columns: what they lose is bounded by their scale, and what they are does not depend on how they came to be."""
+"""8-bit columns: their loss is bounded by their scale, and their bits depend on neither batches nor device."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stored(folder, name):
 
 
 def rows(dtype=torch.float32):
-    """Ordinary rows, rows with an outlier, huge and tiny ones, and one of zeros."""
+    """Ordinary rows, rows with an outlier, huge rows, tiny rows, and a row of zeros."""
     torch.manual_seed(0)
     acts = torch.randn(300, 65) * torch.logspace(-30, 30, 300)[:, None]
     acts[::7, 3] *= 1000
@@ -160,7 +160,7 @@ def test_values_that_are_not_finite_are_found_and_counted(tiny_llama, make_set, 
 
 
 def stored_by(activations, index, batch, column, scale):
-    """What one batch of rows becomes in the log's memory."""
+    """Stores one batch of rows; returns the log's memory."""
     n_rows = len(batch.token_ids)
     memory = {c.name: bytearray(n_rows * c.row_bytes) for c in (column, scale)}
     source = RowSource(BatchRows(batch=batch, activations=activations, index=index), [column], allow_non_finite=False)

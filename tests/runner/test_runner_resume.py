@@ -1,4 +1,4 @@
-"""A run that was interrupted writes what an uninterrupted one writes."""
+"""An interrupted run writes the same rows as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_nothing_is_written_beyond_the_grant(tiny_llama, make_set, make_corpus):
     passes, blocked_at = [], []
 
     def count(_module, args):
-        if len(args[0]) == 2:  # Sequences; the documents of the receipt go through the model one by one.
+        if len(args[0]) == 2:  # Two sequences: the documents of the receipt go through the model one by one.
             passes.append(None)
 
     model.model.layers[0].register_forward_pre_hook(count)
@@ -144,7 +144,7 @@ def test_kill_in_mid_run_leaves_the_same_segments_after_a_restart(tiny_llama, ma
     second.send(command(whole, corpus))
     end = second.until(Finished)
     assert end.complete
-    assert end.n_rows > 30_000  # else the kill came too late to prove anything
+    assert end.n_rows > 30_000  # with fewer rows the kill would have come too late to prove anything
     second.send(command(killed, corpus))
     assert second.until(Finished) == end
     assert digests(killed) == digests(whole)

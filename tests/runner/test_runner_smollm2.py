@@ -1,4 +1,4 @@
-"""SmolLM2-135M from its GGUF file: conversion, and exactness on English text. Minutes."""
+"""SmolLM2-135M from its GGUF file: conversion, and exactness on English text. Takes minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner's statistics are numpy's over all rows that were stored."""
+"""The runner's statistics equal numpy's over all stored rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_statistics_of(found, values):
 @pytest.mark.parametrize(("n_rows", "width"), [(1, 1), (3, 7), (1000, 96), (3, 50_000), (333, 1024)])
 def test_statistics_of_memory_are_numpys(dtype, n_rows, width):
     torch.manual_seed(n_rows)
-    # One element in a hundred is as far from zero as those of real models are.
+    # One element in a hundred is as far from zero as the outliers of real models.
     rows = (torch.randn(n_rows, width) + 1000.0 * (torch.arange(width) % 100 == 3)).to(dtype)
     memory = memoryview(rows.view(torch.uint8).numpy().reshape(-1))
 

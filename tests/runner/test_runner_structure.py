@@ -1,4 +1,4 @@
-"""Decoders whose hookpoints are not in any table: what is found must be proven."""
+"""Decoders whose hookpoints are in no table: only proven hookpoints are offered."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PARALLEL = {"falcon", "falcon-new", "gpt_neox", "gptj", "phi"}
 
 
 def stranger(name, **changes):
-    """A model of the zoo whose type is not known, so that it is searched."""
+    """A model of the zoo with an unknown type, so that its structure is searched."""
     model = random_model(zoo_config(name, **changes))
     model.config.model_type = "abacus"
     return model
 
 
-# Scaled before it is added, or added inside a module: no module's output is what is added.
+# The output is scaled before it is added, or is added inside a module: no module gives the value that is added.
 NOT_FOUND = {"granite"}
 
 
@@ -55,8 +55,8 @@ def test_the_middle_of_a_serial_block_is_found(name):
     assert point.module == anatomy_of(zoo_model(name)).points["blocks.1.hook_resid_mid"].module
 
 
-# BLOOM's modules add the residual stream to what their projections give; of others' MLP the config does not tell the
-# width, or not every block has one.
+# BLOOM's modules add the residual stream to the output of their projections. In others the config does not tell the
+# width of the MLP, or not every block has one.
 NO_PROJECTION = {
     ("bloom", "attn.hook_z"),
     *((name, "mlp.hook_post") for name in ("bloom", "gpt2", "gptj", "qwen3_moe")),
@@ -111,7 +111,7 @@ class TallyConfig(PretrainedConfig):
 
 
 class TallyBlock(nn.Module):
-    """Mixes tokens by a causal mean: no attention, no position, and nothing called an MLP."""
+    """Mixes tokens by a causal mean: it has no attention, no positions, and no module named MLP."""
 
     def __init__(self, width):
         super().__init__()

@@ -1,6 +1,6 @@
 """Hookpoints against TransformerLens, which is installed with SAELens: same weights, same names, same numbers.
 
-HookedTransformer computes everything itself from converted weights; its bridge hooks transformers' own modules.
+HookedTransformer has code of its own for converted weights; its bridge hooks transformers' own modules.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ BRIDGED = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """The bridge wants one, and loads it again from its folder."""
+    """A tokenizer, which the bridge demands and loads again from its folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(97)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0").save_pretrained(

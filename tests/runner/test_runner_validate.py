@@ -1,4 +1,4 @@
-"""The test profile, in this process and in a runner of its own."""
+"""Validation of a model, in this process and in a runner of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = ["dry_load", "load", "forward", "finite", "parity"]
 
 
 def run(path, **fields):
-    """Returns the last word on each step, by name."""
+    """Returns the last event of each step, by name."""
     seen = []
     command = Validate(files_path=str(path), **({"device": "cpu", "dtype": "float32"} | fields))
     validated = validate(command, seen.append)

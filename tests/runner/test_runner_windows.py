@@ -1,4 +1,4 @@
-"""Windows leave rows out, and of a causal model the tokens behind them; what stays has the same values."""
+"""Windows leave out rows, and in a causal model the tokens behind them; the rows that stay have the same values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(model, corpus, folder):
 
 
 def compare(path, make_set, make_corpus, window, **recipe):
-    """Returns tokens through the model with the window and without it, once rows agree."""
+    """Checks that rows agree; returns the tokens through the model with the window and without it."""
     corpus, model = make_corpus(documents(20, seed=3)), load(path)
     whole, n_whole = run(model, corpus, make_set([SITE], **recipe))
     some, n_some = run(model, corpus, make_set([SITE], window=window, **recipe))

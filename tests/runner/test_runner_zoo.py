@@ -102,7 +102,7 @@ def test_embedding_and_last_norm_are_the_models_own(name):
 
 @contextlib.contextmanager
 def seen_by_attention():
-    """Queries, keys, values `[B, H, S, d]` and results as transformers hands them to its attention function."""
+    """Yields queries, keys, values `[B, H, S, d]` and results of each call of transformers' attention function."""
     seen, sdpa, eager = [], functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward
 
     def by_sdpa(query, key, value, *args, **kwargs):
@@ -128,7 +128,7 @@ BY_INTERFACE = tuple(name for name in DECODERS if name not in OWN_ATTENTION)
 
 @pytest.mark.parametrize("name", BY_INTERFACE)
 def test_heads_are_what_the_attention_function_sees(name):
-    """Values and results everywhere; queries and keys where they are not rotated: at position 0."""
+    """Compares values and results at all positions; queries and keys at position 0, where they are not rotated."""
     model = zoo_model(name)
     network = anatomy_of(model).catalogue.network
     with seen_by_attention() as seen:
@@ -226,7 +226,7 @@ def test_mlp_neurons_are_before_and_behind_the_activation(name):
 
 
 def _up(model, rows, layer):
-    """The linear half of a gated MLP, from what the middle of the block holds."""
+    """Computes the linear half of a gated MLP from the residual stream in the middle of the block."""
     block = anatomy_of(model).blocks[layer]
     middle = rows[f"blocks.{layer}.hook_resid_mid"]
     norms = ("pre_feedforward_layernorm", "post_attention_layernorm")
@@ -260,7 +260,7 @@ def test_every_sequence_of_a_batch_is_isolated_on_its_own(name):
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in NOT_ISOLATED])
 def test_documents_in_one_sequence_see_one_another_when_they_may(name):
-    """What the test above compares would be far off without isolation."""
+    """The comparison in the test above would fail by far without isolation."""
     joined = np.concatenate(pieces())
     last = [f"blocks.{N_LAYERS - 1}.hook_resid_post"]
     together = rows_of(name, [joined], last)[last[0]]
@@ -289,7 +289,7 @@ def test_eager_attention_isolates_too(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_site_does_not_depend_on_which_others_are_taken(name):
-    """Also where the network goes on to change a tensor in place."""
+    """Also if the network changes the tensor in place later."""
     document, together = pieces()[1:2], alone(name)[1]
 
     for site, rows in together.items():

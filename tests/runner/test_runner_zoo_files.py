@@ -1,4 +1,4 @@
-"""Every architecture from files, as a hub repository holds them: the model with its head, loaded without."""
+"""Every architecture from files as in a hub repository: saved with its head, loaded without."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_files_with_a_head_are_loaded_without(name, saved):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_config_file_tells_what_the_loaded_model_has(name, saved):
-    """ListHookpoints has no more to go by."""
+    """ListHookpoints knows nothing but the files."""
     path, _ = saved(name)
     by_file = Catalogue(Network.of_config(stored_config(path))).offered
     points = anatomy_of(load(path).model).points

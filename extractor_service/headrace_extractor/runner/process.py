@@ -193,7 +193,7 @@ class Runner:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Imports in the block run without the garbage collector, and what they made stays out of later collections.
+    """Pauses the garbage collector for imports, and keeps the imported objects out of later collections.
 
     torch and transformers make some 370,000 objects that live as long as the process. Collections find next to nothing
     among them, and take a sixth of the processor time until a model is loaded.

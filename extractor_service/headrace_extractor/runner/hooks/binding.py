@@ -1,4 +1,4 @@
-"""Binds hookpoints to the modules of a loaded model, and checks that the values are what the names say.
+"""Binds hookpoints to the modules of a loaded model, and checks that the values fit the names.
 
 `hook_attn_out` and `hook_mlp_out` are the values added to the residual stream: `resid_pre + attn_out + mlp_out ==
 resid_post` in every block. `check_identity` tries it once after loading, so that a model which only looks like a known
@@ -28,7 +28,7 @@ from headrace_extractor.runner.hooks.structure import Found, search
 from headrace_extractor.runner.hooks.takes import function_of
 from headrace_models.config import Network
 
-# Two lengths, so that a dimension of another size by chance is not taken for that of tokens.
+# Two lengths: with one, a dimension could have that size by chance, and not because it counts tokens.
 _TRIAL_LENGTHS = (5, 7)
 _N_TOKENS = 3
 
@@ -94,7 +94,7 @@ def bind(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[Site, ...]:
     """Binds hookpoints and module paths to modules of the model; `wanted` are full names, without wildcards.
 
     Raises HookpointNotFound with the nearest names, or with the reason why a hookpoint can't be captured, and
-    ModelUnsupported for a module whose tensors are no rows.
+    ModelUnsupported for a module with tensors that are no rows.
     """
     anatomy = anatomy_of(model)
     sites = []
@@ -174,7 +174,7 @@ def check_identity(model: PreTrainedModel) -> None:
 
 
 def run_through(model: PreTrainedModel, sites: Sequence[Site], n_tokens: int) -> dict[str, Tensor]:
-    """Runs the first token ids through a model; returns what the sites captured."""
+    """Runs the first token ids through a model; returns the captured tensors by site."""
     token_ids = torch.arange(n_tokens, device=model.device)[None]
     with torch.inference_mode(), capture(sites) as captured:
         model(input_ids=token_ids, use_cache=False)

@@ -33,7 +33,7 @@ _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "ff", "moe", "experts", "fc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What was proven of a model: `places` are `<module path below a block>:in` or `:out` by site."""
+    """The proven structure of a model; `places` are `<module path below a block>:in` or `:out` by site."""
 
     path: str
     blocks: nn.ModuleList
@@ -85,7 +85,7 @@ class _Passed:
 
 
 def search(model: PreTrainedModel, network: Network) -> Found | str:
-    """Returns what can be proven of a model, or why not even its residual stream can be taken."""
+    """Returns the structure that can be proven, or the reason why not even the residual stream can be taken."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     candidates = [(name, module) for name, module in lists if network.n_layers and len(module) == network.n_layers]
     if not candidates:
@@ -108,7 +108,7 @@ def search(model: PreTrainedModel, network: Network) -> Found | str:
 def _prove(
     model: PreTrainedModel, network: Network, path: str, blocks: nn.ModuleList, passed: Sequence[_Passed]
 ) -> Found | str:
-    """Returns what holds for blocks that pass on a residual stream, or why they can't be used."""
+    """Returns the structure of blocks that pass on a residual stream, or the reason why they can't be used."""
     token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
     last = partial(_last, model, blocks, causal=True)
     plain = last(token_ids, None, BY_POSITIONS)
@@ -190,7 +190,7 @@ def _sublayers(passed: Sequence[_Passed]) -> dict[str, str]:
 
 
 def _projections(passed: Sequence[_Passed], network: Network) -> dict[str, str]:
-    """Finds the leaf module inside attention, and inside the MLP, whose output is that of the whole part."""
+    """Finds the leaf module that gives the output of the attention, and the leaf that gives the output of the MLP."""
     found = {}
     wanted = (("attn.hook_z", _ATTENTION, network.n_heads * network.d_head), ("mlp.hook_post", _MLP, network.d_mlp))
     for site, words, width in wanted:

@@ -199,7 +199,7 @@ def _parity_check(
 
 
 def _check_context(recipe: Recipe, loaded: LoadedModel) -> None:
-    """Raises FieldInvalid for sequences longer than the model can take, or than it can take without changing others."""
+    """Raises FieldInvalid for a context the model does not have, or in which documents change one another's rows."""
     # Beyond its positions a model has no embedding, or rotates by angles that depend on the tokens it saw before.
     limit = loaded.n_positions
     if limit is not None and recipe.context_size > limit:

@@ -239,7 +239,7 @@ def rows_alone(model: PreTrainedModel, token_ids_S: np.ndarray, sites: Sequence[
     if entry_of:
         output: Any = model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
         states = getattr(output, "hidden_states", None)
-        if states is not None and len(states) == n_layers + 1:  # Some models' code gives none, or others.
+        if states is not None and len(states) == n_layers + 1:  # Some models' code gives none, or another number.
             rows = {name: states[entry].flatten(0, 1) for name, entry in entry_of.items()}
     hooked = [site for site in sites if site.name not in rows]
     if hooked:
