@@ -27,6 +27,10 @@ class ModelInfo:
     gguf_path: str = ""
 
     def compute_dtype(self, device_id: str) -> str:
-        """Dtype of the forward pass: the load option, else float32 on a CPU and bfloat16 on a GPU."""
-        default = "float32" if device_id == "cpu" else "bfloat16"
-        return str(self.load_options.get("dtype", default))
+        """Dtype of the model's forward passes on a device."""
+        return compute_dtype(self.load_options, device_id)
+
+
+def compute_dtype(load_options: Mapping[str, Any], device_id: str) -> str:
+    """Dtype of forward passes: the load option, else float32 on a CPU and bfloat16 on a GPU."""
+    return str(load_options.get("dtype", "float32" if device_id == "cpu" else "bfloat16"))

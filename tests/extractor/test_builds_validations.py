@@ -16,7 +16,7 @@ from headrace_extractor.node.builds import Builds, command_of
 from headrace_extractor.node.runner_process import RunnerProcess
 from headrace_extractor.node.runner_protocol import Converted, Converting, Quantize
 from headrace_extractor.node.validations import Validations
-from headrace_extractor.node.values import Build, Device, Validation
+from headrace_extractor.node.values import Build, BuildKind, Device, Validation
 
 STEPS = ["dry_load", "load", "forward", "finite", "parity", "unload", "memory_back"]
 
@@ -81,10 +81,22 @@ def int8(path, **changes):
     return replace(model_info(path), quantization="int8", **changes)
 
 
+def convert(path):
+    return Build(kind=BuildKind.CONVERT_PICKLED, model=model_info(path), source_path="a", target_path="b")
+
+
+def quantize(model, source_path="a", target_path="b"):
+    return Build(kind=BuildKind.QUANTIZE, model=model, source_path=source_path, target_path=target_path)
+
+
+def trial(path, load_options=()):
+    return Validation(attempt_id="a", model=model_info(path), device_id="cpu", load_options=dict(load_options))
+
+
 async def test_quantizing_reports_progress_and_fidelity_and_leaves_no_runner(
     tiny_llama, tmp_path, listener, builds, runners
 ):
-    build = Build(model=int8(tiny_llama), source_path=str(tiny_llama), target_path=str(tmp_path / "q"))
+    build = quantize(int8(tiny_llama), source_path=str(tiny_llama), target_path=str(tmp_path / "q"))
     builds.follow([build])
     builds.follow([build])
     await until(lambda: listener.builds and (listener.builds[-1][1] or listener.builds[-1][3]))
@@ -121,7 +133,7 @@ async def test_build_that_says_nothing_for_long_is_not_taken_to_be_forgotten(tin
         return runner
 
     builds = Builds(listener, start, epoch=lambda: 1, environment={}, sign_of_life_s=0.01)
-    builds.follow([Build(model=model_info(tiny_llama), source_path="a", target_path="b")])
+    builds.follow([convert(tiny_llama)])
     await until(lambda: len(listener.builds) >= 3)
     runner.ending.set()
     await until(lambda: listener.builds[-1][1])
@@ -132,7 +144,7 @@ async def test_build_that_says_nothing_for_long_is_not_taken_to_be_forgotten(tin
 
 
 async def test_a_build_whose_runner_hangs_does_not_start_or_does_not_end_is_over_all_the_same(tiny_llama, listener):
-    build, runner = Build(model=model_info(tiny_llama), source_path="a", target_path="b"), Silent()
+    build, runner = convert(tiny_llama), Silent()
     runner.refusal = OSError(11, "no more processes")
 
     async def start(*, environment):
@@ -160,7 +172,7 @@ async def test_a_build_whose_runner_hangs_does_not_start_or_does_not_end_is_over
 
 
 async def test_failed_quantizing_says_why(tmp_path, listener, builds):
-    builds.follow([Build(model=int8(tmp_path), source_path=str(tmp_path), target_path=str(tmp_path / "q"))])
+    builds.follow([quantize(int8(tmp_path), source_path=str(tmp_path), target_path=str(tmp_path / "q"))])
     await until(lambda: listener.builds)
 
     assert listener.builds[-1][3].reason == "MODEL_UNSUPPORTED"
@@ -169,7 +181,7 @@ async def test_failed_quantizing_says_why(tmp_path, listener, builds):
 def test_build_compares_in_the_dtype_of_the_load_except_float16(tiny_llama):
     def dtype_of(**options):
         model = int8(tiny_llama, load_options={"max_memory": {"cpu": 1}, **options})
-        command = command_of(Build(model=model, source_path="a", target_path="b"))
+        command = command_of(quantize(model))
         assert isinstance(command, Quantize)
         assert "max_memory" not in command.load_options
         return command.dtype
@@ -181,11 +193,16 @@ def test_build_compares_in_the_dtype_of_the_load_except_float16(tiny_llama):
 
 def test_build_of_nothing_is_refused(tiny_llama):
     with pytest.raises(ModelUnsupported):
-        command_of(Build(model=model_info(tiny_llama), target_path="b"))
+        command_of(Build(kind=BuildKind.CONVERT_GGUF, model=model_info(tiny_llama), target_path="b"))
+
+
+def test_build_of_a_kind_that_is_not_known_is_refused(tiny_llama):
+    with pytest.raises(ModelUnsupported, match="update"):
+        command_of(Build(kind=None, model=int8(tiny_llama), source_path="a", target_path="b"))
 
 
 async def test_validation_reports_every_step_and_gives_everything_back(tiny_llama, listener, validations, runners):
-    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations and listener.validations[-1].done)
 
     last = listener.validations[-1]
@@ -197,8 +214,7 @@ async def test_validation_reports_every_step_and_gives_everything_back(tiny_llam
 
 
 async def test_failed_step_is_the_failure_of_the_attempt(tiny_llama, listener, validations):
-    model = replace(model_info(tiny_llama), load_options={"sliding_window": 8})
-    await validations.follow([Validation(attempt_id="a", model=model, device_id="cpu")])
+    await validations.follow([trial(tiny_llama, load_options={"sliding_window": 8})])
     await until(lambda: listener.validations and listener.validations[-1].done)
 
     last = listener.validations[-1]
@@ -207,7 +223,7 @@ async def test_failed_step_is_the_failure_of_the_attempt(tiny_llama, listener, v
 
 
 async def test_runner_that_dies_fails_the_attempt(tiny_llama, listener, validations, runners):
-    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations)
     psutil.Process(runners[1][0].pid).kill()
     await until(lambda: listener.validations[-1].done)
@@ -216,7 +232,7 @@ async def test_runner_that_dies_fails_the_attempt(tiny_llama, listener, validati
 
 
 async def test_validation_that_is_not_wanted_any_more_is_stopped(tiny_llama, listener, validations, runners):
-    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations)
     await validations.follow([])
 
@@ -225,7 +241,7 @@ async def test_validation_that_is_not_wanted_any_more_is_stopped(tiny_llama, lis
 
 
 async def test_finished_validation_is_not_repeated_while_it_is_listed(tiny_llama, listener, validations, runners):
-    wanted = [Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")]
+    wanted = [trial(tiny_llama)]
     await validations.follow(wanted)
     await until(lambda: listener.validations and listener.validations[-1].done)
     await validations.follow(wanted)
@@ -237,7 +253,7 @@ async def test_finished_validation_is_not_repeated_while_it_is_listed(tiny_llama
 @pytest.mark.parametrize("refusal", [StateConflict("over"), RegistryUnavailable("away")])
 async def test_registry_that_does_not_listen_ends_nothing(tiny_llama, listener, validations, runners, refusal):
     listener.refusal = refusal
-    await validations.follow([Validation(attempt_id="a", model=model_info(tiny_llama), device_id="cpu")])
+    await validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations and listener.validations[-1].done)
 
     assert [step.state for step in listener.validations[-1].steps] == ["PASSED"] * 7

@@ -9,7 +9,7 @@ import pytest
 
 from fix_hub import SHA
 from fix_registry import until, write_model
-from headrace_registry.models.builds import FilesDoomed
+from headrace_registry.models.builds import BuildKind, FilesDoomed
 from headrace_registry.models.files import Reading, inspect_folder
 from headrace_registry.postgres.models import folder_statements as store_queries
 from headrace_registry.postgres.models.models import ModelStore
@@ -131,7 +131,7 @@ async def test_a_model_is_not_ready_with_files_that_are_about_to_go(store, tmp_p
 
 async def test_a_build_whose_result_is_about_to_go_is_done_again(store, tmp_path):
     inspection = inspect_folder(await asyncio.to_thread(write_model, tmp_path / "m"), reading=Reading())
-    await store.preparations.assign_build("guest", ME, target_path=BASE)
+    await store.preparations.assign_build("guest", ME, kind=BuildKind.CONVERT_PICKLED, target_path=BASE)
     await store.conn.execute("UPDATE preparations SET done = true")
     await store.conn.execute("UPDATE store_folders SET doom_time = registry_now()")
     await store.conn.commit()

@@ -206,7 +206,7 @@ async def test_pickles_that_are_allowed_are_converted_by_a_node_and_removed(
     builds = []
 
     def build(wanted: node_service_pb2.Build) -> None:
-        builds.append((wanted.source_path, wanted.target_path, wanted.model.quantization))
+        builds.append((wanted.source_path, wanted.target_path, wanted.kind, wanted.model.quantization))
         write_model(Path(wanted.target_path))
 
     async with running_registry(
@@ -225,8 +225,12 @@ async def test_pickles_that_are_allowed_are_converted_by_a_node_and_removed(
         await node.stop()
 
     unpickled = f"{pickled}-unpickled"
-    assert builds[0] == (str(pickled), unpickled, model_pb2.QUANTIZATION_NONE)
-    assert builds[1:] == [] or builds[1:] == [(unpickled, f"{pickled}-int8", model_pb2.QUANTIZATION_INT8)]
+    assert builds[0] == (str(pickled), unpickled, node_service_pb2.BUILD_KIND_CONVERT_PICKLED, quantization)
+    assert builds[1:] == (
+        [(unpickled, f"{pickled}-int8", node_service_pb2.BUILD_KIND_QUANTIZE, quantization)]
+        if quantization == model_pb2.QUANTIZATION_INT8
+        else []
+    )
     assert ready.files_path == builds[-1][1]
     assert (ready.state, ready.commit_sha, ready.n_parameters) == (STATES.MODEL_STATE_READY, SHA, 336)
 

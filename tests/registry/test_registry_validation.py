@@ -18,6 +18,7 @@ from headrace.registry.v1 import residency_service_pb2 as residency_service
 READY, FAILED = model_pb2.MODEL_STATE_READY, model_pb2.MODEL_STATE_FAILED
 QUANTIZING = model_pb2.MODEL_STATE_QUANTIZING
 INT8 = model_pb2.QUANTIZATION_INT8
+CONVERT_GGUF, QUANTIZE = node_service_pb2.BUILD_KIND_CONVERT_GGUF, node_service_pb2.BUILD_KIND_QUANTIZE
 PASSED = model_pb2.VALIDATION_STEP_STATE_PASSED
 RUNNING = model_pb2.VALIDATION_STEP_STATE_RUNNING
 BROKEN = model_pb2.VALIDATION_STEP_STATE_FAILED
@@ -78,6 +79,7 @@ async def test_a_quantized_model_is_made_once_and_keeps_its_fidelity(registry, s
     [build] = builds
 
     assert QUANTIZING in states
+    assert build.kind == QUANTIZE
     assert build.source_path == str(folder)
     assert build.model.quantization == INT8
     assert model.files_path == build.target_path
@@ -126,7 +128,11 @@ async def test_models_of_one_gguf_file_share_the_unquantized_files(registry, sta
         await until_state(registry.stubs, model_id, READY)
     base = (await registry.stubs.models.GetModel(pb.GetModelRequest(model_id="m"))).model.files_path
 
-    assert [(b.model.id, b.source_path) for b in builds] == [("m", ""), ("m-int8", base), ("m-int4", base)]
+    assert [(b.model.id, b.kind, b.source_path) for b in builds] == [
+        ("m", CONVERT_GGUF, ""),
+        ("m-int8", QUANTIZE, base),
+        ("m-int4", QUANTIZE, base),
+    ]
 
 
 async def test_a_late_word_on_one_build_says_nothing_of_the_next(registry, start_node, tmp_path):
@@ -136,7 +142,7 @@ async def test_a_late_word_on_one_build_says_nothing_of_the_next(registry, start
 
     async def convert_only(message):
         await asyncio.to_thread(write_model, Path(message.target_path), tensors=SMALL)
-        if not message.source_path:
+        if message.kind == CONVERT_GGUF:
             await tell(node, message, done=True)
         builds.append(message)
 
@@ -163,7 +169,8 @@ async def test_an_unquantized_model_takes_the_files_a_quantized_one_was_made_fro
     await prepare(registry.stubs, model_pb2.Model(id="m", source=source))
     plain = await until_state(registry.stubs, "m", READY)
 
-    assert [b.source_path for b in builds] == ["", plain.files_path]
+    assert [(b.kind, b.source_path) for b in builds] == [(CONVERT_GGUF, ""), (QUANTIZE, plain.files_path)]
+    assert [b.model.quantization for b in builds] == [INT8, INT8]
     await registry.stubs.models.DeleteModel(pb.DeleteModelRequest(model_id="m-int8"), timeout=20)
     quantized_path = Path(builds[1].target_path)
     await until(lambda: not quantized_path.exists())
@@ -244,7 +251,8 @@ async def test_every_step_is_streamed_and_the_attempt_is_kept(registry, start_no
     request.load_options.update(options)
     trial = Trial(registry, node, load_options=request.load_options)
     told = await trial.told()
-    assert dict(told.model.load_options) == options
+    assert dict(told.load_options) == options
+    assert dict(told.model.load_options) == {}
     assert (told.device_id, told.model.files_path) == ("cpu", str(tmp_path / "m"))
     for n in range(1, 8):
         await trial.report(told.attempt_id, steps(n, RUNNING))

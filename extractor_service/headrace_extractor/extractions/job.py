@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace_chassis.errors import ServiceError
+from headrace_chassis.meters import Meter
 from headrace_extractor.errors import (
     CorpusEmpty,
     ExtractionCancelled,
@@ -34,7 +35,7 @@ from headrace_extractor.extractions.readers import FOR_GOOD, Reader, Readers, sh
 from headrace_extractor.extractions.services import Services
 from headrace_extractor.extractions.values import Extraction, ExtractionState
 from headrace_extractor.extractions.window import SEAL_POLL_S, Window
-from headrace_extractor.meters import RateMeter, Transfer
+from headrace_extractor.meters import Transfer
 from headrace_extractor.sets.activation_set import ActivationSet
 from headrace_extractor.sets.keeper import Reservation
 from headrace_log.order import Shard
@@ -77,7 +78,7 @@ class ExtractionJob:
         self._changed = asyncio.Event()
         self._readers = Readers()
         self._helpers: set[asyncio.Task[None]] = set()
-        self._rate = RateMeter()
+        self._rate = Meter()
         self._row_bytes = 0
         self._window: Window | None = None
         if of.is_window and of.exists:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from headrace_chassis.errors import ServiceError
+from headrace_chassis.meters import Meter
 from headrace_extractor.errors import Failure, LoadFailed, ModelUnsupported, reason_of
-from headrace_extractor.meters import Transfer, TransferMeter
+from headrace_extractor.meters import Transfer
 from headrace_extractor.node.ports import NodeRegistry, Runner, RunnerFactory
 from headrace_extractor.node.reporting import REPORT_INTERVAL_S, try_to_tell
 from headrace_extractor.node.runner_protocol import Convert, Converted, Converting, Message, Quantize, Quantized
-from headrace_extractor.node.values import Build
+from headrace_extractor.node.values import Build, BuildKind
 
 logger = logging.getLogger(__name__)
 
@@ -142,20 +143,26 @@ class _Progress:
     def __init__(self) -> None:
         self.transfer: Transfer | None = None
         self.moved = asyncio.Event()
-        self._meter = TransferMeter(time.monotonic())
+        self._meter = Meter()
+        self._meter.at(0, time.monotonic())
 
     def note(self, event: Converting) -> None:
         """Takes what a runner said."""
-        self.transfer = self._meter.at(event.done_bytes, event.total_bytes, time.monotonic())
+        rate = self._meter.at(event.done_bytes, time.monotonic())
+        self.transfer = Transfer(done_bytes=event.done_bytes, total_bytes=event.total_bytes, rate_bytes_per_s=rate)
         self.moved.set()
 
 
 def command_of(build: Build) -> Message:
-    """What a runner is told. Raises ModelUnsupported for a build that neither quantizes nor converts."""
+    """The runner's command for a build. Raises ModelUnsupported if its kind is unknown, or its model no GGUF file."""
     model = build.model
-    if build.source_path and model.quantization == "none":
+    if build.kind is BuildKind.CONVERT_GGUF:
+        if not model.gguf_path:
+            raise ModelUnsupported(f"Model {model.id} is no GGUF file and needs no conversion.")
+        return Convert(source_path=model.gguf_path, target_path=build.target_path)
+    if build.kind is BuildKind.CONVERT_PICKLED:
         return Convert(source_path=build.source_path, target_path=build.target_path)
-    if build.source_path:
+    if build.kind is BuildKind.QUANTIZE:
         dtype = model.compute_dtype("cpu")
         return Quantize(
             source_path=build.source_path,
@@ -164,9 +171,7 @@ def command_of(build: Build) -> Message:
             dtype=dtype if dtype in _COMPARED else _COMPARED[0],
             load_options=numeric_options(model.load_options),
         )
-    if not model.gguf_path:
-        raise ModelUnsupported(f"Model {model.id} is no GGUF file and needs no conversion.")
-    return Convert(source_path=model.gguf_path, target_path=build.target_path)
+    raise ModelUnsupported(f"Model {model.id} needs a build of a kind that this extractor does not know; update it.")
 
 
 def numeric_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headrace_chassis.errors import ServiceError
+from headrace_chassis.meters import Meter
 from headrace_extractor.errors import (
     EpochStale,
     Failure,
@@ -24,7 +25,7 @@ from headrace_extractor.errors import (
     WaitTimeout,
     reason_of,
 )
-from headrace_extractor.meters import TransferMeter
+from headrace_extractor.meters import Transfer
 from headrace_extractor.node.builds import Builds
 from headrace_extractor.node.ports import NodeRegistry, Runner, RunnerFactory
 from headrace_extractor.node.reclaim import BACK_DEADLINE_S, Endings, Level, Losses
@@ -222,17 +223,21 @@ class Node:
             quantization=assignment.model.quantization,
             load_options=dict(assignment.model.load_options),
         )
-        meter, reported = TransferMeter(time.monotonic()), 0.0
+        meter, reported = Meter(), 0.0
+        meter.at(0, time.monotonic())
         async for event in runner.run(command, ends=(Loaded,)):
             now = time.monotonic()
             if isinstance(event, Loading) and now - reported >= REPORT_INTERVAL_S:
                 reported = now
+                rate = meter.at(event.done_bytes, now)
                 await self._report(
                     ResidencyReport(
                         residency_id=assignment.residency_id,
                         fence=holding.assignment.fence,
                         state="LOADING",
-                        transfer=meter.at(event.done_bytes, event.total_bytes, now),
+                        transfer=Transfer(
+                            done_bytes=event.done_bytes, total_bytes=event.total_bytes, rate_bytes_per_s=rate
+                        ),
                     ),
                     attempts=1,
                 )

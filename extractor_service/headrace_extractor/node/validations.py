@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import Failure, LoadFailed, reason_of
+from headrace_extractor.models import compute_dtype
 from headrace_extractor.node.ports import NodeRegistry, Runner, RunnerFactory
 from headrace_extractor.node.reporting import try_to_tell
 from headrace_extractor.node.runner_protocol import Step, Validate, Validated
@@ -110,9 +111,9 @@ class Validations:
         command = Validate(
             files_path=model.files_path,
             device=validation.device_id,
-            dtype=model.compute_dtype(validation.device_id),
+            dtype=compute_dtype(validation.load_options, validation.device_id),
             quantization=model.quantization,
-            load_options=dict(model.load_options),
+            load_options=dict(validation.load_options),
         )
         async for event in runner.run(command, ends=(Validated,)):
             if isinstance(event, Step):

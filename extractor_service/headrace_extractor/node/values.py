@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 from headrace_extractor.errors import Failure
 from headrace_extractor.meters import Transfer
@@ -50,22 +52,32 @@ class Assignment:
     reserved_bytes: int = 0
 
 
+class BuildKind(StrEnum):
+    """What a build makes its files from."""
+
+    CONVERT_GGUF = "CONVERT_GGUF"  # From the model's GGUF file.
+    CONVERT_PICKLED = "CONVERT_PICKLED"  # From a folder of pickled weights.
+    QUANTIZE = "QUANTIZE"  # From a folder of unquantized weights.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
     """Model files this node shall make."""
 
+    kind: BuildKind | None  # None: a kind that this version does not know.
     model: ModelInfo
     target_path: str
-    source_path: str = ""  # unquantized files to quantize; empty for a conversion
+    source_path: str = ""  # Empty for CONVERT_GGUF.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """A model to try on a device of this node, with the options that `model` carries."""
+    """A model to try on a device of this node, with load options that may differ from the model's own."""
 
     attempt_id: str
     model: ModelInfo
     device_id: str
+    load_options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

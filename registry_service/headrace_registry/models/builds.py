@@ -1,41 +1,55 @@
-"""What files a node makes from others: quantized once from unquantized ones, safetensors from pickled ones."""
+"""Builds: model files that a node makes from other files, by converting or by quantizing them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 from headrace_registry.models.files import Inspection
-from headrace_registry.models.models import Failure, Fidelity, Model, Quantization
+from headrace_registry.models.models import Failure, Fidelity, Model, ModelState, Quantization, SourceKind
 
-_UNPICKLED = "-unpickled"
+
+class BuildKind(StrEnum):
+    """What a build makes its files from."""
+
+    CONVERT_GGUF = "CONVERT_GGUF"  # From the model's GGUF file.
+    CONVERT_PICKLED = "CONVERT_PICKLED"  # From a folder of pickled weights.
+    QUANTIZE = "QUANTIZE"  # From a folder of unquantized weights.
+
+    @property
+    def state(self) -> ModelState:
+        """State of a model while a node carries out the build."""
+        return ModelState.QUANTIZING if self is BuildKind.QUANTIZE else ModelState.CONVERTING
+
+
+def build_kind(model: Model) -> BuildKind:
+    """Kind of the build under way for a model: its state tells converting from quantizing, its source the rest."""
+    if model.state is ModelState.QUANTIZING:
+        return BuildKind.QUANTIZE
+    return BuildKind.CONVERT_GGUF if model.source.kind is SourceKind.GGUF else BuildKind.CONVERT_PICKLED
 
 
 def is_quantized(model: Model) -> bool:
-    """True if its weights are to be made from others."""
+    """True if the model's weights are quantized on the disk, from those of its source."""
     return model.quantization is not Quantization.NONE
 
 
 def quantized_folder(root: Path, model: Model, commit_sha: str) -> Path:
-    """Where the weights of one model, commit and quantization lie."""
+    """Folder for the quantized weights of one model and commit."""
     digest = commit_sha.removeprefix("sha256:")[:12]
     return root / f"{model.id}-{digest}-{model.quantization.lower()}"
 
 
 def unpickled_folder(pickled: Path) -> Path:
-    """Where the safetensors of a repo lie that has only pickled weights."""
-    return pickled.with_name(pickled.name + _UNPICKLED)
-
-
-def quantizes(target_path: str, source_path: str) -> bool:
-    """True if a build quantizes what is in its source; else it converts."""
-    return bool(source_path) and not target_path.endswith(_UNPICKLED)
+    """Folder for the safetensors made from a folder of pickled weights."""
+    return pickled.with_name(f"{pickled.name}-unpickled")
 
 
 def merged(base: Inspection, quantized: Inspection) -> Inspection:
-    """Architecture, parameters and tokenizer of the source, bytes of the quantized files.
+    """Returns the inspection of the unquantized files with the weight bytes of the quantized ones.
 
-    Packed tensors have neither the shape nor the number of the parameters they stand for.
+    The quantized files can't tell the parameters: packed tensors have neither their shape nor their number.
     """
     weights = replace(base.weights, weight_bytes=quantized.weights.weight_bytes)
     return replace(base, weights=weights)
@@ -46,12 +60,12 @@ class ClaimLost(Exception):
 
 
 class FilesDoomed(Exception):
-    """The files are about to be removed: they are to be made again."""
+    """The model's files are about to be removed, so the preparation has to make them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildState:
-    """A build as its worker sees it. `node_id` is empty while no node has it."""
+    """A build as the preparation's worker sees it. `node_id` is empty while no node has the build."""
 
     node_id: str
     target_path: str

@@ -115,7 +115,7 @@ UPDATE preparations
 SET done = done OR %(done)s, failure = COALESCE(%(failure)s, failure), fidelity = COALESCE(%(fidelity)s, fidelity),
     report_time = registry_now()
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND %(target_path)s IN ('', target_path)
-RETURNING model_id, target_path, source_path
+RETURNING model_id
 """
 
 # Nodes ---------------------------------------------------------------------------------------------------------------

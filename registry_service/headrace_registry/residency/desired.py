@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from headrace_registry.models.builds import BuildKind
 from headrace_registry.models.models import Model
 from headrace_registry.residency.residency import Residency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """Files a node shall make, quantized from the folder `source_path`; converted if the model is not quantized."""
+    """Files a node shall make in the folder `target_path`; `source_path` is empty for a GGUF file."""
 
+    kind: BuildKind
     model: Model
     target_path: str
     source_path: str = ""
@@ -19,11 +23,12 @@ class Build:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """A model a node shall try, with the options to try."""
+    """A model a node shall try, with load options that may differ from the model's own."""
 
     attempt_id: str
     model: Model
     device_id: str
+    load_options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,5 +42,5 @@ class DesiredState:
     def key(self) -> tuple[object, ...]:
         """Equal keys ask the same of the node."""
         held = tuple((residency.id, residency.fence, residency.state) for residency, _ in self.assignments)
-        builds = tuple((build.model.id, build.target_path, build.source_path) for build in self.builds)
+        builds = tuple((build.kind, build.model.id, build.target_path, build.source_path) for build in self.builds)
         return held, builds, tuple(validation.attempt_id for validation in self.validations)

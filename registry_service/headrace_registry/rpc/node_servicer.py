@@ -19,7 +19,7 @@ from headrace_registry.postgres.residency.residencies import ResidencyStore
 from headrace_registry.residency.desired import DesiredState
 from headrace_registry.residency.nodes import Announcement, Pulse
 from headrace_registry.residency.residency import ResidencyReport
-from headrace_registry.rpc.convert.models import fidelity_from_pb, model_to_pb
+from headrace_registry.rpc.convert.models import build_to_pb, fidelity_from_pb, model_to_pb
 from headrace_registry.rpc.convert.residencies import (
     device_from_pb,
     failure_from_pb,
@@ -27,7 +27,7 @@ from headrace_registry.rpc.convert.residencies import (
     residency_to_pb,
     transfer_from_pb,
 )
-from headrace_registry.rpc.convert.validations import validation_report_from_pb
+from headrace_registry.rpc.convert.validations import validation_report_from_pb, validation_to_pb
 from headrace_registry.wakeups import Wakeups
 
 # As the contract says; a node that missed a change is right again after it.
@@ -151,14 +151,8 @@ def _desired_to_pb(state: DesiredState) -> pb.WatchAssignmentsResponse:
             pb.Assignment(residency=residency_to_pb(residency), model=model_to_pb(model))
             for residency, model in state.assignments
         ],
-        builds=[
-            pb.Build(model=model_to_pb(build.model), target_path=build.target_path, source_path=build.source_path)
-            for build in state.builds
-        ],
-        validations=[
-            pb.Validation(attempt_id=each.attempt_id, model=model_to_pb(each.model), device_id=each.device_id)
-            for each in state.validations
-        ],
+        builds=[build_to_pb(build) for build in state.builds],
+        validations=[validation_to_pb(validation) for validation in state.validations],
     )
 
 

@@ -22,6 +22,7 @@ from headrace_registry.errors import DatabaseUnavailable, ModelUnsupported
 from headrace_registry.hub.events import Event, Job
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.builds import (
+    BuildKind,
     BuildState,
     ClaimLost,
     FilesDoomed,
@@ -194,7 +195,7 @@ class Preparer:
         """Has a node write safetensors from pickled weights, once."""
         target = unpickled_folder(pickled)
         if not await self._keep(model, target, await self._storekeeper.bytes_of(str(pickled))):
-            await self._build(model, target, pickled)
+            await self._build(model, BuildKind.CONVERT_PICKLED, target, pickled)
         return target
 
     async def _download(self, model: Model, job: Job) -> Event:
@@ -237,7 +238,7 @@ class Preparer:
             size_bytes = (await asyncio.to_thread(source.stat)).st_size
             # What is packed in less than half of float32 grows by more; the quota then holds from the next time on.
             if not await self._keep(model, target, _UNPACKED * size_bytes):
-                await self._build(model, target)
+                await self._build(model, BuildKind.CONVERT_GGUF, target)
         await self._finish(model, f"sha256:{digest}", target, await self._inspect(model, target, None))
 
     async def _base_of(self, model: Model, commit_sha: str) -> Path | None:
@@ -246,7 +247,7 @@ class Preparer:
         whole = bool(path) and await asyncio.to_thread(os.path.isfile, f"{path}/config.json")
         return Path(path) if whole else None
 
-    async def _build(self, model: Model, target: Path, source: Path | None = None) -> BuildState:
+    async def _build(self, model: Model, kind: BuildKind, target: Path, source: Path | None = None) -> BuildState:
         """Has a node convert, or quantize what is in `source`, or unpickle it.
 
         Waits for a node to come, gives the build to another when one is lost.
@@ -261,7 +262,7 @@ class Preparer:
                 raise ClaimLost
             if _needs_node(build, str(target)):
                 await self._store.assign_build(
-                    model.id, self.worker, target_path=str(target), source_path=str(source or "")
+                    model.id, self.worker, kind=kind, target_path=str(target), source_path=str(source or "")
                 )
             await self._wakeups.wait(seen)
 
@@ -298,7 +299,7 @@ class Preparer:
             folder = quantized_folder(self._storekeeper.folders.root, model, commit_sha)
             await self._progress(model, Transfer(), "files ready to quantize", commit_sha=commit_sha)
             await self._make_room(model, str(folder), inspection.weights.weight_bytes, make=False)
-            fidelity = (await self._build(model, folder, base)).fidelity
+            fidelity = (await self._build(model, BuildKind.QUANTIZE, folder, base)).fidelity
             inspection = merged(inspection, await self._inspect(model, folder, None))
         await self._store.finish(
             model.id,

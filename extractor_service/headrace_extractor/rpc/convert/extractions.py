@@ -21,6 +21,7 @@ from headrace_extractor.models import ModelInfo
 from headrace_extractor.node.values import (
     Assignment,
     Build,
+    BuildKind,
     DesiredState,
     Device,
     Lease,
@@ -74,6 +75,11 @@ _DEVICE_KINDS = {
     "cpu": residency_pb2.DEVICE_KIND_CPU,
     "cuda": residency_pb2.DEVICE_KIND_CUDA,
     "mps": residency_pb2.DEVICE_KIND_MPS,
+}
+_BUILD_KINDS: dict[int, BuildKind] = {
+    node_service_pb2.BUILD_KIND_CONVERT_GGUF: BuildKind.CONVERT_GGUF,
+    node_service_pb2.BUILD_KIND_CONVERT_PICKLED: BuildKind.CONVERT_PICKLED,
+    node_service_pb2.BUILD_KIND_QUANTIZE: BuildKind.QUANTIZE,
 }
 _HOLD = (
     residency_pb2.RESIDENCY_STATE_LOADING,
@@ -293,11 +299,21 @@ def desired_from_pb(message: node_service_pb2.WatchAssignmentsResponse) -> Desir
             for a in message.assignments
         ),
         builds=tuple(
-            Build(model=model_from_pb(b.model), target_path=b.target_path, source_path=b.source_path)
+            Build(
+                kind=_BUILD_KINDS.get(b.kind),
+                model=model_from_pb(b.model),
+                target_path=b.target_path,
+                source_path=b.source_path,
+            )
             for b in message.builds
         ),
         validations=tuple(
-            Validation(attempt_id=v.attempt_id, model=model_from_pb(v.model), device_id=v.device_id)
+            Validation(
+                attempt_id=v.attempt_id,
+                model=model_from_pb(v.model),
+                device_id=v.device_id,
+                load_options=_options(v.load_options),
+            )
             for v in message.validations
         ),
     )

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 from headrace_registry.errors import StateConflict
-from headrace_registry.models.builds import BuildState, ClaimLost, FilesDoomed, quantizes
+from headrace_registry.models.builds import BuildKind, BuildState, ClaimLost, FilesDoomed
 from headrace_registry.models.files import Inspection
 from headrace_registry.models.models import Failure, Fidelity, Model, ModelState, SourceKind, Transfer
 from headrace_registry.postgres import statements as queries
@@ -199,7 +199,9 @@ class PreparationStore:
 
         return await self._database.run(work)
 
-    async def assign_build(self, model_id: str, worker: str, *, target_path: str, source_path: str = "") -> str:
+    async def assign_build(
+        self, model_id: str, worker: str, *, kind: BuildKind, target_path: str, source_path: str = ""
+    ) -> str:
         """Gives the build to the living node with the fewest; returns its id, or nothing if none lives."""
 
         async def work(conn: Connection) -> str:
@@ -215,9 +217,8 @@ class PreparationStore:
                 "source_path": source_path,
             }
             await conn.execute(queries.BUILD_ASSIGN, parameters)
-            message = _at_work(node_id, target_path, source_path) if node_id else "waits for a node; start an extractor"
-            state = ModelState.QUANTIZING if quantizes(target_path, source_path) else ModelState.CONVERTING
-            await change_model(conn, model_id, message, {"state": state, "transfer": json_of(Transfer())})
+            message = _at_work(node_id, kind.state) if node_id else "waits for a node; start an extractor"
+            await change_model(conn, model_id, message, {"state": kind.state, "transfer": json_of(Transfer())})
             return node_id or ""
 
         assigned = await self._database.run(work)
@@ -241,7 +242,7 @@ class PreparationStore:
 
         async def work(conn: Connection) -> None:
             await hear(conn, node_id, epoch)
-            await conn.execute(queries.MODEL_LOCK, {"id": model_id})
+            model = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
             parameters = {
                 "model_id": model_id,
                 "node_id": node_id,
@@ -251,9 +252,9 @@ class PreparationStore:
                 "fidelity": json_of(fidelity),
             }
             row = await (await conn.execute(queries.BUILD_REPORT, parameters)).fetchone()
-            if row is not None and not done and failure is None:
+            if row is not None and model is not None and not done and failure is None:
                 columns = {"transfer": json_of(transfer or Transfer())}
-                await change_model(conn, model_id, _at_work(node_id, row["target_path"], row["source_path"]), columns)
+                await change_model(conn, model_id, _at_work(node_id, model["state"]), columns)
 
         await self._change(work)
 
@@ -280,8 +281,8 @@ class PreparationStore:
         return result
 
 
-def _at_work(node_id: str, target_path: str, source_path: str) -> str:
-    return f"node {node_id} {'quantizes' if quantizes(target_path, source_path) else 'converts'}"
+def _at_work(node_id: str, state: str) -> str:
+    return f"node {node_id} {'quantizes' if state == ModelState.QUANTIZING else 'converts'}"
 
 
 async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:

@@ -11,11 +11,9 @@ Locks are taken in the order node, device, residency.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from headrace_registry.errors import EpochStale
-from headrace_registry.models.builds import quantizes
-from headrace_registry.models.models import Quantization
+from headrace_registry.models.builds import build_kind
 from headrace_registry.paging import Page
 from headrace_registry.postgres import statements as queries
 from headrace_registry.postgres.models import validation_statements as validation_queries
@@ -201,15 +199,17 @@ async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Dev
 
 
 def _build_of(row: Row) -> Build:
-    model, target_path, source_path = model_of(row), row["target_path"], row["source_path"]
-    if not quantizes(target_path, source_path):
-        model = replace(model, quantization=Quantization.NONE)
-    return Build(model=model, target_path=target_path, source_path=source_path)
+    model = model_of(row)
+    return Build(kind=build_kind(model), model=model, target_path=row["target_path"], source_path=row["source_path"])
 
 
 def _validation_of(row: Row) -> Validation:
-    model = replace(model_of(row), load_options=row["attempt_options"])
-    return Validation(attempt_id=row["attempt_id"], model=model, device_id=row["attempt_device_id"])
+    return Validation(
+        attempt_id=row["attempt_id"],
+        model=model_of(row),
+        device_id=row["attempt_device_id"],
+        load_options=row["attempt_options"],
+    )
 
 
 def _check_epoch(node_id: str, epoch: int, current: int | None) -> None:

@@ -6,14 +6,16 @@ from typing import Any
 
 from google.protobuf import json_format, struct_pb2
 
-from headrace.registry.v1 import model_pb2, model_service_pb2
+from headrace.registry.v1 import model_pb2, model_service_pb2, node_service_pb2
 from headrace_models.errors import LoadOptionInvalid
 from headrace_models.load_options import checked_options
 from headrace_registry.errors import FieldInvalid
 from headrace_registry.inputs import checked_id, checked_labels
 from headrace_registry.models import models as m
+from headrace_registry.models.builds import BuildKind
 from headrace_registry.models.identifiers import checked_repo
 from headrace_registry.models.roots import ModelRoots
+from headrace_registry.residency.desired import Build
 from headrace_registry.rpc.convert.residencies import (
     clean_text,
     failure_to_pb,
@@ -28,6 +30,7 @@ _QUANTIZATIONS = {q: model_pb2.Quantization.Value(f"QUANTIZATION_{q}") for q in 
 _QUANTIZATION_FROM = {number: value for value, number in _QUANTIZATIONS.items()} | {
     model_pb2.QUANTIZATION_UNSPECIFIED: m.Quantization.NONE
 }
+_BUILD_KINDS = {kind: node_service_pb2.BuildKind.Value(f"BUILD_KIND_{kind}") for kind in BuildKind}
 
 
 def source_from_pb(message: model_pb2.ModelSource, roots: ModelRoots) -> m.Source:
@@ -102,6 +105,16 @@ def model_to_pb(model: m.Model) -> model_pb2.Model:
 def quantization_to_pb(quantization: m.Quantization) -> model_pb2.Quantization.ValueType:
     """Total."""
     return _QUANTIZATIONS[quantization]
+
+
+def build_to_pb(build: Build) -> node_service_pb2.Build:
+    """Total."""
+    return node_service_pb2.Build(
+        model=model_to_pb(build.model),
+        target_path=build.target_path,
+        source_path=build.source_path,
+        kind=_BUILD_KINDS[build.kind],
+    )
 
 
 def fidelity_to_pb(fidelity: m.Fidelity) -> model_pb2.Fidelity:

@@ -12,7 +12,8 @@ from headrace_registry.errors import FieldInvalid
 from headrace_registry.inputs import checked_id, checked_text
 from headrace_registry.models import validations as v
 from headrace_registry.models.validations import ValidationReport
-from headrace_registry.rpc.convert.models import quantization_to_pb
+from headrace_registry.residency.desired import Validation
+from headrace_registry.rpc.convert.models import model_to_pb, quantization_to_pb
 from headrace_registry.rpc.convert.residencies import clean_text, failure_from_pb, failure_to_pb, finite, time_to_pb
 
 _STATES = {state: model_pb2.ValidationStepState.Value(f"VALIDATION_STEP_STATE_{state}") for state in v.StepState}
@@ -27,6 +28,15 @@ def step_to_pb(step: v.Step) -> model_pb2.ValidationStep:
     return model_pb2.ValidationStep(
         name=step.name, state=_STATES[step.state], message=step.message, seconds=step.seconds, figures=step.figures
     )
+
+
+def validation_to_pb(validation: Validation) -> node_pb.Validation:
+    """Total."""
+    message = node_pb.Validation(
+        attempt_id=validation.attempt_id, model=model_to_pb(validation.model), device_id=validation.device_id
+    )
+    message.load_options.update(validation.load_options)
+    return message
 
 
 def attempt_to_pb(attempt: v.Attempt) -> model_pb2.ValidationAttempt:

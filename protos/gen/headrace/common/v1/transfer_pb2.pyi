@@ -34,7 +34,7 @@ class Transfer(_message.Message):
     percent: _builtins.float
     """0 to 100; 0 while the total is unknown."""
     rate_bytes_per_s: _builtins.float
-    """Bytes per second over the last few seconds; 0 while unknown."""
+    """Bytes per second, the mean of the last 5 s (of all readings while the work is younger); 0 while unknown."""
     eta_s: _builtins.float
     """Seconds left at that rate; negative while unknown."""
     def __init__(

@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from headrace.common.v1 import transfer_pb2 as headrace_dot_common_dot_v1_dot_transfer__pb2
 from headrace.registry.v1 import model_pb2 as headrace_dot_registry_dot_v1_dot_model__pb2
 from headrace.registry.v1 import residency_pb2 as headrace_dot_registry_dot_v1_dot_residency__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'headrace/registry/v1/node_service.proto\x12\x14headrace.registry.v1\x1a!headrace/common/v1/transfer.proto\x1a headrace/registry/v1/model.proto\x1a$headrace/registry/v1/residency.proto\"\xe2\x01\n\x13RegisterNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12-\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1c.headrace.registry.v1.Device\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\nboot_nonce\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x15\n\rruntime_bytes\x18\x07 \x01(\x03\x12\x11\n\tmax_loads\x18\x08 \x01(\x05\x12\x15\n\rmax_residents\x18\t \x01(\x05\"C\n\x14RegisterNodeResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\"\x93\x01\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12-\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1c.headrace.registry.v1.Device\x12\x19\n\x11memory_free_bytes\x18\x04 \x01(\x03\x12\x15\n\rruntime_bytes\x18\x05 \x01(\x03\"\x13\n\x11HeartbeatResponse\"9\n\x17WatchAssignmentsRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"l\n\nAssignment\x12\x32\n\tresidency\x18\x01 \x01(\x0b\x32\x1f.headrace.registry.v1.Residency\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"]\n\x05\x42uild\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x13\n\x0btarget_path\x18\x02 \x01(\t\x12\x13\n\x0bsource_path\x18\x03 \x01(\t\"_\n\nValidation\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x11\n\tdevice_id\x18\x03 \x01(\t\"\xb5\x01\n\x18WatchAssignmentsResponse\x12\x35\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32 .headrace.registry.v1.Assignment\x12+\n\x06\x62uilds\x18\x02 \x03(\x0b\x32\x1b.headrace.registry.v1.Build\x12\x35\n\x0bvalidations\x18\x03 \x03(\x0b\x32 .headrace.registry.v1.Validation\"\x9e\x02\n\x16ReportResidencyRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x14\n\x0cresidency_id\x18\x03 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\x03\x12\x33\n\x05state\x18\x05 \x01(\x0e\x32$.headrace.registry.v1.ResidencyState\x12.\n\x08transfer\x18\x06 \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12\x16\n\x0emeasured_bytes\x18\x07 \x01(\x03\x12.\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12\x12\n\nlost_bytes\x18\t \x01(\x03\"\x19\n\x17ReportResidencyResponse\"\xfb\x01\n\x12ReportBuildRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12.\n\x08transfer\x18\x05 \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12.\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12\x30\n\x08\x66idelity\x18\x07 \x01(\x0b\x32\x1e.headrace.registry.v1.Fidelity\x12\x13\n\x0btarget_path\x18\x08 \x01(\t\"\x15\n\x13ReportBuildResponse\"\xc0\x02\n\x17ReportValidationRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12\x33\n\x05steps\x18\x04 \x03(\x0b\x32$.headrace.registry.v1.ValidationStep\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\x12.\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12M\n\x08versions\x18\x07 \x03(\x0b\x32;.headrace.registry.v1.ReportValidationRequest.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1a\n\x18ReportValidationResponse2\x8e\x05\n\x0bNodeService\x12\x65\n\x0cRegisterNode\x12).headrace.registry.v1.RegisterNodeRequest\x1a*.headrace.registry.v1.RegisterNodeResponse\x12\\\n\tHeartbeat\x12&.headrace.registry.v1.HeartbeatRequest\x1a\'.headrace.registry.v1.HeartbeatResponse\x12s\n\x10WatchAssignments\x12-.headrace.registry.v1.WatchAssignmentsRequest\x1a..headrace.registry.v1.WatchAssignmentsResponse0\x01\x12n\n\x0fReportResidency\x12,.headrace.registry.v1.ReportResidencyRequest\x1a-.headrace.registry.v1.ReportResidencyResponse\x12\x62\n\x0bReportBuild\x12(.headrace.registry.v1.ReportBuildRequest\x1a).headrace.registry.v1.ReportBuildResponse\x12q\n\x10ReportValidation\x12-.headrace.registry.v1.ReportValidationRequest\x1a..headrace.registry.v1.ReportValidationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'headrace/registry/v1/node_service.proto\x12\x14headrace.registry.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a!headrace/common/v1/transfer.proto\x1a headrace/registry/v1/model.proto\x1a$headrace/registry/v1/residency.proto\"\xe2\x01\n\x13RegisterNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12-\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1c.headrace.registry.v1.Device\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\nboot_nonce\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x03\x12\x15\n\rruntime_bytes\x18\x07 \x01(\x03\x12\x11\n\tmax_loads\x18\x08 \x01(\x05\x12\x15\n\rmax_residents\x18\t \x01(\x05\"C\n\x14RegisterNodeResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\"\x93\x01\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12-\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1c.headrace.registry.v1.Device\x12\x19\n\x11memory_free_bytes\x18\x04 \x01(\x03\x12\x15\n\rruntime_bytes\x18\x05 \x01(\x03\"\x13\n\x11HeartbeatResponse\"9\n\x17WatchAssignmentsRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"l\n\nAssignment\x12\x32\n\tresidency\x18\x01 \x01(\x0b\x32\x1f.headrace.registry.v1.Residency\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\"\x8c\x01\n\x05\x42uild\x12*\n\x05model\x18\x01 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x13\n\x0btarget_path\x18\x02 \x01(\t\x12\x13\n\x0bsource_path\x18\x03 \x01(\t\x12-\n\x04kind\x18\x04 \x01(\x0e\x32\x1f.headrace.registry.v1.BuildKind\"\x8e\x01\n\nValidation\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12*\n\x05model\x18\x02 \x01(\x0b\x32\x1b.headrace.registry.v1.Model\x12\x11\n\tdevice_id\x18\x03 \x01(\t\x12-\n\x0cload_options\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xb5\x01\n\x18WatchAssignmentsResponse\x12\x35\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32 .headrace.registry.v1.Assignment\x12+\n\x06\x62uilds\x18\x02 \x03(\x0b\x32\x1b.headrace.registry.v1.Build\x12\x35\n\x0bvalidations\x18\x03 \x03(\x0b\x32 .headrace.registry.v1.Validation\"\x9e\x02\n\x16ReportResidencyRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x14\n\x0cresidency_id\x18\x03 \x01(\t\x12\r\n\x05\x66\x65nce\x18\x04 \x01(\x03\x12\x33\n\x05state\x18\x05 \x01(\x0e\x32$.headrace.registry.v1.ResidencyState\x12.\n\x08transfer\x18\x06 \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12\x16\n\x0emeasured_bytes\x18\x07 \x01(\x03\x12.\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12\x12\n\nlost_bytes\x18\t \x01(\x03\"\x19\n\x17ReportResidencyResponse\"\xfb\x01\n\x12ReportBuildRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\x12.\n\x08transfer\x18\x05 \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12.\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12\x30\n\x08\x66idelity\x18\x07 \x01(\x0b\x32\x1e.headrace.registry.v1.Fidelity\x12\x13\n\x0btarget_path\x18\x08 \x01(\t\"\x15\n\x13ReportBuildResponse\"\xc0\x02\n\x17ReportValidationRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nattempt_id\x18\x03 \x01(\t\x12\x33\n\x05steps\x18\x04 \x03(\x0b\x32$.headrace.registry.v1.ValidationStep\x12\x0c\n\x04\x64one\x18\x05 \x01(\x08\x12.\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x1d.headrace.registry.v1.Failure\x12M\n\x08versions\x18\x07 \x03(\x0b\x32;.headrace.registry.v1.ReportValidationRequest.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1a\n\x18ReportValidationResponse*}\n\tBuildKind\x12\x1a\n\x16\x42UILD_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42UILD_KIND_CONVERT_GGUF\x10\x01\x12\x1e\n\x1a\x42UILD_KIND_CONVERT_PICKLED\x10\x02\x12\x17\n\x13\x42UILD_KIND_QUANTIZE\x10\x03\x32\x8e\x05\n\x0bNodeService\x12\x65\n\x0cRegisterNode\x12).headrace.registry.v1.RegisterNodeRequest\x1a*.headrace.registry.v1.RegisterNodeResponse\x12\\\n\tHeartbeat\x12&.headrace.registry.v1.HeartbeatRequest\x1a\'.headrace.registry.v1.HeartbeatResponse\x12s\n\x10WatchAssignments\x12-.headrace.registry.v1.WatchAssignmentsRequest\x1a..headrace.registry.v1.WatchAssignmentsResponse0\x01\x12n\n\x0fReportResidency\x12,.headrace.registry.v1.ReportResidencyRequest\x1a-.headrace.registry.v1.ReportResidencyResponse\x12\x62\n\x0bReportBuild\x12(.headrace.registry.v1.ReportBuildRequest\x1a).headrace.registry.v1.ReportBuildResponse\x12q\n\x10ReportValidation\x12-.headrace.registry.v1.ReportValidationRequest\x1a..headrace.registry.v1.ReportValidationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,38 +37,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REPORTVALIDATIONREQUEST_VERSIONSENTRY']._loaded_options = None
   _globals['_REPORTVALIDATIONREQUEST_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_REGISTERNODEREQUEST']._serialized_start=173
-  _globals['_REGISTERNODEREQUEST']._serialized_end=399
-  _globals['_REGISTERNODERESPONSE']._serialized_start=401
-  _globals['_REGISTERNODERESPONSE']._serialized_end=468
-  _globals['_HEARTBEATREQUEST']._serialized_start=471
-  _globals['_HEARTBEATREQUEST']._serialized_end=618
-  _globals['_HEARTBEATRESPONSE']._serialized_start=620
-  _globals['_HEARTBEATRESPONSE']._serialized_end=639
-  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=641
-  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=698
-  _globals['_ASSIGNMENT']._serialized_start=700
-  _globals['_ASSIGNMENT']._serialized_end=808
-  _globals['_BUILD']._serialized_start=810
-  _globals['_BUILD']._serialized_end=903
-  _globals['_VALIDATION']._serialized_start=905
-  _globals['_VALIDATION']._serialized_end=1000
-  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_start=1003
-  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_end=1184
-  _globals['_REPORTRESIDENCYREQUEST']._serialized_start=1187
-  _globals['_REPORTRESIDENCYREQUEST']._serialized_end=1473
-  _globals['_REPORTRESIDENCYRESPONSE']._serialized_start=1475
-  _globals['_REPORTRESIDENCYRESPONSE']._serialized_end=1500
-  _globals['_REPORTBUILDREQUEST']._serialized_start=1503
-  _globals['_REPORTBUILDREQUEST']._serialized_end=1754
-  _globals['_REPORTBUILDRESPONSE']._serialized_start=1756
-  _globals['_REPORTBUILDRESPONSE']._serialized_end=1777
-  _globals['_REPORTVALIDATIONREQUEST']._serialized_start=1780
-  _globals['_REPORTVALIDATIONREQUEST']._serialized_end=2100
-  _globals['_REPORTVALIDATIONREQUEST_VERSIONSENTRY']._serialized_start=2053
-  _globals['_REPORTVALIDATIONREQUEST_VERSIONSENTRY']._serialized_end=2100
-  _globals['_REPORTVALIDATIONRESPONSE']._serialized_start=2102
-  _globals['_REPORTVALIDATIONRESPONSE']._serialized_end=2128
-  _globals['_NODESERVICE']._serialized_start=2131
-  _globals['_NODESERVICE']._serialized_end=2785
+  _globals['_BUILDKIND']._serialized_start=2256
+  _globals['_BUILDKIND']._serialized_end=2381
+  _globals['_REGISTERNODEREQUEST']._serialized_start=203
+  _globals['_REGISTERNODEREQUEST']._serialized_end=429
+  _globals['_REGISTERNODERESPONSE']._serialized_start=431
+  _globals['_REGISTERNODERESPONSE']._serialized_end=498
+  _globals['_HEARTBEATREQUEST']._serialized_start=501
+  _globals['_HEARTBEATREQUEST']._serialized_end=648
+  _globals['_HEARTBEATRESPONSE']._serialized_start=650
+  _globals['_HEARTBEATRESPONSE']._serialized_end=669
+  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=671
+  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=728
+  _globals['_ASSIGNMENT']._serialized_start=730
+  _globals['_ASSIGNMENT']._serialized_end=838
+  _globals['_BUILD']._serialized_start=841
+  _globals['_BUILD']._serialized_end=981
+  _globals['_VALIDATION']._serialized_start=984
+  _globals['_VALIDATION']._serialized_end=1126
+  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_start=1129
+  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_end=1310
+  _globals['_REPORTRESIDENCYREQUEST']._serialized_start=1313
+  _globals['_REPORTRESIDENCYREQUEST']._serialized_end=1599
+  _globals['_REPORTRESIDENCYRESPONSE']._serialized_start=1601
+  _globals['_REPORTRESIDENCYRESPONSE']._serialized_end=1626
+  _globals['_REPORTBUILDREQUEST']._serialized_start=1629
+  _globals['_REPORTBUILDREQUEST']._serialized_end=1880
+  _globals['_REPORTBUILDRESPONSE']._serialized_start=1882
+  _globals['_REPORTBUILDRESPONSE']._serialized_end=1903
+  _globals['_REPORTVALIDATIONREQUEST']._serialized_start=1906
+  _globals['_REPORTVALIDATIONREQUEST']._serialized_end=2226
+  _globals['_REPORTVALIDATIONREQUEST_VERSIONSENTRY']._serialized_start=2179
+  _globals['_REPORTVALIDATIONREQUEST_VERSIONSENTRY']._serialized_end=2226
+  _globals['_REPORTVALIDATIONRESPONSE']._serialized_start=2228
+  _globals['_REPORTVALIDATIONRESPONSE']._serialized_end=2254
+  _globals['_NODESERVICE']._serialized_start=2384
+  _globals['_NODESERVICE']._serialized_end=3038
 # @@protoc_insertion_point(module_scope)

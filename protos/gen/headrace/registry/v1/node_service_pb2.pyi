@@ -6,7 +6,9 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from headrace.common.v1 import transfer_pb2 as _transfer_pb2
 from headrace.registry.v1 import model_pb2 as _model_pb2
 from headrace.registry.v1 import residency_pb2 as _residency_pb2
@@ -20,6 +22,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BuildKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BuildKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BuildKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BUILD_KIND_UNSPECIFIED: _BuildKind.ValueType  # 0
+    """Never sent."""
+    BUILD_KIND_CONVERT_GGUF: _BuildKind.ValueType  # 1
+    """Safetensors from the GGUF file at `model.source.gguf.path`, as float32."""
+    BUILD_KIND_CONVERT_PICKLED: _BuildKind.ValueType  # 2
+    """Safetensors from the pickled weights in the folder `source_path`."""
+    BUILD_KIND_QUANTIZE: _BuildKind.ValueType  # 3
+    """Weights quantized as `model.quantization` says, from the safetensors in the folder `source_path`."""
+
+class BuildKind(_BuildKind, metaclass=_BuildKindEnumTypeWrapper):
+    """BuildKind says what a build makes its files from."""
+
+BUILD_KIND_UNSPECIFIED: BuildKind.ValueType  # 0
+"""Never sent."""
+BUILD_KIND_CONVERT_GGUF: BuildKind.ValueType  # 1
+"""Safetensors from the GGUF file at `model.source.gguf.path`, as float32."""
+BUILD_KIND_CONVERT_PICKLED: BuildKind.ValueType  # 2
+"""Safetensors from the pickled weights in the folder `source_path`."""
+BUILD_KIND_QUANTIZE: BuildKind.ValueType  # 3
+"""Weights quantized as `model.quantization` says, from the safetensors in the folder `source_path`."""
+Global___BuildKind: _TypeAlias = BuildKind  # noqa: Y015
 
 @_typing.final
 class RegisterNodeRequest(_message.Message):
@@ -227,15 +257,16 @@ class Build(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TARGET_PATH_FIELD_NUMBER: _builtins.int
     SOURCE_PATH_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     target_path: _builtins.str
     """Folder to make; made under another name and renamed when complete."""
     source_path: _builtins.str
-    """Folder with the unquantized, or the pickled, files; empty for a GGUF file."""
+    """Folder with the pickled or the unquantized files; empty for BUILD_KIND_CONVERT_GGUF."""
+    kind: Global___BuildKind.ValueType
+    """What to make them from. A node answers a kind that it does not know with MODEL_UNSUPPORTED."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
-        """The model. With a `quantization` the files under `source_path` are quantized into `target_path`; else the pickled
-        weights under `source_path`, or without one `source.gguf.path`, are converted into it.
-        """
+        """The model, as registered: a model with a `quantization` is converted first, in a build of its own."""
 
     def __init__(
         self,
@@ -243,10 +274,11 @@ class Build(_message.Message):
         model: _model_pb2.Model | None = ...,
         target_path: _builtins.str = ...,
         source_path: _builtins.str = ...,
+        kind: Global___BuildKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "source_path", b"source_path", "target_path", b"target_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "model", b"model", "source_path", b"source_path", "target_path", b"target_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,13 +293,18 @@ class Validation(_message.Message):
     ATTEMPT_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
+    LOAD_OPTIONS_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     """Attempt it belongs to."""
     device_id: _builtins.str
-    """Device to try them on."""
+    """Device to try it on."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
-        """The model, with the load options and the quantization to try."""
+        """The model, as registered."""
+
+    @_builtins.property
+    def load_options(self) -> _struct_pb2.Struct:
+        """Load options to try in place of `model.load_options`; complete, so that none means the defaults."""
 
     def __init__(
         self,
@@ -275,10 +312,11 @@ class Validation(_message.Message):
         attempt_id: _builtins.str = ...,
         model: _model_pb2.Model | None = ...,
         device_id: _builtins.str = ...,
+        load_options: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load_options", b"load_options", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "device_id", b"device_id", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "device_id", b"device_id", "load_options", b"load_options", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
