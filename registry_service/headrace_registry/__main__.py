@@ -38,7 +38,7 @@ from headrace_registry.models.folders import ModelFolders
 from headrace_registry.models.identifiers import checked_repo
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.postgres.models.estimates import EstimateStore
-from headrace_registry.postgres.models.folders import RoomStore
+from headrace_registry.postgres.models.folders import FolderStore
 from headrace_registry.postgres.models.models import ModelStore
 from headrace_registry.postgres.models.preparations import PreparationStore
 from headrace_registry.postgres.models.sets import SetStore
@@ -162,8 +162,8 @@ class Registry:
         roots = ModelRoots(settings.model_roots or (settings.data_dir,))
         hub = HubClient(settings.environment)
         folders = ModelFolders(settings.data_dir / "models")
-        room = RoomStore(database, wakeups, folders, quota_bytes=settings.models_quota_bytes)
-        self._storekeeper = Storekeeper(room, folders)
+        stored = FolderStore(database, wakeups, folders, quota_bytes=settings.models_quota_bytes)
+        self._storekeeper = Storekeeper(stored, folders)
         self._preparer = Preparer(
             store=self.preparations,
             wakeups=wakeups,

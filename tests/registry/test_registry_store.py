@@ -17,13 +17,13 @@ from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace_registry.errors import DiskFull
 from headrace_registry.inputs import unsafe_name
-from headrace_registry.models.eviction import StoredFolder, plan_room
+from headrace_registry.models.eviction import StoredFolder, plan_eviction
 from headrace_registry.models.folders import ModelFolders
 
 
 def plan(folders: list[StoredFolder], sizes: dict[str, int], total: int, **limits: int) -> list[str]:
     limits = {"quota_bytes": 100, "free_bytes": 1000, **limits}
-    return [each.path for each in plan_room(folders, sizes, target="new", total_bytes=total, **limits)]
+    return [each.path for each in plan_eviction(folders, sizes, target="new", total_bytes=total, **limits)]
 
 
 def test_nothing_goes_while_there_is_room():

@@ -1,6 +1,6 @@
-"""Which model files have to go so that others fit: a pure decision over what the store holds.
+"""Which model files are evicted so that others fit: a pure decision over the folders of the store.
 
-Least recently used first, what nobody can load before what somebody can; never what is in use.
+Folders that no model loads from go first, then the least recently used. A folder in use never goes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from headrace_registry.errors import DiskFull
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFolder:
-    """One folder of the store. `models` are those that load from it; `last_used` is in seconds of any one clock."""
+    """One folder of the store. `models` load from it; `last_used` is in seconds of any one clock."""
 
     path: str
     models: tuple[str, ...] = ()
@@ -22,7 +22,7 @@ class StoredFolder:
     last_used: float = 0.0
 
 
-def plan_room(
+def plan_eviction(
     folders: Sequence[StoredFolder],
     sizes: Mapping[str, int],
     *,
@@ -31,19 +31,21 @@ def plan_room(
     quota_bytes: int,
     free_bytes: int,
 ) -> list[StoredFolder]:
-    """Returns the folders to remove so that `target` may grow to `total_bytes`. Raises DiskFull if that is not enough.
+    """Returns the folders to remove so that `target` may grow to `total_bytes`. Raises DiskFull if they are too small.
 
-    `sizes` is what is on the disk, entries that no model knows included. What others have reserved and not yet written
-    counts as taken.
+    `sizes` are the bytes on the disk by path, also of folders that the registry does not know. Bytes that other folders
+    have reserved and not written yet count as taken.
     """
     others = [folder for folder in folders if folder.path != target]
     growth = max(0, total_bytes - sizes.get(target, 0))
     promised = sum(max(0, folder.reserved_bytes - sizes.get(folder.path, 0)) for folder in others)
     over_bytes = sum(sizes.values()) + promised + growth - quota_bytes
     lacking_bytes = promised + growth - free_bytes if growth else 0
+    # A complete folder evicts nothing, even while the store is over its quota.
     needed = max(over_bytes, lacking_bytes) if growth else 0
     victims, freed = [], 0
-    for folder in sorted((each for each in others if not each.in_use), key=_order):
+    idle = (folder for folder in others if not folder.in_use)
+    for folder in sorted(idle, key=lambda each: (bool(each.models), each.last_used, each.path)):
         if freed >= needed:
             break
         if sizes.get(folder.path, 0):
@@ -51,18 +53,11 @@ def plan_room(
             freed += sizes[folder.path]
     if freed >= needed:
         return victims
-    return _refuse(growth, growth - (needed - freed), over_quota=over_bytes >= lacking_bytes, quota_bytes=quota_bytes)
-
-
-def _order(folder: StoredFolder) -> tuple[bool, float, str]:
-    return bool(folder.models), folder.last_used, folder.path
-
-
-def _refuse(required_bytes: int, room_bytes: int, *, over_quota: bool, quota_bytes: int) -> list[StoredFolder]:
-    room_bytes = max(0, room_bytes)
+    space_bytes = max(0, growth - (needed - freed))
+    over_quota = over_bytes >= lacking_bytes
     limit = f"the quota of {quota_bytes} bytes (--models-quota-bytes)" if over_quota else "what is free on the disk"
     raise DiskFull(
-        f"the files need {required_bytes} more bytes, and {limit} leaves room for {room_bytes}; unload or delete "
+        f"the files need {growth} more bytes, and {limit} leaves room for {space_bytes}; unload or delete "
         "models that are not needed, or make more room",
-        metadata={"required_bytes": str(required_bytes), "free_bytes": str(room_bytes)},
+        metadata={"required_bytes": str(growth), "free_bytes": str(space_bytes)},
     )

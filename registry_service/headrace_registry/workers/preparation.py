@@ -1,7 +1,7 @@
-"""Prepares models: hub repos are fetched, folders read in place, GGUF files converted by a node; all are inspected.
+"""Prepares models: downloads their files or finds them on the disk, has nodes convert and quantize them, inspects them.
 
-A worker claims what it prepares and renews the claim; whatever is unclaimed, as after a kill, any worker takes over
-from the start. That is cheap: downloads resume, and a conversion that is complete is only read.
+A worker claims a preparation and renews the claim. A preparation without a claim, as after a kill, is taken over by any
+worker and starts again. That is cheap: downloads resume, and a complete conversion is only inspected.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from headrace_chassis.errors import ServiceError
+from headrace_chassis.meters import Meter
 from headrace_registry.errors import DatabaseUnavailable, ModelUnsupported
 from headrace_registry.hub.events import Event, Job
 from headrace_registry.models.allowances import Allowances
@@ -42,13 +44,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Preparations mostly wait for the network or for a node; reading disks is bounded separately.
+# Preparations mostly wait for the network or for a node; readers of disks have a limit of their own.
 _MAX_RUNNING = 16
 _MAX_READERS = 2
 _PROGRESS_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.1
-# A node that says nothing of a build for so long has forgotten it; it is given out again.
+# After so long without a report, a node has forgotten its build, and the build is assigned again.
 _BUILD_SILENT_S = 600.0
+# Tokens of preparations that fail stay; a hundred are more than one registry prepares at a time.
 _MAX_TOKENS = 100
 # A GGUF file becomes float32: at least twice as many bytes.
 _UNPACKED = 2
@@ -60,6 +63,17 @@ class Downloader(Protocol):
     def fetch(self, job: Job) -> AsyncGenerator[Event, None]:
         """Yields events up to `done`; raises the hub errors."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """A model's unquantized files in `folder`, or the files that a node has to convert into it."""
+
+    folder: Path
+    commit_sha: str = ""  # Empty for a registered folder: its inspection computes the digest.
+    conversion: BuildKind | None = None  # None: `folder` is complete.
+    pickled: Path | None = None  # Folder to convert from, and to remove once the model is READY.
+    converted_bytes: int = 0  # Space to reserve for the conversion.
 
 
 class Preparer:
@@ -88,10 +102,15 @@ class Preparer:
         self._clearing: set[asyncio.Task[None]] = set()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._readers = asyncio.Semaphore(_MAX_READERS)
+        # Hub tokens by model id, in memory alone: a secret is never stored. Neither a restart nor a takeover by another
+        # registry keeps them; a private repo then fails as HUB_GATED, until a call offers the token again.
         self._tokens: dict[str, str] = {}
 
     def offer_token(self, model_id: str, token: str) -> None:
-        """Keeps a hub token in memory for the preparation about to start; the oldest of too many is forgotten."""
+        """Keeps a hub token for the preparation about to start; an empty token forgets the one before.
+
+        The token is dropped after the download, and the oldest token of more than a hundred.
+        """
         self._tokens.pop(model_id, None)
         if token:
             self._tokens[model_id] = token
@@ -119,6 +138,7 @@ class Preparer:
                 log.warning("claims could not be given back; they run out by themselves")
 
     async def _round(self, group: asyncio.TaskGroup) -> None:
+        """Renews claims, cancels preparations that lost theirs, and starts as many as there is capacity for."""
         if self._running:
             mine = await self._store.renew(self.worker, running=list(self._running))
             for model_id, task in self._running.items():
@@ -128,24 +148,25 @@ class Preparer:
         for model in await self._store.claim(self.worker, running=list(self._running), limit=free) if free else ():
             task = group.create_task(self._prepare(model))
             self._running[model.id] = task
-            task.add_done_callback(partial(self._ended, model.id))
-
-    def _ended(self, model_id: str, _: asyncio.Task[None]) -> None:
-        self._running.pop(model_id, None)
+            # Not in the task's own `finally`: a task cancelled before its first step does not get there.
+            task.add_done_callback(partial(self._running.pop, model.id))
 
     async def _prepare(self, model: Model) -> None:
-        """Prepares one model; whatever goes wrong ends in its state, not here."""
-        prepare = {SourceKind.HUB: self._hub, SourceKind.FOLDER: self._folder, SourceKind.GGUF: self._gguf}
+        """Prepares one model. An error becomes the model's failure or a line in the log; it never leaves the task."""
         try:
             try:
                 self._allowances.check(model.source, model.load_options)
-                await prepare[model.source.kind](model)
+                await self._make_ready(model)
             except (ClaimLost, FilesDoomed, DatabaseUnavailable):
                 raise
             except ServiceError as exc:
                 await self._fail(model, self._reason_of(exc), exc.message)
             except OSError as exc:
-                await self._fail(model, *_os_failure(exc))
+                if exc.errno == errno.ENOSPC:
+                    await self._fail(model, "DISK_FULL", f"{exc.strerror}; free space and prepare again")
+                else:
+                    message = f"the files can't be read ({exc}); check the path and its rights"
+                    await self._fail(model, "MODEL_UNSUPPORTED", message)
             except Exception:
                 log.exception("preparation of %s failed", model.id)
                 await self._fail(model, "INTERNAL", "a bug in the registry; its log has the cause")
@@ -160,97 +181,139 @@ class Preparer:
         log.warning("preparation of %s failed: %s: %s", model.id, reason, message)
         await self._store.fail(model.id, self.worker, Failure(reason=reason, message=message))
 
-    async def _folder(self, model: Model) -> None:
-        folder = Path(self._roots.folder(model.source.location, field="model.source.folder.path"))
-        inspection = await self._inspect(model, folder, self._roots.check_inside)
-        await self._finish(model, inspection.digest, folder, inspection)
+    async def _make_ready(self, model: Model) -> None:
+        """Takes a model from its source to READY: download, convert, inspect, quantize."""
+        check_path = None
+        if model.source.kind is SourceKind.HUB:
+            files = await self._download(model)
+        elif model.source.kind is SourceKind.GGUF:
+            files = await self._find_gguf(model)
+        else:
+            files = _Files(folder=Path(self._roots.folder(model.source.location, field="model.source.folder.path")))
+            check_path = self._roots.check_inside
+        if files.conversion is not None:
+            await self._convert(model, files.conversion, files)
+        inspection = await self._inspect(model, files.folder, check_path)
+        commit_sha = files.commit_sha or inspection.digest
+        folder, fidelity = files.folder, None
+        if is_quantized(model):
+            folder = quantized_folder(self._storekeeper.folders.root, model, commit_sha)
+            await self._report_progress(model, Transfer(), "files ready to quantize", commit_sha=commit_sha)
+            await self._storekeeper.reserve_space(
+                model.id, self.worker, path=str(folder), total_bytes=inspection.weights.weight_bytes, make=False
+            )
+            build = await self._build(model, BuildKind.QUANTIZE, target=folder, source=files.folder)
+            fidelity = build.fidelity
+            inspection = merged(inspection, await self._inspect(model, folder))
+        await self._store.finish(
+            model.id,
+            self.worker,
+            commit_sha=commit_sha,
+            files_path=str(folder),
+            inspection=inspection,
+            store_bytes=await self._storekeeper.bytes_of(str(folder)),
+            base_path=str(files.folder) if folder != files.folder else "",
+            fidelity=fidelity,
+        )
+        log.info("model %s is ready in %s", model.id, folder)
+        if files.pickled is not None:
+            # A task of its own: the claim is over, and the next round cancels running tasks without a claim.
+            removal = self._storekeeper.remove_unused(str(files.pickled))
+            clearing = asyncio.create_task(removal, name=f"clear-{model.id}")
+            self._clearing.add(clearing)
+            clearing.add_done_callback(self._clearing.discard)
+            await asyncio.shield(clearing)
 
-    async def _hub(self, model: Model) -> None:
+    async def _download(self, model: Model) -> _Files:
+        """Fetches a hub repo into the store, unless another model brought the same commit.
+
+        The child process tells the size before it downloads, so that the space is reserved first.
+        """
         if model.commit_sha and (base := await self._base_of(model, model.commit_sha)):
             self._tokens.pop(model.id, None)
-            await self._finish(model, model.commit_sha, base, await self._inspect(model, base, None))
-            return
-        revision = model.commit_sha or model.source.revision
+            return _Files(folder=base, commit_sha=model.commit_sha)
         job = Job(
             repo_id=model.source.location,
-            revision=revision,
+            revision=model.commit_sha or model.source.revision,
             models_dir=str(self._storekeeper.folders.root),
             name=model.id,
             token=self._tokens.get(model.id, ""),
             allow_pickle=self._allowances.pickle(model.source),
             with_code=self._allowances.code(model.source),
         )
-        last = await self._download(model, job)
-        self._tokens.pop(model.id, None)
-        folder = await self._unpickled(model, Path(last.path)) if last.pickled else Path(last.path)
-        await self._finish(model, last.commit_sha, folder, await self._inspect(model, folder, None))
-        if last.pickled:
-            # The preparation is over, so that whoever looks after those at work may cancel this one now.
-            clearing = asyncio.create_task(self._storekeeper.give_up(last.path), name=f"clear-{model.id}")
-            self._clearing.add(clearing)
-            clearing.add_done_callback(self._clearing.discard)
-            await asyncio.shield(clearing)
-
-    async def _unpickled(self, model: Model, pickled: Path) -> Path:
-        """Has a node write safetensors from pickled weights, once."""
-        target = unpickled_folder(pickled)
-        if not await self._keep(model, target, await self._storekeeper.bytes_of(str(pickled))):
-            await self._build(model, BuildKind.CONVERT_PICKLED, target, pickled)
-        return target
-
-    async def _download(self, model: Model, job: Job) -> Event:
-        """Brings the files to disk, with room made for them; returns the last event."""
-        meter, last = _Meter(), Event(kind="")
+        progress, last = _Progress(), Event(kind="")
         async with aclosing(self._downloader.fetch(job)) as events:
             async for event in events:
                 last = event
                 if event.kind == "waiting":
-                    await self._progress(model, meter.latest, event.message)
+                    await self._report_progress(model, progress.transfer, event.message)
                     continue
-                transfer = meter.measure(event.done_bytes, event.total_bytes)
+                transfer = progress.note(event.done_bytes, event.total_bytes)
                 if event.kind == "resolved":
-                    await self._progress(model, transfer, "downloading", commit_sha=event.commit_sha)
-                    await self._make_room(model, event.path, event.total_bytes)
-                elif meter.due():
-                    await self._progress(model, transfer, "downloading")
-        return last
+                    await self._report_progress(model, transfer, "downloading", commit_sha=event.commit_sha)
+                    await self._storekeeper.reserve_space(
+                        model.id, self.worker, path=event.path, total_bytes=event.total_bytes
+                    )
+                elif progress.is_due():
+                    await self._report_progress(model, transfer, "downloading")
+        self._tokens.pop(model.id, None)
+        if not last.pickled:
+            return _Files(folder=Path(last.path), commit_sha=last.commit_sha)
+        return _Files(
+            folder=unpickled_folder(Path(last.path)),
+            commit_sha=last.commit_sha,
+            conversion=BuildKind.CONVERT_PICKLED,
+            pickled=Path(last.path),
+            converted_bytes=await self._storekeeper.bytes_of(last.path),
+        )
 
-    async def _make_room(self, model: Model, path: str, total_bytes: int, *, make: bool = True) -> None:
-        await self._storekeeper.make_room(model.id, self.worker, path=path, total_bytes=total_bytes, make=make)
-
-    async def _keep(self, model: Model, folder: Path, total_bytes: int) -> bool:
-        """Keeps a folder that is whole and returns True; else makes room for it. One that was to go is not there."""
-        config = folder / "config.json"
-        if await asyncio.to_thread(config.is_file):
-            total_bytes = await self._storekeeper.bytes_of(str(folder))
-        await self._make_room(model, str(folder), total_bytes, make=False)
-        return await asyncio.to_thread(config.is_file)
-
-    async def _gguf(self, model: Model) -> None:
+    async def _find_gguf(self, model: Model) -> _Files:
+        """Reads a GGUF file for its digest, which names the folder of its conversion."""
         source = Path(self._roots.file(model.source.location, field="model.source.gguf.path"))
-        digest = await self._read(model, "reading the file", lambda reading: _gguf_digest(source, reading))
-        target = self._storekeeper.folders.root / f"{model.id}-{digest[:12]}"
-        await self._progress(model, Transfer(), "file read", commit_sha=f"sha256:{digest}")
-        base = await self._base_of(model, f"sha256:{digest}")
-        if base is not None:
-            target = base
-        else:
-            size_bytes = (await asyncio.to_thread(source.stat)).st_size
-            # What is packed in less than half of float32 grows by more; the quota then holds from the next time on.
-            if not await self._keep(model, target, _UNPACKED * size_bytes):
-                await self._build(model, BuildKind.CONVERT_GGUF, target)
-        await self._finish(model, f"sha256:{digest}", target, await self._inspect(model, target, None))
+
+        def read(reading: Reading) -> str:
+            with source.open("rb") as file:
+                if file.read(4) != b"GGUF":
+                    raise ModelUnsupported(f"{source.name} is no GGUF file; give a file that starts with `GGUF`")
+            reading.total_bytes = source.stat().st_size
+            return file_digest(source, reading=reading)
+
+        digest = await self._read(model, "reading the file", read)
+        commit_sha = f"sha256:{digest}"
+        await self._report_progress(model, Transfer(), "file read", commit_sha=commit_sha)
+        if base := await self._base_of(model, commit_sha):
+            return _Files(folder=base, commit_sha=commit_sha)
+        return _Files(
+            folder=self._storekeeper.folders.root / f"{model.id}-{digest[:12]}",
+            commit_sha=commit_sha,
+            conversion=BuildKind.CONVERT_GGUF,
+            # Files of 4 or 8 bits grow by more than this factor. The quota is then exceeded until the next download.
+            converted_bytes=_UNPACKED * (await asyncio.to_thread(source.stat)).st_size,
+        )
 
     async def _base_of(self, model: Model, commit_sha: str) -> Path | None:
-        """Unquantized files of the same commit that are here already."""
+        """Finds unquantized files of the same commit that another model brought."""
         path = await self._store.take_base(model, self.worker, commit_sha=commit_sha)
         whole = bool(path) and await asyncio.to_thread(os.path.isfile, f"{path}/config.json")
         return Path(path) if whole else None
 
-    async def _build(self, model: Model, kind: BuildKind, target: Path, source: Path | None = None) -> BuildState:
-        """Has a node convert, or quantize what is in `source`, or unpickle it.
+    async def _convert(self, model: Model, kind: BuildKind, files: _Files) -> None:
+        """Has a node convert the files into `files.folder`, unless an earlier preparation completed that folder."""
+        config = files.folder / "config.json"
+        total_bytes = files.converted_bytes
+        if await asyncio.to_thread(config.is_file):
+            total_bytes = await self._storekeeper.bytes_of(str(files.folder))
+        await self._storekeeper.reserve_space(
+            model.id, self.worker, path=str(files.folder), total_bytes=total_bytes, make=False
+        )
+        # Looks again: a complete folder that was about to be removed is gone once its space is reserved anew.
+        if not await asyncio.to_thread(config.is_file):
+            await self._build(model, kind, target=files.folder, source=files.pickled)
 
-        Waits for a node to come, gives the build to another when one is lost.
+    async def _build(self, model: Model, kind: BuildKind, *, target: Path, source: Path | None) -> BuildState:
+        """Has a node make the files in `target`; returns the finished build.
+
+        Waits until a node is alive, and assigns the build to another node when its node is lost.
         """
         while True:
             seen = self._wakeups.generation
@@ -259,103 +322,61 @@ class Preparer:
                 return build
             if build.failure is not None:
                 await self._fail(model, build.failure.reason or "LOAD_FAILED", build.failure.message)
-                raise ClaimLost
-            if _needs_node(build, str(target)):
+                raise ClaimLost  # The failure ended the preparation, and the claim with it.
+            if not build.node_alive or build.target_path != str(target) or build.silent_s > _BUILD_SILENT_S:
                 await self._store.assign_build(
                     model.id, self.worker, kind=kind, target_path=str(target), source_path=str(source or "")
                 )
             await self._wakeups.wait(seen)
 
-    async def _inspect(self, model: Model, folder: Path, check: Callable[[Path], None] | None) -> Inspection:
+    async def _inspect(
+        self, model: Model, folder: Path, check_path: Callable[[Path], None] | None = None
+    ) -> Inspection:
         return await self._read(
-            model, "reading the files", lambda reading: inspect_folder(folder, reading=reading, check_path=check)
+            model, "reading the files", lambda reading: inspect_folder(folder, reading=reading, check_path=check_path)
         )
 
     async def _read(self, model: Model, message: str, read: Callable[[Reading], T]) -> T:
-        """Runs a reading function in a thread and reports how far it is; stops it when cancelled."""
-        reading, meter = Reading(), _Meter()
+        """Runs a reading function in a thread and reports its progress; stops it when cancelled."""
+        reading, progress = Reading(), _Progress()
         async with self._readers:
             thread = asyncio.create_task(asyncio.to_thread(read, reading))
             try:
                 while not thread.done():
                     await asyncio.wait({thread}, timeout=_LOOK_EVERY_S)
-                    transfer = meter.measure(reading.done_bytes, reading.total_bytes)
-                    if not thread.done() and meter.due():
-                        await self._progress(model, transfer, message)
+                    transfer = progress.note(reading.done_bytes, reading.total_bytes)
+                    if not thread.done() and progress.is_due():
+                        await self._report_progress(model, transfer, message)
             finally:
                 reading.stop.set()
                 await asyncio.wait({thread})  # It stops within one block of 4 MiB.
         try:
             return thread.result()
-        except Stopped:  # It was told to after its last block: cancelled meanwhile.
+        except Stopped:  # Only a cancelled preparation stops its reader.
             raise ClaimLost from None
 
-    async def _progress(self, model: Model, transfer: Transfer, message: str, commit_sha: str = "") -> None:
+    async def _report_progress(self, model: Model, transfer: Transfer, message: str, commit_sha: str = "") -> None:
         await self._store.progress(model.id, self.worker, message=message, transfer=transfer, commit_sha=commit_sha)
 
-    async def _finish(self, model: Model, commit_sha: str, base: Path, inspection: Inspection) -> None:
-        folder, fidelity = base, None
-        if is_quantized(model):
-            folder = quantized_folder(self._storekeeper.folders.root, model, commit_sha)
-            await self._progress(model, Transfer(), "files ready to quantize", commit_sha=commit_sha)
-            await self._make_room(model, str(folder), inspection.weights.weight_bytes, make=False)
-            fidelity = (await self._build(model, BuildKind.QUANTIZE, folder, base)).fidelity
-            inspection = merged(inspection, await self._inspect(model, folder, None))
-        await self._store.finish(
-            model.id,
-            self.worker,
-            commit_sha=commit_sha,
-            files_path=str(folder),
-            inspection=inspection,
-            store_bytes=await self._storekeeper.bytes_of(str(folder)),
-            base_path=str(base) if folder != base else "",
-            fidelity=fidelity,
-        )
-        log.info("model %s is ready in %s", model.id, folder)
 
-
-class _Meter:
-    """Rate over the last seconds, and when the next progress event is due."""
+class _Progress:
+    """How far one download or one reading is, and when its next event is due."""
 
     def __init__(self) -> None:
-        self.latest = Transfer()
-        self._points: list[tuple[float, int]] = []
+        self.transfer = Transfer()
+        self._meter = Meter()
         self._reported = time.monotonic()
 
-    def measure(self, done_bytes: int, total_bytes: int) -> Transfer:
-        """Takes one reading."""
-        now = time.monotonic()
-        self._points = [point for point in self._points if point[0] > now - 5.0][-100:]
-        self._points.append((now, done_bytes))
-        since, start = self._points[0]
-        rate = (done_bytes - start) / (now - since) if now > since else 0.0
-        self.latest = Transfer.of(done_bytes=done_bytes, total_bytes=total_bytes, rate_bytes_per_s=max(0.0, rate))
-        return self.latest
+    def note(self, done_bytes: int, total_bytes: int) -> Transfer:
+        """Takes one reading; returns it with rate and ETA."""
+        rate = self._meter.at(done_bytes, time.monotonic())
+        self.transfer = Transfer.of(done_bytes=done_bytes, total_bytes=total_bytes, rate_bytes_per_s=rate)
+        return self.transfer
 
-    def due(self) -> bool:
-        """True at most once a second."""
+    def is_due(self) -> bool:
+        """True at most once a second: an event is a row, and its watchers are people."""
         now = time.monotonic()
         if now - self._reported < _PROGRESS_EVERY_S:
             return False
         self._reported = now
         return True
-
-
-def _needs_node(build: BuildState, target_path: str) -> bool:
-    if not build.node_id or not build.node_alive or build.target_path != target_path:
-        return True
-    return build.silent_s > _BUILD_SILENT_S
-
-
-def _gguf_digest(path: Path, reading: Reading) -> str:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelUnsupported(f"{path.name} is no GGUF file; give a file that starts with `GGUF`")
-    reading.total_bytes = path.stat().st_size
-    return file_digest(path, reading=reading)
-
-
-def _os_failure(exc: OSError) -> tuple[str, str]:
-    if exc.errno == errno.ENOSPC:
-        return "DISK_FULL", f"{exc.strerror}; make room and prepare again"
-    return "MODEL_UNSUPPORTED", f"the files can't be read ({exc}); check the path and its rights"

@@ -1,4 +1,4 @@
-"""Keeps the model store within its quota: makes room before a download, removes what nothing refers to."""
+"""Keeps the model store within its quota: evicts files before others are written, removes folders out of use."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 from headrace_registry.errors import DatabaseUnavailable
 from headrace_registry.models.folders import ModelFolders, tree_bytes
-from headrace_registry.postgres.models.folders import RoomStore
+from headrace_registry.postgres.models.folders import FolderStore
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 2.0
+# Uses decide only which files go first, and ten seconds make no difference there.
 _NOTE_EVERY_TICKS = 5
-# A round that is late or fails leaves uses for the next; a start looks back over everything.
+# Much longer than ten seconds: a late or failed round leaves its uses to the next. A start looks back over everything.
 _LOOK_BACK_S = 600.0
 _FOR_EVER_S = 10.0 * 365 * 86400
 
@@ -22,24 +23,30 @@ _FOR_EVER_S = 10.0 * 365 * 86400
 class Storekeeper:
     """The worker of one registry process. `run` it beside the server."""
 
-    def __init__(self, store: RoomStore, folders: ModelFolders) -> None:
+    def __init__(self, store: FolderStore, folders: ModelFolders) -> None:
         self.folders = folders
         self._store = store
 
-    async def make_room(self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool = True) -> None:
-        """Reserves room for a folder, and makes it. Raises DiskFull if too little can be removed; ClaimLost."""
-        await self._remove()
-        lost = await self._store.make_room(model_id, worker, path=path, total_bytes=total_bytes, make=make)
+    async def reserve_space(
+        self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool = True
+    ) -> None:
+        """Reserves disk space for a folder, evicting other files if needed; makes the folder unless `make` is False.
+
+        Raises DiskFull if too little can be evicted, and ClaimLost.
+        """
+        # Before the decision, which counts bytes on the disk; and after, so that the bytes evicted are free.
+        await self._remove_doomed()
+        lost = await self._store.evict_and_reserve(model_id, worker, path=path, total_bytes=total_bytes, make=make)
         if lost:
-            log.info("files of %s removed to make room for %s", ", ".join(lost), model_id)
-        await self._remove()
+            log.info("files of %s evicted for those of %s", ", ".join(lost), model_id)
+        await self._remove_doomed()
 
     async def bytes_of(self, path: str) -> int:
         """Bytes of a folder in the store; 0 for folders elsewhere."""
         return await asyncio.to_thread(tree_bytes, Path(path)) if self.folders.owns(path) else 0
 
-    async def give_up(self, path: str) -> None:
-        """Has a folder removed unless somebody needs it."""
+    async def remove_unused(self, path: str) -> None:
+        """Has a folder removed in a later round, unless a model loads from it or a preparation needs it."""
         await self._store.doom_unused(path)
 
     async def run(self) -> None:
@@ -48,12 +55,15 @@ class Storekeeper:
         while True:
             try:
                 if not started:
-                    await self._start()
+                    orphans = await self._store.doom_orphans()
+                    if orphans:
+                        log.info("%d folders whose models are gone are removed", len(orphans))
+                    await self._store.note_use(since_s=_FOR_EVER_S)
                     started = True
                 if round_number % _NOTE_EVERY_TICKS == 0:
                     await self._store.note_use(since_s=_LOOK_BACK_S)
                     await self._store.discard_leftovers()
-                await self._remove()
+                await self._remove_doomed()
             except DatabaseUnavailable as exc:
                 log.warning("the store is not tended: %s", exc.message)
             except Exception:
@@ -61,12 +71,6 @@ class Storekeeper:
             round_number += 1
             await asyncio.sleep(_TICK_S)
 
-    async def _start(self) -> None:
-        orphans = await self._store.doom_orphans()
-        if orphans:
-            log.info("%d folders whose models are gone are removed", len(orphans))
-        await self._store.note_use(since_s=_FOR_EVER_S)
-
-    async def _remove(self) -> None:
+    async def _remove_doomed(self) -> None:
         await self._store.remove_doomed()
         await asyncio.to_thread(self.folders.empty_trash)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from headrace_registry.models.eviction import StoredFolder, plan_room
+from headrace_registry.models.eviction import StoredFolder, plan_eviction
 from headrace_registry.models.folders import ModelFolders
 from headrace_registry.models.models import ModelState
 from headrace_registry.postgres.models import folder_statements as queries
@@ -29,7 +29,7 @@ class _Changed(Exception):
     """A folder chosen to go came into use before it could be locked."""
 
 
-class RoomStore:
+class FolderStore:
     """What the storekeeper needs of the tables."""
 
     def __init__(self, database: Database, wakeups: Wakeups, folders: ModelFolders, *, quota_bytes: int) -> None:
@@ -38,14 +38,16 @@ class RoomStore:
         self._folders = folders
         self._quota_bytes = quota_bytes
 
-    async def make_room(self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool) -> list[str]:
-        """Reserves room for a folder; returns the models that lost their files for it. Raises DiskFull, ClaimLost."""
+    async def evict_and_reserve(
+        self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool
+    ) -> list[str]:
+        """Reserves space for a folder; returns the models that lost their files for it. Raises DiskFull, ClaimLost."""
 
         async def work(conn: Connection) -> list[str]:
             await conn.execute(queries.STORE_LOCK)
             await hold_claim(conn, model_id, worker)
             await self._take_over(conn, path)
-            victims = plan_room(
+            victims = plan_eviction(
                 await _folders(conn),
                 await asyncio.to_thread(self._folders.sizes),
                 target=path,
