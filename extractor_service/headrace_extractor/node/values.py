@@ -53,7 +53,7 @@ class Assignment:
 
 
 class BuildKind(StrEnum):
-    """What a build makes its files from."""
+    """The kinds of builds, by the files that a build starts from."""
 
     CONVERT_GGUF = "CONVERT_GGUF"  # From the model's GGUF file.
     CONVERT_PICKLED = "CONVERT_PICKLED"  # From a folder of pickled weights.

@@ -1,4 +1,4 @@
-"""The parent's side: spawns the hub child, reads its events, kills it when told or when it hangs."""
+"""The parent's side of downloads: spawns the child, reads its events, kills it when told or when it hangs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from headrace_registry.hub.events import GO, Event, Job
 
 log = logging.getLogger(__name__)
 
-# A child that has nothing to say for so long hangs: it counts bytes twice a second, and no listing takes longer.
+# A child without an event for so long hangs: it counts bytes twice a second, and no listing takes longer.
 _SILENCE_S = 120.0
-# No byte for so long is a failed try; the child itself tries again.
+# A try fails after so long without a byte; the child itself tries again.
 _STALL_S = 60.0
 _BACKOFF_S = 1.0
 _STARTS = 3
@@ -46,11 +46,11 @@ _OFFLINE = ("1", "ON", "YES", "TRUE")
 
 
 class _ChildDied(Exception):
-    """The child ended, or was ended for hanging, without a last word."""
+    """The child ended without a last event, or hung and was killed."""
 
 
 class HubClient:
-    """Reaches the hub; `environment` is the child's."""
+    """Reaches the hub through child processes, which get `environment`."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class HubClient:
         self._resolving = asyncio.Semaphore(_RESOLVES_AT_ONCE)
 
     async def resolve(self, repo_id: str, revision: str, *, token: str = "") -> str:
-        """Returns the commit a revision is now, or nothing if the hub does not tell within a few seconds."""
+        """Returns the present commit of a revision; empty if the hub does not answer within a few seconds."""
         if self._environment.get("HF_HUB_OFFLINE", "").upper() in _OFFLINE:
             return ""
         job = self._job(Job(repo_id=repo_id, revision=revision, token=token, resolve_only=True))
@@ -86,8 +86,8 @@ class HubClient:
     async def fetch(self, job: Job) -> AsyncGenerator[Event, None]:
         """Yields `resolved`, `progress`, `waiting` and at last `done`. Raises the hub errors.
 
-        The download begins when the event after `resolved` is asked for. Closing the generator kills it. A child that
-        dies or hangs is started again; what came is kept.
+        The download begins when the caller asks for the event after `resolved`. Closing the generator kills the child.
+        A child that dies or hangs is started again, and continues with the bytes on the disk.
         """
         job = self._job(job)
         for start in range(1, _STARTS + 1):
@@ -132,14 +132,18 @@ class HubClient:
                 if event.kind == "resolved":
                     await _tell(child, GO)
             text = (await complaints).decode(errors="replace").strip()
+            # A traceback on the child's standard error may show the token.
             raise _ChildDied((text.replace(job.token, "***") if job.token else text)[-500:] or "without a word")
         finally:
-            await _end(child)
+            if child.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.kill()
+            await child.wait()
             complaints.cancel()
             await asyncio.gather(complaints, return_exceptions=True)
 
     async def _next(self, child: asyncio.subprocess.Process, silence_s: float) -> Event | None:
-        """Returns the next event, None at the end. Raises what the child failed with."""
+        """Returns the next event, None at the end. Raises the error of a `failed` event, and _ChildDied."""
         assert child.stdout is not None
         try:
             async with asyncio.timeout(silence_s):
@@ -157,20 +161,13 @@ class HubClient:
 
 async def _tell(child: asyncio.subprocess.Process, line: bytes) -> None:
     assert child.stdin is not None
-    with contextlib.suppress(ConnectionError):  # It died; the end of its output tells.
+    with contextlib.suppress(ConnectionError):  # The child died; its output ends, and the reader notices.
         child.stdin.write(line)
         await child.stdin.drain()
 
 
-async def _end(child: asyncio.subprocess.Process) -> None:
-    if child.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-    await child.wait()
-
-
 async def _tail(stream: asyncio.StreamReader) -> bytes:
-    """Drains a stream, so that the child never blocks on it; keeps its end."""
+    """Reads a stream to its end, so that the child never blocks on it; returns the last bytes."""
     kept = b""
     while block := await stream.read(4096):
         kept = (kept + block)[-_LOG_TAIL_BYTES:]

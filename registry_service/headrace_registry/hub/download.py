@@ -1,4 +1,4 @@
-"""The child process, `python -m headrace_registry.hub.download`: a job on standard input, events on standard output."""
+"""The child that downloads, `python -m headrace_registry.hub.download`: job on standard input, events on output."""
 
 from __future__ import annotations
 
@@ -14,34 +14,39 @@ from typing import Self
 from huggingface_hub import HfApi, get_token, hf_hub_url
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from headrace_registry.hub.events import GO, Event, Job
+from headrace_registry.hub.events import GO, ORPHANED, Event, Job, exit_when_orphaned
 from headrace_registry.hub.faults import failure_of
 from headrace_registry.hub.fetch import Line, fetch_file
 from headrace_registry.hub.listing import Listing, list_files, resolve
 from headrace_registry.hub.patience import Patience
 
 _REPORT_EVERY_S = 0.5
-# One connection to a CDN seldom fills a line; more than a few only take turns.
+# One connection to a CDN seldom uses the whole bandwidth; more than a few only share it.
 _FILES_AT_ONCE = 4
-_ORPHANED = 3
+_OUTPUT = threading.Lock()
 
 
 def main() -> int:
-    """Runs the job; the exit status is 0 whenever `done`, `resolved` or `failed` was said."""
+    """Runs the job; the exit status is 0 after a `done`, `resolved` or `failed` event."""
     job = Job(**json.loads(sys.stdin.readline()))
     disable_progress_bars()
     try:
         run(job, say, wait_for_go)
-    except Exception as exc:  # noqa: BLE001 - whatever it is, the parent must hear of it.
+    except Exception as exc:  # noqa: BLE001 - the parent must hear of every failure.
         say(failure_of(exc, job))
     sys.stdout.flush()
-    os._exit(0)  # Threads of files that need not go on may still wait for their socket.
+    os._exit(0)  # Threads of files that are not needed any more may still wait for their socket.
 
 
 def run(job: Job, tell: Callable[[Event], None], may_go: Callable[[], None]) -> None:
-    """Resolves the revision to a commit; unless that was all, waits for leave and downloads."""
+    """Resolves the revision to a commit; unless the job asks for no more, waits for leave and downloads."""
+
+    def tell_waiting(why: str, wait_s: float) -> None:
+        message = f"the hub: {why}; trying again in {wait_s:.0f} s"
+        tell(Event(kind="waiting", message=message, retry_after_s=wait_s))
+
     api = HfApi(token=job.token or None)
-    patience = Patience(backoff_s=job.backoff_s, on_wait=lambda why, wait_s: tell(_waiting(why, wait_s)))
+    patience = Patience(backoff_s=job.backoff_s, on_wait=tell_waiting)
     if job.resolve_only:
         tell(Event(kind="resolved", commit_sha=resolve(api, job)))
         return
@@ -60,8 +65,9 @@ def run(job: Job, tell: Callable[[Event], None], may_go: Callable[[], None]) -> 
 
 
 def fetch(job: Job, listing: Listing, target: Path, patience: Patience, tell: Callable[[Event], None]) -> None:
-    """Fetches all files, a few at once; the first that can't be had ends it."""
+    """Fetches all files, a few at once. Raises the first file's error, and leaves the other files unfinished."""
     token = job.token or get_token()
+    endpoint = os.environ.get("HF_ENDPOINT") or None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     stop = threading.Event()
     with _Reporter(listing.total_bytes, tell) as reporter:
@@ -71,7 +77,7 @@ def fetch(job: Job, listing: Listing, target: Path, patience: Patience, tell: Ca
             pool.submit(
                 fetch_file,
                 file,
-                hf_hub_url(job.repo_id, file.name, revision=listing.commit_sha, endpoint=_endpoint()),
+                hf_hub_url(job.repo_id, file.name, revision=listing.commit_sha, endpoint=endpoint),
                 target,
                 line,
             )
@@ -92,30 +98,14 @@ def say(event: Event) -> None:
 
 
 def wait_for_go() -> None:
-    """Waits for the parent's leave; from then on its end is this process's end."""
+    """Waits for the parent's leave. From then on this process ends when its parent does."""
     if sys.stdin.readline().encode() != GO:
-        os._exit(_ORPHANED)
-    threading.Thread(target=_exit_when_orphaned, daemon=True).start()
-
-
-_OUTPUT = threading.Lock()
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT") or None
-
-
-def _waiting(why: str, wait_s: float) -> Event:
-    return Event(kind="waiting", message=f"the hub: {why}; trying again in {wait_s:.0f} s", retry_after_s=wait_s)
-
-
-def _exit_when_orphaned() -> None:
-    sys.stdin.read()
-    os._exit(_ORPHANED)
+        os._exit(ORPHANED)
+    exit_when_orphaned()
 
 
 class _Reporter:
-    """Counts bytes from several threads and tells the sum twice a second."""
+    """Counts the bytes of several threads and reports their sum twice a second."""
 
     def __init__(self, total_bytes: int, tell: Callable[[Event], None]) -> None:
         self._total_bytes = total_bytes

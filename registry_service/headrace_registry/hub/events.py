@@ -1,16 +1,19 @@
-"""What goes over the pipe between the registry and its hub child."""
+"""The messages between the registry and its hub children, and the end of a child without a parent."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Fetch one revision into `models_dir`/`name`-`sha12`. The token travels here, never in arguments.
+    """Fetch one revision into `models_dir`/`name`-`sha12`; with `resolve_only`, only resolve it to its commit.
 
-    With `resolve_only` the child only says which commit the revision is.
+    The token travels in this message and not in arguments, which every user of the machine can read.
     """
 
     repo_id: str
@@ -21,7 +24,7 @@ class Job:
     resolve_only: bool = False
     allow_pickle: bool = False
     with_code: bool = False
-    # No byte for so long is a failed try; the waits between tries begin with the backoff and double.
+    # A try fails after `stall_s` without a byte; the waits between tries begin with `backoff_s` and double.
     stall_s: float = 60.0
     backoff_s: float = 1.0
 
@@ -32,9 +35,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """`resolved`, `progress`, `waiting`, `done` or `failed`; the other fields as far as they apply.
+    """`resolved`, `progress`, `waiting`, `done` or `failed`; each kind fills the fields that apply to it.
 
-    After `resolved` the child waits for `GO`, so that its parent can make room for `total_bytes` and make `path`.
+    After `resolved` the child waits for `GO`, so that its parent can reserve `total_bytes` and make `path`.
     """
 
     kind: str
@@ -53,8 +56,19 @@ class Event:
 
     @staticmethod
     def parse(line: bytes) -> Event:
-        """Raises ValueError or TypeError for anything else."""
+        """Reads one line. Raises ValueError or TypeError if it is no event."""
         return Event(**json.loads(line))
 
 
 GO = b"go\n"
+ORPHANED = 3  # Exit status.
+
+
+def exit_when_orphaned() -> None:
+    """Ends this child once its standard input ends, which is when its parent dies."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,11 +1,11 @@
-"""What can go wrong with a hub, and what to do about it: try again, or say why not.
+"""The hub's faults, and the decision between another try and a failure with a reason.
 
 HubFault
 ├── Cut            the connection ended before the file did; tried again
-├── WrongDigest    a file is not what the hub says, twice
-├── Unusable       the repo has nothing that can be loaded
-├── NotPermitted   the repo has only what an operator has to allow
-└── Nonsense       the answer is none of a hub's
+├── WrongDigest    a file came twice with another digest than the hub names
+├── Unusable       the repo has no files that can be loaded
+├── NotPermitted   the repo's files need an operator's allowance
+└── Nonsense       the answer does not have the form of a hub's
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ class HubFault(Exception):
 
 
 class Cut(HubFault):
-    """The body ended early."""
+    """A body ended early."""
 
 
 class WrongDigest(HubFault):
-    """A file is not what the hub says it is."""
+    """A file does not have the digest that the hub names."""
 
     reason = "DIGEST_MISMATCH"
 
 
 class Unusable(HubFault):
-    """The repo has nothing that may be loaded."""
+    """The repo has no files that can be loaded."""
 
     reason = "MODEL_UNSUPPORTED"
 
 
 class NotPermitted(HubFault):
-    """The repo has only what an operator has to allow."""
+    """The repo's files need an operator's allowance."""
 
     reason = "NOT_ALLOWED"
 
 
 class Nonsense(HubFault):
-    """The hub answered, but not as a hub does."""
+    """The hub's answer does not have the form of a hub's."""
 
 
 def is_transient(exc: BaseException) -> bool:
-    """True for what may be gone in a moment: cut connections, timeouts, 408, 429 and 5xx."""
+    """True for faults that may pass in a moment: cut connections, timeouts, 408, 429 and 5xx."""
     if isinstance(exc, HfHubHTTPError):
         status = _status(exc)
         return status in (408, 429) or status >= 500
@@ -73,7 +73,7 @@ def is_transient(exc: BaseException) -> bool:
 
 
 def retry_after_s(exc: BaseException) -> float:
-    """What the hub asked for in `Retry-After` (seconds or a date), else 0."""
+    """Seconds that the hub asks to wait in `Retry-After` (which holds seconds or a date), else 0."""
     response = getattr(exc, "response", None)
     text = response.headers.get("retry-after", "") if response is not None else ""
     with contextlib.suppress(ValueError):
@@ -84,13 +84,13 @@ def retry_after_s(exc: BaseException) -> float:
 
 
 def summary(exc: BaseException) -> str:
-    """A few words for people; no addresses, since those of a CDN carry signatures."""
+    """A few words for people, without addresses: a CDN's addresses carry signatures."""
     status = _status(exc)
     return f"it answers {status}" if status else f"{type(exc).__name__}"
 
 
 def failure_of(exc: Exception, job: Job) -> Event:
-    """Maps what ends a job to a reason and a remedy."""
+    """Makes the `failed` event of an exception, with a reason and a remedy."""
     reason, message = _refusal(exc, job) or ("", "")
     if reason:
         return Event(kind="failed", reason=reason, message=message)
@@ -108,32 +108,28 @@ def failure_of(exc: Exception, job: Job) -> Event:
 
 
 def _refusal(exc: Exception, job: Job) -> tuple[str, str] | None:
-    """What no second try would change."""
-    where = f"{job.repo_id}@{job.revision}"
+    """Returns reason and message of a fault that another try would not change; None for other faults."""
+    where, status = f"{job.repo_id}@{job.revision}", _status(exc)
     if isinstance(exc, WrongDigest | Unusable | NotPermitted):
         return exc.reason, str(exc)
-    closed = _closed(exc, job)
+    closed = ""
+    if isinstance(exc, GatedRepoError):
+        closed = "is gated; ask for access on its page and pass a token"
+    elif isinstance(exc, RepositoryNotFoundError) and not job.token and status == 401:
+        # Without a token, the hub answers the same for a private repo and for none at all.
+        closed = "does not exist or is private; check the name, or pass a token"
+    elif isinstance(exc, HfHubHTTPError) and status in (401, 403):
+        closed = "is refused by the hub; check the token and its rights"
     if closed:
         return "HUB_GATED", f"{where} {closed}"
     if isinstance(
         exc, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError | HFValidationError
-    ) or _status(exc) in (404, 410):
+    ) or status in (404, 410):
         return "HUB_NOT_FOUND", f"the hub has no {where}; check repo and revision"
     if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
         free_bytes = shutil.disk_usage(job.models_dir).free
-        return "DISK_FULL", f"the disk filled up while fetching {where}: {free_bytes} bytes free; make room"
+        return "DISK_FULL", f"the disk filled up while fetching {where}: {free_bytes} bytes free; free space"
     return None
-
-
-def _closed(exc: Exception, job: Job) -> str:
-    """What to say when the hub does not let us in; empty when it does."""
-    if isinstance(exc, GatedRepoError):
-        return "is gated; ask for access on its page and pass a token"
-    if isinstance(exc, RepositoryNotFoundError) and not job.token and _status(exc) == 401:
-        return "does not exist or is private; check the name, or pass a token"
-    if isinstance(exc, HfHubHTTPError) and _status(exc) in (401, 403):
-        return "is refused by the hub; check the token and its rights"
-    return ""
 
 
 def _status(exc: BaseException) -> int:

@@ -1,6 +1,6 @@
-"""Fetches one file: goes on where it stopped, checks it against the hub's digest, then gives it its name.
+"""Fetches one file: continues where an earlier try stopped, checks the hub's digest, then gives the file its name.
 
-An unfinished file is `.NAME.part`. A file that has its name is complete, checked and on the disk.
+An unfinished file is named `.NAME.part`. A file under its own name is complete, checked and on the disk.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _FETCHES_OF_A_WRONG_FILE = 2
 
 
 class Stopped(Exception):
-    """Another file failed; this one need not go on."""
+    """Another file failed, so this one stops too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """How to reach files: headers with the token, patience, and who counts bytes (fewer when some are thrown away)."""
+    """How to reach files: headers with the token, retries, and a counter of bytes (negative for discarded ones)."""
 
     headers: dict[str, str]
     stall_s: float
@@ -44,11 +44,21 @@ class Line:
 
 
 def fetch_file(file: RemoteFile, url: str, folder: Path, line: Line) -> None:
-    """Makes the file complete in the folder. Raises WrongDigest, Stopped, and what the hub refuses with."""
+    """Completes the file in the folder. Raises WrongDigest, Stopped, and the hub's errors."""
     finished = folder / file.name
     partial = _Partial(folder, file, line.count)
+
+    def found_complete() -> bool:
+        with suppress(FileNotFoundError):
+            found = finished.lstat()
+            if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
+                return True
+        partial.open()
+        return False
+
     with closing(partial):
-        if line.patience.call(lambda: _is_complete(finished, file.size) or partial.open()):
+        # With retries: another process may be writing the file, and name it in a moment.
+        if line.patience.call(found_complete):
             line.count(finished.stat().st_size)
             return
         for _ in range(_FETCHES_OF_A_WRONG_FILE):
@@ -63,7 +73,7 @@ def fetch_file(file: RemoteFile, url: str, folder: Path, line: Line) -> None:
 
 
 def _pull(url: str, partial: _Partial, line: Line) -> None:
-    """One try; the bytes it brings stay. Raises Cut when they end early."""
+    """Fetches the missing bytes in one try; bytes that arrive are kept. Raises Cut when the body ends early."""
     if partial.is_full():
         return
     start = partial.n_bytes
@@ -75,7 +85,10 @@ def _pull(url: str, partial: _Partial, line: Line) -> None:
             partial.clear()
             raise Cut(f"{partial.name} has no byte {start}")
         hf_raise_for_status(response)
-        if start and not _goes_on(response, start):
+        # Some servers ignore the range and send the whole file again.
+        answered = str(response.headers.get("content-range", ""))
+        partly = response.status_code == httpx2.codes.PARTIAL_CONTENT
+        if start and not (partly and answered.startswith(f"bytes {start}-")):
             partial.clear()
         for block in response.iter_bytes():
             if line.stop.is_set():
@@ -87,14 +100,8 @@ def _pull(url: str, partial: _Partial, line: Line) -> None:
         raise Cut(f"{partial.name} ended after {partial.n_bytes} of {partial.size} bytes")
 
 
-def _goes_on(response: httpx2.Response, start: int) -> bool:
-    """True if the body begins where the bytes on disk end; some servers send the whole file again."""
-    answered = str(response.headers.get("content-range", ""))
-    return response.status_code == httpx2.codes.PARTIAL_CONTENT and answered.startswith(f"bytes {start}-")
-
-
 class _Partial:
-    """An unfinished file on the disk, and the digest of what it has."""
+    """An unfinished file on the disk, and the digest of its bytes."""
 
     def __init__(self, folder: Path, file: RemoteFile, count: Callable[[int], None]) -> None:
         self.name = file.name
@@ -106,15 +113,15 @@ class _Partial:
         self._count = count
         self._digest: Any = self._fresh_digest()
 
-    def open(self) -> bool:
-        """Takes up what is there; returns False. Raises Cut while another process, about to end, still writes it."""
-        # A link put there by somebody is not followed.
+    def open(self) -> None:
+        """Opens the file and digests the bytes of earlier tries. Raises Cut while another process writes the file."""
+        # O_NOFOLLOW: a link planted under this name must not lead out of the folder.
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = os.path.samestat(os.fstat(self._descriptor), self._path.lstat())
         except (BlockingIOError, FileNotFoundError):
-            ours = False  # The other one gave it its name just now.
+            ours = False  # The other process writes it, or has just given it its name.
         if not ours:
             self.close()
             raise Cut(f"{self.name} is written by another process")
@@ -122,23 +129,22 @@ class _Partial:
             self._take(block)
         if self.is_too_long():
             self.clear()
-        return False
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file, and so releases its lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
 
     def write(self, block: bytes) -> None:
-        """Appends."""
+        """Appends a block."""
         left = memoryview(block)
         while left:
             left = left[os.write(self._descriptor, left) :]
         self._take(block)
 
     def clear(self) -> None:
-        """Forgets everything that came."""
+        """Discards all bytes."""
         os.ftruncate(self._descriptor, 0)
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         self._count(-self.n_bytes)
@@ -152,14 +158,14 @@ class _Partial:
         return self.size is not None and self.n_bytes > self.size
 
     def is_right(self) -> bool:
-        """Compares with what the hub says; what it does not say can't be wrong."""
+        """Compares size and digest with the hub's, as far as the hub names them."""
         if self.size is not None and self.n_bytes != self.size:
             return False
         wanted = self._file.sha256 or (self._file.git_sha1 if self.size is not None else "")
         return not wanted or self._digest.hexdigest() == wanted
 
     def finish(self, finished: Path) -> None:
-        """Gives it its name, once the disk has it."""
+        """Gives the file its name, once its bytes are on the disk."""
         os.fsync(self._descriptor)
         self._path.replace(finished)
 
@@ -173,10 +179,3 @@ class _Partial:
             return hashlib.sha256()
         # Git names a blob by SHA-1 over a header and the bytes.
         return hashlib.sha1(f"blob {self._file.size}\0".encode(), usedforsecurity=False)
-
-
-def _is_complete(path: Path, size: int | None) -> bool:
-    with suppress(FileNotFoundError):
-        found = path.lstat()
-        return stat.S_ISREG(found.st_mode) and (size is None or found.st_size == size)
-    return False

@@ -1,4 +1,4 @@
-"""The parent's side of a look at a repo's headers: one child a look, few at once, killed at the deadline."""
+"""The parent's side of reading a repo's headers: one child for each repo, few at once, killed at the deadline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ERRORS = {
 
 
 class HubHeaders:
-    """Reads headers from the hub; `environment` is the child's."""
+    """Reads headers from the hub through child processes, which get `environment`."""
 
     def __init__(self, environment: Mapping[str, str], *, deadline_s: float = _DEADLINE_S) -> None:
         self._environment = dict(environment)
@@ -37,7 +37,7 @@ class HubHeaders:
         self._free = asyncio.Semaphore(_AT_ONCE)
 
     async def headers(self, repo_id: str, revision: str) -> Headers:
-        """Raises the hub's errors, HubUnavailable at the deadline."""
+        """Returns the headers of a revision. Raises the hub's errors, and HubUnavailable at the deadline."""
         job = Job(repo_id=repo_id, revision=revision)
         try:
             async with asyncio.timeout(self._deadline_s), self._free:

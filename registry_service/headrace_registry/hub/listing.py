@@ -1,4 +1,4 @@
-"""What a commit holds and which of it is fetched. Names in the hub's answer are checked before they become paths."""
+"""The files of a commit, and the choice among them. Names in the hub's answer are checked before they become paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_FILES = 10_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# Beside the weights; the network's code only where an operator trusts it.
+# Fetched beside the weights; the network's code only if an operator trusts the repo.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _CODE = ("*.py",)
 _SHARDS = "model-*-of-*.safetensors"
@@ -27,7 +27,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """One file of a commit. Empty digests and a size of None: the hub does not say."""
+    """One file of a commit. An empty digest or a size of None: the hub does not name it."""
 
     name: str
     size: int | None
@@ -37,7 +37,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What a commit has to offer; `pickled` when its weights need conversion."""
+    """The chosen files of a commit; `pickled` if its weights need conversion."""
 
     commit_sha: str
     files: tuple[RemoteFile, ...]
@@ -45,12 +45,12 @@ class Listing:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files, as far as the hub tells."""
+        """Bytes of all files whose size the hub names."""
         return sum(file.size or 0 for file in self.files)
 
 
 def resolve(api: HfApi, job: Job) -> str:
-    """Returns the commit a revision is now."""
+    """Returns the present commit of a revision."""
     info = api.model_info(job.repo_id, revision=job.revision, timeout=_API_TIMEOUT_S)
     return _commit(info.sha, job)
 
@@ -66,33 +66,29 @@ def list_files(api: HfApi, job: Job) -> Listing:
     weights = chosen_weights(top)
     pickled = not weights
     if pickled:
-        weights = _pickles(top, job)
+        weights = sorted(name for name in top if any(fnmatch(name, pattern) for pattern in _PICKLES))
+        if not weights:
+            raise Unusable(
+                f"{job.repo_id} has no safetensors weights; convert it with save_pretrained() and register the folder"
+            )
+        if not job.allow_pickle:
+            raise NotPermitted(
+                f"{job.repo_id} has only pickled weights, which can run code; convert it with save_pretrained() and "
+                f"register the folder, or start the registry with --allow-pickle {job.repo_id}"
+            )
+        if "pytorch_model.bin" in weights:
+            weights = ["pytorch_model.bin"]
     patterns = _COMPANIONS + (_CODE if job.with_code else ())
     names = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)] + weights
     return Listing(commit_sha=commit_sha, files=tuple(top[name] for name in sorted(names)), pickled=pickled)
 
 
 def chosen_weights(names: Iterable[str]) -> list[str]:
-    """Picks one copy of the weights: repos often keep two, and a folder that holds both counts double."""
+    """Picks one copy of the weights: repos often keep two, and a folder with both would count double."""
     found = sorted(name for name in names if name.endswith(".safetensors"))
     if "model.safetensors" in found:
         return ["model.safetensors"]
     return [name for name in found if fnmatch(name, _SHARDS)] or found
-
-
-def _pickles(names: Iterable[str], job: Job) -> list[str]:
-    found = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES))
-    if not found:
-        raise Unusable(
-            f"{job.repo_id} has no safetensors weights; convert it with save_pretrained() and register the folder"
-        )
-    if not job.allow_pickle:
-        raise NotPermitted(
-            f"{job.repo_id} has only pickled weights, which can run code; convert it with save_pretrained() and "
-            f"register the folder, or start the registry with --allow-pickle {job.repo_id}"
-        )
-    single = [name for name in found if name == "pytorch_model.bin"]
-    return single or found
 
 
 def _remote_file(sibling: object, job: Job) -> RemoteFile:

@@ -1,4 +1,4 @@
-"""Tries again what may be gone in a moment: three tries in a row that bring no byte are enough."""
+"""Repeats tries that meet a passing fault; three tries in a row without a new byte end it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from headrace_registry.hub.faults import is_transient, retry_after_s, summary
 T = TypeVar("T")
 
 _TRIES = 3
-# However often bytes come in between: a hub that cuts every connection early is not worth more.
+# The limit even if each try brings bytes: a hub that cuts every connection early does not get better.
 _MOST_TRIES = 100
 _LONGEST_WAIT_S = 60.0
-# A hub that asks for more patience than this is better tried by a person later.
+# A longer wait than this is a failure: a caller had better try again later than hold its claim.
 _LONGEST_ASKED_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How to try again. `on_wait` hears why and for how long, before each wait."""
+    """Repeats tries. Before each wait, `on_wait` gets its reason and its seconds."""
 
     backoff_s: float
     on_wait: Callable[[str, float], None]
 
     def call(self, work: Callable[[], T], *, moved: Callable[[], int] = lambda: 0) -> T:
-        """Returns what `work` returns in the end; `moved` counts the bytes so far. Raises its last error."""
+        """Returns the result of the first try that succeeds; `moved` counts the bytes so far. Raises the last error."""
         failures = _Failures(moved)
+
+        def wait_s(state: RetryCallState) -> float:
+            longest_s = min(self.backoff_s * 2 ** (failures.in_a_row - 1), _LONGEST_WAIT_S)
+            # Spread out, so that the files of one download do not all come back at the same moment.
+            return retry_after_s(_error(state)) or random.uniform(longest_s, 1.5 * longest_s)  # noqa: S311 - no secret.
+
+        def tell(state: RetryCallState) -> None:
+            next_s = state.next_action.sleep if state.next_action is not None else 0.0
+            self.on_wait(summary(_error(state)), next_s)
+
         retrying = Retrying(
             retry=retry_if_exception(is_transient),
             stop=failures.enough,
-            wait=lambda state: self._wait_s(state, failures.in_a_row),
-            before_sleep=self._tell,
+            wait=wait_s,
+            before_sleep=tell,
             reraise=True,
         )
         return retrying(work)
 
-    def _wait_s(self, state: RetryCallState, in_a_row: int) -> float:
-        """What the hub asked for; else twice as long after each failure in a row, and not all at the same moment."""
-        asked_s = retry_after_s(_error(state))
-        waited_s = min(self.backoff_s * 2 ** (in_a_row - 1), _LONGEST_WAIT_S)
-        return asked_s or random.uniform(waited_s, 1.5 * waited_s)  # noqa: S311 - nothing secret.
-
-    def _tell(self, state: RetryCallState) -> None:
-        wait_s = state.next_action.sleep if state.next_action is not None else 0.0
-        self.on_wait(summary(_error(state)), wait_s)
-
 
 class _Failures:
-    """Counts tries in a row that brought no byte."""
+    """Counts the failed tries in a row that brought no new byte."""
 
     def __init__(self, moved: Callable[[], int]) -> None:
         self._moved = moved

@@ -1,4 +1,4 @@
-"""The child process, `python -m headrace_registry.hub.peek`: a job on standard input, an answer on standard output.
+"""The child that reads headers, `python -m headrace_registry.hub.peek`: job on standard input, answer on output.
 
 Reads `config.json` and the headers of the safetensors files by range requests: kilobytes of gigabytes.
 """
@@ -6,9 +6,7 @@ Reads `config.json` and the headers of the safetensors files by range requests: 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 from typing import Any
 
 from huggingface_hub import HfApi, get_session, hf_hub_url
@@ -17,17 +15,16 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from headrace_registry.hub.events import Job
+from headrace_registry.hub.events import Job, exit_when_orphaned
 from headrace_registry.hub.faults import failure_of
 
 _TIMEOUT_S = 10.0
-_ORPHANED = 3
 
 
 def main() -> int:
     """Answers with `config` and `tensors`, or with `reason` and `message`."""
     job = Job(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_exit_when_orphaned, daemon=True).start()
+    exit_when_orphaned()
     disable_progress_bars()
     sys.stdout.write(json.dumps(answer(job)) + "\n")
     sys.stdout.flush()
@@ -35,23 +32,19 @@ def main() -> int:
 
 
 def answer(job: Job) -> dict[str, Any]:
-    """What the parent gets, whatever happens."""
+    """Returns the answer to the parent, also after an error."""
     try:
-        return {"config": _config(job), "tensors": _tensors(job)}
+        url = hf_hub_url(job.repo_id, "config.json", revision=job.revision)
+        headers = build_hf_headers(token=job.token or None)
+        response = get_session().get(url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True)
+        hf_raise_for_status(response)
+        return {"config": response.json(), "tensors": _tensors(job)}
     except (NotASafetensorsRepoError, SafetensorsParsingError) as exc:
         message = f"{job.repo_id} has no safetensors headers to read ({type(exc).__name__}); PrepareModel it first"
         return {"reason": "MODEL_UNSUPPORTED", "message": message, "retry_after_s": 0.0}
-    except Exception as exc:  # noqa: BLE001 - whatever it is, the parent must hear of it.
+    except Exception as exc:  # noqa: BLE001 - the parent must hear of every failure.
         event = failure_of(exc, job)
         return {"reason": event.reason, "message": event.message, "retry_after_s": event.retry_after_s}
-
-
-def _config(job: Job) -> Any:
-    url = hf_hub_url(job.repo_id, "config.json", revision=job.revision)
-    headers = build_hf_headers(token=job.token or None)
-    response = get_session().get(url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True)
-    hf_raise_for_status(response)
-    return response.json()
 
 
 def _tensors(job: Job) -> dict[str, Any]:
@@ -63,11 +56,6 @@ def _tensors(job: Job) -> dict[str, Any]:
         for file in found.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
-
-
-def _exit_when_orphaned() -> None:
-    sys.stdin.read()
-    os._exit(_ORPHANED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the operator allows beyond data: pickled weights and code, each for the repos named, and no others."""
+"""The operator's allowances: repos whose pickled weights may be read, and repos whose code may run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace_registry.models.models import Source, SourceKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowances:
-    """Repo ids, exact."""
+    """Repo ids of both kinds; they must match exactly."""
 
     pickle_repos: frozenset[str] = frozenset()
     code_repos: frozenset[str] = frozenset()
@@ -27,7 +27,7 @@ class Allowances:
         return source.kind is SourceKind.HUB and source.location in self.code_repos
 
     def check(self, source: Source, load_options: Mapping[str, Any]) -> None:
-        """Raises NotAllowed for a model that wants code to run which is not allowed."""
+        """Raises NotAllowed if the options let code run from a repo that the operator has not allowed."""
         if trusts_remote_code(load_options) and not self.code(source):
             raise NotAllowed(
                 f"trust_remote_code lets code of {source.location} run on the nodes; leave it out, or start the "

@@ -11,7 +11,7 @@ from headrace_registry.models.models import Failure, Fidelity, Model, ModelState
 
 
 class BuildKind(StrEnum):
-    """What a build makes its files from."""
+    """The kinds of builds, by the files that a build starts from."""
 
     CONVERT_GGUF = "CONVERT_GGUF"  # From the model's GGUF file.
     CONVERT_PICKLED = "CONVERT_PICKLED"  # From a folder of pickled weights.
@@ -31,7 +31,7 @@ def build_kind(model: Model) -> BuildKind:
 
 
 def is_quantized(model: Model) -> bool:
-    """True if the model's weights are quantized on the disk, from those of its source."""
+    """True if a node quantizes the model's files, after any conversion."""
     return model.quantization is not Quantization.NONE
 
 

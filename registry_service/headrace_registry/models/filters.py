@@ -25,7 +25,7 @@ class Match(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One comparison; `label` is the key when `field` is `labels`."""
+    """One comparison; `label` is the label's key if `field` is `labels`."""
 
     field: str
     match: Match
@@ -34,7 +34,7 @@ class Term:
 
 
 def parse_filter(text: str) -> tuple[Term, ...]:
-    """Parses a filter; empty means everything. Raises FieldInvalid that says where and what is known."""
+    """Parses a filter; an empty one matches every model. Raises FieldInvalid with the place and the known names."""
     if not text.strip():
         return ()
     if len(text) > _MAX_LENGTH:

@@ -1,7 +1,7 @@
 """The model store on the disk: one folder per model and commit, right below one root.
 
-Nothing here follows a link or leaves the root. What is removed gets another name first, in one step: a folder that has
-its name is whole. Everything blocks; callers run it in a thread.
+Nothing here follows a link or leaves the root. A folder is renamed in one step before its files are removed, so that a
+folder under its own name is always whole. Every function blocks; callers run them in a thread.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from collections.abc import Collection
 from pathlib import Path
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}-[0-9a-f]{12}(-[a-z0-9]{1,16})?")
-# Where a node makes a folder; each attempt has a place of its own.
+# A folder that a node is making; each attempt has a name of its own.
 _PARTIAL = re.compile(rf"\.(?P<name>{_NAME.pattern})(\.[0-9a-f]{{8}})?\.partial")
 _TRASH = re.compile(r"\..+\.[0-9a-f]{8}\.trash")
+# Bounds one scan of the root. The store makes one folder per model and commit; more entries are no work of its own.
 _MAX_ENTRIES = 100_000
 
 
 class ModelFolders:
-    """The folders below `root`."""
+    """The folders of the store, all directly below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
 
     def owns(self, path: str) -> bool:
-        """True for the path of a folder that may be made, filled and removed here."""
+        """True for a path that the store may make, fill and remove as a folder."""
         candidate = Path(path)
         return str(candidate) == path and candidate.parent == self.root and bool(_NAME.fullmatch(candidate.name))
 
     def make(self, path: str) -> None:
-        """Makes the folder unless it is there. Raises OSError, also for a link or a file of that name."""
+        """Makes the folder if it does not exist. Raises OSError, also for a link or a file of that name."""
         assert self.owns(path), path
         self.root.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -44,7 +45,7 @@ class ModelFolders:
             raise NotADirectoryError(20, "is a link or a file", path)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes below every entry of the root, whoever made it."""
+        """Bytes below every entry of the root, also of entries that the store did not make."""
         sizes = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             for entry in entries:
@@ -59,32 +60,43 @@ class ModelFolders:
         return shutil.disk_usage(self.root).free
 
     def discard(self, path: str) -> None:
-        """Takes the folder, and what nodes left of making it, out of use; `empty_trash` then gives the bytes back."""
+        """Takes the folder and its partial copies out of use; `empty_trash` then frees the bytes."""
         if self.owns(path):
             attempts = [partial for partial, made in self._partials() if str(made) == path]
             self._throw_away([Path(path), *attempts])
 
     def discard_leftovers(self, wanted: Collection[str], *, untouched_s: float) -> None:
-        """As `discard`, what attempts that ended left of folders other than those that are `wanted`.
+        """Takes the partial copies of all folders but the `wanted` ones out of use, if their attempts are over.
 
-        Nobody says that an attempt was killed: it is one in which nothing was written for `untouched_s`.
+        No message tells of a killed attempt, so an attempt without a write for `untouched_s` counts as over.
         """
         before = time.time() - untouched_s
-        partials = [partial for partial, made in self._partials() if str(made) not in wanted]
-        self._throw_away([partial for partial in partials if _last_written(partial) < before])
+        abandoned = []
+        for partial, made in self._partials():
+            if str(made) in wanted:
+                continue
+            with contextlib.suppress(OSError):  # Renamed or removed in between.
+                if max(path.lstat().st_mtime for path in (partial, *partial.rglob("*"))) < before:
+                    abandoned.append(partial)
+        self._throw_away(abandoned)
 
     def empty_trash(self) -> int:
-        """Removes what was discarded, also by a process that was killed meanwhile; returns how many entries."""
+        """Removes discarded folders, also those of a killed process; returns the number of entries removed."""
         n_removed = 0
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             for entry in entries:
-                if _TRASH.fullmatch(entry.name):
-                    _remove(Path(entry.path))
-                    n_removed += 1
+                if not _TRASH.fullmatch(entry.name):
+                    continue
+                path = Path(entry.path)
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink(missing_ok=True)
+                else:  # Does not follow links; files that can't be removed stay trash.
+                    shutil.rmtree(path, ignore_errors=True)
+                n_removed += 1
         return n_removed
 
     def _partials(self) -> list[tuple[Path, Path]]:
-        """What nodes make or left, each with the folder it is to become."""
+        """Partial folders, each with the path it gets once it is complete."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             found = [(entry.path, match["name"]) for entry in entries if (match := _PARTIAL.fullmatch(entry.name))]
             return [(Path(path), self.root / name) for path, name in found]
@@ -97,7 +109,7 @@ class ModelFolders:
 
 
 def tree_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links count as nothing."""
+    """Bytes of a file, or of all files below a folder; a link counts as 0."""
     try:
         found = path.lstat()
         if stat.S_ISREG(found.st_mode):
@@ -107,17 +119,3 @@ def tree_bytes(path: Path) -> int:
         return sum(tree_bytes(child) for child in path.iterdir())
     except OSError:
         return 0  # Renamed or removed in between.
-
-
-def _last_written(folder: Path) -> float:
-    try:
-        return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
-    except OSError:
-        return time.time()  # Renamed or removed in between.
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)  # Does not follow links; what stays is trash still.

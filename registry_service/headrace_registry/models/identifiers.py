@@ -1,4 +1,4 @@
-"""Ids that are proposed for a model, and the repos that models come from."""
+"""Checks hub repo ids, and proposes ids for models that are registered without one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from headrace_registry.errors import FieldInvalid
 from headrace_registry.models.models import NewModel, Source, SourceKind
 
 _REPO_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
-
-
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
 def checked_repo(repo_id: str, revision: str) -> Source:
-    """A hub repo; an empty revision means `main`."""
+    """Returns a hub repo as a source; an empty revision means `main`. Raises FieldInvalid."""
     parts = repo_id.split("/")
     if len(parts) > 2 or not all(_REPO_PART.fullmatch(part) and ".." not in part for part in parts):
         raise FieldInvalid("model.source.hub.repo_id", f"{repo_id[:120]!r} is no repo; write it as `owner/name`")
@@ -26,7 +24,7 @@ def checked_repo(repo_id: str, revision: str) -> Source:
 
 
 def derived_ids(new: NewModel) -> Iterator[str]:
-    """Proposes ids for a model without one, best first; the last one is unique to the identity."""
+    """Proposes ids for a model without one, the best first; the last is unique to the model's identity."""
     parts = [part for part in new.source.location.split("/") if part]
     name = parts[-1].removesuffix(".gguf") if parts else ""
     yield _slug(name)

@@ -1,4 +1,4 @@
-"""Models: what is registered, where its files come from and how far they are."""
+"""Models as they are registered: source, state of the files, numbers read from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class ModelState(StrEnum):
-    """Where a model's files stand; a name ending in -ING resolves by itself."""
+    """State of a model's files. A state whose name ends in -ING ends by itself."""
 
     REGISTERED = "REGISTERED"
     DOWNLOADING = "DOWNLOADING"
@@ -22,12 +22,12 @@ class ModelState(StrEnum):
 
     @property
     def preparing(self) -> bool:
-        """True while a preparation is at work."""
+        """True while the model has a preparation."""
         return self in (ModelState.DOWNLOADING, ModelState.CONVERTING, ModelState.QUANTIZING)
 
 
 class Quantization(StrEnum):
-    """Quantization of the weights on the device."""
+    """Quantization of the weights, on the disk and on the device."""
 
     NONE = "NONE"
     INT8 = "INT8"
@@ -36,7 +36,7 @@ class Quantization(StrEnum):
 
 
 class SourceKind(StrEnum):
-    """The three places files come from."""
+    """The three kinds of sources."""
 
     HUB = "hub"
     FOLDER = "folder"
@@ -45,7 +45,7 @@ class SourceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where files come from: `location` is a repo id or an absolute path, `revision` belongs to hub repos."""
+    """Source of a model's files: `location` is a repo id or an absolute path; only a hub repo has a `revision`."""
 
     kind: SourceKind
     location: str
@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """How far long work that moves bytes has come; zero means unknown, `eta_s` is negative then."""
+    """Progress of long work that moves bytes. Zero means unknown; an unknown `eta_s` is negative."""
 
     done_bytes: int = 0
     total_bytes: int = 0
@@ -64,7 +64,7 @@ class Transfer:
 
     @staticmethod
     def of(*, done_bytes: int, total_bytes: int, rate_bytes_per_s: float = 0.0) -> Transfer:
-        """Fills in percent and ETA."""
+        """Returns the progress with percent and ETA computed."""
         left = max(0, total_bytes - done_bytes)
         return Transfer(
             done_bytes=done_bytes,
@@ -77,7 +77,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why long work ended badly; `reason` is an ErrorReason without its prefix."""
+    """Why long work failed; `reason` is an ErrorReason without its prefix."""
 
     reason: str
     message: str
@@ -85,7 +85,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What `config.json` says of the network; zero or empty where it says nothing."""
+    """The network's numbers from `config.json`; zero or empty if the file lacks them."""
 
     model_type: str = ""
     class_name: str = ""
@@ -102,7 +102,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFidelity:
-    """How far the residual stream behind a layer is from the unquantized model's, over all positions."""
+    """Distance of the residual stream after one layer from the unquantized model's, over all positions."""
 
     layer: int
     cosine: float
@@ -111,7 +111,7 @@ class LayerFidelity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """What quantization changed, on a fixed text."""
+    """Distance of a quantized model from the unquantized one, layer by layer, measured on a fixed text."""
 
     reference_dtype: str
     n_tokens: int
@@ -153,7 +153,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewModel:
-    """What RegisterModel is asked for; `id` may be empty, `commit_sha` too while the hub has not told it."""
+    """A request to register a model. `id` may be empty, and so may `commit_sha` until the hub resolves it."""
 
     id: str
     source: Source
@@ -163,14 +163,14 @@ class NewModel:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def identity(self) -> str:
-        """Two registrations with the same identity are the same model."""
+        """A text that is equal for two registrations of the same model. It leaves out the commit, resolved later."""
         parts = [self.source.kind, self.source.location, self.source.revision, self.quantization]
         return json.dumps([*map(str, parts), dict(self.load_options)], sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEvent:
-    """One event of WatchModel: the model after it."""
+    """One event of WatchModel, with the model as it stands after the event."""
 
     seq: int
     time: datetime

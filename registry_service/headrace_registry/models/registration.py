@@ -1,4 +1,4 @@
-"""Which commit a registration stands for: a branch is resolved once, when the hub can be reached."""
+"""The commit of a registration: a branch is resolved once, at registration if the hub answers, else at preparation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Commits(Protocol):
-    """Knows what revisions are now."""
+    """Resolves revisions to commits."""
 
     async def resolve(self, repo_id: str, revision: str, *, token: str = "") -> str:
-        """Returns the commit, or nothing if that can't be told soon."""
+        """Returns the commit; empty if the hub does not answer within a few seconds."""
         ...
 
 
 async def with_commit(new: NewModel, commits: Commits, *, token: str = "") -> NewModel:
-    """Returns the registration with its commit; without one it is resolved when it is prepared."""
+    """Returns the registration with its commit; a commit left empty is resolved by the preparation."""
     source = new.source
     if source.kind is not SourceKind.HUB:
         return new

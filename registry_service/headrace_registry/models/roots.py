@@ -1,4 +1,4 @@
-"""Which paths the registry may read: real paths under the model roots, and nothing else."""
+"""Paths that the registry may read: real paths under the model roots, and no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelRoots:
         return str(real)
 
     def check_inside(self, path: Path) -> None:
-        """Raises ModelUnsupported if a file of a folder leads out of the roots through a link."""
+        """Raises ModelUnsupported for a file in a folder that is a link to a place outside the roots."""
         if not self._allowed(Path(os.path.realpath(path))):
             raise ModelUnsupported(
                 f"{path.name} is a link to a place outside the model roots; copy it or allow that with --models-root",

@@ -1,4 +1,4 @@
-"""Activation sets as nodes report them, and pins on them; the data stay with the nodes."""
+"""Activation sets as nodes report them, and pins on them. The rows stay on the nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_HOLDERS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetReport:
-    """What one node holds of one set."""
+    """One node's part of one set."""
 
     id: str
     node_id: str
@@ -53,7 +53,7 @@ class SetReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetPin:
-    """An owner's wish that a set is kept; one for each set and owner. No `expire_time`: for ever."""
+    """An owner's wish to keep a set; at most one for each set and owner. Without an `expire_time` it does not end."""
 
     set_id: str
     owner: str
@@ -70,7 +70,7 @@ class SetPin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetOrders:
-    """What a node must know of a set: pinned, until when at most (None: for ever), and whether it shall go."""
+    """Orders to a node about a set: keep it if pinned, at most until `pinned_until` (None: no end), or delete it."""
 
     pinned: bool = False
     pinned_until: datetime | None = None
@@ -78,7 +78,7 @@ class SetOrders:
 
     @classmethod
     def of(cls, pins: Iterable[SetPin], *, delete: bool) -> SetOrders:
-        """From its living pins."""
+        """Returns the orders for a set with these living pins; a pinned set is never deleted."""
         ends = [pin.expire_time for pin in pins]
         known = [end for end in ends if end is not None]
         until = max(known) if known and len(known) == len(ends) else None
@@ -87,7 +87,7 @@ class SetOrders:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSet:
-    """A report with what the registry adds: times, living pins, whether it is being deleted."""
+    """A node's report, with the times, living pins and deletion that the registry keeps beside it."""
 
     report: SetReport
     create_time: datetime

@@ -1,4 +1,4 @@
-"""Validations: attempts to load and run a model with certain options, step by step; all of them are kept."""
+"""Validations: attempts to load and run a model with given options, step by step. All attempts are kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from headrace_registry.wakeups import POLL_S, Wakeups
 
 log = logging.getLogger(__name__)
 
-# Longer than the nodes' own limit, so that theirs speaks first.
+# Longer than the 3,900 s that nodes allow: a node's own message says more than this deadline can.
 _DEADLINE_S = 4000.0
 STEPS = ("dry_load", "load", "forward", "finite", "parity", "unload", "memory_back")
 
 
 class StepState(StrEnum):
-    """How a step ended, or that it has not."""
+    """State of a step."""
 
     RUNNING = "RUNNING"
     PASSED = "PASSED"
@@ -68,7 +68,7 @@ def passed(steps: tuple[Step, ...], failure: Failure | None) -> bool:
 
 
 def closed(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps of an attempt that broke off: what was at work has failed."""
+    """Returns the steps of an attempt that broke off: a step that was running has failed."""
     return tuple(
         Step(name=step.name, state=StepState.FAILED, message=step.message or "broke off", seconds=step.seconds)
         if step.state is StepState.RUNNING
@@ -78,25 +78,25 @@ def closed(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 
 def news(before: tuple[Step, ...], after: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps of `after` that are not as they were, in order."""
+    """Returns the steps of `after` that changed since `before`, in order."""
     known = {step.name: step for step in before}
     return tuple(step for step in after if known.get(step.name) != step)
 
 
 class AttemptStore(Protocol):
-    """What a watcher of an attempt needs."""
+    """The part of the store that watching an attempt needs."""
 
     async def follow(self, attempt_id: str) -> Attempt:
-        """Reads the attempt and tells that somebody waits for it. Raises StateConflict if it is not kept any more."""
+        """Reads the attempt and marks it as watched. Raises StateConflict if it was deleted."""
         ...
 
     async def stop(self, attempt_id: str, failure: Failure) -> None:
-        """Ends it, unless it has ended."""
+        """Ends the attempt with a failure; an attempt that is over stays as it is."""
         ...
 
 
 async def watch_attempt(store: AttemptStore, wakeups: Wakeups, attempt: Attempt) -> AsyncGenerator[Attempt, None]:
-    """Yields the attempt whenever it changed, the last time when it is done. Closing the generator stops it."""
+    """Yields the attempt after each change of its steps, last when it is done. Closing the generator ends it."""
     deadline = time.monotonic() + _DEADLINE_S
     seen_steps: tuple[Step, ...] = ()
     try:
@@ -106,7 +106,7 @@ async def watch_attempt(store: AttemptStore, wakeups: Wakeups, attempt: Attempt)
             if attempt.done:
                 yield attempt
                 return
-            if attempt.steps != seen_steps:
+            if attempt.steps != seen_steps:  # Other columns change too, each time the attempt is marked as watched.
                 seen_steps = attempt.steps
                 yield attempt
             if time.monotonic() > deadline:
@@ -115,20 +115,17 @@ async def watch_attempt(store: AttemptStore, wakeups: Wakeups, attempt: Attempt)
             await wakeups.wait(seen, timeout_s=POLL_S)
     finally:
         if not attempt.done:
-            await _stop(store, attempt.id)
-
-
-async def _stop(store: AttemptStore, attempt_id: str) -> None:
-    stopped = Failure(reason="STATE_CONFLICT", message="the call that asked for it ended before it was done")
-    try:
-        await asyncio.shield(asyncio.ensure_future(store.stop(attempt_id, stopped)))
-    except DatabaseUnavailable:
-        log.warning("attempt %s could not be ended; it runs out by itself", attempt_id)
+            stopped = Failure(reason="STATE_CONFLICT", message="the call that asked for it ended before it was done")
+            try:
+                # Shielded: the cancellation that ends the call must not keep the node at work.
+                await asyncio.shield(asyncio.ensure_future(store.stop(attempt.id, stopped)))
+            except DatabaseUnavailable:
+                log.warning("attempt %s could not be ended; it runs out by itself", attempt.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationReport:
-    """A node's word on an attempt: all its steps so far."""
+    """A node's report on an attempt, with all its steps so far."""
 
     node_id: str
     epoch: int

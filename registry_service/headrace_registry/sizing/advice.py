@@ -1,8 +1,8 @@
-"""Where a model would fit in each form, what it would push out, and which form to take. Pure functions."""
+"""Advice on loading a model: the devices that fit each form, the models evicted there, the form to take. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,7 +19,7 @@ from headrace_registry.sizing.workload import MAX_BATCH_SIZE, Workload, workload
 
 
 class Fit(StrEnum):
-    """Whether a model has room on a device, the best first."""
+    """How well a model fits on a device, the best first."""
 
     RESIDENT = "RESIDENT"
     FREE = "FREE"
@@ -42,7 +42,7 @@ _KIND_RANK = {DeviceKind.CUDA: 0, DeviceKind.MPS: 1, DeviceKind.CPU: 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A device of a living node; `runtime_bytes` is what an empty runner takes there, 0 while not measured."""
+    """A device of a living node. `runtime_bytes` is the size of an empty runner there, 0 while not measured."""
 
     node: NodeView
     device: DeviceView
@@ -51,7 +51,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """What a load of the model measured."""
+    """The size of one earlier load of the model, as the node measured it."""
 
     node_id: str
     device_id: str
@@ -62,7 +62,7 @@ class Learned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """What loading would mean on one device."""
+    """The outcome of loading one form on one device."""
 
     site: Site
     fit: Fit
@@ -70,6 +70,12 @@ class Placement:
     measured: bool
     evicted_model_ids: tuple[str, ...]
     max_batch_size: int
+
+    @property
+    def rank(self) -> tuple[int, int, int, str, str]:
+        """Sort key, the best first: the fit, the kind of device, the batch; ids only for a stable order."""
+        node, device = self.site.node, self.site.device
+        return _FIT_RANK[self.fit], _KIND_RANK[device.kind], -self.max_batch_size, node.id, device.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,20 +95,42 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What the advice depends on beside the model: the devices, what was measured before, the policy."""
+    """The state that the advice depends on beside the model: devices, earlier loads (the latest first), policy."""
 
     sites: Sequence[Site]
     learned: Sequence[Learned] = ()
     policy: Policy
 
+    def measured_bytes(self, model: Model, form: Form, site: Site) -> int:
+        """Size of the latest load of this form on the device, or else on another of its kind; 0 without one."""
+        if model.quantization is not form.quantization:
+            return 0
+        alike = [each for each in self.learned if each.kind is site.device.kind and each.dtype == form.dtype]
+        here = [each for each in alike if (each.node_id, each.device_id) == (site.node.id, site.device.id)]
+        return next((each.measured_bytes for each in (*here, *alike)), 0)
+
 
 def advise(model: Model, profile: Profile, workload: Workload, situation: Situation) -> tuple[Line, ...]:
-    """One line for each form the model may be loaded in."""
-    return tuple(_line(model, profile, form, workload, situation) for form in forms_for(model))
+    """Returns one line for each form that the model may be loaded in."""
+    lines = []
+    for form in forms_for(model):
+        found = [
+            _placement(model, profile, form, workload, situation, site)
+            for site in situation.sites
+            # Runners refuse float16 on a CPU: it is several times slower there than float32.
+            if form.dtype != "float16" or site.device.kind is not DeviceKind.CPU
+        ]
+        placements = tuple(sorted(found, key=lambda placement: placement.rank))
+        if placements:
+            parts, measured = placements[0].parts, placements[0].measured
+        else:
+            parts, measured = estimate(profile, form, kind=DeviceKind.CPU, workload=workload), False
+        lines.append(Line(form=form, parts=parts, measured=measured, placements=placements))
+    return tuple(lines)
 
 
 def forms_for(model: Model) -> tuple[Form, ...]:
-    """The five usual forms; the quantized ones in the dtype that the model's options ask for."""
+    """The five usual forms; the quantized forms have the dtype of the model's load options, if they name one."""
     chosen = model.load_options.get("dtype")
     if not isinstance(chosen, str):
         return FORMS
@@ -113,13 +141,13 @@ def forms_for(model: Model) -> tuple[Form, ...]:
 
 
 def recommended(lines: Sequence[Line], stored_dtype: str) -> int:
-    """Index of the most exact line with room somewhere; negative if there is none."""
+    """Index of the most exact line that fits on some device; negative if no line does."""
     fitting = [number for number, line in enumerate(lines) if line.has_room]
     return min(fitting, key=lambda number: (_exactness(lines[number].form, stored_dtype), number), default=-1)
 
 
 def max_batch_size(profile: Profile, form: Form, workload: Workload, *, kind: DeviceKind, free_bytes: int) -> int:
-    """The largest batch whose passes fit in `free_bytes`; 0 if not even one sequence does."""
+    """The largest batch that runs in `free_bytes`; 0 if a single sequence needs more."""
     low, high = 0, MAX_BATCH_SIZE
     while low < high:
         middle = (low + high + 1) // 2
@@ -130,7 +158,7 @@ def max_batch_size(profile: Profile, form: Form, workload: Workload, *, kind: De
 
 
 def _exactness(form: Form, stored_dtype: str) -> int:
-    """Smaller is more exact; half precision is as exact as the files if they are stored in it."""
+    """Smaller is more exact. The half precision of the stored files is more exact than the other one."""
     if form.quantization is not Quantization.NONE:
         return {Quantization.INT8: 3, Quantization.INT4: 4}.get(form.quantization, 5)
     if form.dtype == "float32":
@@ -139,31 +167,13 @@ def _exactness(form: Form, stored_dtype: str) -> int:
     return 1 if form.dtype == stored else 2
 
 
-def _line(model: Model, profile: Profile, form: Form, workload: Workload, situation: Situation) -> Line:
-    found = [
-        _placement(model, profile, form, workload, situation, site)
-        for site in situation.sites
-        if _can_hold(form, site.device.kind)
-    ]
-    placements = tuple(sorted(found, key=_rank))
-    if placements:
-        return Line(form=form, parts=placements[0].parts, measured=placements[0].measured, placements=placements)
-    parts = estimate(profile, form, kind=DeviceKind.CPU, workload=workload)
-    return Line(form=form, parts=parts, measured=False, placements=())
-
-
-def _can_hold(form: Form, kind: DeviceKind) -> bool:
-    """Runners refuse float16 on a CPU: it is several times slower there than float32."""
-    return form.dtype != "float16" or kind is not DeviceKind.CPU
-
-
 def _placement(  # noqa: PLR0917 - all of them are what a placement depends on.
     model: Model, profile: Profile, form: Form, workload: Workload, situation: Situation, site: Site
 ) -> Placement:
     parts = estimate(profile, form, kind=site.device.kind, workload=workload, runtime_bytes=site.runtime_bytes)
-    measured_bytes = _measured_bytes(model, form, site, situation.learned)
+    measured_bytes = situation.measured_bytes(model, form, site)
     if measured_bytes:
-        parts = _corrected(parts, measured_bytes)
+        parts = parts.corrected(measured_bytes)
     own = model.quantization is form.quantization and load_dtype(model.load_options, site.device.kind) == form.dtype
     space = Space(node=site.node, device=site.device, required_bytes=parts.total_bytes)
     fit, evicted = _fit(model.id if own else "", space, situation.policy)
@@ -183,6 +193,7 @@ def _fit(model_id: str, space: Space, policy: Policy) -> tuple[Fit, tuple[str, .
     action = decide_on_device(model_id, space, policy).action
     if action is not Action.EVICT:
         return _FITS.get(action, Fit.BUSY), ()
+    # Evictions that the policy plans without this load are not its doing.
     due_anyway = {step.residency_id for step in plan(space.node, policy).steps}
     gone = {
         step.residency_id
@@ -190,36 +201,3 @@ def _fit(model_id: str, space: Space, policy: Policy) -> tuple[Fit, tuple[str, .
         if step.state in (ResidencyState.UNLOADING, ResidencyState.DRAINING) and step.residency_id not in due_anyway
     }
     return Fit.AFTER_EVICTION, tuple(o.model_id for o in space.node.occupants if o.residency_id in gone)
-
-
-def _measured_bytes(model: Model, form: Form, site: Site, learned: Iterable[Learned]) -> int:
-    """What it took on this device, or else on one of its kind; 0 if it never was on one. The latest are first."""
-    if model.quantization is not form.quantization:
-        return 0
-    alike = [each for each in learned if each.kind is site.device.kind and each.dtype == form.dtype]
-    here = [each for each in alike if (each.node_id, each.device_id) == (site.node.id, site.device.id)]
-    return next((each.measured_bytes for each in (*here, *alike)), 0)
-
-
-def _corrected(parts: Bytes, measured_bytes: int) -> Bytes:
-    """The measured size stands for weights, buffers and runtime; the runtime is what the others leave of it."""
-    weight_bytes = min(parts.weight_bytes, measured_bytes)
-    buffer_bytes = min(parts.buffer_bytes, measured_bytes - weight_bytes)
-    return Bytes(
-        weight_bytes=weight_bytes,
-        buffer_bytes=buffer_bytes,
-        load_bytes=0,
-        runtime_bytes=measured_bytes - weight_bytes - buffer_bytes,
-        workload_bytes=parts.workload_bytes,
-    )
-
-
-def _rank(placement: Placement) -> tuple[int, int, int, str, str]:
-    device = placement.site.device
-    return (
-        _FIT_RANK[placement.fit],
-        _KIND_RANK[device.kind],
-        -placement.max_batch_size,
-        placement.site.node.id,
-        device.id,
-    )

@@ -1,4 +1,4 @@
-"""The catalog: curated models, with what they need as the estimator computes it."""
+"""The catalog: curated models and their estimated memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from headrace_registry.sizing.tensors import Form
 from headrace_registry.sizing.workload import Workload
 
 CATEGORIES = ("tiny", "interpretability", "coding", "general", "instruct")
-# The accelerators people have.
+# Memory of the accelerators in use, from consumer GPUs to an H200.
 MEMORY_SIZES = tuple(gigabytes * 10**9 for gigabytes in (8, 12, 16, 24, 40, 80, 141))
 _WORKLOAD = Workload(batch_size=1, context_size=1024, n_hookpoints=1)
-# The most exact of these that leaves room for a batch is the one to take on an accelerator.
+# Forms for an accelerator, the most exact first; the entry names the first form that leaves memory for a batch.
 _BATCH_FORMS = tuple(form for form in FORMS if form.dtype == "bfloat16")
-# The vision tower of the larger Gemma 3 models, and its projector for each unit of width.
+# Parameters of the vision tower of the larger Gemma 3 models; its projector adds 1152 for each unit of width.
 _GEMMA3_TOWER = 416_866_032 + 1152
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of a model at rest in one form, an empty runner included."""
+    """Bytes of a model at rest in one form, with its runner."""
 
     form: Form
     total_bytes: int
@@ -37,7 +37,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The largest batch for a memory size, and the form that allows it."""
+    """The largest batch in a memory size, and the quantization it needs."""
 
     memory_bytes: int
     batch_size: int
@@ -54,16 +54,41 @@ class Entry:
     categories: tuple[str, ...]
     gated: bool
 
+    @classmethod
+    def of(cls, row: Row) -> Entry:
+        """Returns the entry of a row of the table."""
+        name, repo_id, model_type, layers, d_model, heads, kv_heads, d_head, d_mlp, vocab, window, flags, categories = (
+            row
+        )
+        return cls(
+            name=name,
+            repo_id=repo_id,
+            network=Architecture(
+                model_type=model_type,
+                n_layers=layers,
+                d_model=d_model,
+                n_heads=heads,
+                n_kv_heads=kv_heads,
+                d_head=d_head,
+                d_mlp=d_mlp,
+                vocab_size=vocab,
+                context_window=window,
+                tied_embeddings="T" in flags,
+            ),
+            categories=tuple(categories.split()),
+            gated="G" in flags,
+        )
+
     @cached_property
     def shapes(self) -> Shapes:
-        """Its tensors."""
+        """The tensors of its network."""
         shapes = shapes_of(self.network)
         assert shapes is not None, self.name
         return shapes
 
     @property
     def n_parameters(self) -> int:
-        """Exact, head and vision tower included, tied weights once."""
+        """Exact number of parameters, with head and vision tower; tied weights count once."""
         return self.shapes.n_parameters + self._n_other
 
     @property
@@ -73,12 +98,12 @@ class Entry:
 
     @cached_property
     def profile(self) -> Profile:
-        """For the estimator."""
+        """Facts for the estimator, computed from the family's shapes."""
         return Profile(network=self.network, tally=self.shapes.tally(self._n_other), exact=False, stored_dtype="BF16")
 
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
-        """What it takes on an accelerator in each form."""
+        """Its memory on an accelerator in each form."""
         return tuple(
             Memory(form=form, total_bytes=estimate(self.profile, form, kind=DeviceKind.CUDA).total_bytes)
             for form in FORMS
@@ -86,8 +111,16 @@ class Entry:
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
-        """Batches by memory size; sizes that hold it in no form are left out."""
-        return tuple(found for size in MEMORY_SIZES if (found := self._batch(size)) is not None)
+        """Batches by memory size, without the sizes that are too small for every form."""
+        found = []
+        for memory_bytes in MEMORY_SIZES:
+            for form in _BATCH_FORMS:
+                rest = memory_bytes - estimate(self.profile, form, kind=DeviceKind.CUDA).total_bytes
+                size = max_batch_size(self.profile, form, _WORKLOAD, kind=DeviceKind.CUDA, free_bytes=rest)
+                if size:
+                    found.append(Batch(memory_bytes=memory_bytes, batch_size=size, quantization=form.quantization))
+                    break
+        return tuple(found)
 
     @property
     def smallest_bytes(self) -> int:
@@ -97,14 +130,6 @@ class Entry:
     @property
     def _n_other(self) -> int:
         return _GEMMA3_TOWER + 1152 * self.network.d_model if self.network.model_type == "gemma3" else 0
-
-    def _batch(self, memory_bytes: int) -> Batch | None:
-        for form in _BATCH_FORMS:
-            rest = memory_bytes - estimate(self.profile, form, kind=DeviceKind.CUDA).total_bytes
-            size = max_batch_size(self.profile, form, _WORKLOAD, kind=DeviceKind.CUDA, free_bytes=rest)
-            if size:
-                return Batch(memory_bytes=memory_bytes, batch_size=size, quantization=form.quantization)
-        return None
 
 
 class Catalog:
@@ -138,26 +163,4 @@ class Catalog:
         return shown, page.token_after((shown[-1].name,)) if len(found) > page.size else ""
 
 
-def _entry(row: Row) -> Entry:
-    name, repo_id, model_type, layers, d_model, heads, kv_heads, d_head, d_mlp, vocab, window, flags, categories = row
-    return Entry(
-        name=name,
-        repo_id=repo_id,
-        network=Architecture(
-            model_type=model_type,
-            n_layers=layers,
-            d_model=d_model,
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            d_head=d_head,
-            d_mlp=d_mlp,
-            vocab_size=vocab,
-            context_window=window,
-            tied_embeddings="T" in flags,
-        ),
-        categories=tuple(categories.split()),
-        gated="G" in flags,
-    )
-
-
-CATALOG = Catalog(_entry(row) for row in ROWS)
+CATALOG = Catalog(Entry.of(row) for row in ROWS)

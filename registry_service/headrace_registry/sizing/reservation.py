@@ -1,4 +1,4 @@
-"""How many bytes a load will take, before it is measured: what admission reserves."""
+"""The bytes that admission reserves for a load before the load is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headrace_registry.sizing.estimate import estimate, profile_of
 from headrace_registry.sizing.tensors import Form
 from headrace_registry.sizing.workload import Workload
 
-# What an extraction does unless its recipe says otherwise.
+# The defaults of a recipe.
 USUAL_WORKLOAD = Workload(batch_size=4, context_size=256, n_hookpoints=1)
 
 
@@ -34,7 +34,7 @@ def estimated_bytes(
 ) -> int:
     """Bytes of weights, buffers, an empty runner and the usual workload.
 
-    `runtime_bytes` is what the node measured of an empty runner; 0 stands for the usual one on such a device.
+    `runtime_bytes` is the size of an empty runner as the node measured it; 0 stands for the usual size.
     """
     parts = estimate(
         profile_of(architecture or Architecture(), parameters_by_dtype),

@@ -1,6 +1,6 @@
 """The tensors of well-known families, computed from the numbers of their `config.json`.
 
-For models whose files are not there yet and for the catalog. `n_parameters` is exact for the families named here.
+Used for models before their download, and for the catalog. `n_parameters` is exact for the families of the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Matrix = tuple[int, int]  # inputs, outputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One transformer block: its linear layers, and how many other numbers it has."""
+    """One transformer block: its linear layers, and the number of its other parameters."""
 
     matrices: tuple[Matrix, ...]
     n_vectors: int
@@ -25,7 +25,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """A whole network; `n_kept` counts embeddings and final norm, `n_head` the head if it has its own weights."""
+    """A whole network. `n_kept` counts embeddings and final norm; `n_head` the head, 0 if its weights are tied."""
 
     n_layers: int
     block: Block
@@ -34,12 +34,12 @@ class Shapes:
 
     @property
     def n_parameters(self) -> int:
-        """All of them, the head included."""
+        """Number of all parameters, with the head."""
         per_layer = sum(inputs * outputs for inputs, outputs in self.block.matrices) + self.block.n_vectors
         return self.n_layers * per_layer + self.n_kept + self.n_head
 
     def tally(self, n_other: int = 0) -> Tally:
-        """What a runner holds of it; `n_other` more numbers are held unquantized."""
+        """Counts the numbers that a runner loads, without the head; `n_other` more are loaded unquantized."""
         matrices: Counter[tuple[int, int]] = Counter()
         for inputs, outputs in self.block.matrices:
             matrices[inputs * outputs, outputs] += self.n_layers
@@ -47,7 +47,7 @@ class Shapes:
 
 
 def shapes_of(network: Architecture) -> Shapes | None:
-    """Returns the family's tensors; None for families that are not known here, or if numbers are missing."""
+    """Returns the tensors of a network; None for an unknown family or a config that lacks numbers."""
     block = _BLOCKS.get(network.model_type)
     if block is None or not (network.n_layers and network.d_model and network.d_mlp and network.vocab_size):
         return None
@@ -56,15 +56,11 @@ def shapes_of(network: Architecture) -> Shapes | None:
     if network.model_type in _HEADS_WITH_BIAS:
         n_head += network.vocab_size
     norm = 2 * d if network.model_type in _LAYER_NORM else d
-    n_kept = d * network.vocab_size + d * _n_positions(network) + norm
-    return Shapes(n_layers=network.n_layers, block=block(network), n_kept=n_kept, n_head=n_head)
-
-
-def _n_positions(network: Architecture) -> int:
-    """Rows of the learned position embedding."""
+    n_positions = network.context_window if network.model_type in _LEARNED_POSITIONS else 0
     if network.model_type == "opt":
-        return network.context_window + 2
-    return network.context_window if network.model_type in ("gpt2", "gpt_bigcode", "gpt_neo") else 0
+        n_positions += 2  # OPT's positions begin at 2.
+    n_kept = d * (network.vocab_size + n_positions) + norm
+    return Shapes(n_layers=network.n_layers, block=block(network), n_kept=n_kept, n_head=n_head)
 
 
 def _gpt2(network: Architecture) -> Block:
@@ -78,29 +74,18 @@ def _gpt_bigcode(network: Architecture) -> Block:
     return Block(matrices=((d, qkv), (d, d), (d, mlp), (mlp, d)), n_vectors=4 * d + qkv + d + mlp + d)
 
 
-def _gpt_neo(network: Architecture) -> Block:
+def _unfused(network: Architecture, *, n_norms: int, n_attention_biases: int) -> Block:
+    """Queries, keys and values apart; the norms and the MLP have biases, the attention only some."""
     d, mlp = network.d_model, network.d_mlp
-    return Block(matrices=((d, d),) * 4 + ((d, mlp), (mlp, d)), n_vectors=4 * d + d + mlp + d)
+    n_vectors = 2 * d * n_norms + d * n_attention_biases + mlp + d
+    return Block(matrices=((d, d),) * 4 + ((d, mlp), (mlp, d)), n_vectors=n_vectors)
 
 
-def _gptj(network: Architecture) -> Block:
-    d, mlp = network.d_model, network.d_mlp
-    return Block(matrices=((d, d),) * 4 + ((d, mlp), (mlp, d)), n_vectors=2 * d + mlp + d)
-
-
-def _opt(network: Architecture) -> Block:
-    d, mlp = network.d_model, network.d_mlp
-    return Block(matrices=((d, d),) * 4 + ((d, mlp), (mlp, d)), n_vectors=4 * d + 4 * d + mlp + d)
-
-
-def _phi(network: Architecture) -> Block:
-    matrices = (*_attention(network), *_plain_mlp(network))
-    return Block(matrices=matrices, n_vectors=2 * network.d_model + sum(outputs for _, outputs in matrices))
-
-
-def _starcoder2(network: Architecture) -> Block:
-    matrices = (*_attention(network), *_plain_mlp(network))
-    return Block(matrices=matrices, n_vectors=4 * network.d_model + sum(outputs for _, outputs in matrices))
+def _biased(network: Architecture, *, n_norms: int) -> Block:
+    """Every layer and every norm has a bias."""
+    matrices = (*_attention(network), (network.d_model, network.d_mlp), (network.d_mlp, network.d_model))
+    n_vectors = 2 * network.d_model * n_norms + sum(outputs for _, outputs in matrices)
+    return Block(matrices=matrices, n_vectors=n_vectors)
 
 
 def _phi3(network: Architecture) -> Block:
@@ -126,20 +111,16 @@ def _attention(network: Architecture) -> tuple[Matrix, ...]:
     return (d, q), (d, kv), (d, kv), (q, d)
 
 
-def _plain_mlp(network: Architecture) -> tuple[Matrix, ...]:
-    return (network.d_model, network.d_mlp), (network.d_mlp, network.d_model)
-
-
 _BLOCKS: Mapping[str, Callable[[Architecture], Block]] = {
     "gpt2": _gpt2,
     "gpt_bigcode": _gpt_bigcode,
-    "gpt_neo": _gpt_neo,
-    "gpt_neox": _gpt2,  # Fused as in GPT-2, the same numbers.
-    "gptj": _gptj,
-    "opt": _opt,
-    "phi": _phi,
+    "gpt_neo": lambda network: _unfused(network, n_norms=2, n_attention_biases=1),
+    "gpt_neox": _gpt2,  # Queries, keys and values in one matrix, as in GPT-2.
+    "gptj": lambda network: _unfused(network, n_norms=1, n_attention_biases=0),
+    "opt": lambda network: _unfused(network, n_norms=2, n_attention_biases=4),
+    "phi": lambda network: _biased(network, n_norms=1),
     "phi3": _phi3,
-    "starcoder2": _starcoder2,
+    "starcoder2": lambda network: _biased(network, n_norms=2),
     "llama": _llama,
     "mistral": _llama,
     "qwen2": lambda network: _llama(network, biased=True),
@@ -150,4 +131,5 @@ _BLOCKS: Mapping[str, Callable[[Architecture], Block]] = {
     "gemma3_text": lambda network: _llama(network, n_norms=4, head_norms=True),
 }
 _LAYER_NORM = {"gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "starcoder2"}
+_LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "opt"}
 _HEADS_WITH_BIAS = {"phi", "gptj"}

@@ -1,7 +1,7 @@
-"""Which tensors of a model's files a runner holds, and how many bytes they take in each form.
+"""The tensors of a model's files that a runner loads, and their bytes in each form.
 
 A runner loads the network without its language-model head. bitsandbytes quantizes the weights of linear layers;
-embeddings, norms, biases and stacked experts stay in the compute dtype. Figures are exact for what is loaded this way:
+embeddings, norms, biases and stacked experts stay in the compute dtype. The figures are exact for such a load:
 
 - int8: one byte a weight and an fp32 scale for each output;
 - int4 (NF4, double quantization): half a byte a weight; for each block of 64 weights a byte of scale; for each 256 of
@@ -21,9 +21,9 @@ _STORED_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F1
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 _HEADS = {"lm_head", "score", "classifier", "qa_outputs"}
-# Masks and frequencies that older files carry and newer code computes.
+# Masks and frequencies that files of older versions contain; newer code computes them.
 _COMPUTED = (".masked_bias", ".inv_freq")
-# What bitsandbytes stores beside a matrix.
+# Scales and tables that bitsandbytes stores beside a matrix; they are counted with it.
 _BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 # Falcon has a linear layer of its own class, which bitsandbytes leaves alone.
 NEVER_QUANTIZED = {"falcon"}
@@ -38,7 +38,7 @@ _TABLE_BYTES = 4 * (16 + 256 + 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """How a model is loaded: `dtype` is that of what is not quantized."""
+    """A way to load a model; `dtype` is the dtype of the unquantized numbers."""
 
     quantization: Quantization
     dtype: str
@@ -68,7 +68,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """What a runner holds, counted: linear weights by (elements, outputs), other numbers, bytes of integers."""
+    """A count of what a runner loads: linear weights by (elements, outputs), other numbers, bytes of integers."""
 
     matrices: Mapping[tuple[int, int], int] = field(default_factory=dict)
     n_kept: int = 0
@@ -80,13 +80,13 @@ class Tally:
         return max((elements for elements, _ in self.matrices), default=0)
 
     def weight_bytes(self, form: Form) -> int:
-        """Bytes of all of it in a form, scales included."""
+        """Bytes of all weights in a form, with scales."""
         quantized = sum(n * _matrix_bytes(*matrix, form) for matrix, n in self.matrices.items())
         return quantized + self.n_kept * form.item_bytes + self.fixed_bytes
 
 
 def tally_of(tensors: Iterable[Tensor], model_type: str = "") -> Tally:
-    """Counts the tensors of a model's files; files that are stored quantized count as what they came from."""
+    """Counts the tensors of a model's files; a quantized matrix counts as the matrix that it was made from."""
     every = {tensor.name: tensor for tensor in tensors}
     matrices: Counter[tuple[int, int]] = Counter()
     n_kept = fixed_bytes = 0
@@ -104,7 +104,7 @@ def tally_of(tensors: Iterable[Tensor], model_type: str = "") -> Tally:
 
 
 def is_held(tensor: Tensor) -> bool:
-    """False for heads, for what is computed anew, and for what is counted with its matrix."""
+    """False for heads, for tensors that are computed anew, and for scales that are counted with their matrix."""
     parts = tensor.name.split(".")
     if _HEADS.intersection(parts) or parts[0] == "embed_out":
         return False
@@ -115,7 +115,7 @@ def is_held(tensor: Tensor) -> bool:
 
 
 def _matrix(tensor: Tensor, every: Mapping[str, Tensor], model_type: str) -> tuple[int, int] | None:
-    """(elements, outputs) of a linear weight; None for everything else."""
+    """Returns (elements, outputs) of a linear weight; None for any other tensor."""
     if tensor.dtype == "U8" and f"{tensor.name}.absmax" in every:
         elements = 2 * tensor.n_elements
         bias = every.get(tensor.name.removesuffix("weight") + "bias")
@@ -136,7 +136,7 @@ def _matrix_bytes(elements: int, outputs: int, form: Form) -> int:
         blocks = _ceil(elements, _BLOCK)
         return _ceil(elements, 2) + blocks + 4 * _ceil(blocks, _SCALE_BLOCK) + _TABLE_BYTES
     if form.quantization is Quantization.INT2:
-        # Two bits and a half-precision scale and zero point for each block.
+        # Two bits a weight, and for each block a scale and a zero point of two bytes each.
         return _ceil(elements, 4) + 4 * _ceil(elements, _BLOCK)
     return elements * form.item_bytes
 

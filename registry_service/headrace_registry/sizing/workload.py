@@ -1,4 +1,4 @@
-"""What a forward pass takes beside the weights, as the runner does it: no logits, no cache, an early end."""
+"""Memory of a forward pass beside the weights. The runner computes no logits, keeps no cache, and ends early."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from headrace_registry.models.models import Architecture, Quantization
 from headrace_registry.residency.nodes import DeviceKind
 from headrace_registry.sizing.tensors import Form, Tally
 
-# What a recipe may ask for.
+# The limits of a recipe.
 MAX_BATCH_SIZE = 1024
 _MAX_CONTEXT = 131_072
 _MAX_HOOKPOINTS = 4096
@@ -24,9 +24,9 @@ _ROW_BYTES = 4
 _NORM_BYTES = 12
 # Token ids, positions and masks of int64, a few of each.
 _ID_BYTES = 64
-# LLM.int8() on a CPU goes through fp32 and int32 copies of what goes into a matrix and comes out; measured.
+# Bytes per input of a matrix. On a CPU, LLM.int8() makes fp32 and int32 copies of inputs and outputs; measured.
 _INT8_BYTES = {DeviceKind.CPU: 56, DeviceKind.CUDA: 12, DeviceKind.MPS: 12}
-# What the libraries' threads and kernels keep for themselves.
+# Buffers that the libraries' threads and kernels keep.
 _SCRATCH_BYTES = 16_000_000
 
 
@@ -44,7 +44,7 @@ class Workload:
         _check("n_hookpoints", self.n_hookpoints, _MAX_HOOKPOINTS)
 
     def with_batch(self, batch_size: int) -> Workload:
-        """The same with another batch size."""
+        """Returns the same workload with another batch size."""
         return Workload(batch_size=batch_size, context_size=self.context_size, n_hookpoints=self.n_hookpoints)
 
 
@@ -53,21 +53,22 @@ def workload_bytes(
 ) -> int:
     """Bytes at the peak of a forward pass that captures the deepest layers."""
     item, tokens = form.item_bytes, workload.batch_size * workload.context_size
+    column = tokens * network.d_model
+    if kind is DeviceKind.CPU:  # Rows are converted one column at a time, on their way into the log.
+        captured = column * (workload.n_hookpoints * item + _ROW_BYTES)
+    else:  # Two batches are under way to the host.
+        captured = column * workload.n_hookpoints * (item + 2 * _ROW_BYTES)
+    # Three copies of the residual stream, the norm's copies in fp32, and the ids.
     stream = tokens * (network.d_model * (3 * item + _NORM_BYTES) + _ID_BYTES)
-    step = max(_attention_bytes(network, item, workload, eager=eager), _mlp_bytes(network, item, tokens))
+    n_results = 7 if network.model_type in _STEPWISE else 4 if network.model_type in _GATED else 3
+    mlp = tokens * network.d_mlp * item * n_results
+    # Attention and MLP run one after the other: only the larger of both counts.
+    step = max(_attention_bytes(network, item, workload, eager=eager), mlp)
     if form.quantization is Quantization.INT8:
         step += tokens * max(network.d_mlp, network.d_model) * _INT8_BYTES[kind]
     # A quantized matrix is unfolded while it is used.
     unfolded = 0 if form.quantization is Quantization.NONE else tally.largest_matrix * item
-    return _captured_bytes(network, item, workload, kind) + stream + step + unfolded + _SCRATCH_BYTES
-
-
-def _captured_bytes(network: Architecture, item: int, workload: Workload, kind: DeviceKind) -> int:
-    column = workload.batch_size * workload.context_size * network.d_model
-    if kind is DeviceKind.CPU:  # Rows are converted column by column, on their way into the log.
-        return column * (workload.n_hookpoints * item + _ROW_BYTES)
-    # Two batches are under way to the host.
-    return column * workload.n_hookpoints * (item + 2 * _ROW_BYTES)
+    return captured + stream + step + unfolded + _SCRATCH_BYTES
 
 
 def _attention_bytes(network: Architecture, item: int, workload: Workload, *, eager: bool) -> int:
@@ -80,11 +81,6 @@ def _attention_bytes(network: Architecture, item: int, workload: Workload, *, ea
     is_eager = eager or network.model_type in _EAGER_ONLY
     scores = pairs * network.n_heads * (2 * item + 8) if is_eager else 0
     return heads + mask + scores
-
-
-def _mlp_bytes(network: Architecture, item: int, tokens: int) -> int:
-    n_results = 7 if network.model_type in _STEPWISE else 4 if network.model_type in _GATED else 3
-    return tokens * network.d_mlp * item * n_results
 
 
 def _check(field: str, value: int, largest: int) -> None:
