@@ -1,5 +1,6 @@
-"""The registry: which models exist, where they are resident, who relies on it.
+"""The registry: the models that exist, the devices where they are resident, and the leases on them.
 
-The centre is plain Python about models, residencies and leases. Three rooms hold the outside: `rpc/` (gRPC),
-`postgres/` (psycopg, SQL, the embedded server) and `hub/` (huggingface_hub, in a child process).
+Decisions are plain Python: `models/` (files and builds), `residency/` (placement and scheduling), `sizing/` (bytes).
+Three rooms hold the outside: `rpc/` (gRPC), `postgres/` (psycopg, SQL, the embedded server) and `hub/`
+(huggingface_hub, in a child process). `workers/` runs the loops between them.
 """

@@ -1,6 +1,6 @@
 """Wires the registry together and runs it: database, migrations, loops, server.
 
-`python -m headrace_registry --data-dir DIR`. The only place that reads the environment.
+`python -m headrace_registry --data-dir DIR`. No other module reads the environment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -77,7 +77,6 @@ SERVICES = tuple(
     for name in ("ModelService", "ResidencyService", "NodeService", "ActivationSetService")
 )
 
-
 DEFAULT_QUOTA_BYTES = 50 * 10**9
 
 
@@ -86,16 +85,16 @@ class PolicyInvalid(StartError):
 
 
 class RootInvalid(StartError):
-    """A models root is no folder."""
+    """A `--models-root` is no folder."""
 
 
 class RepoInvalid(StartError):
-    """A flag names what can't be a hub repo."""
+    """A flag's value can't be the id of a hub repo."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the command line and the environment say."""
+    """The settings from the command line and the environment."""
 
     server: ServerOptions
     data_dir: Path
@@ -114,12 +113,12 @@ def main() -> int:
     args = _parser().parse_args()
     logs.configure(args.log_level, sys.stderr)
     descriptors.raise_limit()
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # The calls that fail tell it better.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # Calls without a connection fail, and say why.
     try:
         settings = _settings(args, os.environ)
-        asyncio.run(_run_alone(settings))
+        asyncio.run(run(settings, shutdown=Shutdown()))
     except StartError as exc:
-        print(f"registry: {exc}", file=sys.stderr)  # noqa: T201 - for the person who started it.
+        print(f"registry: {exc}", file=sys.stderr)  # noqa: T201 - the message is for a person at a terminal.
         return 2
     return 0
 
@@ -128,21 +127,23 @@ async def run(settings: Settings, *, shutdown: Shutdown, handle_signals: bool = 
     """Serves until a signal or the shutdown. Raises StartError."""
     keeper: Keeper | None = None
     async with contextlib.AsyncExitStack() as stack:
-        url, embedded = settings.database_url, None
+        url = settings.database_url
         if not url:
-            embedded = await stack.enter_async_context(_embedded(settings.data_dir))
+            embedded = EmbeddedPostgres(settings.data_dir)
+            await asyncio.to_thread(embedded.own)
+            # Before the start, so that a start that fails halfway leaves no server.
+            stack.push_async_callback(asyncio.to_thread, embedded.stop)
+            await asyncio.to_thread(embedded.start)
             keeper, url = Keeper(embedded), embedded.url
         await migrate_when_reachable(url)
         database = Database(url, on_lost=keeper.look_now if keeper is not None else lambda: None)
-        await stack.enter_async_context(_opened(database))
+        await database.open()
+        stack.push_async_callback(database.close)
         registry = Registry(settings, database, url, shutdown)
-        if embedded is not None:
-            await registry.preparations.release(None)  # No other replica can be on this data directory.
+        if keeper is not None:
+            # No other replica can use this data directory, so every claim is one of a registry that is gone.
+            await registry.preparations.release(None)
         await registry.serve(keeper, handle_signals=handle_signals)
-
-
-async def _run_alone(settings: Settings) -> None:
-    await run(settings, shutdown=Shutdown())
 
 
 class Registry:
@@ -231,7 +232,7 @@ class Registry:
         activation_set_service_pb2_grpc.add_ActivationSetServiceServicer_to_server(self._sets, server)
 
     async def serve(self, keeper: Keeper | None, *, handle_signals: bool) -> None:
-        """Serves until the shutdown begins; the loops outlive the last call."""
+        """Serves until the shutdown begins. The loops run until the last call has ended, since calls wait for them."""
         server = Server(
             self._options,
             service_names=SERVICES,
@@ -254,26 +255,6 @@ class Registry:
                 await server.stop()
                 for loop in loops:
                     loop.cancel()
-
-
-@contextlib.asynccontextmanager
-async def _embedded(data_dir: Path) -> AsyncIterator[EmbeddedPostgres]:
-    server = EmbeddedPostgres(data_dir)
-    await asyncio.to_thread(server.own)
-    try:
-        await asyncio.to_thread(server.start)
-        yield server
-    finally:
-        await asyncio.to_thread(server.stop)
-
-
-@contextlib.asynccontextmanager
-async def _opened(database: Database) -> AsyncIterator[None]:
-    await database.open()
-    try:
-        yield
-    finally:
-        await database.close()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_quota,
         default=DEFAULT_QUOTA_BYTES,
         metavar="N",
-        help="most bytes in the model store; what is not used goes first (default 50 GB)",
+        help="most bytes in the model store; files out of use are removed first (default 50 GB)",
     )
     parser.add_argument(
         "--allow-pickle",
@@ -315,13 +296,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REPO",
         help="code of this hub repo may run on the nodes (repeatable)",
     )
-    _add_policy_flags(parser)
-    add_common_flags(parser)
-    return parser
-
-
-def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each number of the policy, with its default."""
+    # One flag for each number of the policy, with its default.
     group = parser.add_argument_group("residency")
     for each in fields(Policy):
         kind: type[int | float] = int if isinstance(each.default, int) else float
@@ -332,6 +307,8 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
             metavar="N" if kind is int else "S",
             help=f"{POLICY_HELP[each.name]} (default {each.default:g})",
         )
+    add_common_flags(parser)
+    return parser
 
 
 def _quota(text: str) -> int:
@@ -339,13 +316,6 @@ def _quota(text: str) -> int:
     if n_bytes < 1:
         raise argparse.ArgumentTypeError("takes a positive number of bytes")
     return n_bytes
-
-
-def _policy(args: argparse.Namespace) -> Policy:
-    try:
-        return Policy(**{each.name: getattr(args, each.name) for each in fields(Policy)})
-    except ValueError as exc:
-        raise PolicyInvalid(f"--{str(exc).replace('_', '-')}.") from exc
 
 
 def _interval(text: str) -> float:
@@ -359,13 +329,17 @@ def _settings(args: argparse.Namespace, environment: Mapping[str, str]) -> Setti
     for root in args.models_root:
         if not root.is_dir():
             raise RootInvalid(f"--models-root {root} is no folder; make it, or give another one.")
+    try:
+        policy = Policy(**{each.name: getattr(args, each.name) for each in fields(Policy)})
+    except ValueError as exc:
+        raise PolicyInvalid(f"--{str(exc).replace('_', '-')}.") from exc
     return Settings(
         server=options_from(args),
         data_dir=Path(os.path.realpath(args.data_dir)),
         database_url=args.database_url or environment.get("DATABASE_URL", ""),
         model_roots=tuple(args.models_root),
         heartbeat_interval_s=args.heartbeat_interval_s,
-        policy=_policy(args),
+        policy=policy,
         environment=dict(environment),
         models_quota_bytes=args.models_quota_bytes,
         allowances=Allowances(

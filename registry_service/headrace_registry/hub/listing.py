@@ -45,7 +45,7 @@ class Listing:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files whose size the hub names."""
+        """Bytes of all files; a file of unknown size counts as 0."""
         return sum(file.size or 0 for file in self.files)
 
 

@@ -38,24 +38,21 @@ def answer(job: Job) -> dict[str, Any]:
         headers = build_hf_headers(token=job.token or None)
         response = get_session().get(url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True)
         hf_raise_for_status(response)
-        return {"config": response.json(), "tensors": _tensors(job)}
+        found = HfApi().get_safetensors_metadata(
+            job.repo_id, revision=job.revision, token=job.token or None, timeout=_TIMEOUT_S
+        )
+        tensors = {
+            name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+            for file in found.files_metadata.values()
+            for name, tensor in file.tensors.items()
+        }
+        return {"config": response.json(), "tensors": tensors}
     except (NotASafetensorsRepoError, SafetensorsParsingError) as exc:
         message = f"{job.repo_id} has no safetensors headers to read ({type(exc).__name__}); PrepareModel it first"
         return {"reason": "MODEL_UNSUPPORTED", "message": message, "retry_after_s": 0.0}
     except Exception as exc:  # noqa: BLE001 - the parent must hear of every failure.
         event = failure_of(exc, job)
         return {"reason": event.reason, "message": event.message, "retry_after_s": event.retry_after_s}
-
-
-def _tensors(job: Job) -> dict[str, Any]:
-    found = HfApi().get_safetensors_metadata(
-        job.repo_id, revision=job.revision, token=job.token or None, timeout=_TIMEOUT_S
-    )
-    return {
-        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
-        for file in found.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The operator's allowances: repos whose pickled weights may be read, and repos whose code may run."""
+"""The operator's allowances: repos with pickled weights to read, and repos with code to run."""
 
 from __future__ import annotations
 

@@ -32,6 +32,23 @@ class Term:
     value: str
     label: str = ""
 
+    @classmethod
+    def of(cls, name: str, operator: str, raw: str) -> Term:
+        """Makes a term from its three parts as written. Raises FieldInvalid for an unknown field or value."""
+        value = re.sub(r"\\(.)", r"\1", raw[1:-1]) if raw.startswith('"') else raw
+        if "\x00" in value:
+            raise FieldInvalid("filter", "a value contains NUL")
+        match = Match(operator)
+        if name.startswith("labels.") and len(name) > len("labels."):
+            return cls(field="labels", label=name.removeprefix("labels."), match=match, value=value)
+        if name not in _FIELDS:
+            raise FieldInvalid("filter", f"unknown field {name!r}; known: {', '.join(_FIELDS)}, labels.KEY")
+        if match is Match.EQUALS and name == "state" and value not in set(ModelState):
+            raise FieldInvalid("filter", f"unknown state {value!r}; known: {', '.join(ModelState)}")
+        if match is Match.EQUALS and name == "quantization" and value not in set(Quantization):
+            raise FieldInvalid("filter", f"unknown quantization {value!r}; known: {', '.join(Quantization)}")
+        return cls(field=name, match=match, value=value)
+
 
 def parse_filter(text: str) -> tuple[Term, ...]:
     """Parses a filter; an empty one matches every model. Raises FieldInvalid with the place and the known names."""
@@ -47,7 +64,7 @@ def parse_filter(text: str) -> tuple[Term, ...]:
             raise FieldInvalid(
                 "filter", f"expected `field = value` or `field : value` at {text[position : position + 20]!r}"
             )
-        terms.append(_term(*found.groups()))
+        terms.append(Term.of(*found.groups()))
         position = found.end()
         if position == len(text):
             break
@@ -58,19 +75,3 @@ def parse_filter(text: str) -> tuple[Term, ...]:
     if len(terms) > _MAX_TERMS:
         raise FieldInvalid("filter", f"more than {_MAX_TERMS} terms")
     return tuple(terms)
-
-
-def _term(name: str, operator: str, raw: str) -> Term:
-    value = re.sub(r"\\(.)", r"\1", raw[1:-1]) if raw.startswith('"') else raw
-    if "\x00" in value:
-        raise FieldInvalid("filter", "a value contains NUL")
-    match = Match(operator)
-    if name.startswith("labels.") and len(name) > len("labels."):
-        return Term(field="labels", label=name.removeprefix("labels."), match=match, value=value)
-    if name not in _FIELDS:
-        raise FieldInvalid("filter", f"unknown field {name!r}; known: {', '.join(_FIELDS)}, labels.KEY")
-    if match is Match.EQUALS and name == "state" and value not in set(ModelState):
-        raise FieldInvalid("filter", f"unknown state {value!r}; known: {', '.join(ModelState)}")
-    if match is Match.EQUALS and name == "quantization" and value not in set(Quantization):
-        raise FieldInvalid("filter", f"unknown quantization {value!r}; known: {', '.join(Quantization)}")
-    return Term(field=name, match=match, value=value)

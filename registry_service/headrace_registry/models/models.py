@@ -11,7 +11,7 @@ from typing import Any
 
 
 class ModelState(StrEnum):
-    """State of a model's files. A state whose name ends in -ING ends by itself."""
+    """State of a model's files. A state with a name in -ING ends by itself."""
 
     REGISTERED = "REGISTERED"
     DOWNLOADING = "DOWNLOADING"

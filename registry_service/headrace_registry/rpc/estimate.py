@@ -1,4 +1,4 @@
-"""EstimateMemory: check, look, advise, answer."""
+"""EstimateMemory: check the request, read model and devices, advise, answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MemoryEstimates:
 
 
 def workload_from_pb(request: pb.EstimateMemoryRequest) -> Workload:
-    """Zeros are defaults."""
+    """Checks a workload; a zero means the default."""
     return Workload(
         batch_size=request.batch_size or 1,
         context_size=request.context_size or _DEFAULT_CONTEXT,

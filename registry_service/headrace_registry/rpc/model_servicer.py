@@ -1,4 +1,4 @@
-"""ModelService: metadata and files."""
+"""ModelService: registration, files, estimates and validations of models."""
 
 from __future__ import annotations
 
@@ -69,12 +69,13 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._heartbeat_s = heartbeat_s
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
-        """Registers; no files move."""
+        """Registers a model; no files move yet."""
         remembered = _request(
             request.request_id, "RegisterModel", request.model.SerializeToString(deterministic=True).hex()
         )
         new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
         self._allowances.check(new.source, new.load_options)
+        # A model that is registered already keeps its commit, without a question to the hub.
         if await self._models.registered(new) is None:
             token = checked_text(request.hub_token, field="hub_token", max_length=1024)
             new = await with_commit(new, self._commits, token=token)
@@ -85,7 +86,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return pb.GetModelResponse(model=model_to_pb(await self._models.get(_model_id(request.model_id))))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        """Lists a page."""
+        """Lists a page of models."""
         terms = parse_filter(request.filter)
         page = page_from(
             size=request.page_size,
@@ -115,7 +116,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         return pb.UpdateModelResponse(model=model_to_pb(model))
 
     async def DeleteModel(self, request: pb.DeleteModelRequest, context: Any) -> pb.DeleteModelResponse:
-        """Forgets a model nobody uses; with force, whoever uses it."""
+        """Deletes a model out of use; with force, also a model in use."""
         model_id = _model_id(request.model_id)
         remembered = _request(request.request_id, "DeleteModel", model_id, request.force, request.etag)
         await self._deletions.delete(
@@ -129,6 +130,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 
     async def PrepareModel(self, request: pb.PrepareModelRequest, context: Any) -> pb.PrepareModelResponse:
         """Starts a preparation and answers at once."""
+        # Offered before the start: a worker may claim the preparation at once.
         model_id = _model_id(request.model_id)
         self._preparer.offer_token(model_id, checked_text(request.hub_token, field="hub_token", max_length=1024))
         remembered = _request(request.request_id, "PrepareModel", model_id)
@@ -147,7 +149,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     async def WatchModel(
         self, request: pb.WatchModelRequest, context: Any
     ) -> AsyncGenerator[pb.WatchModelResponse, None]:
-        """Snapshot, then every event; the last one again as heartbeat."""
+        """Streams a snapshot, then every event. A heartbeat repeats the last event."""
         model_id = _model_id(request.model_id)
         if request.after_seq < 0:
             raise FieldInvalid("after_seq", "must not be negative; 0 means none of the past events")
@@ -178,13 +180,13 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 await self._wakeups.wait(seen)
 
     async def EstimateMemory(self, request: pb.EstimateMemoryRequest, context: Any) -> pb.EstimateMemoryResponse:
-        """Estimates memory in every form; reads only."""
+        """Estimates memory in every form; changes nothing."""
         return await self._estimates.answer(request)
 
     async def ValidateModel(
         self, request: pb.ValidateModelRequest, context: Any
     ) -> AsyncGenerator[pb.ValidateModelResponse, None]:
-        """Each step when it changes, and the attempt."""
+        """Streams each step when it changes, and the finished attempt last."""
         model = await self._models.get(_model_id(request.model_id))
         options = load_options_from_pb(request.load_options) if request.HasField("load_options") else None
         self._allowances.check(model.source, model.load_options if options is None else options)
@@ -200,7 +202,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
                 yield message
 
     async def ListAttempts(self, request: pb.ListAttemptsRequest, context: Any) -> pb.ListAttemptsResponse:
-        """Lists a page, the newest first."""
+        """Lists a page of attempts, the newest first."""
         model_id = _model_id(request.model_id)
         page = page_from(
             size=request.page_size,
@@ -218,7 +220,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 
 
 class _Latest:
-    """The last event a watcher was sent; a heartbeat repeats it."""
+    """The last event that a watcher got; a heartbeat repeats it."""
 
     def __init__(self, event: ModelEvent) -> None:
         self._event = event

@@ -25,7 +25,7 @@ class SetServicer(activation_set_service_pb2_grpc.ActivationSetServiceServicer):
     async def ListActivationSets(
         self, request: pb.ListActivationSetsRequest, context: Any
     ) -> pb.ListActivationSetsResponse:
-        """Lists a page, the newest first."""
+        """Lists a page of sets, the newest first."""
         model_id = checked_text(request.model_id, field="model_id")
         node_id = checked_text(request.node_id, field="node_id")
         page = page_from(
@@ -39,7 +39,7 @@ class SetServicer(activation_set_service_pb2_grpc.ActivationSetServiceServicer):
         return pb.ListActivationSetsResponse(sets=[set_to_pb(each) for each in sets], next_page_token=token)
 
     async def GetActivationSet(self, request: pb.GetActivationSetRequest, context: Any) -> pb.GetActivationSetResponse:
-        """Reads what each node holds of a set."""
+        """Reads every node's part of a set."""
         sets = await self._sets.get(_set_id(request.set_id))
         return pb.GetActivationSetResponse(sets=[set_to_pb(each) for each in sets])
 
@@ -53,7 +53,7 @@ class SetServicer(activation_set_service_pb2_grpc.ActivationSetServiceServicer):
     async def DeleteActivationSet(
         self, request: pb.DeleteActivationSetRequest, context: Any
     ) -> pb.DeleteActivationSetResponse:
-        """Orders the nodes to remove a set."""
+        """Orders the nodes to delete a set."""
         set_id = _set_id(request.set_id)
         await self._sets.delete(set_id, _request(request.request_id, "DeleteActivationSet", set_id))
         return pb.DeleteActivationSetResponse()
@@ -61,7 +61,7 @@ class SetServicer(activation_set_service_pb2_grpc.ActivationSetServiceServicer):
     async def ReportActivationSet(
         self, request: pb.ReportActivationSetRequest, context: Any
     ) -> pb.ReportActivationSetResponse:
-        """Replaces what a node said of a set, or lets it evict one; answers what the node must know."""
+        """Replaces a node's report of a set, or lets the node evict the set; answers with the set's orders."""
         node_id = checked_id(request.node_id, field="node_id")
         if request.evict:
             orders = await self._sets.evict(_set_id(request.set.id), node_id=node_id, epoch=request.epoch)

@@ -1,4 +1,4 @@
-"""One row per error: its canonical code and its reason in `error_reason.proto`."""
+"""The table of errors: for each its canonical code and its reason in `error_reason.proto`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ STATUSES = StatusTable(
 
 
 def reason_of(exc: ServiceError) -> str:
-    """The reason stored when long work ends with `exc`."""
+    """The reason to store when `exc` ends long work."""
     row = STATUSES.row(exc)
     return row[1] if row is not None else "INTERNAL"

@@ -48,6 +48,18 @@ class Form:
         """Bytes of one number of the dtype."""
         return ITEM_BYTES[self.dtype]
 
+    def matrix_bytes(self, elements: int, outputs: int) -> int:
+        """Bytes of one linear weight, with its scales."""
+        if self.quantization is Quantization.INT8:
+            return elements + 4 * outputs
+        blocks = _ceil(elements, _BLOCK)
+        if self.quantization is Quantization.INT4:
+            return _ceil(elements, 2) + blocks + 4 * _ceil(blocks, _SCALE_BLOCK) + _TABLE_BYTES
+        if self.quantization is Quantization.INT2:
+            # Two bits a weight, and for each block a scale and a zero point of two bytes each.
+            return _ceil(elements, 4) + 4 * blocks
+        return elements * self.item_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
@@ -68,7 +80,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """A count of what a runner loads: linear weights by (elements, outputs), other numbers, bytes of integers."""
+    """The tensors that a runner loads, counted: linear weights by (elements, outputs), other numbers, integer bytes."""
 
     matrices: Mapping[tuple[int, int], int] = field(default_factory=dict)
     n_kept: int = 0
@@ -81,7 +93,7 @@ class Tally:
 
     def weight_bytes(self, form: Form) -> int:
         """Bytes of all weights in a form, with scales."""
-        quantized = sum(n * _matrix_bytes(*matrix, form) for matrix, n in self.matrices.items())
+        quantized = sum(n * form.matrix_bytes(*matrix) for matrix, n in self.matrices.items())
         return quantized + self.n_kept * form.item_bytes + self.fixed_bytes
 
 
@@ -127,18 +139,6 @@ def _matrix(tensor: Tensor, every: Mapping[str, Tensor], model_type: str) -> tup
     if any("embed" in part or part in ("wte", "wpe", "experts") for part in parts):
         return None
     return tensor.n_elements, tensor.shape[1 if model_type in _TRANSPOSED else 0]
-
-
-def _matrix_bytes(elements: int, outputs: int, form: Form) -> int:
-    if form.quantization is Quantization.INT8:
-        return elements + 4 * outputs
-    if form.quantization is Quantization.INT4:
-        blocks = _ceil(elements, _BLOCK)
-        return _ceil(elements, 2) + blocks + 4 * _ceil(blocks, _SCALE_BLOCK) + _TABLE_BYTES
-    if form.quantization is Quantization.INT2:
-        # Two bits a weight, and for each block a scale and a zero point of two bytes each.
-        return _ceil(elements, 4) + 4 * _ceil(elements, _BLOCK)
-    return elements * form.item_bytes
 
 
 def _ceil(number: int, divisor: int) -> int:

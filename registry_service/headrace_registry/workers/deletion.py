@@ -1,4 +1,4 @@
-"""Deleting a model that is in memory: sends it off first, and forgets it once its memory is back."""
+"""Deletes models; a resident model is unloaded first, and forgotten once its devices have the memory back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from headrace_registry.postgres.models.models import ModelStore
 from headrace_registry.postgres.requests import Request
 from headrace_registry.wakeups import POLL_S, Wakeups
 
-# Less than the deadline clients usually give a call: they shall hear what it waits for.
+# Less than the usual deadline of a client's call, so that its error can name the devices that it waited for.
 _DEADLINE_S = 20.0
 _RETRY_AFTER_S = 5.0
 
 
 class Deletions:
-    """Carries DeleteModel with force from its first step to its last."""
+    """Carries out DeleteModel, with all steps of a forced one."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Deletions:
         self._clock = clock
 
     async def delete(self, model_id: str, *, force: bool, etag: str, actor: str, request: Request) -> None:
-        """Forgets a model. Raises ModelInUse: at once without `force`, else when its memory does not come back."""
+        """Deletes a model. Raises ModelInUse: at once, or with `force` if a device keeps the memory for too long."""
         end = self._clock() + self._deadline_s
         while True:
             seen = self._wakeups.generation
@@ -48,5 +48,5 @@ class Deletions:
                     resource=("model", model_id),
                     retry_after_s=_RETRY_AFTER_S,
                 )
-            etag = ""  # It was right when the unload began.
+            etag = ""  # Checked when the unload began; a change since then does not stop the deletion.
             await self._wakeups.wait(seen, timeout_s=min(POLL_S, left_s))

@@ -107,9 +107,9 @@ class Preparer:
         self._tokens: dict[str, str] = {}
 
     def offer_token(self, model_id: str, token: str) -> None:
-        """Keeps a hub token for the preparation about to start; an empty token forgets the one before.
+        """Keeps a hub token for the preparation about to start; an empty token forgets the earlier one.
 
-        The token is dropped after the download, and the oldest token of more than a hundred.
+        Tokens are dropped after their download, and the oldest of more than a hundred at any time.
         """
         self._tokens.pop(model_id, None)
         if token:

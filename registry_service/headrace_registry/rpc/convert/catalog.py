@@ -1,4 +1,4 @@
-"""ListCatalog: a page of curated models as messages."""
+"""ListCatalog: pages of curated models as messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DEFAULT_PAGE = 50
 
 
 def list_catalog(request: pb.ListCatalogRequest) -> pb.ListCatalogResponse:
-    """Answers without I/O."""
+    """Answers ListCatalog, without I/O."""
     if request.fits_bytes < 0:
         raise FieldInvalid("fits_bytes", "must not be negative; 0 means all")
     page = page_from(

@@ -1,4 +1,4 @@
-"""Between messages and models, in pairs: `x_from_pb` checks what comes from outside, `x_to_pb` is total."""
+"""Between messages and models, in pairs: `x_from_pb` checks values from outside, `x_to_pb` is total."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def source_from_pb(message: model_pb2.ModelSource, roots: ModelRoots) -> m.Sourc
 
 
 def new_model_from_pb(message: model_pb2.Model, roots: ModelRoots) -> m.NewModel:
-    """What RegisterModel reads of a model."""
+    """Checks the fields of a model that RegisterModel reads; the others are output only."""
     quantization = _QUANTIZATION_FROM.get(message.quantization)
     if quantization is None:
         raise FieldInvalid("model.quantization", f"{message.quantization} is no quantization of this version")
@@ -72,7 +72,7 @@ def load_options_from_pb(message: struct_pb2.Struct) -> dict[str, Any]:
 
 
 def model_to_pb(model: m.Model) -> model_pb2.Model:
-    """Total. Nested messages are filled where they lie: a page holds a thousand models."""
+    """Total. Fills nested messages in place, which is faster: a page holds up to a thousand models."""
     message = model_pb2.Model(
         id=model.id,
         commit_sha=model.commit_sha,
@@ -90,7 +90,13 @@ def model_to_pb(model: m.Model) -> model_pb2.Model:
         fidelity=fidelity_to_pb(model.fidelity) if model.fidelity else None,
         store_bytes=model.store_bytes,
     )
-    _fill_source(message.source, model.source)
+    source = model.source
+    if source.kind is m.SourceKind.HUB:
+        message.source.hub.repo_id, message.source.hub.revision = source.location, source.revision
+    elif source.kind is m.SourceKind.FOLDER:
+        message.source.folder.path = source.location
+    else:
+        message.source.gguf.path = source.location
     if model.architecture:
         _fill_architecture(message.architecture, model.architecture)
     fill_time(message.create_time, model.create_time)
@@ -130,7 +136,7 @@ def fidelity_to_pb(fidelity: m.Fidelity) -> model_pb2.Fidelity:
 
 
 def fidelity_from_pb(message: model_pb2.Fidelity) -> m.Fidelity:
-    """Numbers as the node says them; what is not finite can't be stored."""
+    """Takes the node's numbers; a number that is not finite becomes 0, since JSON can't store it."""
     return m.Fidelity(
         reference_dtype=clean_text(message.reference_dtype, 63),
         n_tokens=message.n_tokens,
@@ -153,15 +159,6 @@ def model_event_to_pb(
         snapshot=snapshot,
         heartbeat=heartbeat,
     )
-
-
-def _fill_source(message: model_pb2.ModelSource, source: m.Source) -> None:
-    if source.kind is m.SourceKind.HUB:
-        message.hub.repo_id, message.hub.revision = source.location, source.revision
-    elif source.kind is m.SourceKind.FOLDER:
-        message.folder.path = source.location
-    else:
-        message.gguf.path = source.location
 
 
 def _fill_architecture(message: model_pb2.Architecture, architecture: m.Architecture) -> None:

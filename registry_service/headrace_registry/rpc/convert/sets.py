@@ -1,4 +1,4 @@
-"""Between messages about activation sets and values: `x_from_pb` checks what comes from outside, `x_to_pb` is total."""
+"""Between messages about activation sets and values: `x_from_pb` checks values from outside, `x_to_pb` is total."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from headrace_registry.rpc.convert.residencies import time_from_pb, time_to_pb
 
 
 def set_report_from_pb(message: pb.ActivationSet, *, node_id: str) -> SetReport:
-    """What a node holds; the node is the caller."""
+    """Reads a node's report of a set. The node is the caller, whatever `node_id` the message names."""
     used = message.HasField("last_used_time")
     return SetReport(
         id=message.id,
@@ -57,7 +57,7 @@ def set_pin_to_pb(pin: SetPin) -> pb.SetPin:
 
 
 def set_pin_from_pb(message: pb.PinActivationSetRequest) -> SetPin:
-    """Checked."""
+    """Reads a pin; the pin checks its fields itself."""
     ends = message.HasField("expire_time")
     return SetPin(
         set_id=message.set_id,

@@ -60,7 +60,7 @@ def attempt_to_pb(attempt: v.Attempt) -> model_pb2.ValidationAttempt:
 
 
 async def step_messages(attempts: AsyncGenerator[v.Attempt, None]) -> AsyncGenerator[pb.ValidateModelResponse, None]:
-    """A message for each step that changed, and at last one with the attempt."""
+    """Yields a message for each changed step, and a last message with the finished attempt."""
     seen: tuple[v.Step, ...] = ()
     async with aclosing(attempts):
         async for attempt in attempts:
@@ -77,7 +77,7 @@ async def step_messages(attempts: AsyncGenerator[v.Attempt, None]) -> AsyncGener
 
 
 def validation_report_from_pb(message: node_pb.ReportValidationRequest) -> ValidationReport:
-    """Checks what a node says; texts are cut to what is worth keeping."""
+    """Checks a node's report; long texts are cut."""
     if len(message.steps) > _MAX_STEPS or len(message.versions) > _MAX_VERSIONS:
         raise FieldInvalid("steps", f"at most {_MAX_STEPS} steps and {_MAX_VERSIONS} versions are kept")
     return ValidationReport(
