@@ -1,6 +1,6 @@
-"""A small hub on real HTTP: the part of the protocol that downloads use, with faults to order.
+"""A small hub on real HTTP: the part of the protocol that downloads use, with faults that tests choose.
 
-`hub.faults` are taken one by one: each serves one request whose path ends as it says, then is used up.
+A fault of `hub.faults` serves the next `times` requests with a path that ends with `on`, and is then used up.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(frozen=True)
 class Fault:
-    """What one answer does wrong. `on`: how the request's path ends; `times`: how often."""
+    """A fault of an answer. `on`: the end of the request's path; `times`: the number of answers."""
 
     on: str = ""
     times: int = 1
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int = -1  # Bytes of the body, then the connection is reset.
-    truncate_to: int = -1  # Bytes of the body, with a length that says that this was all.
+    truncate_to: int = -1  # Bytes of the body, with a Content-Length that hides the rest.
     corrupt: bool = False
     stall_s: float = 0.0  # Silence after `stall_after` bytes, then the end.
     stall_after: int = 500
-    drip_bytes: int = 0  # Sends so many bytes every 50 ms.
+    drip_bytes: int = 0  # Bytes sent every 50 ms.
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Hub:
     folder: Path
     lfs_bytes: int = 1000
     commit: str = SHA
-    token: str = ""  # When set, the repo is private to it.
+    token: str = ""  # When set, the repo needs this token.
     gated: bool = False
     cdn: bool = False  # Files are served from another port, after a redirect.
     etag: bool = True
@@ -228,7 +228,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one sm
                 hub.sent_bytes[name] = hub.sent_bytes.get(name, 0) + len(body)
 
         def reset(self) -> None:
-            """Ends the connection in the middle, as a broken line does."""
+            """Breaks the connection in the middle of the body."""
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -236,7 +236,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one sm
 
 
 class QuietServer(ThreadingHTTPServer):
-    """Clients that are killed or give up are part of the tests."""
+    """Ignores broken connections: tests kill clients."""
 
     daemon_threads = True
 
@@ -264,7 +264,7 @@ def stop_hub(hub: Hub) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub with a tiny model of which the weights are 200 KB."""
+    """A hub with a tiny model of 200 KB of weights."""
     tensors = {"model.embed_tokens.weight": ("F32", (512, 96)), "model.norm.weight": ("BF16", (80,))}
     made = start_hub(write_model(tmp_path / "repo", tensors=tensors))
     (made.folder / "README.md").write_text("not fetched")

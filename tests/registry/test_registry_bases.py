@@ -1,4 +1,4 @@
-"""Files that models share: those that a preparation builds on are not deleted under it."""
+"""Files that models share: a preparation's base is not deleted while it builds on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ME = "a worker"
 
 
 class Store:
-    """`owner` is READY, quantized from what is in `BASE`; `guest` is the same, unquantized, and in preparation."""
+    """`owner` is READY, quantized from the files in `BASE`; `guest` is the same model unquantized, in preparation."""
 
     def __init__(self, database: Database, conn: psycopg.AsyncConnection, watch: psycopg.AsyncConnection) -> None:
         self.models = ModelStore(database, Wakeups())
@@ -56,7 +56,7 @@ class Store:
         return (await rows.fetchone()) == (True,)
 
     async def until_stopped(self, task: asyncio.Task[object]) -> None:
-        """Until it is over, or waits for a lock."""
+        """Returns once the task is over or waits for a lock."""
         waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
         async def stopped() -> bool:

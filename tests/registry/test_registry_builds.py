@@ -1,4 +1,4 @@
-"""What a build is: its kind, told from the model's state and source."""
+"""The kind of a build, told from the model's state and source."""
 
 from __future__ import annotations
 

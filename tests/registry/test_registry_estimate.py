@@ -1,4 +1,4 @@
-"""EstimateMemory over gRPC: before download, from files, after a load; what fits and what would be evicted."""
+"""EstimateMemory over gRPC: before download, from files, after a load; devices that fit, models to evict."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_weights_are_counted_tensor_by_tensor_in_every_form(registry, tmp_
         (INT8, "bfloat16"): N_LINEAR + 4 * 1600 + 2 * N_KEPT,
         (INT4, "bfloat16"): N_LINEAR // 2 + 25_000 + 4 * 98 + 1092 + 2 * N_KEPT,
     }
-    assert answer.recommended == -1  # No node lives.
+    assert answer.recommended == -1  # No node is alive.
 
 
 async def test_the_parts_add_up(registry, tmp_path, start_node):
@@ -195,7 +195,7 @@ async def test_a_hub_model_is_estimated_before_download_from_headers_alone(hub, 
 
     assert first.estimates[0].weight_bytes == 4 * (512 * 96 + 80)
     assert again.estimates[0].weight_bytes == first.estimates[0].weight_bytes
-    assert len(hub.seen) == n_requests  # Kept in memory.
+    assert len(hub.seen) == n_requests  # The profile is kept in memory.
     assert [each.range for each in hub.requests("model.safetensors")] == ["bytes=0-100000"]
 
 

@@ -1,6 +1,6 @@
 """Estimates against reality: real models of many families, loaded in every form; prints the comparison.
 
-Weights are compared byte by byte with what the loaded model holds; totals with what a runner's process takes.
+Weights are compared byte by byte with the loaded model, totals with the memory of a runner's process.
 """
 
 # ruff: noqa: PLC0415 -- torch is imported by the tests that need it, not by every run
@@ -106,7 +106,7 @@ def show(title: str, comparisons: list[Comparison]) -> None:
 
 
 def check_bar(comparisons: list[Comparison]) -> None:
-    """95 of 100 within 10 %, none under by more than 5 %."""
+    """95 of 100 estimates are within 10 % of the measurement, and none is too low by more than 5 %."""
     errors = sorted(abs(each.error) for each in comparisons)
     assert errors[math.ceil(0.95 * len(errors)) - 1] <= 0.10
     assert min(each.error for each in comparisons) >= -0.05
@@ -134,7 +134,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_form(tmp_path_factory):
-    """The folder a runner loads a form from: quantized weights are saved first."""
+    """Returns the folder that a runner loads a form from; quantizes and saves the weights first if needed."""
     from headrace_extractor.runner.models.quantizers import quantizer_for
 
     root = tmp_path_factory.mktemp("quantized")
@@ -239,7 +239,7 @@ def test_parameters_of_a_family_are_counted_as_transformers_counts_them(made, fa
 
 
 def process_bytes(start_runner, folder, form):
-    """What a runner's process takes before and after it loads, as its node reports them."""
+    """Memory of a runner's process before and after a load, as its node reports it."""
     runner = start_runner()
     runner.send(Load(files_path=str(folder), device="cpu", dtype=form.dtype, quantization=form.quantization.lower()))
     event = runner.until(Loaded, Failed, deadline_s=120.0)
@@ -249,7 +249,7 @@ def process_bytes(start_runner, folder, form):
 
 
 def compare_processes(start_runner, in_form, folders, forms=FORMS):
-    """The empty process is measured each time: how many pages of its libraries it shares depends on who else runs."""
+    """Measures the empty process each time: it shares pages of its libraries with the other processes of the moment."""
     comparisons = []
     for folder in folders:
         profile = read_headers(folder).profile()

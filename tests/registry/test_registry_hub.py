@@ -1,4 +1,4 @@
-"""Hub downloads against a hub of our own, on real HTTP: each fault ends in complete files or in the right reason."""
+"""Hub downloads from a test hub on real HTTP: each fault ends in complete files or in the right reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def job(tmp_path: Path, **fields: object) -> Job:
 
 
 async def fetched(client: HubClient, wanted: Job) -> list[Event]:
-    """Runs a job as the registry does: makes the folder when it is named."""
+    """Runs a job as the registry does: makes the folder once `resolved` names it."""
     events = []
     async with aclosing(client.fetch(wanted)) as stream:
         async for event in stream:

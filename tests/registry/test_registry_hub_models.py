@@ -142,7 +142,7 @@ async def test_watching_tells_percent_bytes_rate_eta_and_why_it_waits(hub: Hub, 
 
     moving = [each for each in transfers if 0 < each.percent < 100 and each.rate_bytes_per_s > 0]
     assert all(each.total_bytes == tree_bytes(hub) and each.eta_s > 0 for each in moving)
-    assert moving[-1].eta_s < 10  # The whole takes 3 s.
+    assert moving[-1].eta_s < 10  # The whole download takes 3 s.
     assert any("429" in message and "trying again in 1 s" in message for message in messages)
 
 
@@ -270,9 +270,9 @@ async def test_a_killed_registry_goes_on_with_its_download_and_forgets_what_is_o
 
 
 def delete_model(data_dir: Path, model_id: str) -> None:
-    """As another replica would, which can't reach this one's disk."""
+    """Deletes a model as another replica does, which can't reach the disk of this replica."""
     server = EmbeddedPostgres(data_dir)
-    server.start()  # It outlived the registry.
+    server.start()  # The embedded server outlived the registry.
     with psycopg.connect(server.url) as conn:
         conn.execute("DELETE FROM models WHERE id = %s", (model_id,))
 

@@ -1,4 +1,4 @@
-"""What comes from outside: ids, paths, filters, page tokens, labels."""
+"""Values from outside: ids, paths, filters, page tokens, labels."""
 
 from __future__ import annotations
 

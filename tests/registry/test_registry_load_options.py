@@ -1,4 +1,4 @@
-"""Load options: known ones of their types pass, all else is refused with a remedy; code runs only where allowed."""
+"""Load options: known options of the right type pass, others are refused with a remedy; code needs an allowance."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ async def test_code_that_is_not_allowed_any_more_is_not_loaded(database_url, tmp
     async with running_registry(database_url, tmp_path / "data", roots=(tmp_path,)) as registry:
         await ready_model(registry.stubs, write_model(tmp_path / "tiny"), "tiny")
         with psycopg.connect(database_url, autocommit=True) as conn:
-            conn.execute(trusting)  # As if registered while --trust-remote-code named it.
+            conn.execute(trusting)  # As if it had been registered while --trust-remote-code named its repo.
         node = FakeNode(registry.stubs, "alpha", [cpu(GIB)])
         await node.start()
         request = residency_service_pb2.LoadModelRequest(model_id="tiny")

@@ -296,7 +296,7 @@ async def test_a_build_that_fails_says_why(registry, tmp_path, start_node):
         if event.model.state == FAILED:
             break
 
-    # The node said done, but made nothing: that is found by looking.
+    # The node reported the build as done but made no files: the inspection finds out.
     assert event.model.failure.reason == "MODEL_UNSUPPORTED"
     assert node.epoch == 1
 

@@ -21,7 +21,7 @@ def at(seconds_from_now):
 
 
 class Sets:
-    """Calls as people and as the node make them."""
+    """The calls of people and of the node."""
 
     def __init__(self, registry):
         self.stubs = registry.stubs.sets

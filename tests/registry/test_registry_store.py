@@ -1,4 +1,4 @@
-"""The model store: room is made from what nobody uses, least recently used first; names from outside stay inside."""
+"""The model store: files out of use are evicted, least recently used first; names from outside stay inside."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_link_in_the_store_is_neither_filled_nor_followed(tmp_path):
 
 
 def partial_of(path: Path, attempt: str) -> Path:
-    """What an attempt to make `path` left long ago."""
+    """Makes the partial folder of an old attempt to make `path`."""
     left = path.with_name(f".{path.name}.{attempt}.partial")
     files = left / path.name
     files.mkdir(parents=True)
@@ -345,7 +345,7 @@ async def test_files_another_model_loads_from_stay(hub: Hub, database_url, tmp_p
         )
         guest = await prepared_again(stubs, "guest")
         await stubs.models.DeleteModel(pb.DeleteModelRequest(model_id="owner"), timeout=20)
-        await prepared(stubs, "other")  # Removal happens before this ends.
+        await prepared(stubs, "other")  # The files are removed before this preparation ends.
         names = folder_names(data_dir)
         await stubs.models.DeleteModel(pb.DeleteModelRequest(model_id="guest"), timeout=20)
         await until(lambda: folder_names(data_dir) == {f"other-{SHA[:12]}"})

@@ -1,4 +1,4 @@
-"""Quantized models and validations, as the registry sees them: nodes are told what to do and say how it went."""
+"""Quantized models and validations, as the registry sees them: nodes get builds and attempts, and report on them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def prepare(stubs, model):
 
 
 def follow_builds(node, builds, *, failure=None):
-    """Has a node make what it is told to, of few tensors, and tell a fidelity."""
+    """Has a node carry out its builds, with few tensors, and report a fidelity."""
 
     async def build(message):
         builds.append(message)
@@ -85,8 +85,8 @@ async def test_a_quantized_model_is_made_once_and_keeps_its_fidelity(registry, s
     assert model.files_path == build.target_path
     assert model.files_path == str(registry.data_dir / "models" / f"m-int8-{model.commit_sha[7:19]}-int8")
     assert model.fidelity == FIDELITY
-    assert model.n_parameters == 336  # Of the source.
-    assert model.weight_bytes == 32 * 8 * 4 + 60  # As stored now.
+    assert model.n_parameters == 336  # Those of the source.
+    assert model.weight_bytes == 32 * 8 * 4 + 60  # Those of the quantized files.
     assert model.store_bytes > model.weight_bytes
     assert (await registry.stubs.models.GetModel(pb.GetModelRequest(model_id="m-int8"))).model.fidelity == FIDELITY
 
@@ -188,7 +188,7 @@ async def test_a_model_deleted_and_prepared_again_at_once_is_quantized_from_file
     model = model_pb2.Model(id="m-int8", source=source, quantization=INT8)
     await prepare(registry.stubs, model)
     await until_state(registry.stubs, "m-int8", READY)
-    node._tasks.clear()  # It makes again what it made before.
+    node._tasks.clear()  # So that the node carries out the same builds again.
     await registry.stubs.models.DeleteModel(pb.DeleteModelRequest(model_id="m-int8"), timeout=20)
     await prepare(registry.stubs, model)
     await until_state(registry.stubs, "m-int8", READY)
@@ -214,7 +214,7 @@ class Trial:
             self.messages.append(message)
 
     async def told(self):
-        """Waits until the node is told; returns what."""
+        """Waits until the node gets a validation; returns it."""
         await until(lambda: self.node.messages and self.node.messages[-1].validations)
         return self.node.messages[-1].validations[0]
 
@@ -325,7 +325,7 @@ async def test_a_node_that_starts_anew_fails_the_attempt(registry, start_node, t
 
 
 async def test_a_registry_that_dies_leaves_no_attempt_running(database_url, tmp_path, start_node, registry):
-    """The attempt of a caller that is gone without a word runs out: here one whose time is put back."""
+    """The attempt of a caller that vanished ends by itself, here once the node is lost or the time runs out."""
     await ready_model(registry.stubs, tmp_path, "m")
     trial = Trial(registry, await start_node())
     await trial.told()

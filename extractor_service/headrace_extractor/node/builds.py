@@ -154,7 +154,7 @@ class _Progress:
 
 
 def command_of(build: Build) -> Message:
-    """The runner's command for a build. Raises ModelUnsupported if its kind is unknown, or its model no GGUF file."""
+    """The runner's command for a build. Raises ModelUnsupported for an unknown kind or a missing GGUF file."""
     model = build.model
     if build.kind is BuildKind.CONVERT_GGUF:
         if not model.gguf_path:

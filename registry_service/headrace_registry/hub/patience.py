@@ -33,9 +33,9 @@ class Patience:
         failures = _Failures(moved)
 
         def wait_s(state: RetryCallState) -> float:
-            longest_s = min(self.backoff_s * 2 ** (failures.in_a_row - 1), _LONGEST_WAIT_S)
+            least_s = min(self.backoff_s * 2 ** (failures.in_a_row - 1), _LONGEST_WAIT_S)
             # Spread out, so that the files of one download do not all come back at the same moment.
-            return retry_after_s(_error(state)) or random.uniform(longest_s, 1.5 * longest_s)  # noqa: S311 - no secret.
+            return retry_after_s(_error(state)) or random.uniform(least_s, 1.5 * least_s)  # noqa: S311 - no secret.
 
         def tell(state: RetryCallState) -> None:
             next_s = state.next_action.sleep if state.next_action is not None else 0.0
