@@ -1,7 +1,7 @@
 """The model store on the disk: one folder per model and commit, right below one root.
 
-Nothing here follows a link or leaves the root. A folder is renamed in one step before its files are removed, so that a
-folder under its own name is always whole. Every function blocks; callers run them in a thread.
+Nothing here follows a link or leaves the root. A folder is renamed in one step before its files are removed, so that no
+folder under its own name is half removed. Every function blocks; callers run them in a thread.
 """
 
 from __future__ import annotations
