@@ -39,7 +39,7 @@ class _BuildKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BuildKind.V
     """Weights quantized as `model.quantization` says, from the safetensors in the folder `source_path`."""
 
 class BuildKind(_BuildKind, metaclass=_BuildKindEnumTypeWrapper):
-    """BuildKind says what a build makes its files from."""
+    """BuildKind names the files that a build starts from, and the files that it makes."""
 
 BUILD_KIND_UNSPECIFIED: BuildKind.ValueType  # 0
 """Never sent."""
@@ -266,7 +266,7 @@ class Build(_message.Message):
     """What to make them from. A node answers a kind that it does not know with MODEL_UNSUPPORTED."""
     @_builtins.property
     def model(self) -> _model_pb2.Model:
-        """The model, as registered: a model with a `quantization` is converted first, in a build of its own."""
+        """The model, as registered. A GGUF file or pickled weights to quantize are two builds: to convert, then to quantize."""
 
     def __init__(
         self,
