@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from headrace_cli import corpora, devices, doctor, extract, fit, models, pins, pull, residencies, serve, sets, up
+from headrace_cli.commands import corpora, devices, doctor, extract, serve, sets, up
+from headrace_cli.commands.models import fit, pins, residencies
+from headrace_cli.commands.models import registered as models
+from headrace_cli.pulling import pull
 from headrace_cli.settings import DEFAULT_REGISTRY, Defaults, Settings
 
 _FLAGS = {"--json": 0, "--debug": 0, "--registry": 1, "--token-file": 1, "--ca-file": 1}

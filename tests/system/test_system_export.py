@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fix_system import FAST, MODEL, PATIENCE_S, TOKEN, WIDTH, eventually, texts
 from headrace_cli.app import app
-from headrace_cli.sets_export import extraction_of
+from headrace_cli.commands.sets_export import extraction_of
 from headrace_cli.settings import Defaults
 from headrace_client.errors import InvalidArgument
 from headrace_client.integrations.sae_lens_export import export_cached_activations

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
 from headrace_cli.exits import reported
-from headrace_cli.output import note, print_json, print_rows
+from headrace_cli.output import formats
+from headrace_cli.output.results import note, print_json, print_rows
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:

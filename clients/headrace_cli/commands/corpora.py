@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace_cli import formats
 from headrace_cli.exits import reported
-from headrace_cli.output import note, print_json, print_rows, print_value
+from headrace_cli.output import formats
+from headrace_cli.output.results import note, print_json, print_rows, print_value
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:

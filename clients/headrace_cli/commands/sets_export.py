@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
+from headrace_cli.commands.options import whole_id
 from headrace_cli.exits import reported
-from headrace_cli.output import print_value
-from headrace_cli.set_ids import whole_id
+from headrace_cli.output import formats
+from headrace_cli.output.results import print_value
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace_cli.app import app
-from headrace_cli.pull import _Pull
+from headrace_cli.pulling.pull import _Pull
 from headrace_cli.settings import Defaults
 from headrace_client.order import Reading
 

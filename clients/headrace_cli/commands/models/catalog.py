@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
+from headrace_cli.commands.models.fit import form_name
 from headrace_cli.exits import reported
-from headrace_cli.fit import form_name
-from headrace_cli.output import print_rows
+from headrace_cli.output import formats
+from headrace_cli.output.results import print_rows
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:

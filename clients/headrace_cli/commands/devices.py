@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats, residencies
+from headrace_cli.commands.models import residencies
 from headrace_cli.exits import reported
-from headrace_cli.output import print_json, print_rows
+from headrace_cli.output import formats
+from headrace_cli.output.results import print_json, print_rows
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:

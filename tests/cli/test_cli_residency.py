@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from headrace.registry.v1 import residency_pb2 as residency_pb
-from headrace_cli import formats
 from headrace_cli.app import app
-from headrace_cli.live import LiveResidencies
-from headrace_cli.residencies import HEADINGS, row
+from headrace_cli.commands.models.residencies import HEADINGS, row
+from headrace_cli.output import formats
+from headrace_cli.output.live import LiveResidencies
 from headrace_cli.settings import Defaults
 
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace_cli import formats, tensor_files
-from headrace_cli.column_files import ColumnFiles
 from headrace_cli.exits import reported
-from headrace_cli.only_one import only_one
-from headrace_cli.output import note, print_json
-from headrace_cli.progress import Bar
+from headrace_cli.output import formats
+from headrace_cli.output.progress import Bar
+from headrace_cli.output.results import note, print_json
+from headrace_cli.processes.only_one import only_one
+from headrace_cli.pulling import tensor_files
+from headrace_cli.pulling.column_files import ColumnFiles
+from headrace_cli.pulling.tensor_files import ColumnSpec
 from headrace_cli.settings import settings_of
-from headrace_cli.tensor_files import ColumnSpec
 
 if TYPE_CHECKING:
     from headrace_client import ChunkStream, HeadraceClient

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from headrace_cli.tensor_files import ColumnFile, ColumnSpec
+from headrace_cli.pulling.tensor_files import ColumnFile, ColumnSpec
 from headrace_log.files import fsync_folder
 
 _SYNC_EVERY_S = 5.0  # What a crash may cost.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import typer
 
-from headrace_cli import formats
+from headrace_cli.output import formats
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace_cli import formats
-from headrace_cli.catalog import catalog, repo_of
+from headrace_cli.commands.models.catalog import catalog, repo_of
+from headrace_cli.commands.models.validations import attempts, validate
 from headrace_cli.exits import reported
-from headrace_cli.output import note, print_json, print_rows, print_value
-from headrace_cli.progress import Bar, show_model
+from headrace_cli.output import formats
+from headrace_cli.output.progress import Bar, show_model
+from headrace_cli.output.results import note, print_json, print_rows, print_value
 from headrace_cli.settings import Settings, settings_of
-from headrace_cli.validations import attempts, validate
 
 if TYPE_CHECKING:
     from headrace_client.fidelity import Fidelity

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from headrace_cli.formats import plain
+from headrace_cli.output.formats import plain
 from headrace_cli.settings import Settings
 
 _PIPE_WIDTH = 1000

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
 from headrace_cli.exits import reported
-from headrace_cli.live import LiveResidencies
-from headrace_cli.output import print_json, print_rows, print_value
-from headrace_cli.progress import Bar, show_residency
+from headrace_cli.output import formats
+from headrace_cli.output.live import LiveResidencies
+from headrace_cli.output.progress import Bar, show_residency
+from headrace_cli.output.results import print_json, print_rows, print_value
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli import formats
+from headrace_cli.commands.up import DEFAULT_DATA_DIR
 from headrace_cli.exits import FAILED, reported
-from headrace_cli.output import print_json
+from headrace_cli.output import formats
+from headrace_cli.output.results import print_json
 from headrace_cli.settings import settings_of
-from headrace_cli.up import DEFAULT_DATA_DIR
 
 if TYPE_CHECKING:
     from headrace_client import HeadraceClient, Node

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
+from headrace_cli.commands.serve import server_command
 from headrace_cli.exits import reported
-from headrace_cli.only_one import only_one
-from headrace_cli.output import note, print_json
-from headrace_cli.serve import server_command
+from headrace_cli.output.results import note, print_json
+from headrace_cli.processes.only_one import only_one
+from headrace_cli.processes.supervisor import Child, StartFailed, Supervisor
 from headrace_cli.settings import settings_of
-from headrace_cli.supervisor import Child, StartFailed, Supervisor
 
 DEFAULT_DATA_DIR = Path("~/.headrace")
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from headrace_cli.supervisor import Child, StartFailed, Supervisor
-from headrace_cli.tensor_files import read_state, write_state
+from headrace_cli.processes.supervisor import Child, StartFailed, Supervisor
+from headrace_cli.pulling.tensor_files import read_state, write_state
 
 # A server in miniature: tells its address, notes its life, ends as told.
 SERVER = """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from headrace_cli.output import note
+from headrace_cli.output.results import note
 
 # Of file systems that know no locks, and of servers of files that keep none.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_cli import column_files
 from headrace_cli.app import app
+from headrace_cli.pulling import column_files
+from headrace_cli.pulling.tensor_files import ColumnFile, write_state
 from headrace_cli.settings import Defaults
-from headrace_cli.tensor_files import ColumnFile, write_state
 from headrace_client.stream import ChunkStream
 
 
