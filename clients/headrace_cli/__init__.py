@@ -1,1 +1,1 @@
-"""The `headrace` command line. Modules import what is heavy inside the commands, so that `--help` stays quick."""
+"""The `headrace` command line. Commands import gRPC, numpy and rich when they run: `--help` stays quick."""

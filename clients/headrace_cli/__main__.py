@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-
-from headrace_cli.app import app
-from headrace_cli.exits import end_when_interrupted
-from headrace_cli.settings import Defaults
+import sys
 
 
 def main() -> None:
     """Runs the command line; HEADRACE_REGISTRY and HEADRACE_TOKEN stand in for options that are not given."""
     # gRPC's core would print lines of its own between ours, and between the JSON lines of the servers started here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        # Inside the function: an install without the extra `cli` has neither package, but has this command.
+        import rich  # noqa: F401, PLC0415
+        import typer  # noqa: F401, PLC0415
+    except ModuleNotFoundError as exc:
+        sys.stderr.write(f"headrace: {exc.name} is not installed; run: pip install 'headrace[cli]'\n")
+        sys.exit(2)
+
+    from headrace_cli.app import app  # noqa: PLC0415
+    from headrace_cli.exits import end_when_interrupted  # noqa: PLC0415
+    from headrace_cli.settings import Defaults  # noqa: PLC0415
+
     end_when_interrupted()
     app(
         obj=Defaults(

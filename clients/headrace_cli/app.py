@@ -8,24 +8,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from headrace_cli.commands import corpora, devices, doctor, extract, serve, sets, up
-from headrace_cli.commands.models import fit, pins, residencies
-from headrace_cli.commands.models import registered as models
-from headrace_cli.pulling import pull
+from headrace_cli.commands import corpora, devices, doctor, extract, pull, serve, sets, sets_export, up
+from headrace_cli.commands.models import catalog, fit, pins, registered, residencies, validations
 from headrace_cli.settings import DEFAULT_REGISTRY, Defaults, Settings
 
-_FLAGS = {"--json": 0, "--debug": 0, "--registry": 1, "--token-file": 1, "--ca-file": 1}
+# The number of values that each global option takes.
+_GLOBAL_OPTIONS = {"--json": 0, "--debug": 0, "--registry": 1, "--token-file": 1, "--ca-file": 1}
 
 
 class _Root(TyperGroup):
-    """Takes the global options behind the command too: `headrace models list --json`."""
+    """Takes the global options after the command too: `headrace models list --json`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, hoisted(args))
 
 
 def hoisted(args: list[str]) -> list[str]:
-    """Moves global options to the front; not what follows `serve`, whose servers have options of the same names."""
+    """Moves global options to the front, except after `serve`: the servers have options of the same names."""
     front: list[str] = []
     rest: list[str] = []
     left = iter(args)
@@ -33,9 +32,9 @@ def hoisted(args: list[str]) -> list[str]:
         name, equals, _ = arg.partition("=")
         if arg == "--" or (arg == "serve" and not rest):
             rest += [arg, *left]
-        elif name in _FLAGS:
+        elif name in _GLOBAL_OPTIONS:
             front.append(arg)
-            if _FLAGS[name] and not equals:
+            if _GLOBAL_OPTIONS[name] and not equals:
                 front += [value for value in [next(left, None)] if value is not None]
         else:
             rest.append(arg)
@@ -44,7 +43,7 @@ def hoisted(args: list[str]) -> list[str]:
 
 app = typer.Typer(
     cls=_Root,
-    help="Headrace: language-model activations, computed once, streamed to any number of trainers.",
+    help="Headrace computes activations of language models once and streams them to any number of trainers.",
     epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 unavailable or out of time, "
     "5 refused (permission, state, capacity), 130 interrupted.",
     no_args_is_help=True,
@@ -53,19 +52,61 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help"]},
 )
-app.add_typer(models.app, name="models")
-pins.add_to(models.app)
-residencies.add_to(models.app)
-app.add_typer(residencies.app, name="residencies")
-app.add_typer(corpora.app, name="corpora")
-app.add_typer(sets.app, name="sets")
-app.add_typer(serve.app, name="serve")
-extract.add_to(app)
-app.command("pull")(pull.pull)
+
+
+def _group(name: str, help_: str) -> typer.Typer:
+    group = typer.Typer(help=help_, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
 app.command("up")(up.up)
 app.command("devices")(devices.devices)
-app.command("fit")(fit.fit)
 app.command("doctor")(doctor.doctor)
+app.command("fit")(fit.fit)
+app.command("extract")(extract.extract)
+app.command("watch")(extract.watch)
+app.command("cancel")(extract.cancel)
+app.command("pull")(pull.pull)
+
+_models = _group("models", "Register, load, pin and validate models.")
+_models.command("catalog")(catalog.catalog)
+_models.command("add")(registered.add)
+_models.command("list")(registered.list_models)
+_models.command("show")(registered.show)
+_models.command("hookpoints")(registered.hookpoints)
+_models.command("watch")(registered.watch)
+_models.command("rm")(registered.remove)
+_models.command("load")(residencies.load)
+_models.command("unload")(residencies.unload)
+_models.command("pin")(pins.pin)
+_models.command("unpin")(pins.unpin)
+_models.command("pins")(pins.list_pins)
+_models.command("validate")(validations.validate)
+_models.command("attempts")(validations.attempts)
+
+_residencies = _group("residencies", "List or watch the models in memory (residencies).")
+_residencies.command("list")(residencies.list_residencies)
+_residencies.command("watch")(residencies.watch)
+
+_corpora = _group("corpora", "Add, list and remove corpora (sources of documents).")
+_corpora.command("add")(corpora.add)
+_corpora.command("add-hub")(corpora.add_hub)
+_corpora.command("add-mix")(corpora.add_mix)
+_corpora.command("list")(corpora.list_corpora)
+_corpora.command("rm")(corpora.remove)
+
+_sets = _group("sets", "List, pin, export and delete activation sets.")
+_sets.command("list")(sets.list_sets)
+_sets.command("show")(sets.show)
+_sets.command("pin")(sets.pin)
+_sets.command("unpin")(sets.unpin)
+_sets.command("export")(sets_export.export)
+_sets.command("delete")(sets.delete)
+
+_serve = _group("serve", "Run one server, registry or extractor, in the foreground.")
+_serve.command("registry", context_settings=serve.PASS_ON, add_help_option=False)(serve.registry)
+_serve.command("extractor", context_settings=serve.PASS_ON, add_help_option=False)(serve.extractor)
 
 
 @app.callback()
@@ -75,15 +116,20 @@ def root(
     registry: Annotated[
         str | None,
         typer.Option(
-            help=f"Registry as host:port.  (env: HEADRACE_REGISTRY; default: {DEFAULT_REGISTRY})", show_default=False
+            metavar="HOST:PORT",
+            help=f"Address of the registry.  (env: HEADRACE_REGISTRY; default: {DEFAULT_REGISTRY})",
+            show_default=False,
         ),
     ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="File with the bearer token.  (env: HEADRACE_TOKEN holds the token itself)")
+        Path | None,
+        typer.Option(metavar="FILE", help="File with the bearer token.  (env: HEADRACE_TOKEN holds the token itself)"),
     ] = None,
-    ca_file: Annotated[Path | None, typer.Option(help="Root certificates (PEM); turns TLS on.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine output on stdout, everything else on stderr.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print the stack of an error.")] = False,
+    ca_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Root certificates (PEM); turns TLS on.")] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print results as JSON on standard output, errors as JSON on standard error.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the stack trace of an error.")] = False,
 ) -> None:
     """Takes the global options."""
     defaults = context.obj if isinstance(context.obj, Defaults) else Defaults()

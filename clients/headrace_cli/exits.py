@@ -1,4 +1,4 @@
-"""Exit codes, and errors as people and machines read them.
+"""Exit codes, and the printing of errors as text or as JSON.
 
 0 done · 1 failed · 2 usage · 3 not found · 4 unavailable or out of time · 5 refused: permission, state or capacity ·
 130 interrupted, by Ctrl-C or SIGTERM
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from headrace_client import HeadraceError
 
 FAILED, USAGE, NOT_FOUND, UNAVAILABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 5, 130
-INTERRUPT_GRACE_S = 10.0
+INTERRUPT_GRACE_S = 10.0  # Time to close streams and sync files before the process is ended by force.
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def end_when_interrupted() -> None:
-    """Has Ctrl-C and SIGTERM end the process within `INTERRUPT_GRACE_S`, even where cleaning up hangs."""
+    """Makes Ctrl-C and SIGTERM end the process within `INTERRUPT_GRACE_S`, even if cleaning up hangs."""
 
     def interrupt(number: int, frame: object) -> None:
         del number, frame
@@ -44,7 +44,7 @@ def end_when_interrupted() -> None:
 
 
 def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Wraps a command whose first argument is its typer.Context: errors become a message and an exit code."""
+    """Wraps a command whose first argument is its typer.Context: an error becomes a message and an exit code."""
 
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -56,7 +56,7 @@ def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as exc:
-            # typer.Exit and usage errors are RuntimeErrors and exceptions of its own, with an exit code.
+            # typer prints its own exceptions (typer.Exit, usage errors): they carry an exit code.
             if hasattr(exc, "exit_code"):
                 raise
             raise typer.Exit(report(exc, settings)) from exc
@@ -66,55 +66,32 @@ def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def report(exc: Exception, settings: Settings) -> int:
     """Prints an error to standard error; returns the exit code."""
-    error = _as_headrace_error(exc)
-    if settings.debug:
-        traceback.print_exception(exc)
-    if settings.json:
-        typer.echo(json.dumps({"error": _facts(error)}), err=True)
-    else:
-        _print(error)
-    return exit_code(error)
-
-
-def exit_code(error: HeadraceError) -> int:
-    """The exit code of an error."""
-    from headrace_client import errors  # noqa: PLC0415
-
-    if isinstance(error, errors.NotFound):
-        return NOT_FOUND
-    if isinstance(error, errors.Unavailable | errors.DeadlineExceeded):
-        return UNAVAILABLE
-    refusals = errors.PermissionDenied | errors.Unauthenticated | errors.FailedPrecondition | errors.ResourceExhausted
-    if isinstance(error, refusals):
-        return REFUSED
-    return USAGE if type(error) is errors.InvalidArgument else FAILED
-
-
-def _as_headrace_error(exc: Exception) -> HeadraceError:
     from headrace_client.errors import HeadraceError  # noqa: PLC0415
 
     if isinstance(exc, HeadraceError):
-        return exc
-    if isinstance(exc, OSError):
-        return HeadraceError(str(exc), reason="FILE_ERROR", remedy="check the path, its permissions and the free space")
-    return HeadraceError(
-        f"{type(exc).__name__}: {exc}", reason="BUG", remedy="run it again with --debug, and report what it prints"
-    )
+        error = exc
+    elif isinstance(exc, OSError):
+        remedy = "check the path, its permissions and the free space"
+        error = HeadraceError(str(exc), reason="FILE_ERROR", remedy=remedy)
+    else:
+        remedy = "run it again with --debug, and report what it prints"
+        error = HeadraceError(f"{type(exc).__name__}: {exc}", reason="BUG", remedy=remedy)
+    code = exit_code(error)
+    if settings.debug:
+        traceback.print_exception(exc)
+    if settings.json:
+        facts = {
+            "reason": error.reason,
+            "message": error.message,
+            "metadata": error.metadata,
+            "fields": error.fields,
+            "retry_after_s": error.retry_after_s,
+            "remedy": error.remedy,
+            "exit_code": code,
+        }
+        typer.echo(json.dumps({"error": facts}), err=True)
+        return code
 
-
-def _facts(error: HeadraceError) -> dict[str, object]:
-    return {
-        "reason": error.reason,
-        "message": error.message,
-        "metadata": error.metadata,
-        "fields": error.fields,
-        "retry_after_s": error.retry_after_s,
-        "remedy": error.remedy,
-        "exit_code": exit_code(error),
-    }
-
-
-def _print(error: HeadraceError) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -125,3 +102,19 @@ def _print(error: HeadraceError) -> None:
             console.print(Text(f"  {name}: {why}", style="red"))
     if error.remedy:
         console.print(Text(f"  what to do: {error.remedy}", style="red"))
+    return code
+
+
+def exit_code(error: HeadraceError) -> int:
+    """Returns the exit code of an error."""
+    from headrace_client import errors  # noqa: PLC0415
+
+    if isinstance(error, errors.NotFound):
+        return NOT_FOUND
+    if isinstance(error, errors.Unavailable | errors.DeadlineExceeded):
+        return UNAVAILABLE
+    refusals = errors.PermissionDenied | errors.Unauthenticated | errors.FailedPrecondition | errors.ResourceExhausted
+    if isinstance(error, refusals):
+        return REFUSED
+    # Not its subclasses: a corpus that can't be parsed is a failure, not a wrong use of the command.
+    return USAGE if type(error) is errors.InvalidArgument else FAILED

@@ -1,4 +1,4 @@
-"""What the global options say, and the way from them to a client."""
+"""The global options of one run, and the client that they describe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_REGISTRY = "127.0.0.1:7470"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What the environment says."""
+    """Values of environment variables that stand in for global options."""
 
     registry: str | None = None
     token: str | None = None
@@ -34,27 +34,21 @@ class Settings:
     debug: bool = False
 
     def connect(self, *, deadline_s: float = 30.0) -> HeadraceClient:
-        """Makes a client. InvalidArgument if a file can't be read."""
+        """Makes a client; each of its calls has `deadline_s`. Raises InvalidArgument if a file can't be read."""
         from headrace_client import HeadraceClient  # noqa: PLC0415 - gRPC takes a sixth of a second to import.
-
-        return HeadraceClient.connect(
-            self.registry, token=self.read_token(), ca_file=self.ca_file, deadline_s=deadline_s
-        )
-
-    def read_token(self) -> str | None:
-        """The token from --token-file, else from the environment."""
-        if self.token_file is None:
-            return self.token
         from headrace_client.errors import InvalidArgument  # noqa: PLC0415
 
-        try:
-            return self.token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InvalidArgument(f"the token file can't be read: {exc}", remedy="check --token-file") from exc
+        token = self.token
+        if self.token_file is not None:
+            try:
+                token = self.token_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as exc:
+                raise InvalidArgument(f"the token file can't be read: {exc}", remedy="check --token-file") from exc
+        return HeadraceClient.connect(self.registry, token=token, ca_file=self.ca_file, deadline_s=deadline_s)
 
 
 def settings_of(context: typer.Context) -> Settings:
-    """The settings of a command's run."""
+    """Returns the settings of a command's run."""
     found = context.find_object(Settings)
     assert found is not None
     return found

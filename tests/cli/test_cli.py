@@ -17,9 +17,9 @@ from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli.app import app, hoisted
 from headrace_cli.commands.models.registered import source_of
-from headrace_cli.commands.serve import server_command
 from headrace_cli.output import formats
 from headrace_cli.output.progress import Bar, show_model
+from headrace_cli.processes.servers import server_command
 from headrace_cli.settings import Defaults
 from headrace_client.values import ModelState, Transfer
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace_cli.app import app
-from headrace_cli.pulling.pull import _Pull
+from headrace_cli.pulling.pull import Pull
 from headrace_cli.settings import Defaults
 from headrace_client.order import Reading
 
@@ -69,7 +69,7 @@ def test_another_order_is_not_mixed_in(pull):
 def test_what_was_pulled_fits_a_header_however_many_columns_there_are():
     columns = tuple(f"blocks.{layer}.attn.hook_result" for layer in range(4096))
     extraction = SimpleNamespace(set_id="s" * 32, max_rows=0, model_id="m", corpus_id="c")
-    pull = _Pull(None, extraction, Path("out"), columns, 0, 0, reading=Reading(), transport="auto")
+    pull = Pull(None, extraction, Path("out"), columns, start_row=0, end_row=0, reading=Reading(), transport="auto")
 
     assert len(json.dumps(dict(pull._metadata(1000)))) < 1000
 
@@ -77,8 +77,8 @@ def test_what_was_pulled_fits_a_header_however_many_columns_there_are():
 def test_rows_of_a_shorter_extraction_are_not_taken_for_those_of_a_longer_one():
     def pull(max_rows, end_row=0, **order):
         extraction = SimpleNamespace(set_id="s", max_rows=max_rows)
-        reading = Reading(**order)
-        return _Pull(None, extraction, Path("out"), ("token_id",), 0, end_row, reading=reading, transport="auto")
+        options = {"start_row": 0, "end_row": end_row, "reading": Reading(**order), "transport": "auto"}
+        return Pull(None, extraction, Path("out"), ("token_id",), **options)
 
     shuffled = {"order": "shuffled", "seed": 1}
     assert pull(1000)._fingerprint() != pull(0)._fingerprint()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,9 +35,9 @@ _DEVICES = (
 def devices(
     context: typer.Context,
     *,
-    include_ended: Annotated[bool, typer.Option("--all", help="Also residencies that have ended.")] = False,
+    include_ended: Annotated[bool, typer.Option("--all", help="Also list residencies that have ended.")] = False,
 ) -> None:
-    """List nodes, their devices, and what is in their memory."""
+    """List nodes, their devices, and the models in their memory."""
     settings = settings_of(context)
     with settings.connect() as client:
         nodes = client.nodes()
@@ -51,7 +50,10 @@ def devices(
     if nodes:
         typer.echo()
         rows = [_device_row(node, device, found) for node in nodes for device in node.devices]
-        print_rows(settings, nodes, *_filled(_DEVICES, rows), empty="no devices")
+        # Columns that are empty in every row are left out: without a GPU there are several, and terminals are narrow.
+        kept = [n for n in range(len(_DEVICES)) if any(row[n] for row in rows)]
+        headings = [_DEVICES[n] for n in kept]
+        print_rows(settings, nodes, headings, [[row[n] for n in kept] for row in rows], empty="no devices")
     if found:
         typer.echo()
         print_rows(settings, found, residencies.HEADINGS, map(residencies.row, found), empty="")
@@ -71,7 +73,12 @@ def _node_row(node: Node) -> tuple[str, ...]:
 
 
 def _device_row(node: Node, device: Device, found: tuple[Residency, ...]) -> tuple[str, ...]:
-    there = [one for one in found if (one.node_id, one.device_id) == (node.id, device.id) and not one.ended]
+    held_by = []
+    for residency in found:
+        holds_memory = not residency.ended and residency.state != "QUEUED"
+        if holds_memory and (residency.node_id, residency.device_id) == (node.id, device.id):
+            holders = residencies.holders(residency)
+            held_by.append(f"{residency.model_id} ({holders})" if holders else residency.model_id)
     return (
         node.id,
         device.id,
@@ -83,20 +90,10 @@ def _device_row(node: Node, device: Device, found: tuple[Residency, ...]) -> tup
         formats.size(device.reserved_bytes),
         formats.size(device.free_bytes),
         _known(device.lost_bytes),
-        ", ".join(_held_by(one) for one in there if one.state != "QUEUED"),
+        ", ".join(held_by),
     )
 
 
-def _filled(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Leaves out columns that are empty in every row: without a GPU there are several, and terminals are narrow."""
-    kept = [n for n in range(len(headings)) if any(row[n] for row in rows)]
-    return tuple(headings[n] for n in kept), [tuple(row[n] for n in kept) for row in rows]
-
-
-def _held_by(one: Residency) -> str:
-    who = residencies.holders(one)
-    return f"{one.model_id} ({who})" if who else one.model_id
-
-
 def _known(n_bytes: int) -> str:
+    """Returns a size; empty for 0: not known, or nothing lost."""
     return formats.size(n_bytes) if n_bytes else ""

@@ -1,4 +1,4 @@
-"""`headrace doctor`: looks at everything a run needs, a line each, with what to do about what is bad."""
+"""`headrace doctor`: checks everything that a run needs, one line each, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CALL_DEADLINE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line: `remedy` is empty when all is well."""
+    """One line of the output; `remedy` is empty when all is well."""
 
     subject: str
     ok: bool
@@ -42,12 +42,14 @@ class Finding:
 def doctor(
     context: typer.Context,
     *,
-    data_dir: Annotated[Path, typer.Option(help="Where to look at the disk space.")] = DEFAULT_DATA_DIR,
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder on the disk whose free space is checked.")
+    ] = DEFAULT_DATA_DIR,
 ) -> None:
     """Check servers, database, clock, disk space and versions."""
     settings = settings_of(context)
     with settings.connect(deadline_s=_CALL_DEADLINE_S) as client:
-        findings = [*_server_findings(client, settings.registry), _disk(data_dir), _versions()]
+        findings = [*_server_findings(client, settings.registry), *_machine_findings(data_dir)]
     if settings.json:
         print_json(findings)
     else:
@@ -60,11 +62,24 @@ def doctor(
 
 
 def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]:
-    reached = _tried("registry", lambda: f"{registry} says {_health(client, None)}, {_latency(client)}")
+    def check_registry() -> str:
+        health = _health(client, None)
+        began = time.monotonic()
+        client.nodes()
+        return f"{registry} says {health}, {1000 * (time.monotonic() - began):.0f} ms a call"
+
+    def check_database() -> str:
+        models = list(client.models.list())
+        # By path: models that share files are counted once.
+        stored = {model.files_path: model.store_bytes for model in models if model.store_bytes}
+        n_models, n_bytes = formats.things(len(models), "model"), formats.size(sum(stored.values()))
+        return f"answers; {n_models}, {n_bytes} in the model store"
+
+    reached = _tried("registry", check_registry)
     yield reached
     if not reached.ok:
         return
-    yield _tried("database", lambda: f"answers; {_models(client)}")
+    yield _tried("database", check_database)
     try:
         nodes = client.nodes()
     except Exception as exc:  # noqa: BLE001 - a finding, like every other failure here.
@@ -79,72 +94,57 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
 
 def _node_findings(client: HeadraceClient, node: Node) -> Iterator[Finding]:
     if node.state != "ALIVE":
-        remedy = "start it again, or ignore it if it is gone for good"
-        yield Finding(
-            subject="extractor", ok=True, text=f"{node.id} at {node.address} is {node.state.value}", remedy=remedy
+        text, remedy = (
+            f"{node.id} at {node.address} is {node.state.value}",
+            "start it again; ignore it if it is retired",
         )
+        yield Finding(subject="extractor", ok=True, text=text, remedy=remedy)
         return
-    devices = ", ".join(f"{device.id} {formats.size(device.free_bytes)} free" for device in node.devices)
 
-    def look() -> str:
+    def check_extractor() -> str:
+        devices = ", ".join(f"{device.id} {formats.size(device.free_bytes)} free" for device in node.devices)
         return f"{node.id} at {node.address} says {_health(client, node.address)}; version {node.version}; {devices}"
 
-    yield _tried("extractor", look)
-    yield _clock(node)
+    yield _tried("extractor", check_extractor)
+    if node.heartbeat_time is None:
+        yield Finding(subject="clock", ok=True, text=f"{node.id} has not sent a heartbeat yet")
+        return
+    # The database's clock stamps heartbeats and ends leases.
+    age_s = (datetime.now(UTC) - node.heartbeat_time).total_seconds()
+    if age_s < -_CLOCK_SKEW_S:
+        text = f"this machine is {-age_s:.0f} s behind the database"
+    elif age_s > _HEARTBEAT_OLD_S:
+        text = f"the last heartbeat of {node.id} is {age_s:.0f} s old though the node is alive: the clocks differ"
+    else:
+        text = f"agrees with the database; last heartbeat {max(age_s, 0):.0f} s ago"
+        yield Finding(subject="clock", ok=True, text=text)
+        return
+    yield Finding(subject="clock", ok=False, text=text, remedy="synchronize the clocks (NTP)")
 
 
 def _health(client: HeadraceClient, address: str | None) -> str:
+    """Asks a server for its health; None is the registry. Raises Unavailable if it does not serve."""
     from headrace_client.errors import Unavailable, Unimplemented  # noqa: PLC0415
 
     try:
         answer = client.health(address)
     except Unimplemented:
-        return "nothing of its health"
+        return "nothing about its health"
     if answer != "SERVING":
-        raise Unavailable(f"{address or 'the registry'} is {answer}", remedy="it starts or stops just now: see its log")
+        remedy = "it is starting or stopping: see its log"
+        raise Unavailable(f"{address or 'the registry'} is {answer}", remedy=remedy)
     return answer
 
 
-def _latency(client: HeadraceClient) -> str:
-    began = time.monotonic()
-    client.nodes()
-    return f"{1000 * (time.monotonic() - began):.0f} ms a call"
-
-
-def _models(client: HeadraceClient) -> str:
-    """Counts models and the bytes of their files; models that share files count them once."""
-    models = list(client.models.list())
-    stored = {model.files_path: model.store_bytes for model in models if model.store_bytes}
-    return f"{formats.things(len(models), 'model')}, {formats.size(sum(stored.values()))} in the model store"
-
-
-def _clock(node: Node) -> Finding:
-    """Compares this machine's clock with the database's, by which heartbeats are stamped and leases expire."""
-    if node.heartbeat_time is None:
-        return Finding(subject="clock", ok=True, text=f"{node.id} has not told a heartbeat yet")
-    age_s = (datetime.now(UTC) - node.heartbeat_time).total_seconds()
-    if age_s < -_CLOCK_SKEW_S:
-        text = f"this machine is {-age_s:.0f} s behind the database"
-    elif age_s > _HEARTBEAT_OLD_S:
-        text = f"the last heartbeat of {node.id} is {age_s:.0f} s old though it is alive: clocks differ"
-    else:
-        return Finding(
-            subject="clock", ok=True, text=f"agrees with the database; last heartbeat {max(age_s, 0):.0f} s ago"
-        )
-    return Finding(subject="clock", ok=False, text=text, remedy="synchronize the clocks (NTP)")
-
-
-def _disk(data_dir: Path) -> Finding:
-    folder = next(path for path in (data_dir, *data_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    text = f"{formats.size(free)} free at {data_dir}"
-    if free >= _FREE_BYTES:
-        return Finding(subject="disk", ok=True, text=text)
-    return Finding(subject="disk", ok=False, text=text, remedy="free some space, or put --data-dir elsewhere")
-
-
-def _versions() -> Finding:
+def _machine_findings(data_dir: Path) -> Iterator[Finding]:
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
+    wanted = data_dir.expanduser().absolute()
+    folder = next(path for path in (wanted, *wanted.parents) if path.exists())
+    free_bytes = shutil.disk_usage(folder).free
+    ok = free_bytes >= _FREE_BYTES
+    remedy = "" if ok else "free some space, or put --data-dir elsewhere"
+    yield Finding(subject="disk", ok=ok, text=f"{formats.size(free_bytes)} free at {data_dir}", remedy=remedy)
 
     parts = [f"python {platform.python_version()}"]
     for package in ("headrace", "grpcio", "protobuf", "numpy", "torch"):
@@ -152,12 +152,12 @@ def _versions() -> Finding:
             parts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             parts.append(f"{package} not installed")
-    return Finding(subject="versions", ok=True, text=", ".join(parts))
+    yield Finding(subject="versions", ok=True, text=", ".join(parts))
 
 
-def _tried(subject: str, look: Callable[[], str]) -> Finding:
+def _tried(subject: str, check: Callable[[], str]) -> Finding:
     try:
-        return Finding(subject=subject, ok=True, text=look())
+        return Finding(subject=subject, ok=True, text=check())
     except Exception as exc:  # noqa: BLE001 - a finding, whatever it is.
         return _bad(subject, exc)
 

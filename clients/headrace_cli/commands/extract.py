@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace_cli.commands.options import CorpusId, ExtractionId, ModelId
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.progress import Bar, show_extraction
@@ -13,80 +14,115 @@ from headrace_cli.output.results import note, print_json, print_value
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
-    from headrace_client import HeadraceClient, Recipe, TokenWindow
-    from headrace_client.values import Estimate, Extraction, Retention
+    from headrace_client import HeadraceClient
+    from headrace_client.values import Estimate, Extraction
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the commands to the tree."""
-    app.command("extract")(extract)
-    app.command("watch")(watch)
-    app.command("cancel")(cancel)
+_Hookpoints = Annotated[
+    list[str],
+    typer.Option(
+        "--hookpoint",
+        "-h",
+        metavar="NAME",
+        help="Hookpoint to capture, such as blocks.14.hook_resid_post or blocks.4-7.*; may be repeated.",
+    ),
+]
+_ContextSize = Annotated[int, typer.Option(metavar="N", help="Tokens in one sequence.")]
+_BatchSize = Annotated[int, typer.Option(metavar="N", help="Sequences in one forward pass.")]
+_Packing = Annotated[str, typer.Option(help="packed: as many documents in a sequence as fit; or one_document.")]
+_AttendAcross = Annotated[
+    bool, typer.Option("--attend-across-documents", help="Let packed documents attend to one another.")
+]
+_Bos = Annotated[str, typer.Option(help="Beginning-of-sequence token: document (before each document) or none.")]
+_Eos = Annotated[str, typer.Option(help="End-of-sequence token: document (after each document) or none.")]
+_DropSpecial = Annotated[bool, typer.Option("--drop-special-tokens", help="Leave out the rows of special tokens.")]
+_DropFirst = Annotated[int, typer.Option(metavar="N", help="Leave out the rows of each document's first N positions.")]
+_LongDocuments = Annotated[
+    str,
+    typer.Option(
+        help="Documents longer than a sequence: split or truncate.  (default: split when packed, else truncate)"
+    ),
+]
+_TokenWindow = Annotated[
+    str,
+    typer.Option(
+        metavar="START:END", help="Keep only the rows of these positions of each document; `-1:` is the last one."
+    ),
+]
+_ChatTemplate = Annotated[
+    bool, typer.Option("--chat-template", help="Documents are conversations: apply the tokenizer's chat template.")
+]
+_Dtype = Annotated[str, typer.Option(help="Stored dtype: float32, float16, bfloat16, float8_e4m3 or int8.")]
+_MaxRows = Annotated[int, typer.Option(metavar="N", help="Largest number of rows; 0: the whole corpus.")]
+_Window = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Keep a window of SIZE (256MiB) on disk instead of all rows; the extraction waits for its readers.",
+    ),
+]
+_AllowNonFinite = Annotated[
+    bool, typer.Option("--allow-non-finite", help="Keep NaN and infinite values instead of failing.")
+]
+_Node = Annotated[str, typer.Option(metavar="NODE", help="Node to run on.  (default: one that holds the corpus)")]
+_Estimate = Annotated[bool, typer.Option("--estimate", help="Only estimate rows, bytes and seconds; start nothing.")]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until the extraction ends.")]
 
 
 @reported
 def extract(
     context: typer.Context,
     *,
-    model: Annotated[str, typer.Argument(metavar="MODEL")],
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS")],
-    hookpoint: Annotated[
-        list[str],
-        typer.Option("--hookpoint", "-h", help="Such as blocks.14.hook_resid_post or blocks.4-7.*; repeat."),
-    ],
-    context_size: Annotated[int, typer.Option(help="Tokens in one sequence.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 4,
-    packing: Annotated[str, typer.Option(help="packed or one_document.")] = "packed",
-    attend_across_documents: Annotated[
-        bool, typer.Option("--attend-across-documents", help="Packed documents see one another.")
-    ] = False,
-    bos: Annotated[str, typer.Option(help="Beginning-of-sequence token: document or none.")] = "document",
-    eos: Annotated[str, typer.Option(help="End-of-sequence token: document or none.")] = "none",
-    drop_special_tokens: Annotated[bool, typer.Option("--drop-special-tokens", help="No rows for them.")] = False,
-    drop_first_positions: Annotated[int, typer.Option(help="No rows for a document's first so many positions.")] = 0,
-    long_documents: Annotated[
-        str, typer.Option(help="split or truncate.  (default: split when packed, else truncate)")
-    ] = "",
-    token_window: Annotated[
-        str, typer.Option(metavar="START:END", help="Rows only for these positions of each document; -1: is the last.")
-    ] = "",
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Documents are conversations; use the tokenizer's chat template.")
-    ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Stored dtype: float32, float16, bfloat16, float8_e4m3 or int8.")
-    ] = "float32",
-    max_rows: Annotated[int, typer.Option(help="Stop after so many rows; 0: the whole corpus.")] = 0,
-    window: Annotated[
-        str, typer.Option(metavar="BYTES", help="Keep a window of so many bytes (256MiB) instead of all rows.")
-    ] = "",
-    allow_non_finite: Annotated[bool, typer.Option("--allow-non-finite", help="Keep NaN and infinite values.")] = False,
-    node: Annotated[str, typer.Option(help="Node to run on.")] = "",
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only count rows, bytes and seconds.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show progress until it ends.")] = True,
+    model: ModelId,
+    corpus: CorpusId,
+    hookpoint: _Hookpoints,
+    context_size: _ContextSize = 256,
+    batch_size: _BatchSize = 4,
+    packing: _Packing = "packed",
+    attend_across_documents: _AttendAcross = False,
+    bos: _Bos = "document",
+    eos: _Eos = "none",
+    drop_special_tokens: _DropSpecial = False,
+    drop_first_positions: _DropFirst = 0,
+    long_documents: _LongDocuments = "",
+    token_window: _TokenWindow = "",
+    chat_template: _ChatTemplate = False,
+    dtype: _Dtype = "float32",
+    max_rows: _MaxRows = 0,
+    window: _Window = "",
+    allow_non_finite: _AllowNonFinite = False,
+    node: _Node = "",
+    estimate: _Estimate = False,
+    wait: _Wait = True,
 ) -> None:
-    """Run a corpus through a model and keep what passes its hookpoints."""
+    """Run a corpus through a model and keep the activations."""
+    from headrace_client import Recipe, Retain, TokenWindow, Window  # noqa: PLC0415
+
     settings = settings_of(context)
-    recipe = _recipe(
-        context_size=context_size,
-        packing=packing,
-        attend_across_documents=attend_across_documents,
-        bos=bos,
-        eos=eos,
-        drop_special_tokens=drop_special_tokens,
-        drop_first_positions=drop_first_positions,
-        batch_size=batch_size,
-        storage_dtype=dtype,
-        long_documents=long_documents or None,
-        window=_token_window(token_window),
-        chat_template=chat_template,
-    )
-    what: dict[str, Any] = {"recipe": recipe, "retention": _retention(window), "max_rows": max_rows, "node": node}
+    fields: dict[str, Any] = {  # Recipe checks the words; its error lists the valid ones.
+        "context_size": context_size,
+        "packing": packing,
+        "attend_across_documents": attend_across_documents,
+        "bos": bos,
+        "eos": eos,
+        "drop_special_tokens": drop_special_tokens,
+        "drop_first_positions": drop_first_positions,
+        "batch_size": batch_size,
+        "storage_dtype": dtype,
+        "long_documents": long_documents or None,
+        "window": TokenWindow.parse(token_window) if token_window else None,
+        "chat_template": chat_template,
+    }
+    try:
+        retention = Window(window_bytes=formats.parse_size(window)) if window else Retain()
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--window") from exc
+    job: dict[str, Any] = {"recipe": Recipe(**fields), "retention": retention, "max_rows": max_rows, "node": node}
     with settings.connect() as client:
         if estimate:
-            _print_estimate(settings, client.extractions.estimate(model, corpus, hookpoint, **what))
+            _print_estimate(settings, client.extractions.estimate(model, corpus, hookpoint, **job))
             return
-        extraction = client.extractions.start(model, corpus, hookpoint, allow_non_finite=allow_non_finite, **what)
+        extraction = client.extractions.start(model, corpus, hookpoint, allow_non_finite=allow_non_finite, **job)
         if wait:
             extraction = _follow(client, extraction.id)
     _print_extraction(settings, extraction)
@@ -96,10 +132,12 @@ def extract(
 def watch(
     context: typer.Context,
     *,
-    extraction_id: Annotated[str, typer.Argument(metavar="EXTRACTION")],
-    wait_s: Annotated[float | None, typer.Option(help="Longest time to watch.  (default: until it ends)")] = None,
+    extraction_id: ExtractionId,
+    wait_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Longest time to watch.  (default: until it ends)")
+    ] = None,
 ) -> None:
-    """Watch an extraction until it ends; with --json one event a line."""
+    """Watch an extraction until it ends. With --json, one event a line."""
     settings = settings_of(context)
     with settings.connect() as client:
         if settings.json:
@@ -109,22 +147,11 @@ def watch(
 
 
 @reported
-def cancel(context: typer.Context, extraction_id: Annotated[str, typer.Argument(metavar="EXTRACTION")]) -> None:
-    """Stop an extraction; rows so far stay."""
+def cancel(context: typer.Context, extraction_id: ExtractionId) -> None:
+    """Stop an extraction. Its rows so far are kept."""
     settings = settings_of(context)
     with settings.connect() as client:
         _print_extraction(settings, client.extractions.cancel(extraction_id))
-
-
-def _retention(window: str) -> Retention:
-    from headrace_client import Retain, Window  # noqa: PLC0415
-
-    if not window:
-        return Retain()
-    try:
-        return Window(window_bytes=formats.parse_size(window))
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc), param_hint="--window") from exc
 
 
 def _follow(client: HeadraceClient, extraction_id: str, wait_s: float | None = None) -> Extraction:
@@ -132,21 +159,11 @@ def _follow(client: HeadraceClient, extraction_id: str, wait_s: float | None = N
         with Bar(extraction_id) as bar:
             return client.extractions.wait(extraction_id, lambda now: show_extraction(bar, now), deadline_s=wait_s)
     except KeyboardInterrupt:
-        note(f"it goes on without you: `headrace watch {extraction_id}`, or end it: `headrace cancel {extraction_id}`")
+        note(
+            f"the extraction goes on; watch it: `headrace watch {extraction_id}`, "
+            f"or stop it: `headrace cancel {extraction_id}`"
+        )
         raise
-
-
-def _token_window(text: str) -> TokenWindow | None:
-    from headrace_client import TokenWindow  # noqa: PLC0415
-
-    return TokenWindow.parse(text) if text else None
-
-
-def _recipe(**fields: Any) -> Recipe:
-    """Recipe takes plain words too, and names the ones it knows."""
-    from headrace_client import Recipe  # noqa: PLC0415
-
-    return Recipe(**fields)
 
 
 def _print_estimate(settings: Settings, counted: Estimate) -> None:
@@ -156,7 +173,7 @@ def _print_estimate(settings: Settings, counted: Estimate) -> None:
         "tokens": formats.count(counted.n_tokens),
         "size": formats.size(counted.size_bytes),
         "to write": "unknown" if counted.new_bytes is None else formats.size(counted.new_bytes),
-        "room": "unknown" if counted.available_bytes is None else formats.size(counted.available_bytes),
+        "available": "unknown" if counted.available_bytes is None else formats.size(counted.available_bytes),
         "time": "unknown until the model has run once"
         if counted.seconds is None
         else formats.duration(counted.seconds),
@@ -165,6 +182,13 @@ def _print_estimate(settings: Settings, counted: Estimate) -> None:
 
 
 def _print_extraction(settings: Settings, extraction: Extraction) -> None:
+    parity = ""
+    if (receipt := extraction.receipt) is not None:
+        worst, cosine = receipt.worst, min(column.min_cosine for column in receipt.columns)
+        parity = (
+            f"{receipt.n_rows} rows a column compared with transformers: at most {worst.max_relative_error:.1e} off, "
+            f"cosine at least {cosine:.6f} ({worst.name})"
+        )
     facts = {
         "extraction": extraction.id,
         "state": extraction.state.value,
@@ -176,18 +200,7 @@ def _print_extraction(settings: Settings, extraction: Extraction) -> None:
         "rows": formats.count(extraction.n_rows),
         "computed": "none, all cached" if extraction.cached else formats.count(extraction.n_rows_computed),
         "size": formats.size(extraction.size_bytes),
-        "parity": _parity(extraction),
+        "parity": parity,
         "path": extraction.path,
     }
     print_value(settings, extraction, facts)
-
-
-def _parity(extraction: Extraction) -> str:
-    """What the receipt says, of its worst column."""
-    if (receipt := extraction.receipt) is None:
-        return ""
-    worst = receipt.worst
-    return (
-        f"{receipt.n_rows} rows a column compared with transformers: at most {worst.max_relative_error:.1e} off, "
-        f"cosine at least {min(column.min_cosine for column in receipt.columns):.6f} ({worst.name})"
-    )

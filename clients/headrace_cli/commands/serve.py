@@ -1,4 +1,4 @@
-"""`headrace serve`: one server in this process's place."""
+"""`headrace serve`: replaces this process by one server."""
 
 from __future__ import annotations
 
@@ -7,27 +7,16 @@ import sys
 
 import typer
 
-app = typer.Typer(
-    help="Run one server in the foreground.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
-MODULES = {"registry": "headrace_registry", "extractor": "headrace_extractor"}
+from headrace_cli.processes.servers import server_command
+
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}  # The server reads its own options, --help too.
 
 
-def server_command(name: str, arguments: list[str]) -> list[str]:
-    """The command line of a server."""
-    return [sys.executable, "-m", MODULES[name], *arguments]
-
-
-@app.command(context_settings=_PASS_ON, add_help_option=False)
 def registry(context: typer.Context) -> None:
     """Run the registry."""
     _become("registry", context.args)
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
 def extractor(context: typer.Context) -> None:
     """Run an extractor."""
     _become("extractor", context.args)

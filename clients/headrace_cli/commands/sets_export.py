@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli.commands.options import whole_id
+from headrace_cli.commands.options import SetId, whole_set_id
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import print_value
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Target(StrEnum):
-    """What is written."""
+    """The program that reads the folder."""
 
     SAE_LENS = "sae-lens"
 
 
 class Number(StrEnum):
-    """Element types that Arrow has."""
+    """Dtypes that Arrow has."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -38,15 +38,23 @@ class Number(StrEnum):
 def export(
     context: typer.Context,
     *,
-    set_id: Annotated[str, typer.Argument(metavar="SET", help="Id, or its beginning.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is not there yet.")],
-    to: Annotated[Target, typer.Option(help="sae-lens: cached activations, for `cached_activations_path`.")],
-    hookpoint: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    context_size: Annotated[int, typer.Option(min=0, help="Rows in a context; the recipe's if not given.")] = 0,
-    join_documents: Annotated[bool, typer.Option(help="Let documents follow one another in a context.")] = False,
-    dtype: Annotated[Number, typer.Option(help="Of the activations.")] = Number.FLOAT32,
+    set_id: SetId,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; it must not exist yet.")],
+    to: Annotated[
+        Target,
+        typer.Option(help="Format. sae-lens: cached activations, for SAELens' option `cached_activations_path`."),
+    ],
+    hookpoint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Hookpoint to write; may be repeated.  (default: all)"),
+    ] = None,
+    context_size: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Rows in one context; 0: the recipe's context size.")
+    ] = 0,
+    join_documents: Annotated[bool, typer.Option(help="Let a context hold several documents.")] = False,
+    dtype: Annotated[Number, typer.Option(help="Dtype of the activations.")] = Number.FLOAT32,
 ) -> None:
-    """Write a set as a folder that another program reads. Rows that fill no context are left out, and counted."""
+    """Write a set in the format of another program. Rows that don't fill a context are left out, and counted."""
     from headrace_client.integrations.sae_lens_export import export_cached_activations  # noqa: PLC0415
 
     settings = settings_of(context)
@@ -73,29 +81,34 @@ def export(
 
 
 def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]) -> Extraction:
-    """An extraction through which the set's rows can be read; none of them is computed again."""
+    """Finds a finished extraction of the set, or starts one that computes nothing: rows are read through extractions.
+
+    Raises ExtractionNotFound if no node remembers an extraction of the set.
+    """
     from headrace_client import errors  # noqa: PLC0415
     from headrace_client.values import ExtractionState, Window  # noqa: PLC0415
 
-    for one in client.sets.get(whole_id(client, set_id)):
-        wanted = hookpoints or [name for name in one.columns[3:] if not name.endswith(".scale")]
+    for held in client.sets.get(whole_set_id(client, set_id)):
+        # The first three columns are token_id, document and position.
+        wanted = hookpoints or [name for name in held.columns[3:] if not name.endswith(".scale")]
         known = [
-            each
-            for each in client.extractions.list(node=one.node_id)
-            if each.set_id == one.id and not isinstance(each.retention, Window)
+            extraction
+            for extraction in client.extractions.list(node=held.node_id)
+            if extraction.set_id == held.id and not isinstance(extraction.retention, Window)
         ]
-        for each in known:
-            has_all = each.n_rows >= one.n_rows and set(wanted) <= set(each.hookpoints)
-            if each.state is ExtractionState.DONE and has_all:
-                return each
-        for each in known:
+        for extraction in known:
+            has_all = extraction.n_rows >= held.n_rows and set(wanted) <= set(extraction.hookpoints)
+            if extraction.state is ExtractionState.DONE and has_all:
+                return extraction
+        if known:
+            job = known[0]  # The recipe is the same in all of them: it is part of the set's identity.
             started = client.extractions.start(
-                each.model_id,
-                each.corpus_id,
+                job.model_id,
+                job.corpus_id,
                 list(wanted),
-                recipe=each.recipe,
-                max_rows=0 if one.complete else one.n_rows,
-                node=one.node_id,
+                recipe=job.recipe,
+                max_rows=0 if held.complete else held.n_rows,
+                node=held.node_id,
             )
             return client.extractions.wait(started.id)
     raise errors.ExtractionNotFound(

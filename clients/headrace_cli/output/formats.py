@@ -1,4 +1,4 @@
-"""Numbers as people read and write them."""
+"""Sizes, durations, counts and times as people write them, and values as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
-
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$", re.IGNORECASE)
 
 
@@ -68,14 +67,15 @@ def short_count(number: float) -> str:
     return f"{rounded:.0f}"
 
 
-def time_of_day(when: datetime | None) -> str:
-    """A time in the local time zone."""
+def local_time(when: datetime | None) -> str:
+    """Date and time in the local time zone; empty for None."""
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON takes it: dataclasses as objects, times as ISO 8601, enums as their values."""
+    """A value in the types of JSON: dataclasses as objects, times as ISO 8601, enums as their values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Retentions differ only in their class: without its name, RETAIN would be an empty object.
         kind = {"kind": type(value).__name__.lower()} if type(value).__name__ in ("Retain", "Window") else {}
         return kind | {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):

@@ -14,7 +14,7 @@ _N_EVENTS = 12
 
 
 class LiveResidencies:
-    """Redraws once a second: the table from what the registry lists, since leases come and go without an event."""
+    """Redraws once a second. The table is listed anew each time, since leases come and go without an event."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class LiveResidencies:
         self._trouble = ""
 
     def show(self, events: Iterable[ResidencyEvent]) -> None:
-        """Shows until the events end."""
+        """Draws until the events end."""
         from rich.console import Console  # noqa: PLC0415
         from rich.live import Live  # noqa: PLC0415
 
@@ -49,22 +49,20 @@ class LiveResidencies:
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
-        self._look()
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-        for heading in self._headings:
-            table.add_column(heading, overflow="fold")
-        for one in self._listed:
-            table.add_row(*(Text(cell) for cell in self._row(one)))
-        nothing = [] if self._listed else [Text("nothing is resident", style="dim")]
-        trouble = [Text(self._trouble, style="yellow")] if self._trouble else []
-        lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._events]
-        return Group(table, *nothing, *trouble, Text(""), *lines)
-
-    def _look(self) -> None:
         from headrace_client.errors import HeadraceError  # noqa: PLC0415
 
         try:
             self._listed = self._client.residencies.list(model=self._model)
             self._trouble = ""
-        except HeadraceError as exc:  # The drawing thread must live; what is shown is as of before.
+        except HeadraceError as exc:
+            # An exception would end rich's drawing thread. The last table stays, marked as out of date.
             self._trouble = f"not current: {exc.message}"
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+        for heading in self._headings:
+            table.add_column(heading, overflow="fold")
+        for residency in self._listed:
+            table.add_row(*(Text(cell) for cell in self._row(residency)))
+        nothing = [] if self._listed else [Text("no model is resident", style="dim")]
+        trouble = [Text(self._trouble, style="yellow")] if self._trouble else []
+        lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._events]
+        return Group(table, *nothing, *trouble, Text(""), *lines)

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on standard error: a bar on a terminal, a line every two seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from headrace_client.values import Extraction, Model, Residency, Transfer
 
-_LINE_EVERY_S = 2.0
+_LINE_EVERY_S = 2.0  # Often enough to follow, rare enough for a log file.
 
 
 class Bar:
-    """Shows how far something is: `with Bar("smollm2") as bar: bar.show("downloading", 0.5, "70 of 140 MiB")`."""
+    """Shows how far a piece of work is: `with Bar("smollm2") as bar: bar.show("downloading", 0.5, "70 of 140 MiB")`."""
 
     def __init__(self, title: str, *, terminal: bool | None = None) -> None:
         self._title = title
@@ -74,37 +74,29 @@ class Bar:
 
 
 def show_model(bar: Bar, model: Model) -> None:
-    """Shows a model's preparation."""
-    bar.show(model.state.lower(), 1.0 if model.state == "READY" else _fraction(model.transfer), _moved(model.transfer))
+    """Shows the preparation of a model's files."""
+    fraction = 1.0 if model.state == "READY" else _fraction(model.transfer)
+    bar.show(model.state.lower(), fraction, _moved(model.transfer))
 
 
 def show_residency(bar: Bar, residency: Residency) -> None:
     """Shows a model's way into memory."""
     place = f"number {residency.queue_position} in the queue" if residency.queue_position else ""
-    text = _moved(residency.transfer) or place or residency.reason
-    bar.show(
-        residency.state.value.lower(), 1.0 if residency.state == "RESIDENT" else _fraction(residency.transfer), text
-    )
+    fraction = 1.0 if residency.state == "RESIDENT" else _fraction(residency.transfer)
+    bar.show(residency.state.value.lower(), fraction, _moved(residency.transfer) or place or residency.reason)
 
 
 def show_extraction(bar: Bar, extraction: Extraction) -> None:
-    """Shows an extraction: phase, rows, rate, bytes, time left, and who is waited for."""
-    bar.show(extraction.state.lower(), _extracted(extraction), " · ".join(_extraction_facts(extraction)))
-
-
-def _extracted(extraction: Extraction) -> float | None:
+    """Shows an extraction: state, rows, rate, bytes, time left, and the readers it waits for."""
+    state = extraction.state.lower()
     if extraction.state == "LOADING":
-        return _fraction(extraction.transfer)
-    if extraction.state == "DONE":
-        return 1.0
-    return extraction.n_rows / extraction.n_rows_expected if extraction.n_rows_expected else None
-
-
-def _extraction_facts(extraction: Extraction) -> list[str]:
-    if extraction.state == "LOADING":
-        return [fact for fact in (f"model {extraction.model_id}", _moved(extraction.transfer)) if fact]
+        loading = (f"model {extraction.model_id}", _moved(extraction.transfer))
+        bar.show(state, _fraction(extraction.transfer), " · ".join(filter(None, loading)))
+        return
+    fraction = extraction.n_rows / extraction.n_rows_expected if extraction.n_rows_expected else None
     if extraction.state == "QUEUED" and extraction.queue_position:
-        return [f"number {extraction.queue_position} in the queue"]
+        bar.show(state, fraction, f"number {extraction.queue_position} in the queue")
+        return
     facts = [f"{formats.count(extraction.n_rows)} rows", formats.size(extraction.size_bytes)]
     if not extraction.ended:
         facts.append(f"{formats.count(extraction.rows_per_s)} rows/s")
@@ -115,9 +107,9 @@ def _extraction_facts(extraction: Extraction) -> list[str]:
     if extraction.n_non_finite:
         facts.append(f"{formats.count(extraction.n_non_finite)} non-finite values")
     if extraction.state == "WAITING":
-        waiting = [f"{reader.reader} at row {formats.count(reader.next_row)}" for reader in extraction.waiting_for]
-        facts.append(f"waits for {', '.join(waiting) or 'a reader'}")
-    return facts
+        readers = [f"{reader.reader} at row {formats.count(reader.next_row)}" for reader in extraction.waiting_for]
+        facts.append(f"waits for {', '.join(readers) or 'a reader'}")
+    bar.show(state, 1.0 if extraction.state == "DONE" else fraction, " · ".join(facts))
 
 
 def _fraction(transfer: Transfer | None) -> float | None:

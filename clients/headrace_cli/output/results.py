@@ -1,4 +1,4 @@
-"""Results: tables for people, JSON for machines, both on standard output."""
+"""Results on standard output: tables for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from headrace_cli.output.formats import plain
 from headrace_cli.settings import Settings
 
-_PIPE_WIDTH = 1000
+_PIPE_WIDTH = 1000  # Columns of a table that goes into a pipe or a file: wide enough that no cell is folded.
 
 
 def print_json(value: Any) -> None:
@@ -23,13 +23,13 @@ def print_json(value: Any) -> None:
 def print_rows(
     settings: Settings, values: Iterable[Any], headings: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
 ) -> None:
-    """Prints a list: as a JSON array of `values`, or as a table of `rows`, or as `empty` on standard error."""
+    """Prints a list: as a JSON array of `values`, as a table of `rows`, or as `empty` on standard error if none."""
     if settings.json:
         print_json(list(values))
         return
     kept = list(rows)
     if not kept:
-        typer.echo(empty, err=True)
+        note(empty)
         return
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -40,12 +40,11 @@ def print_rows(
         table.add_column(heading, overflow="fold")
     for row in kept:
         table.add_row(*(Text(cell) for cell in row))
-    # A pipe or a file has no width to fold cells into.
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 def print_value(settings: Settings, value: Any, facts: Mapping[str, str]) -> None:
-    """Prints one thing: as a JSON object of `value`, or as lines of `facts`; empty ones are left out."""
+    """Prints one thing: as a JSON object of `value`, or as one line for each of `facts` that is not empty."""
     if settings.json:
         print_json(value)
         return
@@ -55,6 +54,14 @@ def print_value(settings: Settings, value: Any, facts: Mapping[str, str]) -> Non
             typer.echo(f"{name:<{width}}  {text}")
 
 
+def print_done(settings: Settings, value: Any, text: str) -> None:
+    """Tells that something is done: as a JSON object of `value`, or as `text` on standard error."""
+    if settings.json:
+        print_json(value)
+    else:
+        note(text)
+
+
 def note(text: str) -> None:
-    """Prints a line for people, on standard error."""
+    """Prints a line on standard error."""
     typer.echo(text, err=True)

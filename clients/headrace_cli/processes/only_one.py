@@ -1,4 +1,4 @@
-"""A lock for what only one process may do at a time in a folder; it goes with the process."""
+"""A lock file: one process at a time works in a folder. The system releases the lock when that process ends."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import IO
 
 from headrace_cli.output.results import note
 
-# Of file systems that know no locks, and of servers of files that keep none.
+# Errors of file systems without locks (Lustre without its flock option) and of file servers that keep none.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def only_one(lock: Path, *, busy: str, remedy: str) -> Iterator[None]:
-    """Holds the file `lock` for the block. Raises AlreadyExists, which says `busy`, while another process does.
+    """Holds the lock file `lock` for the block. Raises AlreadyExists with the text `busy` if another process holds it.
 
-    Where files can't be locked it says so, and goes on.
+    Where files can't be locked, it prints a warning and goes on.
     """
     from headrace_client.errors import AlreadyExists  # noqa: PLC0415
 
     with lock.open("a+") as file:
-        if not _is_ours(file, lock):
+        if not _lock(file, lock):
             file.seek(0)
             raise AlreadyExists(
                 f"{busy}, as process {file.read().strip() or 'unknown'}", reason="ALREADY_RUNNING", remedy=remedy
@@ -36,14 +36,15 @@ def only_one(lock: Path, *, busy: str, remedy: str) -> Iterator[None]:
         yield
 
 
-def _is_ours(file: IO[str], lock: Path) -> bool:
+def _lock(file: IO[str], path: Path) -> bool:
+    """Returns False if another process holds the lock, or removed the file before this process locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
-    except (BlockingIOError, FileNotFoundError):  # Not found: its holder took the folder away just now.
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):  # Not found: the holder removed the folder when it was done.
         return False
     except OSError as exc:
         if exc.errno not in _NO_LOCKS:
             raise
-        note(f"{lock.parent} can't be locked: see to it that no other process writes there")
+        note(f"{path.parent} can't be locked: make sure that no other process writes there")
         return True

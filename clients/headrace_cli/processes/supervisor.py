@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 _POLL_S = 0.1
-_KILL_MARGIN_S = 3.0  # What a server gets beyond its own grace.
-_LOG_BYTES = 64 * 1024 * 1024
+_KILL_MARGIN_S = 3.0  # Time beyond a server's own grace, in which it ends its children.
+_LOG_BYTES = 64 * 1024 * 1024  # A larger log is set aside at the next start, so that two of them bound the disk space.
 _TAIL_BYTES = 16 * 1024
 
 
@@ -23,7 +23,7 @@ class StartFailed(Exception):
 
 @dataclass(kw_only=True)
 class Child:
-    """One process. `command(addresses)` gives its command line, `addresses` those of the children that are ready."""
+    """One process. `command(addresses)` returns its command line, given the addresses of the ready children by name."""
 
     name: str
     command: Callable[[Mapping[str, str]], list[str]]
@@ -39,12 +39,12 @@ class Child:
 
     @property
     def ready(self) -> bool:
-        """True when it runs and has told its address."""
+        """True when the process runs and has written its address to the ready file."""
         return self.process is not None and self.process.poll() is None and bool(self.address)
 
 
 class Supervisor:
-    """Keeps children running. `on_event(name, text)` is told what happens, in the calling thread."""
+    """Keeps children running. It calls `on_event(name, text)` for each start, end and crash, in the calling thread."""
 
     def __init__(
         self,
@@ -64,23 +64,31 @@ class Supervisor:
         self._steady_s = steady_s
 
     def start(self, stopping: Callable[[], bool]) -> None:
-        """Starts all, each when the one before is ready. Raises StartFailed."""
+        """Starts all children, each after its predecessor is ready. Raises StartFailed."""
         for child in self._children:
-            self._launch(child)
+            process = self._launch(child)
             while not child.address and not stopping():
                 time.sleep(_POLL_S)
-                self._look(child)
-                self._check_first_start(child)
+                self._read_address(child)
+                if child.address:
+                    break  # From now on, the end of its process is a crash: `run` starts it again.
+                if (code := process.poll()) is not None:
+                    problem = f"ended with {_ending(code)} before it was ready"
+                elif time.monotonic() - child.started_at > child.ready_s:
+                    problem = f"was not ready within {child.ready_s:g} s"
+                else:
+                    continue
+                raise StartFailed(f"{child.name} {problem}; {_tail(child.log_file)}")
 
     def run(self, stopping: Callable[[], bool]) -> None:
-        """Restarts what crashes, with growing pauses, until told to stop."""
+        """Restarts children that crash, with growing pauses, until `stopping()`."""
         while not stopping():
             for child in self._children:
                 self._keep(child)
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Stops all, the last started first; kills what outlives its grace."""
+        """Stops all children, the last started first; kills a child that outlives its grace."""
         for child in reversed(self._children):
             process = child.process
             if process is not None and process.poll() is None:
@@ -96,25 +104,31 @@ class Supervisor:
                 child.log.close()
                 child.log = None
 
-    def _launch(self, child: Child) -> None:
+    def _launch(self, child: Child) -> subprocess.Popen[bytes]:
         child.ready_file.parent.mkdir(parents=True, exist_ok=True)
         child.ready_file.unlink(missing_ok=True)
-        _open_log(child)
-        addresses = {one.name: one.address for one in self._children if one.address}
+        child.log_file.parent.mkdir(parents=True, exist_ok=True)
+        if child.log is not None:
+            child.log.close()
+        if child.log_file.exists() and child.log_file.stat().st_size > _LOG_BYTES:
+            child.log_file.replace(child.log_file.with_suffix(".old.log"))
+        child.log = child.log_file.open("ab")
+        addresses = {other.name: other.address for other in self._children if other.address}
         child.process = subprocess.Popen(  # noqa: S603 - our own modules.
             child.command(addresses),
             stdin=subprocess.DEVNULL,
             stdout=child.log,
             stderr=child.log,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we stop them in order.
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the children in order.
         )
         child.started_at = time.monotonic()
         child.restart_at = None
         child.address = ""
         self._on_event(child.name, f"starting, process {child.process.pid}")
+        return child.process
 
-    def _look(self, child: Child) -> None:
-        """Takes the address from the ready file."""
+    def _read_address(self, child: Child) -> None:
+        """Takes the address from the ready file, once the process has written it."""
         if child.address or child.process is None or child.process.poll() is not None:
             return
         try:
@@ -124,40 +138,23 @@ class Supervisor:
         if child.address:
             self._on_event(child.name, f"ready at {child.address}")
 
-    def _check_first_start(self, child: Child) -> None:
-        if child.address:
-            return  # What it dies of from now on is a crash like any other.
-        code = child.process.poll() if child.process is not None else None
-        if code is not None:
-            raise StartFailed(f"{child.name} ended with {_ending(code)} before it was ready; {_tail(child.log_file)}")
-        if time.monotonic() - child.started_at > child.ready_s:
-            raise StartFailed(f"{child.name} was not ready within {child.ready_s:g} s; {_tail(child.log_file)}")
-
     def _keep(self, child: Child) -> None:
+        """Restarts the child when its pause is over; begins such a pause when its process has ended."""
         now = time.monotonic()
         if child.restart_at is not None:
             if now >= child.restart_at:
                 self._launch(child)
             return
-        self._look(child)
+        self._read_address(child)
         code = child.process.poll() if child.process is not None else None
         if code is None:
             return
-        if now - child.started_at > self._steady_s:
+        if now - child.started_at > self._steady_s:  # It ran well for a while: pauses begin short again.
             child.n_crashes = 0
         pause_s = min(self._most_backoff_s, self._first_backoff_s * 2.0**child.n_crashes)
         child.n_crashes += 1
         child.restart_at = now + pause_s
         self._on_event(child.name, f"ended with {_ending(code)}; starts again in {pause_s:g} s; log {child.log_file}")
-
-
-def _open_log(child: Child) -> None:
-    child.log_file.parent.mkdir(parents=True, exist_ok=True)
-    if child.log is not None:
-        child.log.close()
-    if child.log_file.exists() and child.log_file.stat().st_size > _LOG_BYTES:
-        child.log_file.replace(child.log_file.with_suffix(".old.log"))
-    child.log = child.log_file.open("ab")
 
 
 def _ending(code: int) -> str:

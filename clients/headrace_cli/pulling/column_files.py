@@ -1,4 +1,4 @@
-"""The columns of a pull on their way to disk."""
+"""The files of a pull's columns, written and synced together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Self
 from headrace_cli.pulling.tensor_files import ColumnFile, ColumnSpec
 from headrace_log.files import fsync_folder
 
-_SYNC_EVERY_S = 5.0  # What a crash may cost.
+_SYNC_EVERY_S = 5.0  # Rows of at most so many seconds have to be pulled again after a crash.
 
 
 class ColumnFiles:
-    """One file a column, open for the `with` block, each with `n_rows`; a sync is due after `sync_bytes`."""
+    """One file per column, open for the `with` block, each with `n_rows` rows; a sync is due after `sync_bytes`."""
 
     def __init__(
         self, folder: Path, columns: Sequence[ColumnSpec], n_rows: int, *, sync_bytes: float = math.inf
@@ -34,30 +34,30 @@ class ColumnFiles:
 
     @property
     def is_behind(self) -> bool:
-        """True while rows are not on disk."""
+        """True while some rows are written but not synced."""
         return self.n_rows > self._n_synced
 
     @property
     def sync_is_due(self) -> bool:
-        """True when a crash would cost much, or what came long ago."""
+        """True when many bytes, or rows written several seconds ago, would be lost in a crash."""
         unsynced_bytes = (self.n_rows - self._n_synced) * self._row_bytes
         return unsynced_bytes >= self._sync_bytes or time.monotonic() - self._synced_at > _SYNC_EVERY_S
 
     def write(self, buffers: Sequence[memoryview], n_rows: int) -> None:
-        """Appends rows, a buffer a column."""
+        """Appends `n_rows` rows; `buffers` holds one buffer per column."""
         for file, rows in zip(self._files, buffers, strict=True):
             file.write(rows)
         self.n_rows += n_rows
 
     def sync(self) -> None:
-        """Brings to disk what was written."""
+        """Brings all written rows to disk."""
         if self.is_behind:
             for file in self._files:
                 file.sync()
         self._n_synced, self._synced_at = self.n_rows, time.monotonic()
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Writes the headers."""
+        """Writes the headers, and syncs."""
         for file in self._files:
             file.finish(self.n_rows, metadata)
 

@@ -1,11 +1,11 @@
 """Safetensors files written front to back while their number of rows is not known yet, and resumable after any crash.
 
-    out/                       out.safetensors.part/        while rows come
-      pull.json                  pull.json                  what is pulled, and how many rows are safely on disk
+    out/                       out.safetensors.part/        while rows arrive
+      pull.json                  pull.json                  the rows and columns wanted, and how many rows are synced
       pull.lock                  pull.lock                  locked by the process that writes here
-      token_id.safetensors       token_id.safetensors       one tensor a column: space for the header, then the rows
+      token_id.safetensors       token_id.safetensors       one tensor per column: space for the header, then the rows
 
-Headers are written when all rows are there. For a single file the columns are then joined, and the folder goes.
+Headers are written once all rows have arrived. For a single file the columns are then joined and the folder removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 
 from headrace_log.files import fsync_folder
 
-HEADER_BYTES = 4096  # The rows of a column begin on a page.
+HEADER_BYTES = 4096  # One page, so that rows are aligned when the file is mapped.
 STATE_FILE = "pull.json"
 LOCK_FILE = "pull.lock"
 _NEW_STATE_FILE = f"{STATE_FILE}.new"
@@ -38,7 +38,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSpec:
-    """One column: `width` elements a row, or a plain vector where it is None."""
+    """One column: a matrix with `width` elements a row, or a vector if `width` is None."""
 
     name: str
     dtype: str
@@ -46,24 +46,24 @@ class ColumnSpec:
     row_bytes: int
 
     def path(self, folder: Path) -> Path:
-        """Its file."""
+        """Returns the column's file in a folder."""
         return folder / f"{self.name}.safetensors"
 
     def entry(self, n_rows: int, start: int) -> dict[str, Any]:
-        """The column's entry in a safetensors header."""
+        """Returns the column's entry in a safetensors header; its data begin at byte `start`."""
         shape = [n_rows] if self.width is None else [n_rows, self.width]
         return {"dtype": _DTYPES[self.dtype], "shape": shape, "data_offsets": [start, start + n_rows * self.row_bytes]}
 
 
 class ColumnFile:
-    """One column on disk, which has `n_rows`: `write()` more, `sync()`, and `finish()` with the header."""
+    """The file of one column, which has `n_rows` rows: `write()` more, `sync()`, and `finish()` with the header."""
 
     def __init__(self, folder: Path, spec: ColumnSpec, n_rows: int) -> None:
         check_rows(folder, spec, n_rows)
         self.spec = spec
         self.path = spec.path(folder)
         self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b")
-        # What was written behind the last sync may be torn: those rows come again.
+        # Rows after the last sync may be torn by a crash: they are cut off, and pulled again.
         self._file.truncate(HEADER_BYTES + n_rows * spec.row_bytes)
         self._file.seek(0, os.SEEK_END)
 
@@ -72,15 +72,14 @@ class ColumnFile:
         self._file.write(rows)
 
     def sync(self) -> None:
-        """Brings what was written to the disk."""
+        """Brings all written rows to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self, n_rows: int, metadata: Mapping[str, str]) -> None:
-        """Writes the header."""
-        header = _header([(self.spec, 0)], n_rows, metadata, HEADER_BYTES)
+        """Writes the header into the space before the rows, and syncs."""
         self._file.seek(0)
-        self._file.write(header)
+        self._file.write(_header([(self.spec, 0)], n_rows, metadata, HEADER_BYTES))
         self.sync()
 
     def __enter__(self) -> Self:
@@ -91,58 +90,60 @@ class ColumnFile:
 
 
 def check_rows(folder: Path, column: ColumnSpec, n_rows: int) -> None:
-    """Raises DataLoss unless a column's file holds that many rows: zeros must not pass for those that went missing."""
+    """Raises DataLoss unless a column's file holds `n_rows` rows: missing rows must not be replaced by zeros."""
     from headrace_client.errors import DataLoss  # noqa: PLC0415
 
     path = column.path(folder)
     size_bytes = path.stat().st_size if path.exists() else 0
-    n_there = max(size_bytes - HEADER_BYTES, 0) // column.row_bytes
-    if n_there < n_rows:
+    n_found = max(size_bytes - HEADER_BYTES, 0) // column.row_bytes
+    if n_found < n_rows:
         raise DataLoss(
-            f"{path.name} holds {n_there} rows, and {STATE_FILE} says that {n_rows} were written",
+            f"{path.name} holds {n_found} rows, but {STATE_FILE} says that {n_rows} were written",
             reason="ROWS_MISSING",
             remedy=f"put the file back as it was; or remove {folder}, and pull all rows again",
         )
 
 
 def join(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Mapping[str, str], out: Path) -> None:
-    """Makes one file of finished columns, at once or not at all."""
-    joined = columns[0].path(folder) if len(columns) == 1 else _joined(columns, folder, n_rows, metadata)
+    """Joins finished columns into the file `out`, which appears whole or not at all."""
+    if len(columns) == 1:
+        joined = columns[0].path(folder)  # Its own header is the file's.
+    else:
+        starts, end = [], 0
+        for column in columns:
+            starts.append(end)
+            end += n_rows * column.row_bytes
+        joined = folder / "joined"
+        with joined.open("wb") as file:
+            file.write(_header(list(zip(columns, starts, strict=True)), n_rows, metadata, 0))
+            for column in columns:
+                with column.path(folder).open("rb") as part:
+                    part.seek(HEADER_BYTES)
+                    shutil.copyfileobj(part, file, 16 * 1024 * 1024)
+            file.flush()
+            os.fsync(file.fileno())
     joined.replace(out)
     fsync_folder(out.parent)
 
 
-def _joined(columns: Sequence[ColumnSpec], folder: Path, n_rows: int, metadata: Mapping[str, str]) -> Path:
-    starts, end = [], 0
-    for column in columns:
-        starts.append(end)
-        end += n_rows * column.row_bytes
-    joined = folder / "joined"
-    with joined.open("wb") as file:
-        file.write(_header(list(zip(columns, starts, strict=True)), n_rows, metadata, 0))
-        for column in columns:
-            with column.path(folder).open("rb") as part:
-                part.seek(HEADER_BYTES)
-                shutil.copyfileobj(part, file, 16 * 1024 * 1024)
-        file.flush()
-        os.fsync(file.fileno())
-    return joined
-
-
 def remove(folder: Path) -> None:
-    """Removes the folder of a pull: the state behind all that it tells of, the lock behind the state."""
+    """Removes the folder of a pull.
+
+    Columns first, then the state that describes them, then the lock: a crash in between leaves a folder that the next
+    pull understands.
+    """
     last = {STATE_FILE: 1, LOCK_FILE: 2}
     for path in sorted(folder.iterdir(), key=lambda path: last.get(path.name, 0)):
         path.unlink()
-    with suppress(OSError):  # Another pull looks in just now, and finds all done.
+    with suppress(OSError):  # Another pull has just made its lock file here; it will find the finished file.
         folder.rmdir()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a finished file; empty for one that is none of ours."""
+    """Reads the metadata of a finished file; empty if the file is not a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= 100_000_000:
+        if not 2 <= length <= 100_000_000:  # The format's limit: anything else is no header.
             return {}
         try:
             return dict(json.loads(file.read(length)).get("__metadata__", {}))
@@ -151,7 +152,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The state of a pull in this folder; None if there is none."""
+    """Reads the state of a pull; None if the folder has none."""
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except (FileNotFoundError, ValueError):
@@ -160,12 +161,12 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 def is_used(folder: Path) -> bool:
-    """True if a folder without a state holds something that is not from a pull which has only just begun."""
+    """True if a folder without a state holds files that are not from a pull that has just begun."""
     return folder.exists() and any(path.name not in (LOCK_FILE, _NEW_STATE_FILE) for path in folder.iterdir())
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Replaces the state at once or not at all."""
+    """Replaces the state; a crash leaves the old one or the new one."""
     new = folder / _NEW_STATE_FILE
     with new.open("w") as file:
         json.dump(state, file)
@@ -178,9 +179,9 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def _header(
     columns: Iterable[tuple[ColumnSpec, int]], n_rows: int, metadata: Mapping[str, str], size_bytes: int
 ) -> bytes:
-    """A safetensors header: its length, then JSON, filled up with spaces to `size_bytes` (0: to a multiple of 64)."""
+    """Returns a safetensors header: its length, then JSON, padded to `size_bytes` (0: to a multiple of 64)."""
     entries = {column.name: column.entry(n_rows, start) for column, start in columns}
     text = json.dumps({"__metadata__": dict(metadata), **entries}, separators=(",", ":")).encode()
     length = size_bytes - 8 if size_bytes else len(text) + -(len(text) + 8) % 64
-    assert len(text) <= length, "names and metadata fit in the space kept for them"
+    assert len(text) <= length, "names and metadata fit into the space kept for them"
     return length.to_bytes(8, "little") + text.ljust(length)

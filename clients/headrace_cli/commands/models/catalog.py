@@ -1,4 +1,4 @@
-"""`headrace models catalog`, and short names of curated models."""
+"""`headrace models catalog`, and the short names of curated models."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
     from headrace_client import HeadraceClient
     from headrace_client.memory import CatalogEntry
 
-# The columns of memory.
-_FORMS = ("bfloat16", "int8", "int4")
+_FORMS = ("bfloat16", "int8", "int4")  # Each has a column with the memory it takes.
 
 
 @reported
 def catalog(
     context: typer.Context,
     *,
-    fits: Annotated[str, typer.Option(metavar="SIZE", help="Only what fits in so much memory: 24GB, 16GiB.")] = "",
+    fits: Annotated[
+        str, typer.Option(metavar="SIZE", help="List only models that fit into this much memory: 24GB, 16GiB.")
+    ] = "",
     category: Annotated[
-        str, typer.Option(help="tiny, interpretability, coding, general or instruct.", show_default=False)
+        str,
+        typer.Option(help="List only this category: tiny, interpretability, coding, general or instruct."),
     ] = "",
 ) -> None:
-    """List curated models: what they are and what they take."""
+    """List curated models with the memory they take."""
     settings = settings_of(context)
     try:
         fits_bytes = formats.parse_size(fits) if fits else 0
@@ -37,20 +39,15 @@ def catalog(
         raise typer.BadParameter(str(exc), param_hint="--fits") from None
     with settings.connect() as client:
         entries = list(client.models.catalog(fits_bytes=fits_bytes, category=category))
-    headings = ("name", "size", "layers", "width", "context", "probe", *_FORMS, "batch", "repo", "")
-    print_rows(
-        settings,
-        entries,
-        headings,
-        [_row(entry, fits_bytes) for entry in entries],
-        empty="no curated model fits; give more memory or another category",
-    )
+    headings = ("name", "parameters", "layers", "width", "context", "probe layers", *_FORMS, "batch", "repo", "")
+    rows = [_row(entry, fits_bytes) for entry in entries]
+    print_rows(settings, entries, headings, rows, empty="no curated model fits; try more memory or another category")
 
 
 def repo_of(client: HeadraceClient, name: str) -> str:
-    """Returns the repo of a short name, or the name itself where the catalog has none like it.
+    """Returns the hub repo of a short name, or `name` itself if the catalog has no such model.
 
-    The beginning of one name stands for it; of several, it is refused.
+    The beginning of a name is enough if only one model's name begins so; otherwise it is refused.
     """
     entries = list(client.models.catalog())
     exact = next((entry for entry in entries if entry.name == name.lower()), None)
@@ -65,6 +62,12 @@ def repo_of(client: HeadraceClient, name: str) -> str:
 
 def _row(entry: CatalogEntry, fits_bytes: int) -> tuple[str, ...]:
     sizes = {form_name(each.quantization.value, each.dtype): formats.size(each.total_bytes) for each in entry.memory}
+    # The batch of the largest memory within the size asked for; without a size, of the smallest that holds the model.
+    batch = ""
+    if within := [each for each in entry.batches if not fits_bytes or each.memory_bytes <= fits_bytes]:
+        chosen = within[-1] if fits_bytes else within[0]
+        form = form_name(chosen.quantization.value, "bfloat16")
+        batch = f"{chosen.batch_size} in {chosen.memory_bytes // 10**9} GB" + (f" {form}" if form != "bfloat16" else "")
     return (
         entry.name,
         formats.short_count(entry.n_parameters),
@@ -73,17 +76,7 @@ def _row(entry: CatalogEntry, fits_bytes: int) -> tuple[str, ...]:
         formats.count(entry.context_window),
         ", ".join(map(str, entry.probe_layers)),
         *(sizes.get(form, "") for form in _FORMS),
-        _batch(entry, fits_bytes),
+        batch,
         entry.repo_id,
         "gated" if entry.gated else "",
     )
-
-
-def _batch(entry: CatalogEntry, fits_bytes: int) -> str:
-    """The batch for the size asked for, or for the smallest that holds the model."""
-    within = [each for each in entry.batches if not fits_bytes or each.memory_bytes <= fits_bytes]
-    if not within:
-        return ""
-    chosen = within[-1] if fits_bytes else within[0]
-    form = form_name(chosen.quantization.value, "bfloat16")
-    return f"{chosen.batch_size} in {chosen.memory_bytes // 10**9} GB" + (f" {form}" if form != "bfloat16" else "")

@@ -1,4 +1,4 @@
-"""`headrace fit`: what a model takes in each form, and where it fits."""
+"""`headrace fit`: the memory a model takes in each form, and where it fits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrace_cli.commands.options import ModelId
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import note, print_json, print_rows
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
-    from headrace_client.memory import MemoryAdvice, MemoryEstimate, Placement
+    from headrace_client.memory import MemoryAdvice, MemoryEstimate
 
-_WORDS = {
-    "RESIDENT": "{place} (is there)",
+# A device on which the model never fits is not shown.
+_FITS = {
+    "RESIDENT": "{place} (resident)",
     "FREE": "{place}",
     "AFTER_EVICTION": "{place} (after eviction)",
     "BUSY": "{place} (busy)",
@@ -26,12 +28,17 @@ _WORDS = {
 def fit(
     context: typer.Context,
     *,
-    model_id: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model; it need not be ready.")],
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in one forward pass.")] = 1,
-    context_size: Annotated[int, typer.Option("--context", min=1, help="Tokens in one sequence.")] = 1024,
-    hookpoints: Annotated[int, typer.Option("--hookpoints", min=1, help="Captured hookpoints.")] = 1,
+    model_id: ModelId,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences in one forward pass.")] = 1,
+    context_size: Annotated[int, typer.Option("--context", metavar="N", min=1, help="Tokens in one sequence.")] = 1024,
+    hookpoints: Annotated[
+        int, typer.Option("--hookpoints", metavar="N", min=1, help="Hookpoints that are captured.")
+    ] = 1,
 ) -> None:
-    """Show what memory a model takes in each form, where it fits, and what would be evicted for it."""
+    """Show how much memory a model takes and where it fits. The model's files need not be fetched yet.
+
+    One line for each form (dtype or quantization), with the models that would be evicted for it.
+    """
     settings = settings_of(context)
     with settings.connect(deadline_s=60.0) as client:
         advice = client.models.estimate(model_id, batch_size=batch, context_size=context_size, n_hookpoints=hookpoints)
@@ -44,8 +51,17 @@ def fit(
         note("no form has room on a living node now; see `headrace devices`")
 
 
+def form_name(quantization: str, dtype: str) -> str:
+    """Returns the short name of a form: `bfloat16`, `int4`."""
+    return dtype if quantization == "none" else quantization
+
+
 def _row(advice: MemoryAdvice, estimate: MemoryEstimate) -> tuple[str, ...]:
-    places = [text for text in map(_place, estimate.placements) if text]
+    places = [
+        _FITS[each.fit.value].format(place=f"{each.node_id}/{each.device_id}")
+        for each in estimate.placements
+        if each.fit.value in _FITS
+    ]
     evicted = sorted({model for each in estimate.placements for model in each.evicted_model_ids})
     largest = max((each.max_batch_size for each in estimate.placements), default=0)
     return (
@@ -58,13 +74,3 @@ def _row(advice: MemoryAdvice, estimate: MemoryEstimate) -> tuple[str, ...]:
         formats.count(largest) if largest else "",
         "recommended" if estimate is advice.recommended else "",
     )
-
-
-def _place(placement: Placement) -> str:
-    words = _WORDS.get(placement.fit.value, "")
-    return words.format(place=f"{placement.node_id}/{placement.device_id}")
-
-
-def form_name(quantization: str, dtype: str) -> str:
-    """How people call a form: `bfloat16`, `int4`."""
-    return dtype if quantization == "none" else quantization

@@ -1,58 +1,70 @@
-"""`headrace models`."""
+"""`headrace models add`, `list`, `show`, `hookpoints`, `watch` and `rm`."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace_cli.commands.models.catalog import catalog, repo_of
-from headrace_cli.commands.models.validations import attempts, validate
+from headrace_cli.commands.models.catalog import repo_of
+from headrace_cli.commands.options import HubTokenFile, ModelId, parse_json_pairs, parse_pairs, read_hub_token
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.progress import Bar, show_model
-from headrace_cli.output.results import note, print_json, print_rows, print_value
+from headrace_cli.output.results import note, print_done, print_json, print_rows, print_value
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
-    from headrace_client.fidelity import Fidelity
     from headrace_client.values import Model
 
-app = typer.Typer(help="Registered models and their files.", no_args_is_help=True, rich_markup_mode=None)
-app.command("catalog")(catalog)
-app.command("validate")(validate)
-app.command("attempts")(attempts)
 _REPO = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
-@app.command()
 @reported
 def add(
     context: typer.Context,
     *,
-    source: Annotated[str, typer.Argument(help="Hub repo, name in the catalog, folder, or .gguf file.")],
-    model_id: Annotated[str, typer.Option("--id", help="Id of the model; derived from the source if not given.")] = "",
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub repo.")] = "",
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Hub repository (owner/name), name in the catalog, folder, or .gguf file."
+        ),
+    ],
+    model_id: Annotated[
+        str, typer.Option("--id", metavar="MODEL", help="Id of the model.  (default: derived from SOURCE)")
+    ] = "",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.  (default: main)")] = "",
     quantization: Annotated[str, typer.Option(help="none, int8, int4 or int2; also FP16, Q8, Q4, Q2.")] = "none",
-    dtype: Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16 or float16.")] = "",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Compute dtype: float32, bfloat16 or float16.  (default: bfloat16 on a GPU, float32 on a CPU)"
+        ),
+    ] = "",
     load_option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE, VALUE as JSON or text; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Load option; VALUE is JSON or text; may be repeated."),
     ] = None,
-    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be repeated.")] = None,
-    hub_token_file: Annotated[Path | None, typer.Option(help="File with a hub token, for gated repos.")] = None,
-    prepare: Annotated[bool, typer.Option("--prepare/--no-prepare", help="Fetch the files and wait for them.")] = True,
-    wait_s: Annotated[float, typer.Option(help="Longest wait for the files.")] = 3600.0,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the model; may be repeated.")
+    ] = None,
+    hub_token_file: HubTokenFile = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare/--no-prepare", help="Fetch the files and wait until they are ready.")
+    ] = True,
+    wait_s: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time to wait for the files.")] = 3600.0,
 ) -> None:
-    """Register a model and make its files ready."""
+    """Register a model and fetch its files."""
     settings = settings_of(context)
-    options: dict[str, Any] = {key: _value(text) for key, text in _pairs("--load-option", load_option or [])}
+    options = parse_json_pairs("--load-option", load_option)
     if dtype:
         options["dtype"] = dtype
+    labels = parse_pairs("--label", label)
     named = source_of(source)
-    hub_token = hub_token_file.read_text().strip() if hub_token_file else ""
+    hub_token = read_hub_token(hub_token_file)
     with settings.connect() as client:
         if "hub" in named and "/" not in source:
             named = {"hub": repo_of(client, source)}
@@ -62,7 +74,7 @@ def add(
             revision=revision,
             quantization=quantization,
             load_options=options,
-            labels=dict(_pairs("--label", label or [])),
+            labels=labels,
             hub_token=hub_token,
         )
         if prepare and model.state != "READY":
@@ -72,14 +84,15 @@ def add(
     _print_model(settings, model)
 
 
-@app.command("list")
 @reported
 def list_models(
     context: typer.Context,
     *,
-    filter_: Annotated[str, typer.Option("--filter", help="Such as `state = READY AND id : smol`.")] = "",
+    filter_: Annotated[
+        str, typer.Option("--filter", metavar="FILTER", help="Condition, such as `state = READY AND id : smol`.")
+    ] = "",
 ) -> None:
-    """List models."""
+    """List registered models."""
     settings = settings_of(context)
     with settings.connect() as client:
         models = list(client.models.list(filter_))
@@ -98,22 +111,23 @@ def list_models(
     print_rows(settings, models, headings, rows, empty="no models; add one with `headrace models add`")
 
 
-@app.command()
 @reported
-def show(context: typer.Context, model_id: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
+def show(context: typer.Context, model_id: ModelId) -> None:
     """Show a model."""
     settings = settings_of(context)
     with settings.connect() as client:
         model = client.models.get(model_id)
     _print_model(settings, model)
-    if model.fidelity and not settings.json:
-        _print_fidelity(settings, model.fidelity)
+    if (fidelity := model.fidelity) and not settings.json:
+        reference = f"the unquantized model in {fidelity.reference_dtype}"
+        note(f"\nresidual stream compared with {reference}, {fidelity.n_tokens} tokens")
+        rows = [(str(each.layer), f"{each.cosine:.6f}", f"{each.relative_error:.4f}") for each in fidelity.layers]
+        print_rows(settings, fidelity.layers, ("layer", "cosine", "relative error"), rows, empty="no layers")
 
 
-@app.command()
 @reported
-def hookpoints(context: typer.Context, model_id: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
-    """List what can be captured in a model."""
+def hookpoints(context: typer.Context, model_id: ModelId) -> None:
+    """List the hookpoints of a model."""
     settings = settings_of(context)
     with settings.connect() as client:
         points = client.hookpoints(model_id)
@@ -122,15 +136,14 @@ def hookpoints(context: typer.Context, model_id: Annotated[str, typer.Argument(m
     print_rows(settings, points, columns, rows, empty="no hookpoints")
 
 
-@app.command()
 @reported
 def watch(
     context: typer.Context,
     *,
-    model_id: Annotated[str, typer.Argument(metavar="MODEL")],
-    wait_s: Annotated[float, typer.Option(help="Longest time to watch.")] = 86400.0,
+    model_id: ModelId,
+    wait_s: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time to watch.")] = 86400.0,
 ) -> None:
-    """Watch a model until it is ready or has failed; with --json one event a line."""
+    """Watch a model until it is ready or has failed. With --json, one event a line."""
     settings = settings_of(context)
     with settings.connect() as client, Bar(model_id) as bar:
 
@@ -143,26 +156,24 @@ def watch(
         client.models.wait_ready(model_id, tell, deadline_s=wait_s)
 
 
-@app.command("rm")
 @reported
 def remove(
     context: typer.Context,
     *,
-    model_id: Annotated[str, typer.Argument(metavar="MODEL")],
-    force: Annotated[bool, typer.Option("--force", help="Unload it first instead of refusing.")] = False,
+    model_id: ModelId,
+    force: Annotated[
+        bool, typer.Option("--force", help="Unload the model first if it is resident, instead of refusing.")
+    ] = False,
 ) -> None:
     """Delete a model."""
     settings = settings_of(context)
     with settings.connect() as client:
         client.models.delete(model_id, force=force)
-    if settings.json:
-        print_json({"deleted": model_id})
-    else:
-        note(f"deleted {model_id}")
+    print_done(settings, {"deleted": model_id}, f"deleted {model_id}")
 
 
 def source_of(text: str) -> dict[str, str]:
-    """Tells hub repos from paths on the registry's disk, which exist here, end in .gguf or begin like a path."""
+    """Tells a hub repo from a path on the registry's disk: a path exists here, ends in .gguf or begins like a path."""
     path = Path(text).expanduser()
     is_path = path.exists() or text.endswith(".gguf") or text.startswith((".", "/", "~"))
     if is_path:
@@ -170,26 +181,6 @@ def source_of(text: str) -> dict[str, str]:
     if not _REPO.match(text):
         raise typer.BadParameter(f"{text!r} is neither a hub repo (owner/name) nor a path", param_hint="SOURCE")
     return {"hub": text}
-
-
-def _pairs(option: str, texts: list[str]) -> list[tuple[str, str]]:
-    for text in texts:
-        if "=" not in text:
-            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
-    return [(key, value) for key, _, value in (text.partition("=") for text in texts)]
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _print_fidelity(settings: Settings, fidelity: Fidelity) -> None:
-    note(f"\nresidual stream against the unquantized model in {fidelity.reference_dtype}, {fidelity.n_tokens} tokens")
-    rows = [(str(each.layer), f"{each.cosine:.6f}", f"{each.relative_error:.4f}") for each in fidelity.layers]
-    print_rows(settings, fidelity.layers, ("layer", "cosine", "relative error"), rows, empty="no layers")
 
 
 def _print_model(settings: Settings, model: Model) -> None:
@@ -208,8 +199,8 @@ def _print_model(settings: Settings, model: Model) -> None:
         "load options": json.dumps(dict(model.load_options)) if model.load_options else "",
         "labels": ", ".join(f"{key}={value}" for key, value in model.labels.items()),
         "files": model.files_path,
-        "in the store": formats.size(model.store_bytes) if model.store_bytes else "",
-        "last used": formats.time_of_day(model.last_used_time),
-        "registered": formats.time_of_day(model.create_time),
+        "stored": formats.size(model.store_bytes) if model.store_bytes else "",
+        "last used": formats.local_time(model.last_used_time),
+        "registered": formats.local_time(model.create_time),
     }
     print_value(settings, model, facts)

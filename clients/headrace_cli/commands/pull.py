@@ -1,0 +1,98 @@
+"""`headrace pull`: the options. `pulling/` does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headrace_cli.commands.options import ExtractionId
+from headrace_cli.exits import reported
+from headrace_cli.output import formats
+from headrace_cli.output.results import print_done
+from headrace_cli.pulling.pull import Pull
+from headrace_cli.settings import settings_of
+
+
+@reported
+def pull(
+    context: typer.Context,
+    *,
+    extraction_id: ExtractionId,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="PATH", help="FILE.safetensors, or a folder for one safetensors file per column."
+        ),
+    ],
+    columns: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Columns, separated by commas: hookpoints, token_id, document, position.  (default: all)",
+        ),
+    ] = "",
+    rows: Annotated[
+        str,
+        typer.Option(
+            metavar="START:END",
+            help="Range of rows; either end may be left out. With an order or a shard, counted in that order.",
+        ),
+    ] = "",
+    order: Annotated[str, typer.Option(help="sequential, or shuffled (block by block).")] = "sequential",
+    seed: Annotated[int, typer.Option(help="Seed of the shuffled order.")] = 0,
+    epoch: Annotated[int, typer.Option(help="Epoch; each has its own shuffled order.")] = 0,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only every N-th block, from block I on; I counts from 0.")
+    ] = "",
+    block_rows: Annotated[int, typer.Option(metavar="N", help="Rows in a block; 0: 1024.")] = 0,
+    transport: Annotated[
+        str, typer.Option(help="mapped (from the set's files on this machine), inline (from the server), or auto.")
+    ] = "auto",
+) -> None:
+    """Write an extraction's rows to files while they are computed. The same command resumes an interrupted pull."""
+    from headrace_client.extractions import all_columns, with_scales  # noqa: PLC0415
+    from headrace_client.order import Reading  # noqa: PLC0415
+
+    settings = settings_of(context)
+    start_row, end_row = parse_rows(rows)
+    words: dict[str, Any] = {"order": order}  # Reading checks it.
+    reading = Reading(seed=seed, epoch=epoch, shard=parse_shard(shard), block_rows=block_rows, **words)
+    with settings.connect() as client:
+        extraction = client.extractions.get(extraction_id)
+        named = tuple(name.strip() for name in columns.split(",") if name.strip())
+        result = Pull(
+            client,
+            extraction,
+            out,
+            with_scales(extraction, named or all_columns(extraction)),
+            start_row=start_row,
+            end_row=end_row,
+            reading=reading,
+            transport=transport,
+        ).run()
+    text = f"{formats.count(result['n_rows'])} rows, {formats.size(result['size_bytes'])}: {result['path']}"
+    print_done(settings, result, text)
+
+
+def parse_rows(text: str) -> tuple[int, int]:
+    """Reads `START:END`; 0 stands for an end that is left out."""
+    if not text:
+        return 0, 0
+    start, colon, end = text.partition(":")
+    try:
+        found = int(start or 0), int(end or 0)
+    except ValueError:
+        found = -1, 0
+    if not colon or found[0] < 0 or (end and found[1] <= found[0]):
+        raise typer.BadParameter(f"{text!r} is not START:END", param_hint="--rows")
+    return found
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Reads `I/N`; empty is 0/1, all rows."""
+    index, slash, count = (text or "0/1").partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise typer.BadParameter(f"{text!r} is not I/N with I less than N", param_hint="--shard")
+    return int(index), int(count)
