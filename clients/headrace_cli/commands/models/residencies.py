@@ -134,7 +134,7 @@ def _line(event: ResidencyEvent) -> str:
 
 
 def _until_resident(client: HeadraceClient, residency: Residency, bar: Bar, wait_s: float) -> Residency:
-    """Waits until the residency is RESIDENT, or the residency that took its place. Raises the error with which it ended."""
+    """Waits until the model is resident; returns the residency. Raises the error with which the residency ended."""
     from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError  # noqa: PLC0415
 
     end = time.monotonic() + wait_s
