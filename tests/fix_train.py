@@ -16,7 +16,7 @@ from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.registry.v1 import model_pb2
 from headrace_extractor.corpora.packing import Packer, SpecialTokens
 from headrace_extractor.corpora.recipe import Recipe as ServerRecipe
-from headrace_train.rows import RowBlock
+from headrace_train.rows.blocks import RowBlock
 
 BOS = 1
 CONTEXT_SIZE = 16
@@ -45,9 +45,9 @@ def one_thread():
 
 @pytest.fixture
 def training(sae_lens, one_thread):
-    from headrace_train import training
+    from headrace_train.training import trainer
 
-    return training
+    return trainer
 
 
 def documents(n_documents, *, seed=0, longest=60):

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Arguments, token: str | None) -> int:
     from headrace_client import HeadraceClient  # noqa: PLC0415 - not for --help.
-    from headrace_train.reporters import new_reporter  # noqa: PLC0415
+    from headrace_train.reporting.reporters import new_reporter  # noqa: PLC0415
 
     token = _read_token(arguments.token_file) or token
     with (

@@ -15,16 +15,16 @@ from sae_lens import SAE
 
 from headrace_client import HeadraceClient
 from headrace_client.values import Extraction
-from headrace_train import metadata
 from headrace_train.arguments import Arguments
-from headrace_train.evaluation import HeldOut, evaluate, held_out_rows
-from headrace_train.findings import FILES, Findings, analyse
-from headrace_train.progress import Meter, Reporter
-from headrace_train.provider import MixingProvider
-from headrace_train.rows import RowBlock, RowFilter, read_blocks
-from headrace_train.source import Source, locate
-from headrace_train.training import Trained, choose_device, d_sae_of, fit, new_trainer
-from headrace_train.watching import TrainingWatch
+from headrace_train.reporting.progress import Meter, Reporter
+from headrace_train.results import metadata
+from headrace_train.results.findings import FILES, Findings, analyse
+from headrace_train.rows.blocks import RowBlock, RowFilter, read_blocks
+from headrace_train.rows.provider import MixingProvider
+from headrace_train.rows.source import Source, locate
+from headrace_train.training.evaluation import HeldOut, evaluate, held_out_rows
+from headrace_train.training.trainer import Trained, choose_device, d_sae_of, fit, new_trainer
+from headrace_train.training.watching import TrainingWatch
 
 SAE_FOLDER = "sae"
 _READ_ROWS = 2048

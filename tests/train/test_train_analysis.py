@@ -7,9 +7,9 @@ import torch
 
 from fix_train import blocks_of, documents, packed_rows
 from headrace_client.values import Recipe
-from headrace_train.analysis import FeatureCounter, count_features, find_contexts
-from headrace_train.rows import RowFilter
-from headrace_train.tables import features_table, top_rows_table, write_table
+from headrace_train.results.analysis import FeatureCounter, count_features, find_contexts
+from headrace_train.results.tables import features_table, top_rows_table, write_table
+from headrace_train.rows.blocks import RowFilter
 
 N_ROWS, N_FEATURES, N_TOP = 700, 20, 6
 

@@ -161,7 +161,7 @@ def test_a_running_extraction_with_a_known_number_of_rows_is_trained_from_at_onc
 
 
 def test_ctrl_c_saves_the_sae_without_tables(train, planted, sae_lens, out, monkeypatch, capsys):
-    from headrace_train.watching import TrainingWatch  # noqa: PLC0415 - SAELens.
+    from headrace_train.training.watching import TrainingWatch  # noqa: PLC0415 - SAELens.
 
     def interrupt(self, trainer, output):
         if trainer.n_training_steps == 5:

@@ -8,8 +8,8 @@ import torch
 from fix_train import blocks_of
 from headrace_client.errors import InvalidArgument
 from headrace_client.values import Recipe
-from headrace_train.provider import MixingProvider
-from headrace_train.rows import RowFilter
+from headrace_train.rows.blocks import RowFilter
+from headrace_train.rows.provider import MixingProvider
 
 D = 3
 

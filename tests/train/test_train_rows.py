@@ -5,7 +5,7 @@ import torch
 
 from fix_train import blocks_of, documents, packed_rows
 from headrace_client.values import Recipe
-from headrace_train.rows import RowBlock, RowFilter, read_blocks
+from headrace_train.rows.blocks import RowBlock, RowFilter, read_blocks
 
 
 def row_filter(recipe=None, *, drop_bos=True, max_norm_multiple=10.0):

@@ -9,9 +9,9 @@ from fix_train import D_IN, N_PLANTED, blocks_of, planted_rows
 from headrace_client.errors import InvalidArgument
 from headrace_client.values import Recipe
 from headrace_train.arguments import ARCHITECTURES, parse
-from headrace_train.evaluation import HeldOut, evaluate, held_out_rows
-from headrace_train.provider import MixingProvider
-from headrace_train.rows import RowFilter
+from headrace_train.rows.blocks import RowFilter
+from headrace_train.rows.provider import MixingProvider
+from headrace_train.training.evaluation import HeldOut, evaluate, held_out_rows
 
 N_ROWS = 4000
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from headrace_client.values import Model, TokenPolicy
-from headrace_train.analysis import RowCounts
 from headrace_train.arguments import Arguments
-from headrace_train.evaluation import Metrics
-from headrace_train.findings import Findings
-from headrace_train.reporters import duration
-from headrace_train.source import Source, Traffic
-from headrace_train.training import Trained
+from headrace_train.reporting.reporters import duration
+from headrace_train.results.analysis import RowCounts
+from headrace_train.results.findings import Findings
+from headrace_train.rows.source import Source, Traffic
+from headrace_train.training.evaluation import Metrics
+from headrace_train.training.trainer import Trained
 
 FILE = "metadata.json"
 _PACKAGES = ("headrace", "sae-lens", "torch", "pyarrow")

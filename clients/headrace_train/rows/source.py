@@ -14,7 +14,7 @@ from headrace_client import ActivationStream, HeadraceClient
 from headrace_client.errors import FailedPrecondition, HookpointNotFound, InvalidArgument, ModelNotFound
 from headrace_client.values import Extraction, ExtractionState, Model, Progress, Window
 from headrace_train.arguments import Arguments
-from headrace_train.rows import POSITION
+from headrace_train.rows.blocks import POSITION
 
 OnProgress = Callable[[Progress], None]
 _COUNTED = (ExtractionState.RUNNING, ExtractionState.WAITING, ExtractionState.RECOVERING)

@@ -16,8 +16,8 @@ from sae_lens.saes.sae import SAEMetadata
 
 from headrace_client.errors import InvalidArgument
 from headrace_train.arguments import USES_K, Arguments
-from headrace_train.provider import MixingProvider
-from headrace_train.rows import norms
+from headrace_train.rows.blocks import norms
+from headrace_train.rows.provider import MixingProvider
 
 _COEFFICIENTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 _WARM_UPS = {"standard": "l1_warm_up_steps", "gated": "l1_warm_up_steps", "jumprelu": "l0_warm_up_steps"}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace_train.rows import RowBlock, RowFilter, select
+from headrace_train.rows.blocks import RowBlock, RowFilter, select
 
 # F features · N top rows of each · T top rows of all together · W tokens on each side
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from headrace_train.exits import say
-from headrace_train.progress import Reporter, Throttle, Tick
+from headrace_train.reporting.progress import Reporter, Throttle, Tick
 
 _LABELS = {
     "loss": "loss",

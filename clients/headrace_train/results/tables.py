@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace_train.analysis import Contexts, Features, IntArray, TopRows
+from headrace_train.results.analysis import Contexts, Features, IntArray, TopRows
 
 FEATURES_FILE = "features.parquet"
 TOP_ROWS_FILE = "top_rows.parquet"

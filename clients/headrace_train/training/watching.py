@@ -6,10 +6,10 @@ from typing import Any
 
 from headrace_client.values import Progress
 from headrace_client.waits import Bottleneck
-from headrace_train.evaluation import HeldOut, Metrics, evaluate
-from headrace_train.progress import Meter, Reporter, Throttle
-from headrace_train.provider import MixingProvider
-from headrace_train.training import WatchedTrainer, measure
+from headrace_train.reporting.progress import Meter, Reporter, Throttle
+from headrace_train.rows.provider import MixingProvider
+from headrace_train.training.evaluation import HeldOut, Metrics, evaluate
+from headrace_train.training.trainer import WatchedTrainer, measure
 
 PHASE = "training"
 _N_EVALUATIONS = 10

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from headrace_client.errors import InvalidArgument
-from headrace_train.rows import RowBlock, RowFilter, norms
+from headrace_train.rows.blocks import RowBlock, RowFilter, norms
 
 _MOST_BUFFER_BYTES = 1 << 30
 _FIRST_SHARE = 4  # Training starts with a quarter of the buffer, so that it need not wait for a slow extraction.

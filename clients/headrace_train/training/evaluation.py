@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headrace_client.errors import InvalidArgument
-from headrace_train.rows import RowBlock, RowFilter
+from headrace_train.rows.blocks import RowBlock, RowFilter
 
 _MOST_ACTS_BYTES = 64 * 1024 * 1024
 _SAMPLE_ROWS = 2048

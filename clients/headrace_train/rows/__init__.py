@@ -1,0 +1,1 @@
+"""The rows of an extraction on their way into training: read, filtered and mixed."""

@@ -1,0 +1,1 @@
+"""The training itself: SAELens' trainer, its progress, and evaluation on held-out rows."""
