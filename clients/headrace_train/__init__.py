@@ -1,1 +1,1 @@
-"""Trains a sparse autoencoder from a Headrace stream, with SAELens' own trainer, in a process of its own."""
+"""Trains a sparse autoencoder from a Headrace stream, with SAELens' own trainer, in its own process."""

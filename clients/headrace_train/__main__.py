@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from headrace_train import exits
 from headrace_train.arguments import DEFAULT_REGISTRY, Arguments, parse
@@ -21,42 +20,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         exits.say(sys.stderr, "interrupted")
         return exits.INTERRUPTED
+    except ModuleNotFoundError as exc:
+        if arguments.debug or (exc.name or "").startswith("headrace"):  # A bug of ours, or the stack is wanted.
+            return exits.report(exc, sys.stderr, as_json=arguments.json, debug=arguments.debug)
+        exits.say(sys.stderr, f"headrace-train: {exc.name} is not installed; run: pip install 'headrace[train]'")
+        return exits.USAGE
     except Exception as exc:  # noqa: BLE001 - every error ends as a message and an exit code.
         return exits.report(exc, sys.stderr, as_json=arguments.json, debug=arguments.debug)
 
 
 def _run(arguments: Arguments, token: str | None) -> int:
     from headrace_client import HeadraceClient  # noqa: PLC0415 - not for --help.
+    from headrace_client.errors import InvalidArgument  # noqa: PLC0415
     from headrace_train.reporting.reporters import new_reporter  # noqa: PLC0415
 
-    token = _read_token(arguments.token_file) or token
+    if arguments.token_file is not None:
+        try:
+            token = arguments.token_file.read_text().strip() or token
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InvalidArgument(f"the token file can't be read: {exc}", remedy="check --token-file") from exc
     with (
         HeadraceClient.connect(arguments.registry, token=token, ca_file=arguments.ca_file) as client,
         new_reporter(sys.stdout, as_json=arguments.json) as reporter,
     ):
-        client.nodes()  # Before SAELens is loaded, which takes seconds: is anybody there?
+        client.nodes()  # A registry that does not answer is an error before SAELens is loaded, which takes seconds.
         reporter.note("loading SAELens")
-        _quieten_libraries()
+        # SAELens' own bar would be drawn over ours; tqdm reads the variable when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from headrace_train.job import run  # noqa: PLC0415 - SAELens and torch.
 
         return exits.DONE if run(client, arguments, reporter) else exits.INTERRUPTED
-
-
-def _read_token(path: Path | None) -> str | None:
-    from headrace_client.errors import InvalidArgument  # noqa: PLC0415
-
-    if path is None:
-        return None
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidArgument(f"the token file can't be read: {exc}", remedy="check --token-file") from exc
-
-
-def _quieten_libraries() -> None:
-    """SAELens' own bar would be drawn over ours; tqdm reads the variable when it is imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

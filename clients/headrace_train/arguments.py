@@ -13,14 +13,16 @@ NORMALIZATIONS = ("expected_average_only_in", "none")
 USES_K = ("topk", "batchtopk")
 
 _DESCRIPTION = """\
-Trains a sparse autoencoder (SAE) with SAELens from the rows of an extraction, while they are computed or afterwards.
-Writes OUT/sae (SAELens format), OUT/features.parquet, OUT/top_rows.parquet and, last, OUT/metadata.json.
-Ctrl-C during training saves the SAE as it is, without the tables, and exits with 130."""
+Trains a sparse autoencoder (SAE) with SAELens from the rows of an extraction,
+while they are computed or afterwards. Writes OUT/sae (SAELens format),
+OUT/features.parquet, OUT/top_rows.parquet and, last, OUT/metadata.json.
+Ctrl-C during training saves the SAE as it is, without the tables, and exits
+with 130."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """What to train from, how, and where the files go. `d_sae` None: `expansion` times the width of the rows."""
+    """The checked options of one run. `d_sae` None: `expansion` times the width of the rows."""
 
     registry: str
     extraction: str
@@ -52,9 +54,31 @@ class Arguments:
     debug: bool
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default only if it is a value; keeps the line breaks of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
+
+
 def parse(argv: Sequence[str] | None = None, *, registry: str = DEFAULT_REGISTRY) -> Arguments:
     """Reads the command line; ends the process with 2 and a message on bad use. `registry` stands in for --registry."""
-    parser = _parser(registry)
+    parser = argparse.ArgumentParser(
+        prog="headrace-train", description=_DESCRIPTION, formatter_class=_Formatter, allow_abbrev=False
+    )
+    _add_source(parser.add_argument_group("rows"), registry)
+    _add_training(parser.add_argument_group("training"))
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing"
+    )
+    results.add_argument("--top-rows", type=positive, default=10, metavar="N", help="strongest rows kept per feature")
+    results.add_argument(
+        "--context-tokens", type=whole_number, default=12, metavar="N", help="tokens of text on each side of a top row"
+    )
+    results.add_argument("--json", action="store_true", help="print progress and results as JSON lines")
+    results.add_argument("--debug", action="store_true", help="print the stack trace of an error")
+
     arguments = Arguments(**vars(parser.parse_args(argv)))
     if bool(arguments.extraction) == bool(arguments.model or arguments.corpus):
         parser.error("give either --extraction, or --model and --corpus to start an extraction")
@@ -63,32 +87,25 @@ def parse(argv: Sequence[str] | None = None, *, registry: str = DEFAULT_REGISTRY
     return arguments
 
 
-def _parser(registry: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="headrace-train", description=_DESCRIPTION, formatter_class=_Formatter, allow_abbrev=False
-    )
-    _add_source(parser.add_argument_group("rows"), registry)
-    _add_training(parser.add_argument_group("training"))
-    _add_results(parser.add_argument_group("results"))
-    return parser
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help where there are any, the description as it stands."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
-
-
 def _add_source(group: argparse._ArgumentGroup, registry: str) -> None:
-    group.add_argument("--registry", default=registry, metavar="HOST:PORT", help="the registry; or HEADRACE_REGISTRY")
-    group.add_argument("--extraction", default="", metavar="ID", help="extraction to read; its rows must be retained")
-    group.add_argument("--model", default="", metavar="ID", help="instead of --extraction: start one of this model")
-    group.add_argument("--corpus", default="", metavar="ID", help="with --model: the corpus")
-    group.add_argument("--max-rows", type=whole_number, default=0, help="with --model: rows to extract, 0 for all")
-    group.add_argument("--hookpoint", default="", metavar="NAME", help="may be left out when the extraction has one")
-    group.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; or HEADRACE_TOKEN")
-    group.add_argument("--ca-file", type=Path, metavar="FILE", help="certificate authority (PEM): turns TLS on")
+    group.add_argument(
+        "--registry", default=registry, metavar="HOST:PORT", help="address of the registry; env: HEADRACE_REGISTRY"
+    )
+    group.add_argument("--extraction", default="", metavar="ID", help="extraction to read; it must keep all its rows")
+    group.add_argument(
+        "--model", default="", metavar="ID", help="instead of --extraction: start an extraction of this model"
+    )
+    group.add_argument("--corpus", default="", metavar="ID", help="with --model: corpus of the new extraction")
+    group.add_argument(
+        "--max-rows", type=whole_number, default=0, metavar="N", help="with --model: rows to extract; 0: all"
+    )
+    group.add_argument(
+        "--hookpoint", default="", metavar="NAME", help="hookpoint to train on, if the extraction has several"
+    )
+    group.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with the bearer token; env: HEADRACE_TOKEN"
+    )
+    group.add_argument("--ca-file", type=Path, metavar="FILE", help="root certificates (PEM); turns TLS on")
     group.add_argument(
         "--drop-bos",
         action=argparse.BooleanOptionalAction,
@@ -100,49 +117,47 @@ def _add_source(group: argparse._ArgumentGroup, registry: str) -> None:
         type=number,
         default=10.0,
         metavar="X",
-        help="leave out rows longer than X times the median row; 0 for none",
+        help="leave out rows whose norm exceeds X times the median; 0: keep all",
     )
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--architecture", choices=ARCHITECTURES, default="topk", help="as SAELens names them")
-    group.add_argument("--d-sae", type=positive, metavar="N", help="features; overrides --expansion")
-    group.add_argument("--expansion", type=positive, default=8, metavar="N", help="features per width of a row")
-    group.add_argument("--k", type=positive, default=32, help="active features a row (topk, batchtopk)")
+    group.add_argument(
+        "--architecture", choices=ARCHITECTURES, default="topk", help="architecture, as SAELens names it"
+    )
+    group.add_argument("--d-sae", type=positive, metavar="N", help="number of features; overrides --expansion")
+    group.add_argument("--expansion", type=positive, default=8, metavar="N", help="features per value of a row")
+    group.add_argument(
+        "--k", type=positive, default=32, metavar="N", help="active features per row, for topk and batchtopk"
+    )
     group.add_argument(
         "--sparsity",
         type=number,
         metavar="X",
         help="coefficient of the sparsity loss (standard, gated: L1; jumprelu: L0); SAELens' default if left out",
     )
-    group.add_argument("--lr", type=positive_number, default=3e-3, help="learning rate (Adam); less for long runs")
-    group.add_argument("--batch-size", type=positive, default=1024, metavar="ROWS", help="rows a step")
     group.add_argument(
-        "--rows", type=positive, default=100_000, metavar="N", help="rows to train on, over epochs when there are fewer"
+        "--lr", type=positive_number, default=3e-3, metavar="X", help="learning rate (Adam); take less for long runs"
+    )
+    group.add_argument("--batch-size", type=positive, default=1024, metavar="ROWS", help="rows per step")
+    group.add_argument(
+        "--rows", type=positive, default=100_000, metavar="N", help="rows to train on, in several epochs if need be"
     )
     group.add_argument(
         "--normalize", choices=NORMALIZATIONS, default=NORMALIZATIONS[0], help="scaling of rows, folded into the SAE"
     )
     group.add_argument("--buffer-rows", type=positive, default=32_768, metavar="N", help="rows mixed in memory")
-    group.add_argument("--seed", type=whole_number, default=0, help="of the initial weights and of the mixing")
+    group.add_argument(
+        "--seed", type=whole_number, default=0, metavar="N", help="seed of the initial weights and of the mixing"
+    )
     group.add_argument("--device", default="auto", help="torch device; auto: CUDA, then MPS, then CPU")
     group.add_argument(
         "--threads",
         type=whole_number,
         default=0,
         metavar="N",
-        help="CPU threads; 0: torch's choice, too many where an extractor computes on the same cores",
+        help="CPU threads; 0: torch's choice, which is too many if an extractor computes on the same cores",
     )
-
-
-def _add_results(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing")
-    group.add_argument("--top-rows", type=positive, default=10, metavar="N", help="top rows kept for each feature")
-    group.add_argument(
-        "--context-tokens", type=whole_number, default=12, metavar="N", help="text on each side of a top row"
-    )
-    group.add_argument("--json", action="store_true", help="JSON lines on the standard output")
-    group.add_argument("--debug", action="store_true", help="show the stack of an error")
 
 
 def whole_number(text: str) -> int:

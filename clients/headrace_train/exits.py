@@ -1,4 +1,4 @@
-"""Exit codes, the same as the `headrace` command's, and errors as people and machines read them.
+"""Exit codes, the same as those of the `headrace` command, and the printing of errors as text or as JSON.
 
 0 done · 1 failed · 2 usage · 3 not found · 4 unavailable or out of time · 5 refused: permission, state or capacity ·
 130 interrupted
@@ -24,13 +24,13 @@ _REFUSALS = (
 
 
 def say(stream: IO[str], line: str) -> None:
-    """Writes a line, at once."""
+    """Writes a line and flushes it."""
     stream.write(line + "\n")
     stream.flush()
 
 
 def report(exc: Exception, err: IO[str], *, as_json: bool, debug: bool) -> int:
-    """Prints an error; returns the exit code."""
+    """Prints an error to `err`; returns the exit code."""
     error = as_headrace_error(exc)
     code = exit_code(error)
     if debug:
@@ -46,23 +46,24 @@ def report(exc: Exception, err: IO[str], *, as_json: bool, debug: bool) -> int:
 
 
 def exit_code(error: HeadraceError) -> int:
-    """The exit code of an error."""
+    """Returns the exit code of an error."""
     if isinstance(error, errors.NotFound):
         return NOT_FOUND
     if isinstance(error, errors.Unavailable | errors.DeadlineExceeded):
         return UNAVAILABLE
     if isinstance(error, _REFUSALS):
         return REFUSED
+    # Not its subclasses: a corpus that can't be parsed is a failure, not a wrong use of the command.
     return USAGE if type(error) is errors.InvalidArgument else FAILED
 
 
 def as_headrace_error(exc: Exception) -> HeadraceError:
-    """What is no typed error becomes one: a file that can't be used, memory that ran out, or a bug."""
+    """Makes any exception a typed error: a file that can't be used, memory that ran out, or else a bug."""
     if isinstance(exc, HeadraceError):
         return exc
     if isinstance(exc, OSError):
         return HeadraceError(str(exc), reason="FILE_ERROR", remedy="check the path, its permissions and the free space")
-    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded.
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":  # By name: torch may not be loaded.
         return errors.DeviceOutOfMemory(
             str(exc) or "out of memory", remedy="take a smaller --d-sae, --batch-size or --buffer-rows"
         )

@@ -1,4 +1,4 @@
-"""The work from an extraction to the files: train, save, evaluate what was saved, analyse, write."""
+"""The whole job: train an SAE, save it, evaluate and analyse the saved SAE, write the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ _READ_ROWS = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is fixed before training begins. Rows before `n_train` are trained on, those behind it held out."""
+    """Decisions taken before training begins. Rows before `n_train` are for training, the rest is held out."""
 
     arguments: Arguments
     source: Source
@@ -45,43 +44,43 @@ class Plan:
 
 
 def run(client: HeadraceClient, arguments: Arguments, reporter: Reporter) -> bool:
-    """Does all of it; False when Ctrl-C cut the training short. Typed errors pass through."""
+    """Runs the whole job; returns False if Ctrl-C cut the training short."""
     started = time.monotonic()
     device = choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    _prepare(arguments.out)
-    plan = _plan(arguments, locate(client, arguments, _Waiting(reporter).on_extraction), device)
+    # An earlier run's files go first, its metadata before all others: they say that the rest is complete.
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in (metadata.FILE, *FILES):
+        (arguments.out / name).unlink(missing_ok=True)
+    shutil.rmtree(arguments.out / SAE_FOLDER, ignore_errors=True)
+
+    meter = Meter()
+
+    def waiting(extraction: Extraction) -> None:
+        total, doing = extraction.n_rows_expected or 0, f"extraction {extraction.state.lower()}"
+        reporter.tick(meter.tick("waiting", extraction.n_rows, total, doing=doing))
+
+    plan = _plan(arguments, locate(client, arguments, waiting), device)
     _announce(plan, reporter)
     trained = _train(plan, reporter)
     trained.sae.save_inference_model(arguments.out / SAE_FOLDER)
-    sae = SAE.load_from_disk(arguments.out / SAE_FOLDER, device=device)  # From here on what others will load.
-    findings = None if trained.interrupted else _analyse(plan, sae, reporter)
+    sae = SAE.load_from_disk(arguments.out / SAE_FOLDER, device=device)  # The SAE as its users will load it.
+    findings = None
+    if not trained.interrupted:
+        findings = analyse(
+            sae,
+            plan.source,
+            plan.row_filter,
+            reporter,
+            out=arguments.out,
+            n_top=arguments.top_rows,
+            n_context_tokens=arguments.context_tokens,
+        )
     facts = _facts(plan, trained, findings, sae, seconds=time.monotonic() - started)
     metadata.write(arguments.out, facts)
     reporter.finished(metadata.lines(facts, arguments.out), facts)
     return not trained.interrupted
-
-
-class _Waiting:
-    """Shows the extraction while it is not known how many rows it will have."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._meter = Meter()
-
-    def on_extraction(self, extraction: Extraction) -> None:
-        doing = f"extraction {extraction.state.lower()}"
-        tick = self._meter.tick("waiting", extraction.n_rows, extraction.n_rows_expected or 0, doing=doing)
-        self._reporter.tick(tick)
-
-
-def _prepare(out: Path) -> None:
-    """Makes the folder and takes away what an earlier run left in it: its metadata first, which say "complete"."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (metadata.FILE, *FILES):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / SAE_FOLDER, ignore_errors=True)
 
 
 def _plan(arguments: Arguments, source: Source, device: str) -> Plan:
@@ -144,18 +143,6 @@ def _train(plan: Plan, reporter: Reporter) -> Trained:
         about = metadata.about_sae(source, source.model())
         trainer = new_trainer(arguments, provider, metadata=about, device=plan.device, on_step=watch.on_step)
         return fit(trainer, provider)
-
-
-def _analyse(plan: Plan, sae: Any, reporter: Reporter) -> Findings:
-    return analyse(
-        sae,
-        plan.source,
-        plan.row_filter,
-        reporter,
-        out=plan.arguments.out,
-        n_top=plan.arguments.top_rows,
-        n_context_tokens=plan.arguments.context_tokens,
-    )
 
 
 def _facts(plan: Plan, trained: Trained, findings: Findings | None, sae: Any, *, seconds: float) -> Mapping[str, Any]:

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from headrace_train.reporting.bars import BarReporter
 from headrace_train.reporting.progress import Meter, Throttle, Tick
-from headrace_train.reporting.reporters import BarReporter, JsonReporter, LineReporter, describe, new_reporter
+from headrace_train.reporting.reporters import JsonReporter, LineReporter, describe, new_reporter
 
 TICK = Tick(
     phase="training",

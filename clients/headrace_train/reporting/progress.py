@@ -1,4 +1,4 @@
-"""How far a piece of work has come: values, rates, and how often to tell."""
+"""Progress of a piece of work: totals, rates, and how often to show them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RATE_WINDOW_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """Progress of one phase. `total` 0: unknown. `wait` is the share of time spent waiting for rows."""
+    """Progress of one phase. `total` 0: unknown. `wait`: share of the last seconds spent waiting for rows."""
 
     phase: str
     done: int
@@ -32,13 +32,13 @@ class Tick:
 
 
 class Reporter(Protocol):
-    """Where progress and results go. A context manager: it may draw on the terminal in between."""
+    """Shows progress and results. A context manager, since it may draw on the terminal meanwhile."""
 
     def note(self, text: str, **facts: Any) -> None:
-        """Says one thing."""
+        """Shows a line of text; `facts` are for machines."""
 
     def tick(self, tick: Tick, *, last: bool = False) -> None:
-        """Takes progress, as often as it comes; shows some of it, and the `last` of a phase for certain."""
+        """Takes progress as often as the caller likes; shows some of it, and always the `last` tick of a phase."""
 
     def finished(self, lines: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Shows the results: `lines` to people, `facts` to machines."""
@@ -60,7 +60,7 @@ class Meter:
     def tick(
         self, phase: str, done: int, total: int, *, wait_s: float | None = None, doing: str = "", **figures: float
     ) -> Tick:
-        """Makes a tick out of totals so far."""
+        """Makes a tick from the totals so far."""
         now = self._clock()
         self._samples.append((now, done, wait_s or 0.0))
         while len(self._samples) > 2 and now - self._samples[1][0] > _RATE_WINDOW_S:
@@ -81,7 +81,7 @@ class Meter:
 
 
 class Throttle:
-    """Says yes at most once in `every_s`."""
+    """Is due at most once in `every_s` seconds."""
 
     def __init__(self, every_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._every_s = every_s
@@ -89,7 +89,7 @@ class Throttle:
         self._next = 0.0
 
     def due(self) -> bool:
-        """True when it is time again."""
+        """True if `every_s` seconds have passed since it was last due."""
         now = self._clock()
         if now < self._next:
             return False

@@ -1,16 +1,13 @@
-"""Progress for people at a terminal, for people reading a log, and for machines."""
+"""Progress and results as plain lines or as JSON lines. `bars.py` draws them on a terminal."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any, Self
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from headrace_train.exits import say
 from headrace_train.reporting.progress import Reporter, Throttle, Tick
@@ -24,10 +21,15 @@ _LABELS = {
 
 
 def new_reporter(out: IO[str], *, as_json: bool) -> Reporter:
-    """Chooses by what `out` is."""
+    """Returns a reporter that writes to `out`: JSON lines, bars on a terminal, plain lines otherwise."""
     if as_json:
         return JsonReporter(out)
-    return BarReporter(out) if out.isatty() else LineReporter(out)
+    if out.isatty():
+        with suppress(ModuleNotFoundError):  # rich comes with the extra `cli`: plain lines do without it.
+            from headrace_train.reporting.bars import BarReporter  # noqa: PLC0415
+
+            return BarReporter(out)
+    return LineReporter(out)
 
 
 class JsonReporter:
@@ -38,14 +40,14 @@ class JsonReporter:
         self._throttle = Throttle(every_s)
 
     def note(self, text: str, **facts: Any) -> None:
-        """Writes it."""
+        """Writes the text as an event, with its facts."""
         self._write("note", {"message": text, **facts})
 
     def tick(self, tick: Tick, *, last: bool = False) -> None:
-        """Writes it when it is time."""
+        """Writes an event twice a second, and for the last tick of a phase."""
         if not (self._throttle.due() or last):
             return
-        facts = {
+        facts: dict[str, Any] = {
             "phase": tick.phase,
             "done": tick.done,
             "total": tick.total,
@@ -56,10 +58,13 @@ class JsonReporter:
             "doing": tick.doing,
             **tick.figures,
         }
-        self._write("progress", {name: _rounded(value) for name, value in facts.items()})
+        for name, value in facts.items():
+            if isinstance(value, float):  # JSON has no NaN and no infinity; six digits are enough for a figure.
+                facts[name] = float(f"{value:.6g}") if math.isfinite(value) else None
+        self._write("progress", facts)
 
     def finished(self, lines: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Writes them."""
+        """Writes the facts as an event."""
         del lines
         self._write("result", facts)
 
@@ -82,12 +87,12 @@ class LineReporter:
         self._phase = ""
 
     def note(self, text: str, **facts: Any) -> None:
-        """Writes it."""
+        """Writes the text."""
         del facts
         say(self._out, text)
 
     def tick(self, tick: Tick, *, last: bool = False) -> None:
-        """Writes it when it is time."""
+        """Writes a line every few seconds, and for the first and last tick of a phase."""
         begins = tick.phase != self._phase
         self._phase = tick.phase
         if self._throttle.due() or last or begins:
@@ -95,9 +100,9 @@ class LineReporter:
             say(self._out, f"{tick.phase:<10} {percent}{describe(tick)}")
 
     def finished(self, lines: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Writes them."""
+        """Writes one line for each of `lines`."""
         del facts
-        _print_lines(self._out, lines)
+        print_lines(self._out, lines)
 
     def __enter__(self) -> Self:
         return self
@@ -106,58 +111,15 @@ class LineReporter:
         return None
 
 
-class BarReporter:
-    """A live bar for each phase, within 80 columns; drawn only when something is told, by no thread of its own."""
-
-    def __init__(self, out: IO[str], *, every_s: float = 0.2) -> None:
-        self._out = out
-        self._throttle = Throttle(every_s)
-        self._bars = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=12),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[text]}"),
-            console=Console(file=out),
-            auto_refresh=False,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def note(self, text: str, **facts: Any) -> None:
-        """Writes it."""
-        del facts
-        self._bars.console.print(escape(text), highlight=False)
-
-    def tick(self, tick: Tick, *, last: bool = False) -> None:
-        """Writes it when it is time."""
-        if not (self._throttle.due() or last):
-            return
-        if tick.phase not in self._tasks:
-            self._tasks[tick.phase] = self._bars.add_task(tick.phase, text="")
-        task = self._tasks[tick.phase]
-        self._bars.update(
-            task, total=tick.total or None, completed=tick.done, text=escape(describe(tick, between="\n")), refresh=True
-        )
-
-    def finished(self, lines: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Writes them."""
-        del facts
-        self._bars.stop()
-        _print_lines(self._out, lines)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self._bars.stop()
-
-
 def describe(tick: Tick, *, between: str = "  ") -> str:
-    """Rows and rates, then figures, with `between` in between."""
+    """Describes a tick: rows and rates, then figures, separated by `between`."""
     pace = [f"{tick.done:,}/{tick.total:,} rows" if tick.total else f"{tick.done:,} rows"]
     pace += [f"{tick.rows_per_s:,.0f} rows/s"] if tick.rows_per_s else []
     pace += [f"ETA {duration(tick.eta_s)}"] if tick.eta_s else []
-    figures = [f"{_LABELS.get(name, name)} {_figure(value)}" for name, value in tick.figures.items()]
+    figures = [
+        f"{_LABELS.get(name, name)} {value:.3f}" if abs(value) < 10 else f"{_LABELS.get(name, name)} {value:,.1f}"
+        for name, value in tick.figures.items()
+    ]
     figures += [f"waits {100 * tick.wait:.0f}%"] if tick.wait is not None else []
     figures += [tick.doing] if tick.doing else []
     return between.join("  ".join(parts) for parts in (pace, figures) if parts)
@@ -169,17 +131,8 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
-def _figure(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def _rounded(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _print_lines(out: IO[str], lines: Mapping[str, str]) -> None:
+def print_lines(out: IO[str], lines: Mapping[str, str]) -> None:
+    """Writes one line for each item: the name, padded to the longest one, and the text."""
     width = max(map(len, lines), default=0)
     for name, text in lines.items():
         say(out, f"{name:<{width}}  {text}")

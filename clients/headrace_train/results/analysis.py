@@ -1,7 +1,7 @@
-"""What each feature does on the rows of the set: how often and how strongly it fires, and where most of all.
+"""Statistics of each feature over the rows of the set: how often and how strongly it fires, and its strongest rows.
 
 Two passes, both in batches: one over the activations for numbers and top rows, one over tokens, documents and
-positions alone (12 bytes a row) for the text around the top rows. Memory is bound by features, not by rows.
+positions alone (12 bytes a row) for the text around the top rows. Memory grows with features, not with rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """One value per feature, `[F]`. Means are over firings, 0 for a feature that never fires: a dead one."""
+    """One value per feature, `[F]`. Means are over firings; 0 for a dead feature, which never fires."""
 
     n_firings: torch.Tensor
     mean: torch.Tensor
@@ -32,18 +32,18 @@ class Features:
 
     @property
     def frequency(self) -> torch.Tensor:
-        """Share of rows on which it fires."""
+        """Share of rows on which each feature fires."""
         return self.n_firings.double() / max(1, self.n_rows)
 
     @property
     def dead(self) -> torch.Tensor:
-        """True where it never fires."""
+        """True for features that never fire."""
         return self.n_firings == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopRows:
-    """`[T]` each, ordered by feature and then by rank, 1 the strongest. Equal activations: the earlier row first."""
+    """`[T]` each, ordered by feature, then by rank, 1 the strongest. Of equal activations the earlier row comes first."""
 
     feature: torch.Tensor
     rank: torch.Tensor
@@ -53,7 +53,7 @@ class TopRows:
 
 @dataclass(kw_only=True)
 class RowCounts:
-    """Rows seen, and those left out of the numbers."""
+    """Numbers of rows: all, and the sinks and outliers that the statistics leave out."""
 
     n_rows: int = 0
     n_sinks: int = 0
@@ -61,7 +61,7 @@ class RowCounts:
 
 
 class FeatureCounter:
-    """Adds up features over batches of rows."""
+    """Adds up the statistics over batches of rows."""
 
     def __init__(self, d_sae: int, n_top: int) -> None:
         self._n_top = n_top
@@ -69,13 +69,13 @@ class FeatureCounter:
         self._n_firings = torch.zeros(d_sae, dtype=torch.long)
         self._sum = torch.zeros(d_sae, dtype=torch.float64)
         self._maximum = torch.zeros(d_sae)
-        self._weakest_top = torch.zeros(d_sae)  # Once there are `n_top` rows, what a row must exceed to be among them.
+        self._weakest_top = torch.zeros(d_sae)  # A feature with `n_top` rows takes only stronger ones.
         self._feature = torch.empty(0, dtype=torch.long)
         self._row = torch.empty(0, dtype=torch.long)
         self._activation = torch.empty(0)
 
     def add(self, rows: torch.Tensor, acts: torch.Tensor) -> None:
-        """Takes feature activations `[R, F]` of the rows with these numbers, which are higher than any before."""
+        """Takes feature activations `[R, F]` of rows `[R]`, which are higher than all rows before."""
         self._n_rows += len(rows)
         at, feature = acts.nonzero(as_tuple=True)
         activation = acts[at, feature].float().cpu()
@@ -86,10 +86,20 @@ class FeatureCounter:
         self._sum += torch.bincount(feature, weights=activation.double(), minlength=len(self._sum))
         self._maximum.scatter_reduce_(0, feature, activation, "amax")
         candidate = activation > self._weakest_top[feature]
-        self._merge(feature[candidate], rows[at[candidate]], activation[candidate])
+        # Keeps the strongest `n_top` of each feature. Both sorts are stable: the earlier row wins a tie.
+        all_feature = torch.cat([self._feature, feature[candidate]])
+        all_row = torch.cat([self._row, rows[at[candidate]]])
+        all_activation = torch.cat([self._activation, activation[candidate]])
+        order = all_activation.argsort(descending=True, stable=True)
+        order = order[all_feature[order].argsort(stable=True)]
+        rank = _rank(all_feature[order])
+        order, rank = order[rank < self._n_top], rank[rank < self._n_top]
+        self._feature, self._row, self._activation = all_feature[order], all_row[order], all_activation[order]
+        last = rank == self._n_top - 1
+        self._weakest_top[self._feature[last]] = self._activation[last]
 
     def features(self) -> Features:
-        """The numbers so far."""
+        """Returns the statistics so far."""
         return Features(
             n_firings=self._n_firings,
             mean=(self._sum / self._n_firings.clamp_min(1)).float(),
@@ -98,22 +108,8 @@ class FeatureCounter:
         )
 
     def top_rows(self) -> TopRows:
-        """The strongest rows so far."""
+        """Returns the strongest rows so far."""
         return TopRows(feature=self._feature, rank=_rank(self._feature) + 1, row=self._row, activation=self._activation)
-
-    def _merge(self, feature: torch.Tensor, row: torch.Tensor, activation: torch.Tensor) -> None:
-        """Keeps the strongest `n_top` of each feature. Both sorts are stable: the earlier row wins a tie."""
-        feature = torch.cat([self._feature, feature])
-        row = torch.cat([self._row, row])
-        activation = torch.cat([self._activation, activation])
-        order = activation.argsort(descending=True, stable=True)
-        order = order[feature[order].argsort(stable=True)]
-        rank = _rank(feature[order])
-        order = order[rank < self._n_top]
-        rank = rank[rank < self._n_top]
-        self._feature, self._row, self._activation = feature[order], row[order], activation[order]
-        last = rank == self._n_top - 1
-        self._weakest_top[self._feature[last]] = self._activation[last]
 
 
 def _rank(sorted_values: torch.Tensor) -> torch.Tensor:
@@ -128,7 +124,7 @@ def _rank(sorted_values: torch.Tensor) -> torch.Tensor:
 def count_features(
     sae: Any, blocks: Iterable[RowBlock], row_filter: RowFilter, counter: FeatureCounter
 ) -> Iterator[RowCounts]:
-    """Encodes block by block into `counter`; yields after each one the rows so far."""
+    """Encodes block by block into `counter`; yields the numbers of rows so far after each block."""
     counts = RowCounts()
     for block in blocks:
         sinks = row_filter.sinks(block)
@@ -145,10 +141,10 @@ def count_features(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contexts:
-    """Tokens around some rows, one line per row.
+    """Tokens around some rows, one line per row of the set.
 
-    `token`, `document`, `position` are `[rows]`; `left` and `right` `[rows, W]` token ids in reading order, −1 where
-    the document has no token there.
+    `token`, `document`, `position` are `[rows]`. `left` and `right` `[rows, W]` are token ids in reading order, −1
+    beyond the ends of the document.
     """
 
     row: IntArray
@@ -159,13 +155,13 @@ class Contexts:
     right: IntArray
 
     def token_ids(self) -> IntArray:
-        """Returns the distinct ids."""
+        """Returns the distinct token ids."""
         ids = np.unique(np.concatenate([self.token, self.left.ravel(), self.right.ravel()]))
         return ids[ids >= 0]
 
 
 def find_contexts(batches: Iterable[Mapping[str, torch.Tensor]], rows: IntArray, n_tokens: int) -> Iterator[Contexts]:
-    """Yields, batch by batch, the contexts of those of `rows` (sorted, each once) whose neighbours are all there.
+    """Yields, batch by batch, the contexts of the next `rows` (sorted, each once) that have all their neighbours.
 
     `batches` hold `token_id`, `document` and `position` of all rows from 0 on.
     """
@@ -197,7 +193,7 @@ def _contexts(held: Mapping[str, IntArray], rows: IntArray, first_row: int, n_to
 
 
 def _neighbours(held: Mapping[str, IntArray], at: IntArray, document: IntArray) -> IntArray:
-    """Token ids at these places, −1 outside the document."""
+    """Returns the token ids at indices `at` into `held`; −1 outside the document."""
     inside = (at >= 0) & (at < len(held["token_id"]))
     safe = np.where(inside, at, 0)
     same = inside & (held["document"][safe] == document[:, None])

@@ -1,8 +1,7 @@
-"""The analysis as a phase of the job: streams in, tables out."""
+"""The analysis as a phase of the job: reads streams, writes both tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ _CONTEXT_BATCH_ROWS = 65_536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What the analysis saw."""
+    """Results of the analysis."""
 
     counts: RowCounts
     n_features: int
@@ -40,18 +39,8 @@ def analyse(
     n_top: int,
     n_context_tokens: int,
 ) -> Findings:
-    """Passes over all rows of the set and writes both tables."""
+    """Reads all rows of the set twice, first with activations, and writes both tables."""
     counter = FeatureCounter(sae.cfg.d_sae, n_top)
-    counts = _count(sae, source, row_filter, reporter, counter)
-    about = {"set_id": source.extraction.set_id, "hookpoint": source.hookpoint}
-    features, top = counter.features(), counter.top_rows()
-    write_table(features_table(features), out / FEATURES_FILE, about)
-    contexts = _contexts(source, reporter, top, n_context_tokens)
-    write_table(top_rows_table(top, contexts, _texts(source, contexts)), out / TOP_ROWS_FILE, about)
-    return Findings(counts=counts, n_features=len(features.dead), n_dead=int(features.dead.sum()))
-
-
-def _count(sae: Any, source: Source, row_filter: RowFilter, reporter: Reporter, counter: FeatureCounter) -> RowCounts:
     meter, counts = Meter(), RowCounts()
 
     def waiting(progress: Progress) -> None:
@@ -62,7 +51,15 @@ def _count(sae: Any, source: Source, row_filter: RowFilter, reporter: Reporter, 
         for counts in count_features(sae, read_blocks(stream, source.hookpoint), row_filter, counter):
             tick = meter.tick("analysis", counts.n_rows, source.n_rows)
             reporter.tick(tick, last=counts.n_rows == source.n_rows)
-    return counts
+
+    about = {"set_id": source.extraction.set_id, "hookpoint": source.hookpoint}
+    features, top = counter.features(), counter.top_rows()
+    write_table(features_table(features), out / FEATURES_FILE, about)
+    contexts = _contexts(source, reporter, top, n_context_tokens)
+    ids = sorted({int(token) for part in contexts for token in part.token_ids()})
+    texts = dict(zip(ids, source.client.decode_tokens(source.extraction.model_id, ids), strict=True))
+    write_table(top_rows_table(top, contexts, texts), out / TOP_ROWS_FILE, about)
+    return Findings(counts=counts, n_features=len(features.dead), n_dead=int(features.dead.sum()))
 
 
 def _contexts(source: Source, reporter: Reporter, top: TopRows, n_tokens: int) -> list[Contexts]:
@@ -75,8 +72,3 @@ def _contexts(source: Source, reporter: Reporter, top: TopRows, n_tokens: int) -
             reporter.tick(meter.tick("contexts", min(stream.next_row, source.n_rows), source.n_rows))
     reporter.tick(meter.tick("contexts", source.n_rows, source.n_rows), last=True)
     return found
-
-
-def _texts(source: Source, contexts: Iterable[Contexts]) -> dict[int, str]:
-    ids = sorted({int(token) for part in contexts for token in part.token_ids()})
-    return dict(zip(ids, source.client.decode_tokens(source.extraction.model_id, ids), strict=True))

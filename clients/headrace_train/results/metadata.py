@@ -1,4 +1,4 @@
-"""`metadata.json`: what was trained, from what, with what, and how it went. Written last: it says all is there."""
+"""`metadata.json`: the rows, the settings and the results of a training. Written last: it says that all files exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SETTINGS = (
 
 
 def about_sae(source: Source, model: Model | None) -> dict[str, Any]:
-    """What SAELens keeps in the SAE's own configuration."""
+    """Returns the metadata that SAELens keeps in the SAE's own configuration."""
     recipe = source.extraction.recipe
     return {
         "model_name": _model_name(source, model),
@@ -42,7 +42,7 @@ def about_sae(source: Source, model: Model | None) -> dict[str, Any]:
 
 
 def about_source(source: Source, model: Model | None) -> dict[str, Any]:
-    """Where the rows come from."""
+    """Returns where the rows come from: model, set, extraction, corpus, hookpoint and recipe."""
     extraction = source.extraction
     return {
         "model": {
@@ -61,7 +61,7 @@ def about_source(source: Source, model: Model | None) -> dict[str, Any]:
 
 
 def about_traffic(traffic: Traffic) -> dict[str, Any]:
-    """What came over the wire in all passes together, at the pace of training and analysis."""
+    """Returns the rows and bytes streamed in all passes, at the pace of training and analysis."""
     return {
         "rows": traffic.rows,
         "bytes": traffic.size_bytes,
@@ -71,13 +71,13 @@ def about_traffic(traffic: Traffic) -> dict[str, Any]:
 
 
 def about_counts(counts: RowCounts) -> dict[str, int]:
-    """Rows that the analysis left out, as training did."""
+    """Returns the numbers of rows analysed and left out; training leaves out the same rows."""
     n_left = counts.n_rows - counts.n_sinks - counts.n_outliers
     return {"analysed": n_left, "first_positions_left_out": counts.n_sinks, "outliers_left_out": counts.n_outliers}
 
 
 def about_training(arguments: Arguments, trained: Trained, *, device: str) -> dict[str, Any]:
-    """Settings of the training, and how it went."""
+    """Returns the settings of the training, its duration and its rates."""
     return {
         **{name: getattr(arguments, name) for name in _SETTINGS},
         "device": device,
@@ -92,7 +92,7 @@ def about_training(arguments: Arguments, trained: Trained, *, device: str) -> di
 
 
 def about_metrics(metrics: Metrics | None, findings: Findings | None) -> dict[str, Any]:
-    """The final figures, on held-out rows; empty where Ctrl-C came before there were any."""
+    """Returns the final figures, on held-out rows; empty if Ctrl-C came before there were any."""
     facts: dict[str, Any] = {}
     if metrics is not None:
         facts |= asdict(metrics)
@@ -102,12 +102,12 @@ def about_metrics(metrics: Metrics | None, findings: Findings | None) -> dict[st
 
 
 def about_time(seconds: float, now: datetime) -> dict[str, Any]:
-    """When it ended and how long it took, from start to finish."""
+    """Returns when the whole run ended and how long it took."""
     return {"finished": now.isoformat(timespec="seconds"), "seconds": round(seconds, 2)}
 
 
 def lines(facts: Mapping[str, Any], out: Path) -> dict[str, str]:
-    """The results for people."""
+    """Returns the results as lines of text: name to sentence."""
     training, metrics = facts["training"], facts["metrics"]
     found = {
         "model": f"{facts['model']['name']} {facts['model']['commit_sha'].removeprefix('sha256:')[:12]}".rstrip(),
@@ -128,12 +128,18 @@ def lines(facts: Mapping[str, Any], out: Path) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    """Returns the versions of Python and of the packages that decide the numbers; empty for a package without one."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = ""
+    return found
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the file, whole or not at all."""
+    """Writes the file; a crash leaves the whole file or none."""
     partial = folder / f"{FILE}.partial"
     partial.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(folder / FILE)
@@ -141,10 +147,3 @@ def write(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _model_name(source: Source, model: Model | None) -> str:
     return model.source.location if model and model.source.kind == "hub" else source.extraction.model_id
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

@@ -1,4 +1,4 @@
-"""The two Parquet tables that feature analysis starts from."""
+"""The two Parquet tables for feature analysis: `features.parquet` and `top_rows.parquet`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOP_ROWS = pa.schema(
 
 
 def features_table(features: Features) -> pa.Table:
-    """One line per feature."""
+    """Returns a table with one line per feature."""
     n_features = len(features.n_firings)
     columns = [
         np.arange(n_features),
@@ -53,7 +53,10 @@ def features_table(features: Features) -> pa.Table:
 
 
 def top_rows_table(top: TopRows, contexts: Iterable[Contexts], texts: Mapping[int, str]) -> pa.Table:
-    """One line per feature and rank. `contexts` in row order cover every row of `top`; `texts` every token in them."""
+    """Returns a table with one line per feature and rank.
+
+    `contexts`, in the order of rows, cover every row of `top`; `texts` has the text of every token in them.
+    """
     parts = [part for part in contexts if len(part.row)]
     rows = _concatenated([part.row for part in parts])
     at = np.searchsorted(rows, top.row.numpy())
@@ -76,7 +79,7 @@ def top_rows_table(top: TopRows, contexts: Iterable[Contexts], texts: Mapping[in
 
 
 def write_table(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a table, whole or not at all; `metadata` goes into its schema."""
+    """Writes a table with `metadata` in its schema; a crash leaves the whole file or none."""
     partial = path.with_name(path.name + ".partial")
     pq.write_table(table.replace_schema_metadata(dict(metadata)), partial, compression="zstd")
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Rows as the trainer takes them: blocks of a stream, and which of their rows are fit for an SAE."""
+"""Blocks of consecutive rows from a stream, and the filter that leaves out rows an SAE should not learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITION = "position"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBlock:
-    """Consecutive rows. `acts` is `[rows, d]` float32 and belongs to the taker, `positions` `[rows]` int32."""
+    """Consecutive rows: `acts` `[rows, d]` float32, which the caller may change, and `positions` `[rows]` int32."""
 
     first_row: int
     acts: torch.Tensor
@@ -30,7 +30,7 @@ class Batches(Protocol):
 
     @property
     def next_row(self) -> int:
-        """One past the last row handed out."""
+        """One past the last row of the last batch."""
 
     def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
         """Yields column name to tensor, rows in order."""
@@ -44,20 +44,25 @@ def read_blocks(batches: Batches, hookpoint: str) -> Iterator[RowBlock]:
 
 
 class RowFilter:
-    """Tells attention sinks and outliers from the rows an SAE should learn.
+    """Finds attention sinks and outliers among rows.
 
-    Models park attention on the first position of what they are given. The norms there are a hundred times those of
-    other rows: in a squared error such rows outweigh all others, and every feature "fires" on them.
+    Models park attention on the first position of their input. Its norm is a hundred times that of other positions: in
+    a squared error such rows outweigh all others, and every feature "fires" on them.
     """
 
     def __init__(self, recipe: Recipe, *, drop_bos: bool, max_norm_multiple: float) -> None:
-        self.drop_bos = drop_bos and not _without_first_positions(recipe)
-        self.norm_limit: float | None = None  # Known after `calibrate`.
+        bos_is_dropped = recipe.bos is TokenPolicy.DOCUMENT and recipe.drop_special_tokens
+        # The recipe may have left out first positions already.
+        self.drop_bos = drop_bos and not (recipe.drop_first_positions > 0 or bos_is_dropped)
+        self.norm_limit: float | None = None  # Set by `calibrate`.
         self._max_norm_multiple = max_norm_multiple
-        self._sequence_rows = _sequence_rows(recipe)
+        # Rows of one sequence if all sequences have as many: then the row number tells where one begins. Else 0.
+        # A document that is cut goes on in the next sequence, at a position other than 0.
+        alike = recipe.packing is Packing.PACKED and not recipe.drop_special_tokens and recipe.window is None
+        self._sequence_rows = recipe.context_size if alike else 0
 
     def calibrate(self, acts: torch.Tensor) -> None:
-        """Sets the limit for norms from a sample of rows, `[rows, d]`."""
+        """Sets the norm limit from a sample of rows, `[rows, d]`."""
         if self._max_norm_multiple:
             self.norm_limit = self._max_norm_multiple * float(norms(acts).median())
 
@@ -77,12 +82,12 @@ class RowFilter:
         return norms(block.acts) > self.norm_limit
 
     def kept(self, block: RowBlock) -> torch.Tensor:
-        """Returns the acts of the rows that are neither: the block's own tensor when that is all of them."""
+        """Returns the acts of the other rows; the block's own tensor, without a copy, if no row is left out."""
         return select(block.acts, ~(self.sinks(block) | self.outliers(block)))
 
 
 def norms(rows: torch.Tensor) -> torch.Tensor:
-    """Returns the length of each row, `[rows]`."""
+    """Returns the norm of each row, `[rows]`."""
     lengths: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1)
     return lengths
 
@@ -90,18 +95,3 @@ def norms(rows: torch.Tensor) -> torch.Tensor:
 def select(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the rows where `mask` is true, without a copy when it is true everywhere."""
     return rows if bool(mask.all()) else rows[mask]
-
-
-def _without_first_positions(recipe: Recipe) -> bool:
-    """True when the recipe left them out already."""
-    bos_is_special = recipe.bos is TokenPolicy.DOCUMENT and recipe.drop_special_tokens
-    return recipe.drop_first_positions > 0 or bos_is_special
-
-
-def _sequence_rows(recipe: Recipe) -> int:
-    """Rows of one sequence where all have the same number, so that the row number tells where one begins; else 0.
-
-    A document that does not fit goes on in the next sequence, at a position other than 0.
-    """
-    alike = recipe.packing is Packing.PACKED and not recipe.drop_special_tokens and recipe.window is None
-    return recipe.context_size if alike else 0

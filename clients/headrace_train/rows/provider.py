@@ -1,4 +1,4 @@
-"""Rows of a stream as SAELens wants them: mixed, endless, in fresh tensors."""
+"""Mixed batches without end, in fresh tensors, as SAELens takes them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from headrace_client.errors import InvalidArgument
 from headrace_train.rows.blocks import RowBlock, RowFilter, norms
 
 _MOST_BUFFER_BYTES = 1 << 30
-_FIRST_SHARE = 4  # Training starts with a quarter of the buffer, so that it need not wait for a slow extraction.
+_FIRST_SHARE = 4  # Training starts with a quarter of the buffer filled: a slow extraction would take long for all.
 
 
 class MixingProvider:
     """An endless iterator of raw `[batch_size, d]` float32 tensors on `device`, each fresh memory.
 
-    Rows wait in one buffer; a batch is taken from slots drawn at random, which the next rows of the stream then fill.
-    Which rows come when depends on the stream and the seed alone. `blocks` never ends (a stream over epochs for
-    ever); `n_rows` is what one epoch of it holds. `wait_s` adds up the time spent on the stream.
+    One buffer holds rows. A batch is taken from slots drawn at random; the next rows of the stream then fill these
+    slots. The order of rows depends on the stream and the seed alone. `blocks` must never end (a stream of endless
+    epochs); `n_rows` is the number of rows in one epoch. `wait_s` adds up the seconds spent waiting for the stream.
     """
 
     def __init__(
@@ -50,13 +50,20 @@ class MixingProvider:
         self._rest = torch.empty(0, 0)
 
     def warm(self) -> torch.Tensor:
-        """Fills the first part of the buffer and calibrates the filter; returns a view of these rows, unmixed."""
+        """Fills the first part of the buffer and calibrates the filter; returns a view of these rows, not yet mixed."""
         self._rest = first = self._next_kept()
         capacity = min(self._capacity, max(self._batch_size, _MOST_BUFFER_BYTES // (first.shape[1] * 4)))
         self._buffer = torch.empty((capacity, first.shape[1]), device=self._device)
         self._grow(max(self._batch_size, capacity // _FIRST_SHARE))
         self._filter.calibrate(self._buffer[: self._filled])
-        self._drop_outliers()
+        if (limit := self._filter.norm_limit) is not None:
+            # The rows so far were taken before the limit was known.
+            self._rest = self._rest[norms(self._rest) <= limit]
+            good = norms(self._buffer[: self._filled]) <= limit
+            n_good = int(good.sum())
+            self._buffer[:n_good] = self._buffer[: self._filled][good]
+            self._filled = n_good
+            self._grow(max(0, self._batch_size - n_good))
         return self._buffer[: self._filled]
 
     def __iter__(self) -> Self:
@@ -65,20 +72,17 @@ class MixingProvider:
     def __next__(self) -> torch.Tensor:
         if not self._filled:
             self.warm()
-        self._replace()
-        self._grow(self._batch_size)
-        slots = torch.randperm(self._filled, generator=self._generator)[: self._batch_size]
-        self._vacant = slots.to(self._device)
-        return self._buffer[self._vacant]
-
-    def _replace(self) -> None:
-        """Fills the slots of the last batch, only now: the batch after the last one asked for is never waited for."""
+        # The slots of the last batch are filled only now: no rows are awaited for a batch that is never asked for.
         at = 0
         while at < len(self._vacant):
             rows = self._take(len(self._vacant) - at)
             self._buffer[self._vacant[at : at + len(rows)]] = rows
             at += len(rows)
         self._vacant = self._vacant[:0]
+        self._grow(self._batch_size)
+        slots = torch.randperm(self._filled, generator=self._generator)[: self._batch_size]
+        self._vacant = slots.to(self._device)
+        return self._buffer[self._vacant]
 
     def _grow(self, n_rows: int) -> None:
         """Adds up to `n_rows` rows while there is room."""
@@ -88,18 +92,6 @@ class MixingProvider:
             self._buffer[self._filled : self._filled + len(rows)] = rows
             self._filled += len(rows)
 
-    def _drop_outliers(self) -> None:
-        """Takes those out that came before the limit was known."""
-        limit = self._filter.norm_limit
-        if limit is None:
-            return
-        self._rest = self._rest[norms(self._rest) <= limit]
-        good = norms(self._buffer[: self._filled]) <= limit
-        n_good = int(good.sum())
-        self._buffer[:n_good] = self._buffer[: self._filled][good]
-        self._filled = n_good
-        self._grow(max(0, self._batch_size - n_good))
-
     def _take(self, most: int) -> torch.Tensor:
         """Returns the next rows, at least one and at most `most`, on the device."""
         if not len(self._rest):
@@ -108,9 +100,12 @@ class MixingProvider:
         return rows.to(self._device)
 
     def _next_kept(self) -> torch.Tensor:
+        """Returns the kept rows of the next block that has any. Raises InvalidArgument if an epoch has none."""
         n_dropped = 0
         while True:
-            block = self._next_block()
+            start = self._clock()
+            block = next(self._blocks)
+            self.wait_s += self._clock() - start
             rows = self._filter.kept(block)
             if len(rows):
                 return rows
@@ -120,9 +115,3 @@ class MixingProvider:
                     f"none of {self._n_rows} rows is fit for training: all are first positions or outliers",
                     remedy="take --no-drop-bos, or --max-norm-multiple 0",
                 )
-
-    def _next_block(self) -> RowBlock:
-        start = self._clock()
-        block = next(self._blocks)
-        self.wait_s += self._clock() - start
-        return block

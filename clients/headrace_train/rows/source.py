@@ -1,4 +1,4 @@
-"""The extraction that is trained from: found or started, checked, and opened as often as there are passes."""
+"""The extraction to train from: found or started, checked, and streamed once for each pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COUNTED = (ExtractionState.RUNNING, ExtractionState.WAITING, ExtractionState.RE
 
 @dataclass(kw_only=True)
 class Traffic:
-    """Rows and bytes over all passes, and the seconds those passes took, whoever waited for whom."""
+    """Rows and bytes over all passes, and the seconds that the passes took, waiting on either side included."""
 
     rows: int = 0
     size_bytes: int = 0
@@ -30,13 +30,19 @@ class Traffic:
 
 
 class Source:
-    """One hookpoint of one extraction, whose number of rows is known. Adds up what its streams brought."""
+    """One hookpoint of one extraction whose number of rows is known. `traffic` adds up all streams."""
 
     def __init__(self, client: HeadraceClient, extraction: Extraction, hookpoint: str) -> None:
         self.client = client
         self.extraction = extraction
         self.hookpoint = hookpoint
-        self.n_rows = _n_rows(extraction)
+        n_rows = extraction.n_rows if extraction.state is ExtractionState.DONE else extraction.n_rows_expected or 0
+        n_rows = min(n_rows, extraction.max_rows) if extraction.max_rows else n_rows
+        if n_rows < 2:  # One to train on, one to hold out.
+            raise InvalidArgument(
+                f"extraction {extraction.id} has {n_rows} rows: too few to train on", remedy="extract a larger corpus"
+            )
+        self.n_rows = n_rows
         self.traffic = Traffic()
 
     @contextmanager
@@ -50,7 +56,7 @@ class Source:
         epochs: int | None = 1,
         on_progress: OnProgress | None = None,
     ) -> Iterator[ActivationStream]:
-        """Opens a pass over rows; acts and positions, unless other columns are named."""
+        """Opens a pass over rows: acts and positions, or `columns`. `end_row` 0: to the end; `epochs` None: endless."""
         with self.client.activations(
             self.extraction,
             columns=columns or (self.hookpoint, POSITION),
@@ -71,20 +77,20 @@ class Source:
                 self.traffic.seconds += time.monotonic() - opened
 
     def model(self) -> Model | None:
-        """Reads the model from the registry; None if it was deleted since."""
+        """Reads the model from the registry; None if it was deleted after the extraction."""
         try:
             return self.client.models.get(self.extraction.model_id)
         except ModelNotFound:
             return None
 
     def width(self) -> int:
-        """Reads how wide a row is from the header of a stream; waits for it."""
+        """Reads the width of a row from the header of a stream; waits until the extraction can send one."""
         with self.stream((self.hookpoint,), batch_size=1, end_row=1) as stream:
             return stream.header.columns[0].width
 
 
 def locate(client: HeadraceClient, arguments: Arguments, on_extraction: Callable[[Extraction], None]) -> Source:
-    """Finds or starts the extraction, and waits until it is known how many rows it will have."""
+    """Finds or starts the extraction, and waits until its number of rows is known."""
     if arguments.extraction:
         extraction = client.extractions.get(arguments.extraction)
     else:
@@ -96,32 +102,33 @@ def locate(client: HeadraceClient, arguments: Arguments, on_extraction: Callable
             f"extraction {extraction.id} keeps a window of its rows; training, evaluation and analysis read them again",
             remedy="start it with retained rows",
         )
-    # What was just started has the name that the node gave to the spelling.
+    # A new extraction has one hookpoint, under the full name that the node gave to the spelling asked for.
     hookpoint = _hookpoint(extraction, arguments.hookpoint if arguments.extraction else "")
     return Source(client, _counted(client, extraction, on_extraction), hookpoint)
 
 
 def _hookpoint(extraction: Extraction, wanted: str) -> str:
-    there = extraction.hookpoints
-    if wanted in there:
+    """Returns `wanted`, or the only hookpoint if it is empty. Raises if the extraction has no such hookpoint."""
+    names = extraction.hookpoints
+    if wanted in names:
         return wanted
-    if not wanted and len(there) == 1:
-        return there[0]
+    if not wanted and len(names) == 1:
+        return names[0]
     if not wanted:
         raise InvalidArgument(
-            f"extraction {extraction.id} has {len(there)} hookpoints ({', '.join(there)}): name one with --hookpoint",
-            fields={"hookpoint": "one of " + ", ".join(there)},
+            f"extraction {extraction.id} has {len(names)} hookpoints ({', '.join(names)}): name one with --hookpoint",
+            fields={"hookpoint": "one of " + ", ".join(names)},
         )
-    nearest = ", ".join(difflib.get_close_matches(wanted, there, n=3, cutoff=0.0))
+    nearest = ", ".join(difflib.get_close_matches(wanted, names, n=3, cutoff=0.0))
     raise HookpointNotFound(
         f"extraction {extraction.id} has no hookpoint {wanted!r}; it has {nearest}",
         metadata={"nearest": nearest},
-        remedy="name one it has, or start an extraction of that one",
+        remedy="name a hookpoint of this extraction, or start one that captures yours",
     )
 
 
 def _counted(client: HeadraceClient, extraction: Extraction, on_extraction: Callable[[Extraction], None]) -> Extraction:
-    """Waits until the number of rows is certain: before the end, or at it. Raises the extraction's failure."""
+    """Waits until the number of rows is certain, at the latest when it ends. Raises the extraction's failure."""
     if _is_counted(extraction):
         return extraction
     if not extraction.ended:
@@ -139,14 +146,3 @@ def _is_counted(extraction: Extraction) -> bool:
     if extraction.state is ExtractionState.DONE:
         return True
     return extraction.state in _COUNTED and extraction.n_rows_exact and bool(extraction.n_rows_expected)
-
-
-def _n_rows(extraction: Extraction) -> int:
-    done = extraction.state is ExtractionState.DONE
-    n_rows = extraction.n_rows if done else extraction.n_rows_expected or 0
-    n_rows = min(n_rows, extraction.max_rows) if extraction.max_rows else n_rows
-    if n_rows < 2:
-        raise InvalidArgument(
-            f"extraction {extraction.id} has {n_rows} rows: too few to train on", remedy="extract a larger corpus"
-        )
-    return n_rows

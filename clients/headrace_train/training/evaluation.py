@@ -1,4 +1,4 @@
-"""How well an SAE explains rows it was not trained on."""
+"""Evaluation of an SAE on rows it was not trained on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from headrace_client.errors import InvalidArgument
 from headrace_train.rows.blocks import RowBlock, RowFilter
 
 _MOST_ACTS_BYTES = 64 * 1024 * 1024
+_MOST_HELD_OUT_BYTES = 64 * 1024 * 1024
 _SAMPLE_ROWS = 2048
 
 
@@ -26,13 +27,13 @@ class Metrics:
 
 
 def collect(blocks: Iterable[RowBlock], row_filter: RowFilter) -> torch.Tensor:
-    """Returns the fit rows of a few blocks in one tensor, `[rows, d]`."""
+    """Returns the rows of some blocks that the filter keeps, `[rows, d]`."""
     return torch.cat([row_filter.kept(block) for block in blocks])
 
 
 @torch.no_grad()
 def evaluate(sae: Any, rows: torch.Tensor, *, scale: float = 1.0) -> Metrics:
-    """Measures `sae`, any SAELens one, on raw rows `[rows, d]`; `scale` is what it has its input multiplied by."""
+    """Measures an SAE of SAELens on raw rows `[rows, d]`, which are multiplied by `scale` before they enter it."""
     mean = rows.mean(dim=0, dtype=torch.float64)
     residual = variance = n_active = 0.0
     was_training = sae.training
@@ -53,18 +54,17 @@ def evaluate(sae: Any, rows: torch.Tensor, *, scale: float = 1.0) -> Metrics:
 
 
 def batch_rows(sae: Any) -> int:
-    """Rows to encode at once: their features, `[rows, d_sae]`, stay within a bound."""
+    """Returns how many rows to encode at once: their features, `[rows, d_sae]`, stay within 64 MiB, but for 64 rows."""
     return int(min(4096, max(64, _MOST_ACTS_BYTES // (sae.cfg.d_sae * 4))))
 
 
 def held_out_rows(n_rows: int, d_in: int) -> int:
-    """How many of the set's last rows are kept from training."""
-    most_bytes = 64 * 1024 * 1024
-    return max(1, min(n_rows // 20, 8192, most_bytes // (d_in * 4)))
+    """Returns how many of the set's last rows are held out: 5 %, at most 8192 rows and 64 MiB."""
+    return max(1, min(n_rows // 20, 8192, _MOST_HELD_OUT_BYTES // (d_in * 4)))
 
 
 class HeldOut:
-    """The set's last rows, read once, as soon as they are committed: training does not wait for them."""
+    """The set's last rows, read once, when they have been committed: training does not wait for them."""
 
     def __init__(
         self, open_blocks: Callable[[], Iterable[RowBlock]], row_filter: RowFilter, *, n_rows: int, n_held_out: int
@@ -76,9 +76,9 @@ class HeldOut:
         self._rows: torch.Tensor | None = None
 
     def rows(self, n_rows_committed: int | None = None) -> torch.Tensor | None:
-        """Returns `[rows, d]`; None while they are not committed. Waits for them when that number is not given.
+        """Returns the held-out rows `[rows, d]`, or None while `n_rows_committed` says that they are not committed.
 
-        With 0 they are returned only if they were read already.
+        None for `n_rows_committed` waits for them; 0 returns them only if they were read before.
         """
         if self._rows is None and (n_rows_committed is None or n_rows_committed >= self._n_rows):
             rows = collect(self._open_blocks(), self._filter)
@@ -91,6 +91,6 @@ class HeldOut:
         return self._rows
 
     def sample(self, n_rows_committed: int) -> torch.Tensor | None:
-        """Returns some of them, evenly spaced: evaluating all, again and again, would cost a fifth of the training."""
+        """Returns some held-out rows, evenly spaced: evaluating all each time would cost a fifth of the training."""
         rows = self.rows(n_rows_committed)
         return None if rows is None else rows[:: -(-len(rows) // _SAMPLE_ROWS)]

@@ -1,4 +1,4 @@
-"""Training: SAELens' SAETrainer, fed by a MixingProvider, watched step by step."""
+"""SAELens' SAETrainer, fed by a MixingProvider, with a callback after each step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WARM_UPS = {"standard": "l1_warm_up_steps", "gated": "l1_warm_up_steps", "jumpr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """How one step went; figures of its batch, the loss in the trainer's scaling."""
+    """Figures of one step, of its batch; the loss is in the trainer's scaling."""
 
     loss: float
     l0: float
@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """An SAE after `fit`, its scaling by `scale` folded in. `interrupted`: Ctrl-C ended it early."""
+    """An SAE after `fit`, with the scaling by `scale` folded in. `interrupted`: Ctrl-C ended the training early."""
 
     sae: Any
     n_rows: int
@@ -45,11 +45,11 @@ class Trained:
     interrupted: bool
 
 
-OnStep = Callable[["WatchedTrainer", Any], None]  # With what SAELens' step returned.
+OnStep = Callable[["WatchedTrainer", Any], None]  # The second argument is the output of SAELens' step.
 
 
 class WatchedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens has no types.
-    """SAELens' trainer, unchanged but for telling of every step it has done."""
+    """SAELens' trainer, with a callback after each step."""
 
     def __init__(self, *args: Any, on_step: OnStep, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,11 +57,11 @@ class WatchedTrainer(SAETrainer):  # type: ignore[misc]  # SAELens has no types.
 
     @property
     def scale(self) -> float:
-        """What rows are multiplied by before they enter the SAE."""
+        """The factor by which rows are multiplied before they enter the SAE."""
         return self.activation_scaler.scaling_factor or 1.0
 
     def step(self, batch: torch.Tensor) -> Any:
-        """One training step."""
+        """Does one training step."""
         output = super().step(batch)
         self._on_step(self, output)
         return output
@@ -75,7 +75,7 @@ def new_trainer(
     device: str,
     on_step: OnStep,
 ) -> WatchedTrainer:
-    """Makes SAE and trainer; takes the first rows of the stream for scaling and the decoder's bias."""
+    """Makes SAE and trainer; estimates scaling and decoder bias from the first rows of the stream."""
     sample = provider.warm()
     n_steps = math.ceil(arguments.rows / arguments.batch_size)
     torch.manual_seed(arguments.seed)
@@ -85,13 +85,13 @@ def new_trainer(
         # With a factor set, SAELens neither draws batches for an estimate of its own nor changes this one.
         trainer.activation_scaler.scaling_factor = math.sqrt(sample.shape[1]) / float(norms(sample).mean())
     with torch.no_grad():
-        # Rows lie far from the origin, around their mean; from zero, a short training is spent on the way there.
+        # Rows lie far from the origin, around their mean: from a bias of zero, a short training would only get there.
         sae.b_dec.copy_(sample.mean(dim=0) * trainer.scale)
     return trainer
 
 
 def fit(trainer: WatchedTrainer, provider: MixingProvider) -> Trained:
-    """Trains to the end, or until Ctrl-C, which goes on to the caller when no step was done."""
+    """Trains to the end, or until Ctrl-C. Raises KeyboardInterrupt if that came before the first step."""
     started, scale, interrupted = time.monotonic(), trainer.scale, False
     try:
         trainer.fit()
@@ -99,7 +99,12 @@ def fit(trainer: WatchedTrainer, provider: MixingProvider) -> Trained:
         if not trainer.n_training_steps:
             raise
         interrupted = True
-        _finish(trainer)
+        # The end of SAELens' `fit`, which the interrupt skipped.
+        scaler = trainer.activation_scaler
+        if scaler.scaling_factor is not None:
+            trainer.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+            scaler.scaling_factor = None
+        trainer.set_final_sae_metadata()
     return Trained(
         sae=trainer.sae,
         n_rows=trainer.n_training_samples,
@@ -113,7 +118,7 @@ def fit(trainer: WatchedTrainer, provider: MixingProvider) -> Trained:
 
 @torch.no_grad()
 def measure(output: Any) -> Step:
-    """Sums up what SAELens' step returned."""
+    """Computes figures from the output of SAELens' step."""
     rows = output.sae_in
     residual = (rows - output.sae_out).square().sum()
     variance = (rows - rows.mean(dim=0)).square().sum().clamp_min(1e-12)
@@ -125,7 +130,7 @@ def measure(output: Any) -> Step:
 
 
 def d_sae_of(arguments: Arguments, d_in: int) -> int:
-    """Number of features. Raises InvalidArgument where fewer than `k`."""
+    """Returns the number of features. Raises InvalidArgument if it is less than `k`."""
     d_sae = arguments.d_sae or arguments.expansion * d_in
     if arguments.architecture in USES_K and arguments.k > d_sae:
         raise InvalidArgument(
@@ -136,14 +141,14 @@ def d_sae_of(arguments: Arguments, d_in: int) -> int:
 
 
 def choose_device(wanted: str) -> str:
-    """Returns a torch device that is there; `auto` is the best one. Raises InvalidArgument."""
+    """Returns a torch device that works; `auto` is the best one. Raises InvalidArgument if `wanted` does not work."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=wanted).cpu()
-    except (RuntimeError, AssertionError) as exc:  # AssertionError: a torch without CUDA, asked for it.
+    except (RuntimeError, AssertionError) as exc:  # AssertionError: this torch has no CUDA.
         reason = str(exc).splitlines()[0]
         raise InvalidArgument(
             f"device {wanted!r} can't be used: {reason}", fields={"device": wanted}, remedy="take --device cpu"
@@ -157,7 +162,7 @@ def _new_sae(arguments: Arguments, *, d_in: int, n_steps: int, metadata: dict[st
     if arguments.architecture in USES_K:
         options["k"] = arguments.k
         if arguments.architecture == "batchtopk":
-            # The threshold for inference is a moving average from 0 on; by the end it must have arrived.
+            # The threshold for inference is a moving average that begins at 0: it must converge within the run.
             options["topk_threshold_lr"] = min(0.2, max(0.01, 10 / n_steps))
     else:
         options[_WARM_UPS[arguments.architecture]] = n_steps // 10
@@ -183,16 +188,7 @@ def _trainer_config(arguments: Arguments, n_steps: int, device: str) -> Any:
         lr_warm_up_steps=n_steps // 20,
         lr_decay_steps=n_steps // 5,
         device=device,
-        # SAELens' windows are for runs of a hundred thousand steps; features that do nothing here are found sooner.
+        # SAELens' default is for runs of a hundred thousand steps; dead features of a short run must show earlier.
         dead_feature_window=min(1000, max(10, n_steps // 8)),
         logger=LoggingConfig(log_to_wandb=False),
     )
-
-
-def _finish(trainer: WatchedTrainer) -> None:
-    """What `fit` does at its end."""
-    scaler = trainer.activation_scaler
-    if scaler.scaling_factor is not None:
-        trainer.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        scaler.scaling_factor = None
-    trainer.set_final_sae_metadata()
