@@ -1,4 +1,4 @@
-"""`python -m bench`: measures, prints a table, writes `.bench/latest.json`. A target missed is shown, not an error."""
+"""`python -m bench`: measures, prints a table, writes `.bench/latest.json`. A missed target is shown, not an error."""
 
 from __future__ import annotations
 

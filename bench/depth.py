@@ -1,4 +1,4 @@
-"""What a layer costs by its depth, and what rows cost that exist: from the request to the last row in the client."""
+"""Seconds per layer, by its depth, and for rows that exist already: from the request to the last row in the client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AGAIN = "layer 14 again"
 
 
 def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
-    """Returns a figure a layer, against the deepest, and one for rows that exist; seconds for the same rows."""
+    """Returns one figure per layer, against the deepest, and one for cached rows; seconds for the same rows."""
     folder = work_dir / "depth"
     folder.mkdir()
     with ExitStack() as stack:

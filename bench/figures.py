@@ -1,4 +1,4 @@
-"""What a benchmark comes to: figures, their table on the terminal, their file."""
+"""Results of a benchmark: figures, their table on the terminal, their file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """`ratio` is `a / b`, the medians of both sides; `sense` tells on which side of `target` it should lie, if any."""
+    """A ratio `a / b` of the medians of two sides; `sense` says on which side of a `target` it should lie."""
 
     name: str
     ratio: float
@@ -27,7 +27,7 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """True when the target is reached, or there is none."""
+        """True if the figure reaches its target or has none."""
         if self.target is None:
             return True
         return self.ratio >= self.target if self.sense == "min" else self.ratio <= self.target
@@ -55,7 +55,7 @@ def save(figures: Sequence[Figure], path: Path) -> None:
 
 
 def show(figures: Sequence[Figure], console: Console) -> None:
-    """Prints one row a figure; what missed its target is red."""
+    """Prints a table with one row per figure; a missed target is red."""
     table = Table(title="medians of this run", box=SIMPLE_HEAD)
     table.add_column("benchmark", no_wrap=True)
     for heading in ("headrace", "other", "unit", "ratio", "target"):

@@ -1,7 +1,7 @@
 """`python -m bench.gpu`: Headrace on this machine's GPU, against forward passes alone. `make bench-gpu` runs it.
 
-Prints tables and writes `bench/results/DATE-GPU.json`, which is meant to be committed. `--tiny` takes the same way with
-small models on any device, in seconds, and writes nothing there: to see whether it runs.
+Prints tables and writes `bench/results/DATE-GPU.json`, which is meant to be committed. `--tiny` does the same
+with small models on any device, in seconds, to see that it runs; it writes no results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _POLL_S = 0.2
 
 @dataclass(slots=True)
 class Results:
-    """Ratios, and what has no other side to be compared with."""
+    """Ratios, and absolute values, which are compared with nothing."""
 
     figures: list[Figure] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Bench:
         self.client = stack.enter_context(HeadraceClient.connect(registry))
 
     def add(self, job: Job) -> Path:
-        """Writes the model, in a process of its own that leaves no memory in use, and registers it."""
+        """Writes the model and registers it. Another process writes it: its memory is free again when it ends."""
         folder = self._models / job.architecture
         self._say(f"writing {job.architecture} with random weights")
         command = [sys.executable, "-m", "bench.gpu_models", job.architecture, str(folder), self._device]
@@ -86,7 +86,7 @@ class Bench:
         return folder
 
     def upload(self, job: Job) -> str:
-        """Text that was never seen, so that no row is there already; returns its id."""
+        """Uploads new random text, so that no row is cached; returns the corpus id."""
         number = next(self._numbers)
         file = self._work_dir / f"text-{number}.npy"
         np.save(file, job.token_ids(seed=number))
@@ -95,7 +95,7 @@ class Bench:
         return corpus.id
 
     def extract(self, job: Job, n_hookpoints: int, corpus_id: str) -> float:
-        """Seconds from asking to the last row, read here; the set is deleted afterwards."""
+        """Returns the seconds from the request to the last row in this process; deletes the set afterwards."""
         hookpoints = job.hookpoints[-n_hookpoints:]
         recipe = Recipe(
             context_size=job.context_size, batch_size=job.batch_size, bos=TokenPolicy.NONE, storage_dtype=Dtype.BFLOAT16
@@ -115,7 +115,7 @@ class Bench:
         return took
 
     def unload(self, job: Job) -> None:
-        """Takes the model off the device and waits until it is gone."""
+        """Unloads the model and waits until it has left the device."""
         self.client.residencies.unload(job.architecture)
         deadline = time.monotonic() + DEADLINE_S
         while self.client.residencies.list(model=job.architecture):
@@ -124,7 +124,7 @@ class Bench:
             time.sleep(_POLL_S)
 
     def _delete(self, set_id: str) -> None:
-        """Once the registry has heard that it is there and that nobody reads it any more."""
+        """Deletes a set; tries again until the registry knows the set, and knows that it has no readers."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             try:
@@ -139,7 +139,7 @@ class Bench:
 
 
 def measure_throughput(bench: Bench, job: Job, device: str, console: Console, *, rounds: int) -> Results:
-    """One and five hookpoints of a large model, in the client, against bare passes; and the copies by themselves."""
+    """Measures one and five hookpoints of a large model, up to the client, against bare passes; and the copies alone."""
     results = Results()
     memory = {"before": gpu_memory.used_bytes()}
     folder = bench.add(job)
@@ -162,7 +162,7 @@ def measure_throughput(bench: Bench, job: Job, device: str, console: Console, *,
             "waiting": partial(alone, "waiting", n_all),
         }
         for kind in ("bare", "dropped", "staged", "waiting"):
-            sides[kind]()  # Kernels are chosen, pinned memory is there.
+            sides[kind]()  # Kernels are chosen and pinned memory is allocated.
         console.print(f"gpu: {', '.join(sides)} in turns, {rounds} rounds of {job.n_rows:,} rows")
         rates = {side: [job.n_rows / s for s in seconds] for side, seconds in interleave(sides, rounds).items()}
     bench.unload(job)
@@ -178,7 +178,7 @@ def measure_throughput(bench: Bench, job: Job, device: str, console: Console, *,
     results.values |= {
         "bytes/s to the client, one hookpoint": median(rates["one"]) * width,
         "bytes/s to the client, five hookpoints": median(rates["five"]) * width * n_all,
-        # Token id, document and position go with each row.
+        # Token id, document and position of each row: 4 bytes each.
         "bytes/s to the log, five hookpoints": median(rates["five"]) * (width * n_all + 12),
         **{f"bytes of the device in use {when}": float(amount) for when, amount in memory.items()},
     }
@@ -186,7 +186,7 @@ def measure_throughput(bench: Bench, job: Job, device: str, console: Console, *,
 
 
 def measure_start_to_finish(bench: Bench, job: Job) -> Results:
-    """A model that is nowhere, until the last row of all hookpoints; and once more while it is resident."""
+    """Measures from a model that is not loaded to the last row of all hookpoints, and again while it is resident."""
     bench.add(job)
     cold_s = bench.extract(job, len(job.layers), bench.upload(job))
     warm_s = bench.extract(job, len(job.layers), bench.upload(job))
@@ -212,7 +212,7 @@ def _save(results: Results, machine: Mapping[str, str], path: Path) -> None:
 
 
 def main() -> int:
-    """Measures; a target missed is shown, not an error."""
+    """Measures and prints; a missed target is shown, not an error."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:0 or cpu (default cuda)")
     parser.add_argument("--tiny", action="store_true", help="small models, to see whether it runs")

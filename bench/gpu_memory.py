@@ -1,4 +1,4 @@
-"""Memory of a GPU as its driver counts it, all processes together."""
+"""Memory of a GPU as its driver counts it, of all processes together."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _PERIOD_S = 0.2
 
 @dataclass(slots=True)
 class Peak:
-    """The most that was in use while somebody looked."""
+    """The most bytes in use at any sample."""
 
     used_bytes: int = 0
 
 
 def describe() -> dict[str, str]:
-    """Name and driver of the first GPU; empty without one."""
+    """Returns name and driver of the first GPU; empty without a GPU."""
     found = _ask("name,driver_version")
     return dict(zip(("gpu", "driver"), found, strict=True)) if found else {}
 
 
 def used_bytes() -> int:
-    """Bytes in use on the first GPU; 0 without one."""
+    """Returns the bytes in use on the first GPU; 0 without a GPU."""
     found = _ask("memory.used")
     return int(found[0]) * 1024 * 1024 if found else 0
 
 
 @contextmanager
 def watched() -> Iterator[Peak]:
-    """Looks several times a second while the block runs."""
+    """Samples five times a second while the block runs."""
     peak, over = Peak(used_bytes()), threading.Event()
 
     def look() -> None:

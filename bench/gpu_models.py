@@ -1,6 +1,6 @@
 """Models with random weights, and random text for them: `python -m bench.gpu_models NAME FOLDER DEVICE` writes one.
 
-How fast a model is does not depend on its values, so nothing need be downloaded; token ids need no tokenizer.
+The speed of a model does not depend on its weights, so nothing is downloaded; token ids need no tokenizer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    # config.json of meta-llama/Llama-3.1-8B, as far as it shapes the network.
+    # From config.json of meta-llama/Llama-3.1-8B: the fields that shape the network.
     "llama-3.1-8b": {
         "model_type": "llama",
         "hidden_size": 4096,
@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     # config.json of openai-community/gpt2-medium.
     "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024},
-    # The same paths in seconds, on any machine.
+    # The same code paths in seconds, on any machine.
     "llama-tiny": {
         "model_type": "llama",
         "hidden_size": 64,
@@ -64,7 +64,7 @@ _SHARD = "4GB"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is extracted of a model: sequences of `context_size` random tokens, the residual stream behind `layers`."""
+    """One extraction: `n_contexts` sequences of `context_size` random tokens, the residual stream after `layers`."""
 
     architecture: str
     context_size: int
@@ -74,28 +74,28 @@ class Job:
 
     @property
     def n_rows(self) -> int:
-        """Rows of one extraction."""
+        """Rows of the extraction."""
         return self.n_contexts * self.context_size
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of token ids."""
         return int(ARCHITECTURES[self.architecture].get("vocab_size", 50257))
 
     @property
     def hookpoints(self) -> list[str]:
-        """The deepest is the last one."""
+        """Hookpoints of the layers, the deepest last."""
         return [f"blocks.{layer}.hook_resid_post" for layer in self.layers]
 
     def token_ids(self, seed: int) -> np.ndarray:
-        """Documents of one context each, `[n_contexts, context_size]`."""
+        """Returns random documents of one context each, `[n_contexts, context_size]`."""
         ids = np.random.default_rng(seed).integers(0, self.vocab_size, (self.n_contexts, self.context_size))
         return ids.astype(np.int32)
 
 
 def write_model(architecture: str, folder: Path, device: str) -> None:
     """Writes config and safetensors in bfloat16."""
-    import torch  # noqa: PLC0415 -- whoever only asks for shapes needs none
+    import torch  # noqa: PLC0415 -- importers that need only the shapes do without
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
     torch.manual_seed(0)

@@ -2,9 +2,9 @@
 
 Answers a question `{kind, n_hookpoints}` with the seconds of a pass over the job's text:
 
-- `bare`: transformers' model, cut behind the deepest layer, with a hook there; the rows are dropped on the device
+- `bare`: transformers' model, cut after the deepest layer, with a hook there; the rows are dropped on the device
 - `dropped`: our forward passes with that many hookpoints; the rows are dropped on the device
-- `staged`: the same, and the rows come to the host as they do in a runner, two batches on their way
+- `staged`: the same, with rows copied to the host as in a runner, two batches in flight
 - `waiting`: the same, but each batch is copied before the next begins
 """
 
@@ -30,7 +30,7 @@ from headrace_extractor.runner.passes.forward import DirectFetch, fetch_for, for
 
 
 class Passes:
-    """A model cut behind the deepest layer, and its batches."""
+    """A model cut after the deepest layer, and its batches."""
 
     def __init__(self, files_path: str, device: str, job: Job) -> None:
         self._device = torch.device(device)
@@ -41,7 +41,7 @@ class Passes:
         self._batches = list(Packer(list(job.token_ids(seed=0)), recipe, special).batches())
 
     def seconds(self, kind: str, n_hookpoints: int) -> float:
-        """Of one pass over all batches."""
+        """Returns the seconds of one pass over all batches."""
         run = {"bare": self._bare, "dropped": self._dropped, "staged": self._staged, "waiting": self._waiting}[kind]
         self._synchronize()
         began = time.perf_counter()
@@ -92,7 +92,7 @@ def _cut(files_path: str, device: torch.device, job: Job) -> PreTrainedModel:
 
 
 def main() -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     files_path, device, job = sys.argv[1:]
     given = json.loads(job)
     passes = Passes(files_path, device, Job(**{**given, "layers": tuple(given["layers"])}))

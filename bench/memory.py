@@ -21,7 +21,7 @@ from bench.processes import Worker, rss_bytes, server
 from bench.replay import make_replay_set
 
 SET_BYTES = 1_250_000_000
-N_PASSES = 4  # 5 GB, behind one pass that warms up.
+N_PASSES = 4  # 5 GB, after one pass that warms up.
 LIMIT_BYTES = 64 * 1024 * 1024
 SAMPLE_S = 0.02
 FIELDS = ("VmRSS", "RssAnon", "RssFile")
@@ -37,7 +37,7 @@ class Sampler:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Samples for the time of the block."""
+        """Samples while the block runs."""
         thread = threading.Thread(target=self._run)
         thread.start()
         try:
@@ -47,7 +47,7 @@ class Sampler:
             thread.join()
 
     def extent(self, field: str) -> tuple[int, int]:
-        """Least and most bytes seen."""
+        """Returns the smallest and the largest sample, in bytes."""
         values = [sample[field] for sample in self.samples]
         return min(values), max(values)
 
@@ -57,7 +57,7 @@ class Sampler:
 
 
 def measure(work_dir: Path, console: Console) -> bool:
-    """Streams and samples; returns whether the memory stayed flat."""
+    """Streams the set while sampling; returns whether the memory stayed flat."""
     console.print(f"memory: writing a set of {SET_BYTES / 1e9:.2f} GB")
     replay = make_replay_set(work_dir / "data", SET_BYTES)
     sizes = [str(replay.size_bytes), str(replay.chunk_bytes)]
@@ -89,7 +89,7 @@ def _mib(n_bytes: int) -> str:
 def main() -> int:
     """Returns 0 if the memory stayed flat."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
-    parser.add_argument("--work-dir", type=Path, help="where the set goes meanwhile, 1.3 GB (default: a temporary one)")
+    parser.add_argument("--work-dir", type=Path, help="folder for the set, 1.3 GB (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="headrace-bench-", dir=args.work_dir) as folder:
         return 0 if measure(Path(folder), Console()) else 1

@@ -1,7 +1,7 @@
 """The sides of the peers' benchmark: `python -m bench.peer_sources KIND REGISTRY MODEL_FOLDER`.
 
-Each answers a question `{kind, n_rows, corpus_id, at_most_s}` with the rows it got and the seconds that took, models
-loaded before. `kind` is `long` (contexts without padding) or `short` (paragraphs, padded by those who pad).
+Each answers a question `{kind, n_rows, corpus_id, at_most_s}` with the number of rows it computed and the seconds.
+Models are loaded before. `kind` is `long` (full contexts, no padding) or `short` (paragraphs, which some sides pad).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = Callable[[dict[str, Any]], Iterator[int]]
-# Rows of a token batch of a kind; one call runs one batch.
+# Runs one token batch, with its attention mask if it is padded; returns its number of rows.
 Run = Callable[["torch.Tensor | None", "torch.Tensor"], int]
 MODULE = f"model.layers.{LAYER}"
 
 
 def contexts(files_path: str) -> list[torch.Tensor]:
-    """Token batches `[BATCH_SIZE, CONTEXT_SIZE]` of all documents one after the other, no padding."""
+    """Returns token batches `[BATCH_SIZE, CONTEXT_SIZE]` of all documents joined, without padding."""
     import torch  # noqa: PLC0415 -- each process imports what it measures
 
     from headrace_extractor.corpora.tokenizer import Tokenizer  # noqa: PLC0415
@@ -41,7 +41,7 @@ def contexts(files_path: str) -> list[torch.Tensor]:
 
 
 def sae_lens(_registry: str, files_path: str) -> Rows:
-    """SAELens' ActivationsStore over its proxy of a transformers model: always full contexts, mixed."""
+    """SAELens' ActivationsStore over its proxy of a transformers model: full contexts only, rows mixed."""
     import torch  # noqa: PLC0415
     from datasets import Dataset  # noqa: PLC0415
     from sae_lens.load_model import load_model  # noqa: PLC0415
@@ -76,7 +76,7 @@ def sae_lens(_registry: str, files_path: str) -> Rows:
 
 
 def transformer_lens(_registry: str, files_path: str) -> Rows:
-    """HookedTransformer's `run_with_cache`, stopped behind the layer; texts are padded on the right."""
+    """HookedTransformer's `run_with_cache`, stopped after the layer; texts are padded on the right."""
     import torch  # noqa: PLC0415
     from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: PLC0415
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights  # noqa: PLC0415
@@ -121,7 +121,7 @@ def transformer_lens(_registry: str, files_path: str) -> Rows:
 
 
 def nnsight(_registry: str, files_path: str) -> Rows:
-    """nnsight's trace, stopped behind the layer; texts are padded by the tokenizer."""
+    """nnsight's trace, stopped after the layer; texts are padded by the tokenizer."""
     from nnsight import LanguageModel  # noqa: PLC0415
 
     model, tokenizer = _causal_lm(files_path)
@@ -138,7 +138,7 @@ def nnsight(_registry: str, files_path: str) -> Rows:
 
 
 def full(_registry: str, files_path: str) -> Rows:
-    """What sparsify's trainer does with the model: a forward pass of all of it, with a hook at the layer."""
+    """A forward pass of the whole model with a hook at the layer, as sparsify's trainer runs it."""
     model, tokenizer = _causal_lm(files_path)
     seen: list[torch.Tensor] = []
     model.get_submodule(MODULE).register_forward_hook(lambda _module, _args, output: seen.append(output))
@@ -173,7 +173,7 @@ def _of_batches(
 
 
 def _kept(activations: torch.Tensor, mask: torch.Tensor | None) -> int:
-    """Takes the rows of real tokens, as a trainer would."""
+    """Selects the rows of real tokens, as a trainer would; returns their number."""
     return len(activations.flatten(0, 1) if mask is None else activations[mask.bool()])
 
 
@@ -197,10 +197,10 @@ KINDS = {
 
 
 def main() -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     kind, registry, files_path = sys.argv[1:]
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
-    sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print what they like.
+    sys.stdout, answers = sys.stderr, sys.stdout  # Libraries print to standard output, too.
     source = KINDS[kind](registry, files_path)
     answer_with_rows(source, answers)
 

@@ -1,7 +1,7 @@
-"""Rows a second delivered to another process, against what the peers get in their own.
+"""Rows per second delivered to another process, against the rows that peers compute in their own process.
 
-SmolLM2-135M, layer 14, float32, the same text. On long documents nobody pads: contexts of 256 tokens, four a batch. On
-paragraphs those who pad do so, 32 a batch; SAELens joins them to contexts and pads nothing.
+SmolLM2-135M, layer 14, float32, the same text. Long documents are contexts of 256 tokens, four a batch, not padded.
+Paragraphs are padded, 32 a batch, by the peers that pad; SAELens joins them to contexts instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.text import CONTEXT_SIZE, paragraphs
 
 PEERS = ("sae_lens", "transformer_lens", "nnsight", "full")
 PADDING = ("transformer_lens", "nnsight", "full")
-# It needs older versions of what all others use: see the README.
+# Its published version needs older packages than the other sides: see the README.
 DICTIONARY_LEARNING = "dictionary_learning"
 _ITS_PYTHON = ROOT / ".venv-bench-dictionary-learning" / "bin" / "python"
 _N_ROWS = 32_768
@@ -51,7 +51,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
             sides = {peer: partial(_turn, workers[peer], kind, repeat("")) for peer in peers}
             sides = {"headrace": partial(_turn, workers["headrace"], kind, corpora)} | sides
             for turn in sides.values():
-                turn()  # Models are loaded, kernels chosen.
+                turn()  # Models are loaded and kernels chosen.
             console.print(f"peers: {kind} documents, {rounds} rounds of at most {_N_ROWS:,} rows")
             rates = interleave(sides, rounds)
             for side, values in rates.items():
@@ -64,9 +64,9 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
 
 
 def _upload(services: Services, kind: str, rounds: int, folder: Path) -> Iterator[str]:
-    """A corpus for each of Headrace's turns, so that nothing is cached; yields their ids.
+    """Uploads a corpus for each turn of Headrace, so that nothing is cached; returns an iterator of their ids.
 
-    Those of long documents are the very contexts that the peers get, as token ids.
+    For `long`, the documents are the same contexts that the peers get, as token ids.
     """
     ids = [f"{kind}-{number}" for number in range(rounds + 1)]
     token_ids = np.stack([row.numpy() for batch in contexts(services.files_path) for row in batch]).astype(np.int32)

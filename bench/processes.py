@@ -19,12 +19,12 @@ STOP_DEADLINE_S = 15.0
 
 
 class ProcessFailed(RuntimeError):
-    """A child process ended, or said nothing in time."""
+    """A child process ended, or did not answer in time."""
 
 
 @contextmanager
 def server(module: str, arguments: Sequence[str], *, work_dir: Path) -> Iterator[tuple[str, int]]:
-    """Runs `python -m module` with `--ready-file`; yields address and process id, and ends it after the block."""
+    """Runs `python -m module` with `--ready-file`; yields its address and process id; ends it after the block."""
     ready = work_dir / f"{module}-{time.monotonic_ns()}.ready"
     log = ready.with_suffix(".log")
     with log.open("wb") as stderr:
@@ -32,7 +32,7 @@ def server(module: str, arguments: Sequence[str], *, work_dir: Path) -> Iterator
             [sys.executable, "-m", module, *arguments, "--ready-file", str(ready)],
             cwd=ROOT,
             stderr=stderr,
-            # A registry uses the embedded Postgres, whatever database the caller works with.
+            # A registry uses its embedded Postgres, not a database of the environment.
             env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
         )
     try:
@@ -42,7 +42,7 @@ def server(module: str, arguments: Sequence[str], *, work_dir: Path) -> Iterator
 
 
 class Worker:
-    """A process that answers each line it is sent with one line of JSON."""
+    """A process that answers each line of JSON with one line of JSON."""
 
     def __init__(self, module: str, arguments: Sequence[str], *, python: Path = Path(sys.executable)) -> None:
         self._module = module
@@ -56,11 +56,11 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def ask(self, question: dict[str, Any], *, deadline_s: float) -> dict[str, Any]:
-        """Sends a line and returns the answer; a worker that takes longer is killed. Raises ProcessFailed."""
+        """Sends a question and returns the answer. A worker that takes longer is killed, which raises ProcessFailed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         timer = threading.Timer(deadline_s, self._process.kill)
@@ -95,20 +95,20 @@ class Worker:
 
 
 def questions() -> Iterator[dict[str, Any]]:
-    """The worker's side: yields what it is asked until its input ends."""
+    """The worker's side: yields questions until standard input ends."""
     for line in sys.stdin:
         yield json.loads(line)
 
 
 def answer(value: dict[str, Any], stream: TextIO | None = None) -> None:
-    """The worker's side: answers one question, on standard output unless that was moved out of libraries' way."""
+    """The worker's side: answers one question, on `stream` or standard output."""
     stream = stream or sys.stdout
     stream.write(json.dumps(value) + "\n")
     stream.flush()
 
 
 def answer_with_rows(source: Callable[[dict[str, Any]], Iterable[int]], stream: TextIO) -> None:
-    """Answers each question `{n_rows, at_most_s, ...}` with the rows that came, and the seconds they took."""
+    """Answers each question `{n_rows, at_most_s, ...}` with the number of rows from `source`, and their seconds."""
     for question in questions():
         n_rows, began = 0, time.perf_counter()
         for some in source(question):
@@ -126,7 +126,7 @@ def announce(path: Path, address: str) -> None:
 
 
 def rss_bytes(pid: int, field: str = "VmRSS") -> int:
-    """A memory figure of a process from /proc (Linux)."""
+    """Returns a memory figure of a process, from /proc (Linux)."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -134,7 +134,7 @@ def rss_bytes(pid: int, field: str = "VmRSS") -> int:
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds of CPU a process has used, all its threads together (Linux)."""
+    """Returns the CPU seconds that a process has used, in all its threads (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

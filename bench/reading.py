@@ -29,7 +29,7 @@ TARGETS = (
 
 
 def measure(work_dir: Path, console: Console, *, rounds: int, set_bytes: int = SET_BYTES) -> list[Figure]:
-    """Returns one figure per comparison; MB per second into batches of the caller."""
+    """Returns one figure per comparison, in MB per second delivered as batches."""
     replay = make_replay_set(work_dir / "reading", set_bytes)
     console.print(f"reading: {', '.join(SIDES)} in turns, {rounds} rounds of {replay.size_bytes / 1e9:.2f} GB each")
     with ExitStack() as stack:
@@ -48,7 +48,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int, set_bytes: int = S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """The set read once; `checksum` does not depend on the order of rows."""
+    """One reading of the whole set; `checksum` does not depend on the order of rows."""
 
     seconds: float
     checksum: int

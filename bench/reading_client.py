@@ -23,7 +23,7 @@ BATCH_SIZE = 4096
 
 
 def streamed(client: HeadraceClient, side: str) -> Iterator[torch.Tensor]:
-    """Batches as a trainer has them."""
+    """Yields batches as a trainer gets them."""
     transport, _, how = side.partition(" ")
     options: dict[str, Any] = {"order": "shuffled", "seed": 1} if how == "shuffled" else {}
     if how == "views":
@@ -36,7 +36,7 @@ def streamed(client: HeadraceClient, side: str) -> Iterator[torch.Tensor]:
 
 
 def copied(rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Fresh batches copied out of memory that this process holds already, by the same call."""
+    """Yields fresh batches, copied by the same call from memory that this process holds already."""
     raw = rows.view(torch.uint8).numpy()
     for at in range(0, len(rows), BATCH_SIZE):
         batch = torch.empty((min(BATCH_SIZE, len(rows) - at), rows.shape[1]), dtype=rows.dtype)
@@ -45,7 +45,7 @@ def copied(rows: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def resident(folder: Path) -> torch.Tensor:
-    """The whole column in anonymous memory."""
+    """Returns the whole column in anonymous memory."""
     manifest = Manifest.load(folder)
     n_rows, width = manifest.total_rows, manifest.column(HOOKPOINT).width
     assert n_rows is not None, "the set is sealed"
@@ -57,7 +57,7 @@ def resident(folder: Path) -> torch.Tensor:
 
 
 def main() -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     address, folder = sys.argv[1:]
     rows = resident(Path(folder))
     with HeadraceClient.connect(extractor=address) as client:

@@ -1,4 +1,4 @@
-"""The registry's overheads: a lease against the least it could cost, a cold load against a bare process, a page.
+"""The registry's overheads: leases, cold loads and pages, each against the least that it could cost.
 
 Registry and extractor as users run them, SmolLM2-135M, and one embedded Postgres that both sides of each ratio share.
 """
@@ -28,7 +28,7 @@ from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 N_MODELS = 100_000
 DEADLINE_S = 300.0
 _CALLERS = (1, 32)
-_CALLS = 320  # A turn, all callers together.
+_CALLS = 320  # Per turn, of all callers together.
 _FILL = """
 INSERT INTO models
 SELECT (jsonb_populate_record(m, jsonb_build_object('id', 'bench-' || lpad(i::text, 6, '0')))).*
@@ -42,7 +42,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, local_fil
 
 
 def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
-    """Returns the figures; all are at most: less is better."""
+    """Returns the figures; in all of them less is better."""
     with ExitStack() as stack:
         console.print("registry: starting services, converting the model")
         url = _postgres(stack, work_dir)
@@ -70,7 +70,7 @@ def _compare(worker: Worker, rounds: int, name: str, kinds: tuple[str, str], *, 
         return [1000.0 * seconds for seconds in worker.ask(question, deadline_s=DEADLINE_S)["seconds"]]
 
     for kind in kinds:
-        turn(kind)  # Connections, plans and caches warm up.
+        turn(kind)  # Warms up connections, query plans and caches.
     turns = interleave({kind: partial(turn, kind) for kind in kinds}, rounds)
     ours, other = ([value for values in turns[kind] for value in values] for kind in kinds)
     return compare(name, ours, other, target=2.0, unit="ms", sense="max")
@@ -85,7 +85,7 @@ def _cold_load(services: Services, console: Console, rounds: int) -> Figure:
             "bare": partial(_bare_load, services.files_path),
         }
         for side in sides.values():
-            side()  # Files and modules get into the page cache.
+            side()  # Brings files and modules into the page cache.
         seconds = interleave(sides, rounds)
     return compare(
         "cold load vs bare process", seconds["headrace"], seconds["bare"], target=1.25, unit="s", sense="max"
@@ -93,7 +93,7 @@ def _cold_load(services: Services, console: Console, rounds: int) -> Figure:
 
 
 def _load(residencies: residency_grpc.ResidencyServiceStub) -> float:
-    """Seconds from asking to the grant; the model is unloaded again, untimed."""
+    """Returns the seconds from the request to the grant; unloads the model again, untimed."""
     began = time.perf_counter()
     request = residency_pb.AcquireLeaseRequest(model_id=MODEL_ID, holder="bench", ttl_s=60, wait_s=120)
     events = list(residencies.AcquireLease(request, timeout=DEADLINE_S))

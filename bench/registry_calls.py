@@ -1,6 +1,6 @@
 """The callers of the registry's benchmark: `python -m bench.registry_calls REGISTRY TOUCH DATABASE_URL MODEL_ID`.
 
-Answers a question `{what, callers, calls, size}` with the seconds of every call. Generated stubs, so that both sides
+Answers a question `{what, callers, calls, size}` with the seconds of every call. Both sides use generated stubs, and so
 pay for the same client.
 """
 
@@ -31,7 +31,7 @@ Call = Callable[[], Awaitable[float]]
 
 @dataclass
 class Calls:
-    """The calls that are timed; each returns its seconds."""
+    """The timed calls; each returns its seconds."""
 
     model_id: str
     residencies: residency_grpc.ResidencyServiceAsyncStub
@@ -41,7 +41,7 @@ class Calls:
     pages: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
 
     async def lease(self) -> float:
-        """Acquires a lease on the resident model; its release is not timed."""
+        """Acquires a lease on the resident model; the release is not timed."""
         request = residency_pb.AcquireLeaseRequest(model_id=self.model_id, holder="bench", ttl_s=60, wait_s=30)
         began = time.perf_counter()
         events = [event async for event in self.residencies.AcquireLease(request, timeout=DEADLINE_S)]
@@ -52,7 +52,7 @@ class Calls:
         return seconds
 
     async def touch(self) -> float:
-        """An empty call and a transaction of two statements; and the same again, untimed, for the release."""
+        """Makes an empty call with a transaction of two statements; and again, untimed, in place of the release."""
         began = time.perf_counter()
         await self.touches(self.model_id.encode(), timeout=DEADLINE_S)
         seconds = time.perf_counter() - began
@@ -60,7 +60,7 @@ class Calls:
         return seconds
 
     async def list_models(self, size: int, page: int) -> float:
-        """One page through the registry."""
+        """Lists one page through the registry."""
         token, _ = (await self._pages(size))[page]
         began = time.perf_counter()
         request = models_pb.ListModelsRequest(page_size=size, page_token=token)
@@ -70,7 +70,7 @@ class Calls:
         return seconds
 
     async def select(self, size: int, page: int) -> float:
-        """The same page through psycopg."""
+        """Selects the same page through psycopg."""
         _, after = (await self._pages(size))[page]
         began = time.perf_counter()
         cursor = await self.database.execute(_PAGE, {"after": after, "limit": size + 1})
@@ -80,7 +80,7 @@ class Calls:
         return seconds
 
     async def _pages(self, size: int) -> list[tuple[str, str]]:
-        """Token and last id before it of the first, a middle and a late page."""
+        """Returns the page token, and the last id before the page, of the first, a middle and a late page."""
         if size not in self.pages:
             found, token, after, number = [], "", "", 0
             n_pages = 20_000 // size if size < 1000 else 90
@@ -96,7 +96,7 @@ class Calls:
 
 
 async def ask(calls: Calls, question: dict[str, Any]) -> list[float]:
-    """Carries out a question: `callers` at once, `calls` each."""
+    """Answers a question: `callers` tasks at once make `calls` calls each."""
     size = int(question.get("size", 0))
     what: dict[str, Callable[[int], Awaitable[float]]] = {
         "lease": lambda _number: calls.lease(),
@@ -114,7 +114,7 @@ async def ask(calls: Calls, question: dict[str, Any]) -> list[float]:
 
 
 async def run(registry: str, touch: str, database_url: str, model_id: str) -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     database = await psycopg.AsyncConnection.connect(database_url, autocommit=True, row_factory=dict_row)
     async with grpc.aio.insecure_channel(registry) as channel, grpc.aio.insecure_channel(touch) as bare, database:
         calls = Calls(

@@ -1,4 +1,4 @@
-"""What the registry is compared with: `python -m bench.registry_servers --database-url URL`.
+"""The server that the registry is compared with: `python -m bench.registry_servers --database-url URL`.
 
 One unary method that runs one transaction of two statements, through the registry's own pool and on its own Postgres.
 """
@@ -22,7 +22,7 @@ _WRITE = "INSERT INTO bench_touches (model_id) VALUES (%(model_id)s)"
 
 
 async def serve(database_url: str, ready_file: Path) -> None:
-    """Serves until it is killed."""
+    """Serves until the process is killed."""
     database = Database(database_url)
     await database.open()
 
@@ -52,7 +52,7 @@ async def serve(database_url: str, ready_file: Path) -> None:
 
 
 def main() -> None:
-    """Runs it."""
+    """Runs the server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database-url", required=True)
     parser.add_argument("--ready-file", type=Path, required=True)

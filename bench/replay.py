@@ -1,4 +1,4 @@
-"""A sealed set of random values with a finished extraction, as an extractor finds them in its data folder."""
+"""Writes a sealed set of random values and a finished extraction into a data folder, as an extractor keeps them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headrace_log.reader import RowRun, SetReader
 from headrace_log.writer import SetWriter
 
 HOOKPOINT = "blocks.14.hook_resid_post"
-WIDTH = 2304  # Gemma-2 2B.
+WIDTH = 2304  # That of Gemma-2 2B.
 EXTRACTION_ID = "xreplay"
 CHUNK_BYTES = 1024 * 1024
 _CORPUS_ID = "replay"
@@ -41,7 +41,7 @@ class ReplaySet:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of every chunk: as many whole rows as 1 MiB holds."""
+        """Bytes of every chunk: as many whole rows as fit into 1 MiB."""
         return CHUNK_BYTES // self.row_bytes * self.row_bytes
 
 
@@ -56,7 +56,7 @@ def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
     manifest = new_manifest(spec, {"made_for": "bench", "recipe": spec.recipe.to_json()}, {HOOKPOINT: (WIDTH,)})
     row_bytes = manifest.column(HOOKPOINT).row_bytes
     chunk_rows = CHUNK_BYTES // row_bytes
-    # Segments of whole chunks: then every chunk has the same size, for a client that can't be told another one.
+    # Segments of whole chunks: all chunks then have the one size that the raw clients are given.
     manifest = replace(manifest, segment_rows=manifest.segment_rows // chunk_rows * chunk_rows)
     folder = data_dir / "activations" / manifest.set_id
     manifest.save(folder)
@@ -68,7 +68,7 @@ def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
 
 
 def runs(folder: Path, n_rows: int) -> Iterator[RowRun]:
-    """Reads the hookpoint column in the runs of rows that the extractor sends as chunks."""
+    """Reads the hookpoint column in the same runs of rows that the extractor sends as chunks."""
     reader = SetReader(folder, [HOOKPOINT])
     chunk_rows, row = max(1, CHUNK_BYTES // reader.row_bytes), 0
     try:
@@ -81,7 +81,7 @@ def runs(folder: Path, n_rows: int) -> Iterator[RowRun]:
 
 
 def touch(view: memoryview) -> int:
-    """What every client does with a chunk: reads one byte of each page, and adds them up."""
+    """Reads one byte of each page of a chunk and adds them up, as every client does."""
     return int(np.frombuffer(view, dtype=np.uint8)[::4096].sum(dtype=np.int64))
 
 

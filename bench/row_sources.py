@@ -1,8 +1,8 @@
 """The sides of the end-to-end benchmark: `python -m bench.row_sources KIND REGISTRY MODEL_FOLDER`.
 
-Each answers a question `{n_rows, corpus_id, at_most_s}` with the rows it got and the seconds that took: `headrace` from
-the request for an extraction to its last row in this process; `bare` and `plain` from the first forward pass to the
-last. Models are loaded before.
+Each answers a question `{n_rows, corpus_id, at_most_s}` with a number of rows and the seconds they took: in `headrace`
+from the request for an extraction to its last row in this process, in `bare` and `plain` from the first forward pass to
+the last. Models are loaded before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def headrace(registry: str, _files_path: str) -> Rows:
 
 
 def bare(_registry: str, files_path: str) -> Rows:
-    """Runs the layers that are needed over the same packed batches and does nothing with the result."""
+    """Runs only the needed layers over the same packed batches, and drops the rows."""
     import torch  # noqa: PLC0415
     from transformers import AutoModel  # noqa: PLC0415
 
@@ -71,7 +71,7 @@ def bare(_registry: str, files_path: str) -> Rows:
 
 
 def plain(_registry: str, files_path: str) -> Rows:
-    """What a first script does: padded batches of paragraphs, the whole model, the rows of real tokens."""
+    """Runs the whole model over padded batches of paragraphs and takes the rows of real tokens: a first script."""
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
@@ -98,7 +98,7 @@ def plain(_registry: str, files_path: str) -> Rows:
 
 
 def main() -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     kind, registry, files_path = sys.argv[1:]
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
     source = {"headrace": headrace, "bare": bare, "plain": plain}[kind](registry, files_path)

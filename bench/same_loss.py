@@ -1,4 +1,4 @@
-"""Loss curves of one SAE, trained by SAELens on rows from the stream and on rows that SAELens computes itself.
+"""Loss curves of one SAE, which SAELens trains on rows from the stream and on rows that it computes itself.
 
 SmolLM2-135M, layer 14, float32; texts as token ids, each exactly a context long, so that both sides have the same rows
 in the same order: SAELens' own ActivationsStore over the same ids, without mixing. Both start from the same weights.
@@ -24,14 +24,14 @@ from headrace_client import Recipe
 from headrace_client.integrations.sae_lens import data_provider, set_scaling
 
 CONTEXT_SIZE = 256
-SEQUENCES = 4  # In one forward pass, on both sides.
+SEQUENCES = 4  # Per forward pass, on both sides.
 BATCH_ROWS = 256
 EXPANSION = 4
 TARGET = 1.02
 
 
 def measure(work_dir: Path, console: Console, *, n_contexts: int) -> list[Figure]:
-    """Returns two figures: the step at which the two curves are farthest apart, and the end of both."""
+    """Returns two figures: the step at which the curves are farthest apart, and the last steps."""
     with ExitStack() as stack:
         console.print("same loss: starting services, converting the model")
         services = start_services(stack, work_dir)
@@ -63,7 +63,7 @@ def _contexts(files_path: str, n_contexts: int) -> list[list[int]]:
 
 
 def _in_process(files_path: str, contexts: list[list[int]]) -> tuple[Any, int]:
-    """A trainer of SAELens on its own store; the batches are kept, so that its estimate takes none of them away."""
+    """Makes a SAELens trainer on SAELens' store. Its batches are kept in a list: the scaling estimate uses them too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from datasets import Dataset  # noqa: PLC0415
@@ -103,7 +103,7 @@ def _in_process(files_path: str, contexts: list[list[int]]) -> tuple[Any, int]:
 
 
 class _Streamed:
-    """A trainer of SAELens on an extraction of the same ids."""
+    """A SAELens trainer on an extraction of the same token ids."""
 
     def __init__(self, services: Services, contexts: list[list[int]]) -> None:
         self._client = services.client

@@ -1,4 +1,4 @@
-"""What is extracted in the benchmarks with SmolLM2, and how; the standard library alone."""
+"""Text, layer and batch sizes of the benchmarks with SmolLM2. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLAIN_BATCH_SIZE = 32  # paragraphs
 
 
 def paragraphs() -> list[str]:
-    """The standard library's documentation, paragraph by paragraph: 460 KB of English."""
+    """Returns the paragraphs of the standard library's documentation: 460 KB of English."""
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]

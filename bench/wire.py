@@ -21,7 +21,7 @@ TARGETS = (("generated", "generated stubs", 2.5), ("flight", "Arrow Flight", 1.2
 
 
 def measure(work_dir: Path, console: Console, *, rounds: int, set_bytes: int = SET_BYTES) -> list[Figure]:
-    """Returns one figure per contender; MB per second, Headrace's first."""
+    """Returns one figure per contender, in MB per second; Headrace is the first side."""
     console.print(f"wire: writing a set of {set_bytes / 1e9:.2f} GB")
     replay = make_replay_set(work_dir / "data", set_bytes)
     with ExitStack() as stack:
@@ -46,7 +46,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int, set_bytes: int = S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """The set streamed once; CPU is that of server and client together."""
+    """One stream of the whole set; CPU seconds are those of server and client together."""
 
     mb_per_s: float
     cpu_s_per_gb: float
@@ -54,7 +54,7 @@ class Pass:
 
 
 class Side:
-    """Server and client of one contender, for as long as `stack` is open."""
+    """Server and client of one contender; both run for as long as `stack` is open."""
 
     def __init__(self, stack: ExitStack, kind: str, replay: ReplaySet, work_dir: Path) -> None:
         module = "headrace_extractor" if kind == "headrace" else "bench.wire_servers"
@@ -81,6 +81,6 @@ class Side:
 
 
 def extractor_arguments(replay: ReplaySet) -> list[str]:
-    """Flags of an extractor that replays a finished extraction: it needs no registry for that."""
-    # Port 9 (discard) refuses connections; the extractor goes on asking once a second.
+    """Returns the flags of an extractor that replays a finished extraction, which needs no registry."""
+    # Port 9 (discard) refuses connections; the extractor tries again once a second.
     return ["--listen", "127.0.0.1:0", "--registry", "127.0.0.1:9", "--data-dir", str(replay.data_dir)]

@@ -16,7 +16,7 @@ from bench.replay import CHUNK_BYTES, EXTRACTION_ID, HOOKPOINT, touch
 
 
 def headrace(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
-    """The Python client as its users on other machines have it."""
+    """The Python client, as on another machine: rows in messages."""
     del n_bytes, chunk_bytes
     from headrace_client import HeadraceClient  # noqa: PLC0415 -- each process imports what it measures
 
@@ -29,7 +29,7 @@ def headrace(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryvie
 
 
 def generated(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
-    """The generated stub."""
+    """The stub of the generated classes."""
     del n_bytes, chunk_bytes
     import grpc  # noqa: PLC0415
 
@@ -68,7 +68,7 @@ def tcp(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
 
 
 def main() -> None:
-    """Answers questions until its input ends."""
+    """Answers questions until standard input ends."""
     kind, address, n_bytes, chunk_bytes = sys.argv[1:]
     chunks = {"headrace": headrace, "generated": generated, "flight": flight, "tcp": tcp}[kind]
     for _ in questions():

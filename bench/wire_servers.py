@@ -1,6 +1,6 @@
-"""The servers Headrace is compared with: `python -m bench.wire_servers KIND --folder SET --rows N`.
+"""The servers that Headrace is compared with: `python -m bench.wire_servers KIND --folder SET --rows N`.
 
-All of them read the same mapped files by the same reader; they differ in how rows get to the client.
+All of them read the same mapped files with the same reader; they differ in how they send rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headrace.extractor.v1 import extraction_service_pb2_grpc as pb_grpc
 
 
 class GeneratedService(pb_grpc.ExtractionServiceServicer):
-    """StreamActivations as anybody would write it: messages of the generated classes."""
+    """StreamActivations with messages of the generated classes, the usual way to write it."""
 
     def __init__(self, folder: Path, n_rows: int) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class GeneratedService(pb_grpc.ExtractionServiceServicer):
     async def StreamActivations(  # noqa: N802 -- named in the proto
         self, request: pb.StreamActivationsRequest, context: Any
     ) -> AsyncIterator[pb.StreamActivationsResponse]:
-        """Yields one message a run of rows."""
+        """Yields one message per run of rows."""
         del request, context
         for run in runs(self._folder, self._n_rows):
             chunk = pb.ActivationChunk(
@@ -52,7 +52,7 @@ async def serve_generated(args: argparse.Namespace) -> None:
 
 
 class FlightServer(flight.FlightServerBase):
-    """DoGet with one record batch a run of rows, over the mapped memory; `table` leaves the loop to C++."""
+    """DoGet with one record batch per run of rows, over the mapped memory; the table leaves the loop to C++."""
 
     def __init__(self, folder: Path, n_rows: int) -> None:
         super().__init__("grpc://127.0.0.1:0")
@@ -80,7 +80,7 @@ def serve_flight(args: argparse.Namespace) -> None:
 
 
 def serve_tcp(args: argparse.Namespace) -> None:
-    """Sends the column to everyone who connects, nothing around it."""
+    """Sends the bare column over each connection."""
     listening = socket.create_server(("127.0.0.1", 0))
     announce(args.ready_file, f"127.0.0.1:{listening.getsockname()[1]}")
     while True:
@@ -91,7 +91,7 @@ def serve_tcp(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs one of them."""
+    """Runs one of the servers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("generated", "flight", "tcp"))
     parser.add_argument("--folder", type=Path, required=True)

@@ -100,10 +100,13 @@ def _add_source(group: argparse._ArgumentGroup, registry: str) -> None:
         "--max-rows", type=whole_number, default=0, metavar="N", help="with --model: rows to extract; 0: all"
     )
     group.add_argument(
-        "--hookpoint", default="", metavar="NAME", help="hookpoint to train on, if the extraction has several"
+        "--hookpoint",
+        default="",
+        metavar="NAME",
+        help="hookpoint to train on; may be left out if the extraction has one",
     )
     group.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="file with the bearer token; env: HEADRACE_TOKEN"
+        "--token-file", type=Path, metavar="FILE", help="file with the bearer token; env: HEADRACE_TOKEN, the token"
     )
     group.add_argument("--ca-file", type=Path, metavar="FILE", help="root certificates (PEM); turns TLS on")
     group.add_argument(
@@ -126,7 +129,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--architecture", choices=ARCHITECTURES, default="topk", help="architecture, as SAELens names it"
     )
     group.add_argument("--d-sae", type=positive, metavar="N", help="number of features; overrides --expansion")
-    group.add_argument("--expansion", type=positive, default=8, metavar="N", help="features per value of a row")
+    group.add_argument(
+        "--expansion", type=positive, default=8, metavar="N", help="features, as a multiple of the width of a row"
+    )
     group.add_argument(
         "--k", type=positive, default=32, metavar="N", help="active features per row, for topk and batchtopk"
     )

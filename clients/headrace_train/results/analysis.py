@@ -43,7 +43,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopRows:
-    """`[T]` each, ordered by feature, then by rank, 1 the strongest. Of equal activations the earlier row comes first."""
+    """`[T]` each, ordered by feature, then by rank; 1 is the strongest. Of equal activations the earlier row leads."""
 
     feature: torch.Tensor
     rank: torch.Tensor
