@@ -139,7 +139,7 @@ class Bench:
 
 
 def measure_throughput(bench: Bench, job: Job, device: str, console: Console, *, rounds: int) -> Results:
-    """Measures one and five hookpoints of a large model, up to the client, against bare passes; and the copies alone."""
+    """Measures one and five hookpoints of a large model, up to the client, against bare passes; and copies alone."""
     results = Results()
     memory = {"before": gpu_memory.used_bytes()}
     folder = bench.add(job)

@@ -46,7 +46,7 @@ class ReplaySet:
 
 
 def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
-    """Writes a set whose hookpoint column takes about `size_bytes`; afterwards it is in the page cache."""
+    """Writes a set with about `size_bytes` in its hookpoint column; afterwards it is in the page cache."""
     spec = ExtractionSpec(
         model_id="replay",
         corpus_id=_CORPUS_ID,
@@ -56,7 +56,7 @@ def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
     manifest = new_manifest(spec, {"made_for": "bench", "recipe": spec.recipe.to_json()}, {HOOKPOINT: (WIDTH,)})
     row_bytes = manifest.column(HOOKPOINT).row_bytes
     chunk_rows = CHUNK_BYTES // row_bytes
-    # Segments of whole chunks: all chunks then have the one size that the raw clients are given.
+    # Segments of whole chunks: all chunks then have the same size, which the raw clients are given once.
     manifest = replace(manifest, segment_rows=manifest.segment_rows // chunk_rows * chunk_rows)
     folder = data_dir / "activations" / manifest.set_id
     manifest.save(folder)

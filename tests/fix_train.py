@@ -1,6 +1,6 @@
 """A set of rows with planted features, served by a scripted extractor, and SAELens imported without its warnings."""
 
-# ruff: noqa: PLC0415 -- SAELens takes seconds to import, for the tests that need it alone
+# ruff: noqa: PLC0415 -- SAELens takes seconds to import, and only some tests need it
 
 import importlib
 import warnings
@@ -36,7 +36,7 @@ def sae_lens():
 
 @pytest.fixture
 def one_thread():
-    """Small matrices on one thread: several are slower, by far where other processes want the cores."""
+    """Runs torch on one thread: for small matrices several are slower, above all if other processes use the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def documents(n_documents, *, seed=0, longest=60):
 
 
 def packed_rows(texts, **recipe):
-    """Provenance of all rows as the extractor lays them out, and where a piece begins."""
+    """Provenance of all rows as the extractor lays them out, and a mask of the rows that begin a piece."""
     packer = Packer(texts, ServerRecipe(context_size=CONTEXT_SIZE, **recipe), SpecialTokens(bos_id=BOS))
     parts = [
         np.stack([b[b_keep] for b in (batch.token_ids, batch.documents, batch.positions, batch.position_ids)])

@@ -1,4 +1,4 @@
-"""The command line against scripted servers: what machines and people get, and exit codes."""
+"""The command line against scripted servers: JSON, text and exit codes."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""`headrace pull` that is interrupted, killed or doubled: no row is lost, mixed up or made up."""
+"""`headrace pull` that is interrupted, killed or started twice: no row is lost, mixed up or made up."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ from headrace_client.stream import ChunkStream
 
 @pytest.fixture
 def pull(registry_host, tmp_path):
-    """Pulls one column into `out`."""
+    """Runs a pull of one column into `out`."""
 
     def run(*arguments, out="rows"):
         return CliRunner().invoke(
@@ -41,7 +41,7 @@ def pull(registry_host, tmp_path):
 
 @pytest.fixture
 def pulling(registry_host, tmp_path):
-    """A process that pulls one column into `out`, and has some rows."""
+    """Starts a process that pulls one column into `out`; waits until it has some rows."""
 
     @contextmanager
     def run(out="rows"):
@@ -59,12 +59,12 @@ def pulling(registry_host, tmp_path):
 
 
 REFUSED = {"code": unavailable()["code"].INTERNAL, "reason": "INTERNAL", "message": "bug"}
-N_BYTES_AT_192 = 4096 + 192 * 32  # A cut after three chunks leaves so much.
+N_BYTES_AT_192 = 4096 + 192 * 32  # The size of the file after a cut behind three chunks.
 
 
 @pytest.fixture
 def broken(pull, scripted_extractor, tmp_path):
-    """The file of a pull that broke off at row 192."""
+    """The file of a pull that was cut off at row 192."""
     scripted_extractor.faults.append(Fault("cut", after=3, status=REFUSED))
     assert error_of(pull())["reason"] == "INTERNAL"
     file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors"
@@ -101,7 +101,7 @@ def test_a_crash_at_any_point_leaves_a_pull_that_goes_on_or_is_finished(
 
 
 def left_by_crashes(patch, folder):
-    """The paths of copies of `folder`, one of each moment before a step on its files."""
+    """Copies `folder` before each step on its files; returns the list of the copies' paths."""
     copies = []
 
     def copying(step):
@@ -119,7 +119,7 @@ def left_by_crashes(patch, folder):
 
 @pytest.mark.parametrize("step", [(ChunkStream, "__exit__"), (ColumnFile, "finish")])
 def test_a_pull_that_has_all_rows_is_finished_without_a_stream(pull, scripted_extractor, tmp_path, monkeypatch, step):
-    """Of a WINDOW set whose stream was closed at its end, nothing may be left."""
+    """A WINDOW set may hold no row any more after its stream was closed at the end."""
     with monkeypatch.context() as patch:
         patch.setattr(*step, lambda *_: 1 / 0)
         assert error_of(pull())["reason"] == "BUG"
@@ -233,7 +233,7 @@ FOR_GOOD = (1 << 63) - 1
 
 @pytest.fixture
 def window(scripted_extractor):
-    """The extractor, which sends no more than two chunks beyond what was released."""
+    """The extractor, which sends at most two chunks beyond the released rows."""
     retention = scripted_extractor.extraction.spec.retention
     retention.kind, retention.window_bytes = ex_pb.RETENTION_KIND_WINDOW, 1 << 30
     scripted_extractor.window_rows = 128

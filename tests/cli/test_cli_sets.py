@@ -1,4 +1,4 @@
-"""`headrace sets`, and what the client sends for it."""
+"""`headrace sets`, and the calls of the client behind it."""
 
 from __future__ import annotations
 

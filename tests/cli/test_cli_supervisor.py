@@ -12,7 +12,7 @@ import pytest
 from headrace_cli.processes.supervisor import Child, StartFailed, Supervisor
 from headrace_cli.pulling.tensor_files import read_state, write_state
 
-# A server in miniature: tells its address, notes its life, ends as told.
+# A server in miniature: writes its address to the ready file and its life to a file, and behaves as told.
 SERVER = """
 import pathlib, signal, sys, time
 name, ready, notes, behaviour = sys.argv[1:5]

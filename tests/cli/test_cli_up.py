@@ -18,7 +18,7 @@ REGISTRY_FLAGS = [("--models-quota-bytes", "1000000"), ("--allow-pickle", "a/b")
 
 @pytest.fixture
 def running(tmp_path):
-    """`headrace up` on free ports, ready; its events so far and the process."""
+    """The process of `headrace up` on free ports."""
     command = [*CLI, "up", "--data-dir", str(tmp_path), "--registry-listen", "127.0.0.1:0", "--grace-s", "5"]
     command += ["--extractor-listen", "127.0.0.1:0", "--device", "cpu"]
     command += [word for flag, value in REGISTRY_FLAGS for word in (flag, value)]
@@ -86,7 +86,7 @@ def test_up_stops_both_when_its_terminal_is_gone(running, number):
 
 
 def devices(registry, address):
-    """Nodes, as soon as the one at `address` is alive."""
+    """Returns the nodes, as soon as the node at `address` is alive."""
     for _ in range(20):
         done = subprocess.run(
             [*CLI, "--registry", registry, "devices"], capture_output=True, text=True, timeout=30, check=True

@@ -1,10 +1,10 @@
 """A reader that may be killed: `storm_reader.py EXTRACTOR EXTRACTION FOLDER TRANSPORT PAUSE_S`.
 
-Writes every column to a file of its own, each chunk at its place, and then how far it is; begins where it was. Prints
-each row it has come to.
+Writes every column to its own file, each chunk at its place, and then the next row to read, which is where the next run
+begins. Prints the next row after each chunk.
 """
 
-# ruff: noqa: T201 -- that is how it is heard
+# ruff: noqa: T201 -- the storm reads the rows from standard output
 
 import os
 import sys
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _found(client: HeadraceClient, extraction_id: str) -> Extraction:
-    """Asks until the server is back."""
+    """Gets the extraction; tries again while the server is down."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The whole job with nothing but grpc, numpy and the generated stubs: what a client in any language does.
+"""The whole job with grpc, numpy and the generated stubs alone, as a client in any language does it.
 
 stub_client.py REGISTRY TOKEN MODEL_FOLDER MODEL_ID CORPUS_ID OUTPUT: registers and prepares a model, uploads a corpus,
 extracts, follows the progress, streams all rows, and writes them to OUTPUT as an .npz file.
@@ -99,7 +99,7 @@ def extract(channel, metadata, model_id, corpus_id):
 
 
 def stream(channel, metadata, extraction):
-    """All rows by column; the messages say where everything is."""
+    """Streams all rows; returns them by column. The messages themselves describe the layout."""
     stub = extraction_service_pb2_grpc.ExtractionServiceStub(channel)
     request = extraction_service_pb2.StreamActivationsRequest(extraction_id=extraction.id, chunk_bytes=100_000)
     columns, parts, next_row = [], {}, 0

@@ -44,7 +44,7 @@ class Stubs:
         self.extractions = service_grpc.ExtractionServiceStub(extractor)
 
     def refused(self, method, request):
-        """Calls what must fail; returns what the failure says."""
+        """Makes a call that must fail; returns its code, reason and details."""
         with pytest.raises(grpc.RpcError) as caught:
             answer = method(request, timeout=60, metadata=self.metadata)
             for _ in answer if hasattr(answer, "__next__") else ():
@@ -70,7 +70,7 @@ def docs(system):
 
 @pytest.fixture(autouse=True)
 def alive_afterwards(system):
-    """After every test, both services do what they are for."""
+    """After every test, both services still do their work."""
     before = system.registry.pid, system.extractor.pid
     yield
     assert (system.registry.pid, system.extractor.pid) == before

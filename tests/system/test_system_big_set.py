@@ -1,4 +1,4 @@
-"""A large set under a quota: written, read by three, evicted. Its size is in the environment variable
+"""A large set under a quota: written, read by three readers, evicted. Its size is in the environment variable
 HEADRACE_BIG_SET_BYTES; 20 GB take some twenty minutes on two cores.
 """
 
@@ -26,20 +26,20 @@ HOOKPOINTS = [
 ROW_BYTES = len(HOOKPOINTS) * 32 * 4 + 12
 RECIPE = Recipe(context_size=128, batch_size=32)
 QUOTA_BYTES = SET_BYTES * 5 // 4
-# The server maps what it sends; its own memory holds frames and the lists of segments.
+# The server maps the rows it sends; its own memory holds only frames and the lists of segments.
 GROWTH_BYTES = 100_000_000
 
 
 @pytest.fixture(scope="module")
 def big(start_system, text_llama):
-    """A pair whose sets may take a quarter more than the large one."""
+    """A pair with a quota for sets of a quarter more than the large set."""
     started = start_system(models_root=text_llama.parent, extractor=("--sets-quota-bytes", str(QUOTA_BYTES)))
     started.add_model(MODEL, text_llama)
     return started
 
 
 class Watch:
-    """Samples the server's own memory and what the sets take, until `stop`."""
+    """Samples the server's own memory and the size of the sets, until `stop`."""
 
     def __init__(self, system):
         self.own_bytes, self.set_bytes = [], []
@@ -60,7 +60,7 @@ class Watch:
 
 
 def size_of(system):
-    """Bytes of sealed segments: open ones have their full size before they have rows."""
+    """Bytes of sealed segments; an open segment has its full size before it has rows."""
     total = 0
     for path in (system.data_dir / "activations").rglob("*.safetensors"):
         try:
@@ -71,7 +71,7 @@ def size_of(system):
 
 
 def upload(system, name, n_bytes, seed):
-    """Documents that give about so many bytes of rows."""
+    """Uploads documents that give about so many bytes of rows."""
     documents, n_rows = [], 0
     for document in texts(n_bytes // ROW_BYTES // 20 + 100, seed=seed, longest=12):
         documents.append(document)
@@ -122,7 +122,7 @@ def test_a_large_set_is_written_read_by_three_and_evicted(big):
     assert left <= {another.set_id, ".trash"}
     assert not list((first_folder.parent / ".trash").iterdir())
     eventually(lambda: {one.id for one in big.client.sets.list()} == {another.set_id}, "the list knows")
-    print(  # noqa: T201 -- figures for whoever runs it with -s
+    print(  # noqa: T201 -- figures, shown with -s
         f"{done.size_bytes / 1e9:.2f} GB; "
         f"server's own memory {settled / 1e6:.0f} to {max(watch.own_bytes) / 1e6:.0f} MB; "
         f"sets at most {max(watch.set_bytes) / 1e9:.2f} of {QUOTA_BYTES / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""Sets under a quota in the whole of Headrace: evicted, pinned, deleted, and nothing left behind."""
+"""Sets under a quota in the whole of Headrace: evicted, pinned, deleted, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache(start_system, text_llama):
 
 @pytest.fixture
 def client(cache):
-    """No set is there, and none is pinned."""
+    """A client; no set exists and none is pinned."""
     client = cache.client
 
     def cleared():
@@ -83,7 +83,7 @@ def test_a_new_set_takes_the_place_of_the_one_used_least_recently(cache, client)
 
     assert folders(cache) == {first.set_id, third.set_id, fourth.set_id}
     assert estimate.new_bytes > 1_000_000
-    assert estimate.available_bytes > QUOTA_BYTES - 100_000  # Everything there may go.
+    assert estimate.available_bytes > QUOTA_BYTES - 100_000  # Every set may be evicted.
     eventually(lambda: second.set_id not in listed(client), "the list knows")
     with pytest.raises(errors.SetNotFound, match="StartExtraction"):
         read(client, second)

@@ -21,7 +21,7 @@ HOOKPOINTS = [
     for layer in range(4)
     for site in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
 ]
-DISK_BYTES = 170 * MIB  # Two segments of 64 MiB, and something to spare.
+DISK_BYTES = 170 * MIB  # Two segments of 64 MiB, and some more.
 RECIPE = Recipe(context_size=128, batch_size=16)
 DOCUMENTS = texts(1100, seed=6, longest=12)  # More rows than one segment holds.
 
@@ -38,16 +38,16 @@ def small_disk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cramped(start_system, text_llama, small_disk):
-    """A pair whose extractor has its data on the small disk."""
+    """A pair with the extractor's data on the small disk."""
     system = start_system(models_root=text_llama.parent, extractor=("--data-dir", str(small_disk / "data")))
     system.add_model(MODEL, text_llama)
     yield system
-    system.stop()  # Before its disk goes.
+    system.stop()  # Before its disk is unmounted.
 
 
 @pytest.fixture
 def hog(small_disk):
-    """Takes what is free on the disk, and gives it back."""
+    """Takes all free space of the disk, and gives it back."""
     path = small_disk / "hog"
 
     class Hog:
@@ -74,7 +74,7 @@ def test_rows_before_a_full_disk_stay_and_the_same_request_completes_when_there_
         pytest.raises(errors.DiskFull) as caught,
         cramped.client.chunks(extraction, columns_of(extraction)) as stream,
     ):
-        fill = At(1, hog.take_all)  # Within the first segment, whose blocks are there already.
+        fill = At(1, hog.take_all)  # Within the first segment: its blocks are reserved already.
         for chunk in stream:
             received.add(chunk)
             fill(received.n_rows)
@@ -86,7 +86,7 @@ def test_rows_before_a_full_disk_stay_and_the_same_request_completes_when_there_
     again = read_up_to(cramped.client, extraction, received.n_rows)
     assert again.value == received.value
     hog.give_back()
-    hog.take_all()  # Also what the open segments gave back.
+    hog.take_all()  # Also the space that the open segments gave back.
     with pytest.raises(errors.DiskFull):
         cramped.client.corpora.upload("one-more", documents=texts(20_000))
     assert cramped.extractor.running
@@ -96,7 +96,7 @@ def test_rows_before_a_full_disk_stay_and_the_same_request_completes_when_there_
     done = cramped.client.extractions.wait(retried.id, deadline_s=PATIENCE_S)
 
     assert done.set_id == extraction.set_id
-    assert done.n_rows_computed <= done.n_rows - failed.n_rows  # What was there was not computed again.
+    assert done.n_rows_computed <= done.n_rows - failed.n_rows  # Rows that existed were not computed again.
     assert read_up_to(cramped.client, retried, received.n_rows).value == received.value
     assert int(read(cramped.client, retried)["n_rows"]) == done.n_rows > received.n_rows
 

@@ -1,4 +1,4 @@
-"""Rows in 8 bits, from the forward pass to the tensor: what arrives is close to the full ones, and known to be."""
+"""Rows in 8 bits, from the forward pass to the tensor: close to the float32 rows, and the receipt shows the loss."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from headrace_client.values import Dtype, Recipe
 
 EIGHT_BITS = ["int8", "float8_e4m3"]
 SCALE = f"{HOOKPOINT}.scale"
-# Of a row's length: half a step of 1/127 of its largest value, or a sixteenth of each.
+# Largest errors, as a share of a row's norm: half a step of 1/127 of its largest value; a sixteenth of each value.
 BOUNDS = {"int8": 0.02, "float8_e4m3": 0.0625}
 
 

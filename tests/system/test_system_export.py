@@ -40,7 +40,7 @@ def rows_of(system, extraction, columns):
 
 
 def store_of(sae_lens, folder, hookpoint, n_prompts):
-    """SAELens' own store over a cached folder."""
+    """Opens SAELens' own store on a folder of cached activations."""
     from sae_lens.training.activations_store import ActivationsStore  # noqa: PLC0415 -- imports much
 
     return ActivationsStore(

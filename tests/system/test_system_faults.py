@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a stream: every row exactly once when things come back, a typed error when they don't."""
+"""kill -9 in the middle of a stream: every row once if the victim comes back, a typed error if it does not."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 pytestmark = pytest.mark.timeout(300)
 
 DOCUMENTS = texts(1200, seed=1, longest=10)
-# A window of a part of the rows: the forward pass can't run away from its reader, and segments are sealed and dropped.
+# Smaller than the set: the forward pass stays close to its reader, and segments are sealed and dropped.
 WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
-# So little is read ahead that a WINDOW stream is held up by its consumer.
+# The client reads so little ahead that a slow consumer holds up the forward pass of a WINDOW set.
 NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
 BOTH = pytest.mark.parametrize("retention", [Retain(), WINDOW], ids=["retain", "window"])
-# A runner takes seconds to start: one of each is for every day, the other for `make fault`.
+# A runner takes seconds to start: one retention is tested every day, the other by `make fault`.
 RETAIN_FIRST = pytest.mark.parametrize(
     "retention", [Retain(), pytest.param(WINDOW, marks=pytest.mark.fault)], ids=["retain", "window"]
 )
@@ -48,7 +48,7 @@ FIRST_SEED = int(os.environ.get("HEADRACE_FAULT_SEED", "1"))
 
 @pytest.fixture(scope="module")
 def quiet(fragile):
-    """What an undisturbed run delivers."""
+    """The digests of an undisturbed run."""
     return read(fragile.client, start(fragile))
 
 
@@ -59,7 +59,7 @@ def start(system, retention=None, model=MODEL):
 
 
 def in_the_middle(system, quiet, extraction, act, part=0.25):
-    """Acts once when that part of the rows has come, and sees that there is something left to disturb."""
+    """Acts once, when `part` of the rows have arrived; asserts that the extraction still runs then."""
 
     def check_and_act():
         now = system.client.extractions.get(extraction.id)
@@ -70,12 +70,12 @@ def in_the_middle(system, quiet, extraction, act, part=0.25):
 
 
 def all_is_well(system):
-    """The next extraction works from its lease to its last row."""
+    """Asserts that a new extraction works from its lease to its last row."""
     extraction = system.client.extractions.start(MODEL, system.variant(texts(20)), HOOKPOINT, recipe=SLOW)
     assert system.client.extractions.wait(extraction.id, deadline_s=PATIENCE_S).n_rows > 0
 
 
-# -- and back again ----------------------------------------------------------------------------------------------------
+# -- killed and back ---------------------------------------------------------------------------------------------------
 
 
 @RETAIN_FIRST
@@ -209,7 +209,7 @@ def test_rows_come_once_although_everything_is_killed_at_once(fragile, quiet, su
         fragile.kill_extractor()
         fragile.registry.kill()
         fragile.kill_postmaster()
-        supervisor.later(0.5, fragile.extractor.start)  # Before the registry, to whom it belongs.
+        supervisor.later(0.5, fragile.extractor.start)  # Before the registry that it belongs to.
         supervisor.later(2.0, fragile.registry.start)
 
     kill = in_the_middle(fragile, quiet, extraction, act)
@@ -239,7 +239,7 @@ def test_an_extraction_that_waits_for_its_model_survives_the_registry(fragile, q
 @pytest.mark.fault
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + N_ROUNDS))
 def test_rows_come_once_whatever_is_killed(fragile, quiet, supervisor, seed):
-    """Two to four kills of random victims at random rows, one after another or on top of one another."""
+    """Kills random victims at random rows, one after another or while another one is still down."""
     dice = random.Random(seed)
     extraction = start(fragile, dice.choice([Retain(), WINDOW]))
     plan = sorted((dice.uniform(0.0, 0.9), dice.choice(list(VICTIMS)), dice.uniform(0.2, 2.0)) for _ in range(3))
@@ -312,11 +312,11 @@ def test_what_is_sealed_is_not_computed_again(fragile, supervisor):
 
 @pytest.mark.fault
 def test_no_lease_outlives_its_holder(fragile):
-    """A registry that was away when a lease was released finds that it expires, a minute later."""
+    """A lease that was released while the registry was down expires a minute later."""
     eventually(lambda: all(r.n_leases == 0 for r in fragile.client.residencies.list()), "no lease is held")
 
 
-# -- and never again ---------------------------------------------------------------------------------------------------
+# -- killed for good ---------------------------------------------------------------------------------------------------
 
 
 def test_a_runner_that_cannot_come_back_is_a_typed_error(fragile, quiet, text_llama):
@@ -360,7 +360,7 @@ def test_an_extractor_that_stays_away_is_a_typed_error(fragile, quiet, superviso
         fragile.extractor.start()
 
     assert caught.value.metadata["next_row"] == str(received[-1])
-    assert read(fragile.client, extraction) == quiet  # Nothing is lost for who asks again.
+    assert read(fragile.client, extraction) == quiet  # A later stream still gets every row.
 
 
 @pytest.mark.fault
@@ -403,7 +403,7 @@ def test_a_database_that_stays_away_stops_no_stream_and_is_a_typed_error_for_the
         assert (refusal.code, refusal.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
         assert refusal.retry_after_s > 0
 
-        postgres.start()  # Somebody else's to bring back.
+        postgres.start()  # The registry does not start a Postgres that is not its own.
         assert system.client.models.get(MODEL).id == MODEL
         all_is_well(system)
         system.stop()
@@ -412,7 +412,7 @@ def test_a_database_that_stays_away_stops_no_stream_and_is_a_typed_error_for_the
 
 
 def refusal_of_get(system):
-    """What the registry itself answers: a bare channel does not try again."""
+    """The registry's own answer: a bare channel does not try again."""
     with grpc.insecure_channel(system.registry.address) as channel, pytest.raises(grpc.RpcError) as caught:
         stub = model_service_pb2_grpc.ModelServiceStub(channel)
         stub.GetModel(model_service_pb2.GetModelRequest(model_id=MODEL), timeout=PATIENCE_S)

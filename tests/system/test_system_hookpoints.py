@@ -1,4 +1,4 @@
-"""Hookpoints by any spelling, through the real services: canonical names, shapes and the right numbers come back."""
+"""Hookpoints by any spelling, through the real services: canonical names, shapes and the right numbers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def start(system, retention=None):
 
 
 def read_mapped(client, extraction, *, on_rows=lambda n_rows: None, **options):
-    """Digests of all rows, and how many of them came out of files."""
+    """Reads all rows; returns their digests and the number of rows read from files."""
     digest, n_mapped = Digest(), 0
     with client.chunks(extraction, columns_of(extraction), transport="mapped", **options) as stream:
         for chunk in stream:
@@ -41,7 +41,7 @@ def read_mapped(client, extraction, *, on_rows=lambda n_rows: None, **options):
 
 
 def shuffled(client, extraction, transport):
-    """All rows by their document and position, in the order of a seed."""
+    """Reads all rows in a shuffled order; returns their bytes, chunk by chunk."""
     with client.chunks(
         extraction, columns_of(extraction), order="shuffled", seed=3, block_rows=100, transport=transport
     ) as stream:
@@ -50,7 +50,7 @@ def shuffled(client, extraction, transport):
 
 @pytest.fixture(scope="module")
 def quiet(system):
-    """What messages deliver of a finished set."""
+    """A finished set, and the digests of its rows as messages."""
     extraction = start(system)
     system.client.extractions.wait(extraction.id, deadline_s=PATIENCE_S)
     return extraction, read(system.client, extraction, transport="inline")
@@ -124,7 +124,7 @@ def test_rows_of_8_bits_are_scaled_either_way(system, dtype):
     assert 0 < error < 0.05
 
 
-# -- and back again ----------------------------------------------------------------------------------------------------
+# -- killed and back ---------------------------------------------------------------------------------------------------
 
 
 def runner(system, supervisor, pause_s):
@@ -157,7 +157,7 @@ def test_mapped_rows_come_once_although_something_is_killed(fragile, supervisor,
 @pytest.mark.fault
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + N_ROUNDS))
 def test_mapped_rows_come_once_whatever_is_killed(fragile, supervisor, seed):
-    """Runner and extractor at random rows, for a reader that starts when a part of the rows is sealed."""
+    """Kills runner and extractor at random rows; the reader starts when a part of the rows is sealed."""
     dice = random.Random(seed)
     expected = read(fragile.client, start(fragile), transport="inline")
     extraction = start(fragile, WINDOW)

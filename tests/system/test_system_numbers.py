@@ -1,4 +1,4 @@
-"""Rows as they come over the wire against transformers' own hidden states."""
+"""Rows as they arrive over the wire, against transformers' own hidden states."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from headrace_client.values import Recipe
 
 pytestmark = pytest.mark.timeout(300)
 
-HOOKPOINTS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS - 1)]  # The last lies before a norm.
+HOOKPOINTS = [
+    f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS - 1)
+]  # Not the last: transformers gives it only after a norm.
 CONTEXT = 64
-DOCUMENTS = texts(40, seed=8, longest=16)  # Some longer than a sequence.
+DOCUMENTS = texts(40, seed=8, longest=16)  # Some are longer than a sequence.
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -48,7 +50,7 @@ def token_ids_of(folder, document):
 
 
 def stream(system, model_id, documents, hookpoints, recipe):
-    """All rows over the wire, by column, in chunks that fit nothing."""
+    """Streams all rows, in chunks that match no batch and no segment; returns them by column."""
     extraction = system.client.extractions.start(model_id, system.variant(documents), hookpoints, recipe=recipe)
     parts = {name: [] for name in columns_of(extraction)}
     with system.client.chunks(extraction, columns_of(extraction), chunk_bytes=10_007) as chunks:
@@ -59,7 +61,7 @@ def stream(system, model_id, documents, hookpoints, recipe):
 
 
 def pieces(rows):
-    """Where each document, or each further piece of a long one, begins and ends."""
+    """Returns where each piece begins and ends: a document, or a part of one that a sequence cut."""
     starts = np.flatnonzero(rows["token_id"] == BOS_ID)
     return zip(starts, [*starts[1:], len(rows["token_id"])], strict=True)
 
@@ -91,7 +93,7 @@ def test_rows_of_packed_documents_equal_hidden_states_of_each_by_itself(system, 
     rows = stream(system, model_id, DOCUMENTS, HOOKPOINTS, recipe)
 
     starts_ends = list(pieces(rows))
-    assert len(starts_ends) > len(DOCUMENTS)  # Some go on in the next sequence.
+    assert len(starts_ends) > len(DOCUMENTS)  # Some documents go on in the next sequence.
     for start, end in starts_ends:
         expected = hidden_states(folder, rows["token_id"][start:end].tolist())
         for layer, name in enumerate(HOOKPOINTS):

@@ -1,6 +1,6 @@
 """Quantized models and validations through the whole of Headrace: real processes, real weights."""
 
-# ruff: noqa: T201 -- figures are what the slow tests are for
+# ruff: noqa: T201 -- the slow tests are run for their figures
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ from headrace_client.values import Retain, Window
 pytestmark = pytest.mark.timeout(240)
 
 LAYERS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
-PACES_S = [0.002, 0.01, 0.002, 0.004]  # Between batches; the second takes five times as long as the first.
+PACES_S = [0.002, 0.01, 0.002, 0.004]  # Pauses between batches; the second is five times the first.
 WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
 NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
 
 
 def train(system, extraction, layer, pace_s, *, start_row=0, on_batch=lambda n_rows: None):
-    """Takes all batches of a layer at a pace; returns digests by column, and where it began."""
+    """Takes all batches of a layer at a pace; returns digests by column, and its first row."""
     digests = {name: hashlib.sha256() for name in ("document", "position", layer)}
     with system.client.activations(
         extraction, columns=list(digests), batch_size=100, start_row=start_row, **NARROW
@@ -41,7 +41,7 @@ def start(system, retention):
 
 
 def expected(system, extraction, layer, *, start_row=0):
-    """What an undisturbed reader gets of a retained extraction."""
+    """Digests of the rows that an undisturbed reader of a retained extraction gets."""
     digests = {name: hashlib.sha256() for name in ("document", "position", layer)}
     with system.client.chunks(extraction, list(digests), start_row=start_row, transport="inline") as stream:
         for chunk in stream:
@@ -71,7 +71,7 @@ def test_each_of_four_trainers_gets_exactly_its_rows(system, retained, retention
         try:
             return train(system, extraction, layer, pace_s), 0
         except errors.RowsExpired as exc:
-            # A window has moved on; who comes late begins with what it still holds. It goes on moving meanwhile.
+            # The window has moved on, and keeps moving: a late reader begins 1000 rows after the first it still holds.
             row = int(exc.metadata["first_available_row"]) + 1000
             return train(system, extraction, layer, pace_s, start_row=row), row
 

@@ -1,4 +1,4 @@
-"""Recipes and corpora through the whole system: what goes in at the client is what the rows say."""
+"""Recipes and corpora through the whole system: the rows show the recipe that the client gave."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_rows_of_a_window_have_the_values_they_have_without_it(system, recipe, w
     windowed = rows_of(system, MODEL, corpus, window=window, **recipe)
 
     keys = key(everything)
-    lengths = dict(keys)  # The last position of each document.
+    lengths = dict(keys)  # Each document's last position.
     first, last = window
     wanted = [
         place

@@ -1,4 +1,4 @@
-"""Two registries, two extractors, one Postgres: whichever of them is killed, everything converges again."""
+"""Two registries, two extractors, one Postgres: after any of them is killed, all of it converges again."""
 
 import contextlib
 import random
@@ -34,7 +34,7 @@ SETTLED = (r.RESIDENCY_STATE_RESIDENT, r.RESIDENCY_STATE_UNLOADED, r.RESIDENCY_S
 
 
 class Cluster:
-    """The five of them, each with a way to kill it and one to bring it back."""
+    """The five processes, each with a way to kill it and to start it again."""
 
     def __init__(self, folder, models_root):
         self.models_root = models_root
@@ -80,7 +80,7 @@ class Cluster:
         eventually(started, "Postgres is back")
 
     def runners_of(self, extractor):
-        """Model processes of one extractor."""
+        """Process ids of an extractor's runners."""
         found = []
         for child in psutil.Process(extractor.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,7 +98,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(text_llama):
-    # Not below tmp_path, which pytest closes to others: as root, Postgres runs as another user.
+    # Not below tmp_path, which only its owner may enter: as root, Postgres runs as another user.
     with tempfile.TemporaryDirectory(prefix="headrace-replicas-", ignore_cleanup_errors=True) as folder:
         cluster = Cluster(Path(folder), text_llama.parent)
         yield cluster
@@ -112,7 +112,7 @@ def stubs(address):
 
 
 def patiently(call):
-    """Repeats an idempotent call until somebody answers it."""
+    """Repeats an idempotent call until a registry answers it."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -125,7 +125,7 @@ def patiently(call):
 
 
 class Borrower(threading.Thread):
-    """Leases models at random through whatever happens; only passing errors are allowed."""
+    """Leases models at random while servers are killed; only passing errors are allowed."""
 
     ALLOWED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "INTERNAL")
 
@@ -152,7 +152,7 @@ class Borrower(threading.Thread):
         )
         lease = list(stub.AcquireLease(request, timeout=40))[-1].granted.lease
         time.sleep(self._random.uniform(0, 0.5))
-        if self._random.random() < 0.7:  # The others are left to expire.
+        if self._random.random() < 0.7:  # The other leases are left to expire.
             stub.ReleaseLease(pb.ReleaseLeaseRequest(lease_id=lease.id, fence=lease.fence), timeout=10)
         self.n_served += 1
 
@@ -216,7 +216,7 @@ def test_whoever_is_killed_everything_converges(cluster, text_llama):
 
 
 def converged(cluster, channel):
-    """Nodes alive, nothing in between, no lease left, and what is resident is what runs."""
+    """True if all nodes are alive, no residency is between two states, no lease is left, and the residents run."""
     stub = pb_grpc.ResidencyServiceStub(channel)
     nodes = patiently(lambda: stub.ListNodes(pb.ListNodesRequest(), timeout=10)).nodes
     found = patiently(lambda: stub.ListResidencies(pb.ListResidenciesRequest(), timeout=10)).residencies

@@ -1,4 +1,4 @@
-"""Real models on a device too small for all: everybody is served, memory stays within bounds, and all comes back."""
+"""Real models on a device too small for all: every client is served, memory stays within bounds and is freed."""
 
 import random
 import shutil
@@ -21,7 +21,7 @@ POLICY = ("--min-residency-s", "1", "--max-wait-s", "2")
 
 
 class Borrower(threading.Thread):
-    """Leases one of the models after the other, at random, until told to stop; remembers what it got."""
+    """Leases models at random, one after the other, until told to stop; remembers the models it was granted."""
 
     def __init__(self, address, seed, stopping):
         super().__init__(daemon=True)
@@ -52,7 +52,7 @@ class Borrower(threading.Thread):
 
 
 def measured_bytes(system):
-    """What the model takes once it is loaded; it is unloaded again."""
+    """Loads the model and unloads it again; returns its measured size."""
     with grpc.insecure_channel(system.registry.address) as channel:
         stub = pb_grpc.ResidencyServiceStub(channel)
         stub.LoadModel(pb.LoadModelRequest(model_id=MODEL), timeout=PATIENCE_S)
@@ -68,12 +68,12 @@ def measured_bytes(system):
 
 
 def unloaded(system):
-    """Residencies that ended."""
+    """Residencies that were unloaded."""
     return [each for each in system.client.residencies.list(include_ended=True) if each.state == "UNLOADED"]
 
 
 def used_bytes(runners):
-    """Memory that would come back if these processes ended."""
+    """Memory that would be free again if these processes ended."""
     total = 0
     for runner in runners:
         try:
@@ -126,7 +126,7 @@ def test_eight_clients_share_a_device_that_holds_two_of_three_models(start_syste
 
 
 class Footprint:
-    """What the servers hold beside models."""
+    """Memory, descriptors, threads and connections of the servers, without models."""
 
     def __init__(self, system):
         servers = [psutil.Process(process.pid) for process in (system.registry, system.extractor)]
@@ -141,7 +141,7 @@ class Footprint:
 def test_loads_and_unloads_leave_nothing_behind(start_system, text_llama, n_cycles):
     system = start_system(models_root=text_llama.parent)
     system.add_model(MODEL, text_llama)
-    for _ in range(2):  # What is made once is there.
+    for _ in range(2):  # Things that are made once exist after these.
         measured_bytes(system)
     before = Footprint(system)
 
@@ -152,7 +152,7 @@ def test_loads_and_unloads_leave_nothing_behind(start_system, text_llama, n_cycl
     grown = after.uss_bytes - before.uss_bytes
     print(f"\n{n_cycles} cycles: {grown:,} bytes more, {after.n_descriptors} descriptors after {before.n_descriptors}")  # noqa: T201
     assert grown < 100_000_000
-    # Pools open a connection more or less as they please; what leaks leaks with every cycle.
+    # Pools open a few connections more or less; a leak would add one in every cycle.
     assert after.n_descriptors <= before.n_descriptors + 12
     assert after.n_connections <= before.n_connections + 8
     assert after.n_threads <= before.n_threads + 8

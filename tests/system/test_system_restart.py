@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(240)
 DOCUMENTS = texts(1500, seed=9)
 WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
 NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
-GRACE_S = 5.0  # What fix_system starts the servers with.
+GRACE_S = 5.0  # The grace with which fix_system starts the servers.
 
 
 @pytest.fixture(scope="module")

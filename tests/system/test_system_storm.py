@@ -1,11 +1,11 @@
 """Many readers at once while sockets are cut and runners, extractors and readers killed: every row once, each time.
 
-A run is a reader, with a plan made from its seed: its connections are reset after some bytes, or it is a process that
-is killed at some row and begun again. Meanwhile what serves it is killed, too. HEADRACE_STORM_RUNS says how many runs
-there shall be (in rounds of twelve), HEADRACE_STORM_SEED where to begin.
+A run is a reader with a plan made from its seed: its connections are reset after some bytes, or it is a process that is
+killed at some row and started again. Meanwhile its servers are killed, too. HEADRACE_STORM_RUNS is the number of runs
+(in rounds of twelve), HEADRACE_STORM_SEED the first seed.
 """
 
-# ruff: noqa: T201 -- figures are what the long runs are for
+# ruff: noqa: T201 -- the long runs are made for their figures
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from headrace_client.values import PROVENANCE_COLUMNS, ExtractionState, Retain, 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(400)]
 
 READERS = 12
-EXTRACTIONS = 4  # The last is a WINDOW with one reader, the others are RETAIN and share the rest.
+EXTRACTIONS = 4  # The last is a WINDOW with one reader; the others are RETAIN and share the other readers.
 DOCUMENTS = texts(250, seed=5, longest=8)
 N_RUNS = int(os.environ.get("HEADRACE_STORM_RUNS", "24"))
 FIRST_SEED = int(os.environ.get("HEADRACE_STORM_SEED", "1"))
@@ -39,19 +39,19 @@ WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to one reader."""
+    """The disturbances of one reader."""
 
     seed: int
     transport: str
-    cuts: tuple[int, ...]  # Bytes of a connection.
-    kills: tuple[float, ...]  # Shares of the rows; then it is a process.
-    pause_s: float  # After each chunk.
+    cuts: tuple[int, ...]  # Bytes after which a connection is reset.
+    kills: tuple[float, ...]  # Shares of the rows at which the reader, then a process, is killed.
+    pause_s: float  # Pause after each chunk.
 
     @classmethod
     def of(cls, seed: int) -> Plan:
         dice = random.Random(seed)
         transport = dice.choice(["inline", "inline", "auto"])
-        # A mapped stream brings a few hundred bytes, an inline one half a megabyte.
+        # A mapped stream carries a few hundred bytes, an inline one half a megabyte.
         most_bytes = 300_000 if transport == "inline" else 900
         cuts = tuple(dice.randrange(10, most_bytes) for _ in range(dice.randint(1, 3)))
         kills = sorted(dice.uniform(0.05, 0.9) for _ in range(dice.randint(1, 2)))
@@ -63,7 +63,7 @@ class Plan:
 
 @pytest.fixture(scope="module")
 def quiet(fragile):
-    """What an undisturbed run delivers."""
+    """The digests of an undisturbed run."""
     return read(fragile.client, start(fragile, Retain()))
 
 
@@ -106,7 +106,7 @@ def test_every_reader_has_every_row_once(fragile, supervisor, quiet, tmp_path, n
 
 
 def kill_servers(system, dice: random.Random, over: threading.Event) -> int:
-    """Kills runner or extractor two or three times while there are readers; brings the extractor back."""
+    """Kills runner or extractor two or three times while there are readers; starts the extractor again."""
     n_killed = 0
     for _ in range(dice.randint(2, 3)):
         if over.wait(dice.uniform(0.3, 3.0)):
@@ -123,7 +123,7 @@ def kill_servers(system, dice: random.Random, over: threading.Event) -> int:
 
 
 class Reader:
-    """One run."""
+    """One run: a reader and its disturbances."""
 
     def __init__(self, plan: Plan, address: str, extraction, folder: Path) -> None:
         self.plan = plan
@@ -133,7 +133,7 @@ class Reader:
         self._folder = folder / f"reader-{plan.seed}"
 
     def run(self, n_rows: int) -> dict[str, str]:
-        """Reads to the end through everything; returns digests as `read` does."""
+        """Reads to the end in spite of the disturbances; returns digests as `read` does."""
         return self._as_process(n_rows) if self.plan.kills else self._in_thread()
 
     def _in_thread(self) -> dict[str, str]:

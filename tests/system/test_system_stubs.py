@@ -1,4 +1,4 @@
-"""The contract is enough: generated stubs do the whole job, and reflection tells what there is."""
+"""The contract is enough: generated stubs do the whole job, and reflection lists the services."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backpressure from the consumer to the forward pass, and what is left of a reader that went away."""
+"""Backpressure from the consumer to the forward pass, and the rows that are kept for a reader that went away."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENTS = texts(1500, seed=2)
 WINDOW_BYTES = 1024 * 1024
 ROW_BYTES = 32 * 4 + 3 * 4
 STREAM = "/headrace.extractor.v1.ExtractionService/StreamActivations"
-# Little is read ahead, so that a consumer that stops is one that holds up.
+# The client reads so little ahead that a consumer which stops holds up the forward pass.
 NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
 
 
@@ -40,7 +40,7 @@ def now(system, extraction):
 
 
 def row_bytes_on_disk(path):
-    """Bytes of all segments, less the page that each file has for its header."""
+    """Bytes of all segments, without the page of each file's header."""
     return sum(file.stat().st_size - 4096 for file in Path(path).rglob("*.safetensors*"))
 
 
@@ -68,7 +68,7 @@ def test_a_client_that_stops_reading_stops_the_forward_pass_within_the_window(sy
         assert row_bytes_on_disk(extraction.path) <= WINDOW_BYTES
         assert later.rows_per_s == 0.0
 
-        for chunk in stream:  # It wakes up, and nothing is missing.
+        for chunk in stream:  # The reader wakes up, and no row is missing.
             digest.add(chunk)
     watching.join(PATIENCE_S)
 
@@ -152,7 +152,7 @@ def test_a_client_that_died_may_come_back_at_its_row_within_the_grace(system, re
     assert reader.read_some() > digest.n_rows
     reader.kill()
 
-    # It had released nothing yet. Who comes under its name takes its place: nobody waits for it any more.
+    # It had released no row. A new reader of its name takes its place: the forward pass waits for the new one only.
     again = {"start_row": digest.n_rows, "reader": "the-trainer"}
     with system.client.chunks(extraction, columns_of(extraction), **again, **NARROW) as stream:
         for chunk in stream:
@@ -187,7 +187,7 @@ def next_row_of(out):
 
 
 class ReaderProcess:
-    """A client in a process of its own, which reads a chunk and then nothing more."""
+    """A client in its own process, which reads one chunk and then no more."""
 
     def __init__(self, system, extraction, start_row):
         arguments = [system.registry.address, system.token, extraction.id, str(start_row)]
@@ -196,7 +196,7 @@ class ReaderProcess:
         )
 
     def read_some(self):
-        """Waits for the chunk; returns the row behind it."""
+        """Waits for the chunk; returns the row after it."""
         return int(self._process.stdout.readline())
 
     def kill(self):

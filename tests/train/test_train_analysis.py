@@ -1,4 +1,4 @@
-"""The analysis finds what a direct computation over all rows finds."""
+"""The analysis agrees with a direct computation over all rows."""
 
 import numpy as np
 import pyarrow.parquet as pq

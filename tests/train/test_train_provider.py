@@ -1,4 +1,4 @@
-"""The provider mixes rows, never ends, and gives each batch memory of its own."""
+"""The provider mixes rows, never ends, and gives each batch its own memory."""
 
 import itertools
 
@@ -15,7 +15,7 @@ D = 3
 
 
 def rows(n_rows):
-    """Rows that tell their number."""
+    """Rows with their own number as values."""
     return torch.arange(1.0, n_rows + 1)[:, None].expand(-1, D).clone()
 
 

@@ -1,4 +1,4 @@
-"""Attention sinks and outliers are told from the rows an SAE should learn."""
+"""Attention sinks and outliers are left out of the rows an SAE learns from."""
 
 import pytest
 import torch

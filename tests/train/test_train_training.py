@@ -1,4 +1,4 @@
-"""SAELens' trainer learns planted features from the provider, and what it saves loads as it was."""
+"""SAELens' trainer learns planted features from the provider, and the saved SAE loads unchanged."""
 
 import itertools
 
@@ -79,7 +79,7 @@ def test_every_architecture_loads_from_disk_with_the_same_features(
     trained.sae.eval()
     with torch.no_grad():
         ours, theirs = (sae.decode(sae.encode(held_out)) for sae in (trained.sae, loaded))
-    if architecture == "batchtopk":  # For inference a threshold stands in for the batch.
+    if architecture == "batchtopk":  # At inference a threshold replaces the top k of the batch.
         assert evaluate(loaded, held_out).l0 == pytest.approx(3, rel=0.3)
     else:
         assert torch.allclose(ours, theirs, atol=1e-3)
@@ -117,7 +117,9 @@ def test_ctrl_c_ends_the_training_with_the_sae_as_it_is(training, held_out):
 
     assert trained.interrupted
     assert trained.n_steps == 40
-    assert trainer.activation_scaler.scaling_factor is None  # Folded in, as at the end of a whole training.
+    assert (
+        trainer.activation_scaler.scaling_factor is None
+    )  # The scaling is folded in, as at the end of a whole training.
     assert evaluate(trained.sae, held_out).explained_variance > 0.5
 
 
