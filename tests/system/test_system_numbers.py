@@ -18,9 +18,8 @@ from headrace_client.values import Recipe
 
 pytestmark = pytest.mark.timeout(300)
 
-HOOKPOINTS = [
-    f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS - 1)
-]  # Not the last: transformers gives it only after a norm.
+# Not the last layer: transformers returns its rows only after a norm.
+HOOKPOINTS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS - 1)]
 CONTEXT = 64
 DOCUMENTS = texts(40, seed=8, longest=16)  # Some are longer than a sequence.
 
