@@ -185,7 +185,7 @@ def number(text: str) -> float:
     """Reads a finite number from 0 up."""
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number from 0 up")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
     return value
 
 

@@ -145,7 +145,7 @@ def test_a_bad_size_is_a_usage_error(headrace):
     result = headrace("models", "catalog", "--fits", "much")
 
     assert result.exit_code == 2
-    assert "is no size" in result.stderr
+    assert "is not a size" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
     """Reads `1048576`, `256MiB`, `1.5g` (powers of 1024) or `200MB` (of 1000). ValueError otherwise."""
     match = _SIZE.match(text)
     if match is None:
-        raise ValueError(f"{text!r} is no size: write 1048576, 256MiB or 200MB")
+        raise ValueError(f"{text!r} is not a size: write 1048576, 256MiB or 200MB")
     number, prefix, binary = match.groups()
     base = 1000 if prefix and not binary and text.strip().lower().endswith("b") else 1024
     return int(float(number) * base ** " kmgtp".index(prefix.lower() or " "))
@@ -49,7 +49,7 @@ def parse_duration(text: str) -> float:
     """Reads `90s`, `15m`, `1.5h` or `7d`; returns seconds. ValueError otherwise."""
     match = _DURATION.match(text)
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is no duration: write 90s, 15m, 8h or 7d")
+        raise ValueError(f"{text!r} is not a duration: write 90s, 15m, 8h or 7d")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2].lower()]
 
 
