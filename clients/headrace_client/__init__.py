@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from headrace_client.chunk import ActivationChunk
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import HeadraceError
-from headrace_client.order import ReadOrder, Transport
-from headrace_client.outliers import NormLimit
-from headrace_client.stream import ChunkStream
+from headrace_client.reading.chunk import ActivationChunk
+from headrace_client.reading.stream import ChunkStream
 from headrace_client.values import (
     ActivationSet,
     Corpus,
@@ -22,24 +20,28 @@ from headrace_client.values import (
     Extraction,
     ExtractionState,
     Hookpoint,
+    LongDocuments,
     Model,
     ModelState,
     Node,
+    NormLimit,
     Packing,
     Pin,
     Progress,
     Quantization,
+    ReadOrder,
     Recipe,
     Residency,
     ResidencyEvent,
     Retain,
     TokenPolicy,
+    TokenWindow,
+    Transport,
     Window,
 )
-from headrace_client.windows import LongDocuments, TokenWindow
 
 if TYPE_CHECKING:
-    from headrace_client.tensors import ActivationStream
+    from headrace_client.reading.tensors import ActivationStream
 
 __all__ = [
     "ActivationChunk",
@@ -79,6 +81,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "ActivationStream":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from headrace_client.tensors import ActivationStream  # noqa: PLC0415 - needs torch.
+    from headrace_client.reading.tensors import ActivationStream  # noqa: PLC0415 - needs torch.
 
     return ActivationStream

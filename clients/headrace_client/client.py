@@ -8,27 +8,38 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from headrace_client._convert.extractions import hookpoint_from_pb
-from headrace_client._nodes import Nodes
-from headrace_client._prefetch import StreamOptions
-from headrace_client._transport import DEADLINE_S, SILENCE_S, Endpoint, Security
-from headrace_client._watch import Backoff
 from headrace_client.corpora import Corpora
 from headrace_client.errors import InvalidArgument
-from headrace_client.extractions import Extractions, StreamRequest, default_columns, reader_name, with_scales
+from headrace_client.extractions import Extractions
 from headrace_client.models import Models
-from headrace_client.order import Reading, ReadOrder, Transport
-from headrace_client.outliers import NormLimit
 from headrace_client.pins import Pins
+from headrace_client.reading.columns import default_columns, with_scales
+from headrace_client.reading.prefetch import StreamOptions
+from headrace_client.reading.source import StreamRequest, reader_name
+from headrace_client.reading.stream import ChunkStream
 from headrace_client.residencies import Residencies
+from headrace_client.rpc.convert.extractions import hookpoint_from_pb
+from headrace_client.rpc.endpoint import DEADLINE_S, SILENCE_S, Endpoint, Security
+from headrace_client.rpc.nodes import Nodes
+from headrace_client.rpc.watch import Backoff
 from headrace_client.sets import Sets
-from headrace_client.stream import ChunkStream
-from headrace_client.values import Extraction, Hookpoint, Node, Progress, Window, choice
+from headrace_client.values import (
+    Extraction,
+    Hookpoint,
+    Node,
+    NormLimit,
+    Progress,
+    Reading,
+    ReadOrder,
+    Transport,
+    Window,
+    choice,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from headrace_client.tensors import ActivationStream
+    from headrace_client.reading.tensors import ActivationStream
 
 _QUEUE_BYTES = 64 * 1024 * 1024
 _DECODE_AT_ONCE = 100_000  # The server's limit for one DecodeTokens call.
@@ -200,7 +211,7 @@ class HeadraceClient:
         Shuffled rows (`order`) come in another order in each epoch, from that of `first_epoch` on. For data-parallel
         ranks, `shard` is (rank, world).
         """
-        from headrace_client.tensors import (  # noqa: PLC0415 - torch, for those who ask for tensors.
+        from headrace_client.reading.tensors import (  # noqa: PLC0415 - torch, for those who ask for tensors.
             ActivationStream,
             BatchOptions,
         )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace_client._convert.corpora import (
+from headrace_client.errors import InvalidArgument
+from headrace_client.rpc.convert.corpora import (
     UPLOAD_PIECE_BYTES,
     corpus_from_pb,
     corpus_spec_to_pb,
@@ -17,9 +18,8 @@ from headrace_client._convert.corpora import (
     token_ids_to_pb,
     upload_parts,
 )
-from headrace_client._nodes import Nodes, pages
-from headrace_client._transport import Endpoint, new_request_id
-from headrace_client.errors import InvalidArgument
+from headrace_client.rpc.endpoint import Endpoint, new_request_id
+from headrace_client.rpc.nodes import Nodes, pages
 from headrace_client.values import Corpus
 
 UPLOAD_DEADLINE_S = 3600.0

@@ -6,16 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace_client._convert.memory import advice_from_pb, catalog_entry_from_pb
-from headrace_client._convert.models import model_event_from_pb, model_from_pb, model_to_pb, struct_of
-from headrace_client._convert.validations import attempt_from_pb, step_from_pb
-from headrace_client._nodes import pages
-from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
-from headrace_client._watch import watch
 from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError, InvalidArgument
-from headrace_client.memory import CatalogEntry, MemoryAdvice
-from headrace_client.validation import ValidationAttempt, ValidationStep
-from headrace_client.values import Model, ModelEvent, ModelSource, ModelState, Quantization, choice
+from headrace_client.rpc.convert.memory import advice_from_pb, catalog_entry_from_pb
+from headrace_client.rpc.convert.models import model_event_from_pb, model_from_pb, model_to_pb, struct_of
+from headrace_client.rpc.convert.validations import attempt_from_pb, step_from_pb
+from headrace_client.rpc.endpoint import STREAM_LIFE_S, Endpoint, new_request_id
+from headrace_client.rpc.nodes import pages
+from headrace_client.rpc.server_stream import ServerStream
+from headrace_client.rpc.watch import watch
+from headrace_client.values import (
+    CatalogEntry,
+    MemoryAdvice,
+    Model,
+    ModelEvent,
+    ModelSource,
+    ModelState,
+    Quantization,
+    ValidationAttempt,
+    ValidationStep,
+    choice,
+)
 
 
 class Models:

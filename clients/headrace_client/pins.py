@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 
-from headrace_client._convert.residencies import pin_from_pb, pin_to_pb
-from headrace_client._nodes import pages
-from headrace_client._transport import Endpoint, new_request_id
+from headrace_client.rpc.convert.residencies import pin_from_pb, pin_to_pb
+from headrace_client.rpc.endpoint import Endpoint, new_request_id
+from headrace_client.rpc.nodes import pages
 from headrace_client.values import Pin
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headrace_client._convert.residencies import residency_event_from_pb, residency_from_pb
-from headrace_client._nodes import Nodes
-from headrace_client._transport import STREAM_LIFE_S, Endpoint, ServerStream, new_request_id
-from headrace_client._watch import watch
+from headrace_client.rpc.convert.residencies import residency_event_from_pb, residency_from_pb
+from headrace_client.rpc.endpoint import STREAM_LIFE_S, Endpoint, new_request_id
+from headrace_client.rpc.nodes import Nodes
+from headrace_client.rpc.server_stream import ServerStream
+from headrace_client.rpc.watch import watch
 from headrace_client.values import Residency, ResidencyEvent
 
 

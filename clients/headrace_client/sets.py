@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from headrace_client._convert import sets as convert
-from headrace_client._nodes import pages
-from headrace_client._transport import Endpoint, new_request_id
+from headrace_client.rpc.convert import sets as convert
+from headrace_client.rpc.endpoint import Endpoint, new_request_id
+from headrace_client.rpc.nodes import pages
 from headrace_client.values import ActivationSet
 
 # Any time that is past ends a pin.

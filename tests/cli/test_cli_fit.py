@@ -9,8 +9,7 @@ from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
-from headrace_client.memory import Fit
-from headrace_client.values import Quantization
+from headrace_client.values import Fit, Quantization
 
 GB = 10**9
 

@@ -14,7 +14,7 @@ from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace_cli.app import app
 from headrace_cli.pulling.pull import Pull
 from headrace_cli.settings import Defaults
-from headrace_client.order import Reading
+from headrace_client.values import Reading
 
 SHUFFLED = ["--order", "shuffled", "--seed", "7", "--epoch", "2", "--block-rows", "50"]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace_client.contexts import ContextCutter
+from headrace_client.integrations.contexts import ContextCutter
 
 
 def table(lengths):

@@ -8,7 +8,7 @@ import pytest
 
 from headrace.registry.v1 import model_pb2, model_service_pb2
 from headrace_client import errors
-from headrace_client._transport import Endpoint, Security
+from headrace_client.rpc.endpoint import Endpoint, Security
 
 SERVICE = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
 

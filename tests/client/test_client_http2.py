@@ -16,8 +16,8 @@ import pytest
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT
 from headrace.extractor.v1 import extraction_service_pb2_grpc as service_grpc
 from headrace_client import errors
-from headrace_client._http2 import CallFailed, SocketCall, connect
-from headrace_client._transport import Endpoint, Security
+from headrace_client.rpc.endpoint import Endpoint, Security
+from headrace_client.rpc.http2 import CallFailed, SocketCall, connect
 
 DEADLINE_S = 10.0
 WINDOW_BYTES = 16 * 1024 * 1024

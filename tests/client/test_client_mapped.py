@@ -10,7 +10,7 @@ import torch
 
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from headrace_client import errors
-from headrace_client._watch import Backoff
+from headrace_client.rpc.watch import Backoff
 from headrace_log.holding import HOLD_NAME
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
 from headrace_log.manifest import Manifest

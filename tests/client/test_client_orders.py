@@ -14,10 +14,10 @@ from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace_client import errors
-from headrace_client import stream as stream_module
-from headrace_client._watch import Backoff
-from headrace_client.outliers import NormLimit
-from headrace_client.waits import Bottleneck, Waited, shared_out
+from headrace_client.reading import stream as stream_module
+from headrace_client.reading.waits import Waited, shared_out
+from headrace_client.rpc.watch import Backoff
+from headrace_client.values import Bottleneck, NormLimit
 
 BLOCK = 32
 SHUFFLED = {"order": "shuffled", "seed": 9, "block_rows": BLOCK}

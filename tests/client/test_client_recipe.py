@@ -4,7 +4,7 @@ import pytest
 
 from headrace.extractor.v1 import extraction_pb2 as pb
 from headrace_client import LongDocuments, Recipe, TokenWindow, errors
-from headrace_client._convert.recipes import recipe_from_pb, recipe_to_pb
+from headrace_client.rpc.convert.recipes import recipe_from_pb, recipe_to_pb
 from headrace_extractor.corpora.recipe import Recipe as ServerRecipe
 from headrace_extractor.corpora.recipe import TokenWindow as ServerWindow
 from headrace_extractor.rpc.convert import extractions as server

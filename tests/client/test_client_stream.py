@@ -13,10 +13,11 @@ from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault
 from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import HeadraceClient, _prefetch, _queue, errors
-from headrace_client._http2 import SocketCall
-from headrace_client._watch import Backoff
-from headrace_client.extractions import RELEASE_DEADLINE_S
+from headrace_client import HeadraceClient, errors
+from headrace_client.reading import chunk_queue, prefetch
+from headrace_client.reading.source import RELEASE_DEADLINE_S
+from headrace_client.rpc.http2 import SocketCall
+from headrace_client.rpc.watch import Backoff
 from headrace_client.values import StreamState
 
 FAST = Backoff(first_s=0.01, most_s=0.05)
@@ -164,7 +165,7 @@ def test_a_server_that_never_speaks_is_a_typed_error(client, scripted_extractor)
 
 def test_progress_keeps_a_stream_without_rows_alive():
     now = [0.0]
-    outage = _prefetch.Outage(deadline_s=10, backoff=FAST, clock=lambda: now[0])
+    outage = prefetch.Outage(deadline_s=10, backoff=FAST, clock=lambda: now[0])
     gone = errors.RunnerLost("gone")
 
     for _ in range(5):
@@ -293,7 +294,7 @@ def test_a_full_queue_keeps_the_connection_alive(client, scripted_extractor, mon
     tended = threading.Semaphore(0)
     tend = SocketCall.tend
     monkeypatch.setattr(SocketCall, "tend", lambda call: (tend(call), tended.release()))
-    monkeypatch.setattr(_queue, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(chunk_queue, "_PAUSE_S", 0.01)
 
     with client.chunks(EXTRACTION_ID, queue_bytes=1) as stream:
         for _ in range(3):

@@ -8,9 +8,10 @@ import torch
 
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import errors, tensors
+from headrace_client import errors
 from headrace_client.integrations.sae_lens import data_provider
-from headrace_client.outliers import NormLimit
+from headrace_client.reading import tensors
+from headrace_client.values import NormLimit
 
 
 def expected(extractor, name=HOOKPOINT):

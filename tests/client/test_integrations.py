@@ -21,7 +21,7 @@ from headrace_client.errors import DataLoss, FailedPrecondition, InvalidArgument
 from headrace_client.integrations import dictionary_learning as for_dictionary_learning
 from headrace_client.integrations import sae_lens as for_sae_lens
 from headrace_client.integrations import sparsify as for_sparsify
-from headrace_client.scaling import dictionary_learning_norm, sae_lens_factor
+from headrace_client.reading.scaling import dictionary_learning_norm, sae_lens_factor
 from headrace_client.values import Column, ColumnStatistics, Dtype, StreamHeader
 
 BATCH = 50

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headrace.extractor.v1 import extraction_service_pb2 as pb
-from headrace_client._convert.streams import header_from_pb
+from headrace_client.rpc.convert.streams import header_from_pb
 from headrace_extractor.rpc.convert.statistics import MAX_VECTOR_BYTES, statistics_to_pb
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
 from headrace_log.manifest import Manifest

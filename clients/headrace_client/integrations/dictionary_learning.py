@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from headrace_client.client import HeadraceClient
-from headrace_client.scaling import dictionary_learning_norm
-from headrace_client.tensors import ActivationStream
+from headrace_client.reading.scaling import dictionary_learning_norm
+from headrace_client.reading.tensors import ActivationStream
 from headrace_client.values import Extraction
 
 

@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 
 from headrace_client.client import HeadraceClient
-from headrace_client.scaling import sae_lens_factor
-from headrace_client.tensors import ActivationStream
+from headrace_client.reading.scaling import sae_lens_factor
+from headrace_client.reading.tensors import ActivationStream
 from headrace_client.values import Extraction
 
 # The one way of SAELens to normalise that a factor is estimated for.

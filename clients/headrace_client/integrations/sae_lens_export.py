@@ -17,8 +17,8 @@ from uuid import uuid4
 import torch
 
 from headrace_client.client import HeadraceClient
-from headrace_client.contexts import ContextCutter, Table
 from headrace_client.errors import HeadraceError, InvalidArgument
+from headrace_client.integrations.contexts import ContextCutter, Table
 from headrace_client.values import PROVENANCE_COLUMNS, Extraction
 
 # datasets reads a file whole into the address space only; half a gigabyte is what it writes itself.

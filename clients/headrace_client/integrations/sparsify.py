@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import DataLoss, InvalidArgument
-from headrace_client.tensors import ActivationStream
+from headrace_client.reading.tensors import ActivationStream
 from headrace_client.values import PROVENANCE_COLUMNS, Extraction
 
 _SITES = {"hook_resid_post": "", "hook_mlp_out": ".mlp", "hook_attn_out": ".attn"}

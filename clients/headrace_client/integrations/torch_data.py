@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import InvalidArgument
-from headrace_client.tensors import ActivationStream
+from headrace_client.reading.tensors import ActivationStream
 
 # What decides, with the rank and the workers, which rows make which batch. `first_epoch` does too, but is set anew for
 # each epoch, maybe after the state was loaded.

@@ -13,24 +13,53 @@ from headrace_client.values.extractions import (
     Retention,
     Window,
 )
-from headrace_client.values.models import Architecture, Model, ModelEvent, ModelSource, ModelState, Quantization
-from headrace_client.values.recipes import Corpus, Packing, Recipe, TokenPolicy
+from headrace_client.values.memory import (
+    CatalogBatch,
+    CatalogEntry,
+    CatalogMemory,
+    Fit,
+    MemoryAdvice,
+    MemoryEstimate,
+    Placement,
+)
+from headrace_client.values.models import (
+    Architecture,
+    Fidelity,
+    LayerFidelity,
+    Model,
+    ModelEvent,
+    ModelSource,
+    ModelState,
+    Quantization,
+)
+from headrace_client.values.outliers import NormLimit
+from headrace_client.values.reading import PLAIN, Reading, ReadOrder, Transport
+from headrace_client.values.receipts import ColumnParity, ParityReceipt
+from headrace_client.values.recipes import Corpus, LongDocuments, Packing, Recipe, TokenPolicy, TokenWindow
 from headrace_client.values.residencies import Device, Node, NodeState, Pin, Residency, ResidencyEvent, ResidencyState
 from headrace_client.values.sets import ActivationSet, SetPin
 from headrace_client.values.streams import (
     PROVENANCE_COLUMNS,
+    Bottleneck,
     Column,
     ColumnStatistics,
     Progress,
     StreamHeader,
     StreamState,
 )
+from headrace_client.values.validations import StepState, ValidationAttempt, ValidationStep
 
 __all__ = [
+    "PLAIN",
     "PROVENANCE_COLUMNS",
     "ActivationSet",
     "Architecture",
+    "Bottleneck",
+    "CatalogBatch",
+    "CatalogEntry",
+    "CatalogMemory",
     "Column",
+    "ColumnParity",
     "ColumnStatistics",
     "Corpus",
     "Device",
@@ -40,18 +69,29 @@ __all__ = [
     "ExtractionEvent",
     "ExtractionState",
     "Failure",
+    "Fidelity",
+    "Fit",
     "Hookpoint",
+    "LayerFidelity",
+    "LongDocuments",
+    "MemoryAdvice",
+    "MemoryEstimate",
     "Model",
     "ModelEvent",
     "ModelSource",
     "ModelState",
     "Node",
     "NodeState",
+    "NormLimit",
     "Packing",
+    "ParityReceipt",
     "Pin",
+    "Placement",
     "Progress",
     "Quantization",
+    "ReadOrder",
     "ReaderStatus",
+    "Reading",
     "Recipe",
     "Residency",
     "ResidencyEvent",
@@ -59,10 +99,15 @@ __all__ = [
     "Retain",
     "Retention",
     "SetPin",
+    "StepState",
     "StreamHeader",
     "StreamState",
     "TokenPolicy",
+    "TokenWindow",
     "Transfer",
+    "Transport",
+    "ValidationAttempt",
+    "ValidationStep",
     "Window",
     "choice",
 ]

@@ -7,8 +7,8 @@ from datetime import datetime
 from enum import StrEnum
 
 from headrace_client.errors import InvalidArgument
-from headrace_client.receipts import ParityReceipt
 from headrace_client.values.common import Failure, Transfer
+from headrace_client.values.receipts import ParityReceipt
 from headrace_client.values.recipes import Recipe
 
 _MIB = 1024 * 1024

@@ -8,7 +8,6 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from headrace_client.fidelity import Fidelity
 from headrace_client.values.common import Failure, Transfer
 
 
@@ -64,6 +63,27 @@ class Architecture:
     vocab_size: int
     context_window: int
     tied_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFidelity:
+    """How far the residual stream behind a layer is from the unquantized model's, over all positions.
+
+    `cosine` is the mean over positions, `relative_error` the norm of the difference by the norm of the reference.
+    """
+
+    layer: int
+    cosine: float
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """A quantized model compared with the unquantized one in `reference_dtype`, on a fixed text of `n_tokens`."""
+
+    reference_dtype: str
+    n_tokens: int
+    layers: tuple[LayerFidelity, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,10 @@ from enum import StrEnum
 
 from headrace_client.values.common import Dtype
 from headrace_client.values.extractions import ExtractionState
-from headrace_client.waits import Bottleneck, bottleneck
 
 PROVENANCE_COLUMNS = ("token_id", "document", "position")
+# Less than this share of the time spent on waiting is no bottleneck worth naming.
+_NOTABLE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,25 @@ class StreamState(StrEnum):
     WAITING = "WAITING"
     RECONNECTING = "RECONNECTING"
     ENDED = "ENDED"
+
+
+class Bottleneck(StrEnum):
+    """What a faster stream would need.
+
+    EXTRACTOR: rows are handed out as fast as they are computed. NETWORK: rows that exist are on their way, through the
+    server, the connection or the disk. CONSUMER: rows are there before they are asked for.
+    """
+
+    EXTRACTOR = "extractor"
+    NETWORK = "network"
+    CONSUMER = "consumer"
+
+
+def bottleneck(*, extractor_wait: float, network_wait: float) -> Bottleneck:
+    """Judges by the shares of recent time for which the consumer waited."""
+    if extractor_wait + network_wait < _NOTABLE:
+        return Bottleneck.CONSUMER
+    return Bottleneck.EXTRACTOR if extractor_wait >= network_wait else Bottleneck.NETWORK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
     from headrace_client import HeadraceClient
-    from headrace_client.memory import CatalogEntry
+    from headrace_client.values import CatalogEntry
 
 _FORMS = ("bfloat16", "int8", "int4")  # Each has a column with the memory it takes.
 

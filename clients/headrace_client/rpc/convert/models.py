@@ -1,0 +1,114 @@
+"""Between messages about models and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+
+from headrace.registry.v1 import model_pb2 as model_pb
+from headrace.registry.v1 import model_service_pb2 as models_pb
+from headrace_client import values as v
+from headrace_client.rpc.convert.common import failure_from_pb, time_from_pb, transfer_from_pb
+from headrace_client.rpc.convert.enums import choice_of, state_of
+from headrace_client.values import Fidelity, LayerFidelity
+
+
+def model_from_pb(pb: model_pb.Model) -> v.Model:
+    """Reads a model."""
+    return v.Model(
+        id=pb.id,
+        source=_source_from_pb(pb.source),
+        state=state_of(model_pb.ModelState, "MODEL_STATE_", pb.state, v.ModelState),
+        commit_sha=pb.commit_sha,
+        quantization=quantization_from_pb(pb.quantization),
+        load_options=MessageToDict(pb.load_options),
+        labels=dict(pb.labels),
+        failure=failure_from_pb(pb),
+        transfer=transfer_from_pb(pb),
+        architecture=_architecture_from_pb(pb.architecture) if pb.HasField("architecture") else None,
+        n_parameters=pb.n_parameters,
+        weight_bytes=pb.weight_bytes,
+        parameters_by_dtype=dict(pb.parameters_by_dtype),
+        files_path=pb.files_path,
+        tokenizer_digest=pb.tokenizer_digest,
+        etag=pb.etag,
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
+        fidelity=_fidelity_from_pb(pb.fidelity) if pb.HasField("fidelity") else None,
+        store_bytes=pb.store_bytes,
+        last_used_time=time_from_pb(pb, "last_used_time"),
+    )
+
+
+def struct_of(options: Mapping[str, Any]) -> Struct:
+    """A JSON object."""
+    struct = Struct()
+    struct.update(dict(options))
+    return struct
+
+
+def quantization_from_pb(number: int) -> v.Quantization:
+    """A quantization; NONE for one that this client does not know."""
+    return choice_of(model_pb.Quantization, "QUANTIZATION_", number, v.Quantization, v.Quantization.NONE)
+
+
+def _fidelity_from_pb(pb: model_pb.Fidelity) -> Fidelity:
+    layers = tuple(
+        LayerFidelity(layer=each.layer, cosine=each.cosine, relative_error=each.relative_error) for each in pb.layers
+    )
+    return Fidelity(reference_dtype=pb.reference_dtype, n_tokens=pb.n_tokens, layers=layers)
+
+
+def _source_from_pb(pb: model_pb.ModelSource) -> v.ModelSource:
+    kind = pb.WhichOneof("source")
+    if kind == "hub":
+        return v.ModelSource(kind="hub", location=pb.hub.repo_id, revision=pb.hub.revision)
+    return v.ModelSource(kind=kind or "unknown", location=getattr(pb, kind).path if kind else "")
+
+
+def _architecture_from_pb(pb: model_pb.Architecture) -> v.Architecture:
+    return v.Architecture(
+        **{field.name: getattr(pb, field.name) for field in pb.DESCRIPTOR.fields if _known(field.name)}
+    )
+
+
+def _known(field: str) -> bool:
+    return field in v.Architecture.__dataclass_fields__
+
+
+def model_to_pb(
+    *,
+    source: v.ModelSource,
+    model_id: str,
+    quantization: v.Quantization,
+    load_options: dict[str, Any],
+    labels: dict[str, str],
+) -> model_pb.Model:
+    """Builds what RegisterModel reads of a model."""
+    pb = model_pb.Model(
+        id=model_id, quantization=model_pb.Quantization.Value(f"QUANTIZATION_{quantization.name}"), labels=labels
+    )
+    if source.kind == "hub":
+        pb.source.hub.repo_id = source.location
+        pb.source.hub.revision = source.revision
+    else:
+        getattr(pb.source, source.kind).path = source.location
+    if load_options:
+        pb.load_options.update(load_options)
+    return pb
+
+
+def model_event_from_pb(pb: models_pb.WatchModelResponse) -> v.ModelEvent | None:
+    """Reads an event; None for a heartbeat."""
+    if pb.heartbeat:
+        return None
+    return v.ModelEvent(
+        seq=pb.seq,
+        model=model_from_pb(pb.model),
+        message=pb.message,
+        snapshot=pb.snapshot,
+        time=time_from_pb(pb, "time"),
+    )

@@ -1,0 +1,75 @@
+"""Between messages about recipes and values."""
+
+from __future__ import annotations
+
+from headrace.common.v1 import dtype_pb2
+from headrace.extractor.v1 import extraction_pb2 as extraction_pb
+from headrace_client import values as v
+from headrace_client.rpc.convert.common import dtype_from_pb
+from headrace_client.rpc.convert.enums import choice_of
+from headrace_client.values import LongDocuments, TokenWindow
+
+
+def recipe_from_pb(pb: extraction_pb.Recipe) -> v.Recipe:
+    """Reads a recipe, defaults filled in."""
+    return v.Recipe(
+        context_size=pb.context_size or 256,
+        packing=choice_of(extraction_pb.Packing, "PACKING_", pb.packing, v.Packing, v.Packing.PACKED),
+        attend_across_documents=pb.attend_across_documents,
+        bos=choice_of(extraction_pb.BosPolicy, "BOS_POLICY_", pb.bos, v.TokenPolicy, v.TokenPolicy.DOCUMENT),
+        eos=choice_of(extraction_pb.EosPolicy, "EOS_POLICY_", pb.eos, v.TokenPolicy, v.TokenPolicy.NONE),
+        drop_special_tokens=pb.drop_special_tokens,
+        drop_first_positions=pb.drop_first_positions,
+        batch_size=pb.batch_size or 4,
+        storage_dtype=dtype_from_pb(pb.storage_dtype, v.Dtype.FLOAT32),
+        long_documents=long_documents_from_pb(pb),
+        window=window_from_pb(pb),
+        chat_template=pb.chat_template,
+    )
+
+
+def recipe_to_pb(recipe: v.Recipe) -> extraction_pb.Recipe:
+    """Builds a recipe."""
+    return extraction_pb.Recipe(
+        context_size=recipe.context_size,
+        packing=extraction_pb.Packing.Value(f"PACKING_{recipe.packing.name}"),
+        attend_across_documents=recipe.attend_across_documents,
+        bos=extraction_pb.BosPolicy.Value(f"BOS_POLICY_{recipe.bos.name}"),
+        eos=extraction_pb.EosPolicy.Value(f"EOS_POLICY_{recipe.eos.name}"),
+        drop_special_tokens=recipe.drop_special_tokens,
+        drop_first_positions=recipe.drop_first_positions,
+        batch_size=recipe.batch_size,
+        storage_dtype=dtype_pb2.Dtype.Value(f"DTYPE_{recipe.storage_dtype.name}"),
+        long_documents=long_documents_to_pb(recipe.long_documents),
+        window=window_to_pb(recipe.window),
+        chat_template=recipe.chat_template,
+    )
+
+
+_LONG_DOCUMENTS = {
+    extraction_pb.LONG_DOCUMENTS_SPLIT: LongDocuments.SPLIT,
+    extraction_pb.LONG_DOCUMENTS_TRUNCATE: LongDocuments.TRUNCATE,
+}
+
+
+def long_documents_from_pb(pb: extraction_pb.Recipe) -> LongDocuments | None:
+    """Reads what happens to long documents; None: what the packing does by default."""
+    return _LONG_DOCUMENTS.get(pb.long_documents)
+
+
+def long_documents_to_pb(value: LongDocuments | None) -> extraction_pb.LongDocuments.ValueType:
+    """Inverse of `long_documents_from_pb`."""
+    return next(
+        (number for number, known in _LONG_DOCUMENTS.items() if known == value),
+        extraction_pb.LONG_DOCUMENTS_UNSPECIFIED,
+    )
+
+
+def window_from_pb(pb: extraction_pb.Recipe) -> TokenWindow | None:
+    """Reads the window of a recipe."""
+    return TokenWindow(pb.window.start, pb.window.end) if pb.HasField("window") else None
+
+
+def window_to_pb(window: TokenWindow | None) -> extraction_pb.TokenWindow | None:
+    """Builds a window."""
+    return None if window is None else extraction_pb.TokenWindow(start=window.start, end=window.end)

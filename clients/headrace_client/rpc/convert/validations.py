@@ -1,0 +1,42 @@
+"""Messages about fidelity and validations, as values."""
+
+from __future__ import annotations
+
+from google.protobuf.json_format import MessageToDict
+
+from headrace.registry.v1 import model_pb2 as model_pb
+from headrace_client.rpc.convert.common import failure_from_pb, time_from_pb
+from headrace_client.rpc.convert.models import quantization_from_pb
+from headrace_client.values import StepState, ValidationAttempt, ValidationStep
+
+
+def attempt_from_pb(pb: model_pb.ValidationAttempt) -> ValidationAttempt:
+    """Reads an attempt."""
+    return ValidationAttempt(
+        id=pb.id,
+        model_id=pb.model_id,
+        node_id=pb.node_id,
+        device_id=pb.device_id,
+        quantization=quantization_from_pb(pb.quantization),
+        load_options=MessageToDict(pb.load_options),
+        steps=tuple(step_from_pb(step) for step in pb.steps),
+        done=pb.done,
+        passed=pb.passed,
+        failure=failure_from_pb(pb),
+        versions=dict(pb.versions),
+        create_time=time_from_pb(pb, "create_time"),
+        update_time=time_from_pb(pb, "update_time"),
+    )
+
+
+def step_from_pb(pb: model_pb.ValidationStep) -> ValidationStep:
+    """Reads a step."""
+    known = model_pb.ValidationStepState.DESCRIPTOR.values_by_number
+    name = known[pb.state].name.removeprefix("VALIDATION_STEP_STATE_") if pb.state in known else ""
+    return ValidationStep(
+        name=pb.name,
+        state=StepState(name) if name in StepState.__members__ else StepState.UNKNOWN,
+        message=pb.message,
+        seconds=pb.seconds,
+        figures=dict(pb.figures),
+    )

@@ -1,0 +1,95 @@
+"""What memory a model takes in each form, where it fits, and the catalog of curated models. Sizes are in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from headrace_client.values.models import Quantization
+
+
+class Fit(StrEnum):
+    """Whether a model has room on a device."""
+
+    RESIDENT = "RESIDENT"
+    FREE = "FREE"
+    AFTER_EVICTION = "AFTER_EVICTION"
+    BUSY = "BUSY"
+    NEVER = "NEVER"
+    UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What loading a model would mean on one device; `max_batch_size` is for the workload's context and hookpoints."""
+
+    node_id: str
+    device_id: str
+    fit: Fit
+    required_bytes: int
+    evicted_model_ids: tuple[str, ...]
+    max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """A model in one form: its quantization, and the dtype of what is not quantized.
+
+    `overhead_bytes` holds `runtime_bytes`, an empty runner, and `workload_bytes`, the activations of a forward pass.
+    `measured` says that a load measured weights and runtime. `placements` are sorted, the best first.
+    """
+
+    quantization: Quantization
+    dtype: str
+    weight_bytes: int
+    overhead_bytes: int
+    runtime_bytes: int
+    workload_bytes: int
+    total_bytes: int
+    measured: bool
+    fits_on: tuple[str, ...]
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAdvice:
+    """A model in every form; `recommended` is the most exact with room somewhere, None if there is none."""
+
+    estimates: tuple[MemoryEstimate, ...]
+    recommended: MemoryEstimate | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogMemory:
+    """What a curated model takes at rest in one form."""
+
+    quantization: Quantization
+    dtype: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogBatch:
+    """The largest batch for a size of memory at 1024 tokens and one hookpoint, and the form that allows it."""
+
+    memory_bytes: int
+    batch_size: int
+    quantization: Quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """One curated model."""
+
+    name: str
+    repo_id: str
+    model_type: str
+    n_parameters: int
+    n_layers: int
+    d_model: int
+    context_window: int
+    probe_layers: tuple[int, ...]
+    categories: tuple[str, ...]
+    gated: bool
+    memory: tuple[CatalogMemory, ...]
+    batches: tuple[CatalogBatch, ...]

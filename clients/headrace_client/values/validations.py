@@ -1,0 +1,52 @@
+"""Attempts of the test profile: which load options worked, with which versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from headrace_client.values.common import Failure
+from headrace_client.values.models import Quantization
+
+
+class StepState(StrEnum):
+    """How a step ended, or that it has not."""
+
+    RUNNING = "RUNNING"
+    PASSED = "PASSED"
+    FAILED = "FAILED"
+    SKIPPED = "SKIPPED"
+    UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationStep:
+    """One step: `dry_load`, `load`, `forward`, `finite`, `parity`, `unload` or `memory_back`."""
+
+    name: str
+    state: StepState
+    message: str = ""
+    seconds: float = 0.0
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationAttempt:
+    """One run of the test profile; `passed` once it is done and no step failed."""
+
+    id: str
+    model_id: str
+    node_id: str
+    device_id: str
+    quantization: Quantization
+    load_options: Mapping[str, Any]
+    steps: tuple[ValidationStep, ...]
+    done: bool
+    passed: bool
+    failure: Failure | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    create_time: datetime | None = None
+    update_time: datetime | None = None
