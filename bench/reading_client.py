@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from bench.processes import answer, questions
 from bench.replay import EXTRACTION_ID, HOOKPOINT, runs
-from headrace_client import HeadraceClient
+from headrace_client import HeadraceClient, Reading, StreamTuning
 from headrace_log.manifest import Manifest
 
 BATCH_SIZE = 4096
@@ -25,11 +24,10 @@ BATCH_SIZE = 4096
 def streamed(client: HeadraceClient, side: str) -> Iterator[torch.Tensor]:
     """Yields batches as a trainer gets them."""
     transport, _, how = side.partition(" ")
-    options: dict[str, Any] = {"order": "shuffled", "seed": 1} if how == "shuffled" else {}
-    if how == "views":
-        options["copy"] = False
+    reading = Reading(order="shuffled", seed=1) if how == "shuffled" else Reading()
+    tuning = StreamTuning(transport=transport, copy=how != "views")
     with client.activations(
-        EXTRACTION_ID, columns=HOOKPOINT, batch_size=BATCH_SIZE, transport=transport, **options
+        EXTRACTION_ID, columns=HOOKPOINT, batch_size=BATCH_SIZE, reading=reading, tuning=tuning
     ) as stream:
         yield from stream
         assert stream.header.mapped == (transport == "mapped")

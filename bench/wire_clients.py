@@ -18,11 +18,12 @@ from bench.replay import CHUNK_BYTES, EXTRACTION_ID, HOOKPOINT, touch
 def headrace(address: str, n_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
     """The Python client, as on another machine: rows in messages."""
     del n_bytes, chunk_bytes
-    from headrace_client import HeadraceClient  # noqa: PLC0415 -- each process imports what it measures
+    from headrace_client import HeadraceClient, StreamTuning  # noqa: PLC0415 -- each process imports what it measures
 
+    tuning = StreamTuning(chunk_bytes=CHUNK_BYTES, transport="inline")
     with (
         HeadraceClient.connect(extractor=address) as client,
-        client.chunks(EXTRACTION_ID, HOOKPOINT, chunk_bytes=CHUNK_BYTES, transport="inline") as stream,
+        client.chunks(EXTRACTION_ID, HOOKPOINT, tuning=tuning) as stream,
     ):
         for chunk in stream:
             yield chunk.buffers[0]

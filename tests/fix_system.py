@@ -33,7 +33,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from fix_runner import save_model
-from headrace_client import HeadraceClient
+from headrace_client import HeadraceClient, StreamTuning
 from headrace_client.values import PROVENANCE_COLUMNS, Recipe
 
 N_LAYERS = 4
@@ -394,10 +394,11 @@ def columns_of(extraction) -> tuple[str, ...]:
     return (*PROVENANCE_COLUMNS, *extraction.hookpoints)
 
 
-def read(client, extraction, *, on_rows=lambda n_rows: None, chunk_bytes=16_384, **options):
-    """Reads all rows of all columns; calls `on_rows` with the count after each chunk."""
+def read(client, extraction, *, on_rows=lambda n_rows: None, chunk_bytes=16_384, **tuning):
+    """Reads all rows of all columns; calls `on_rows` with the count after each chunk. `tuning` is a StreamTuning's."""
     digest = Digest()
-    with client.chunks(extraction, columns_of(extraction), chunk_bytes=chunk_bytes, **options) as stream:
+    tuned = StreamTuning(chunk_bytes=chunk_bytes, **tuning)
+    with client.chunks(extraction, columns_of(extraction), tuning=tuned) as stream:
         for chunk in stream:
             digest.add(chunk)
             on_rows(digest.n_rows)

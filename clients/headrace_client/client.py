@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,35 +15,21 @@ from headrace_client.extractions import Extractions
 from headrace_client.models import Models
 from headrace_client.pins import Pins
 from headrace_client.reading.columns import default_columns, with_scales
-from headrace_client.reading.prefetch import StreamOptions
 from headrace_client.reading.source import StreamRequest, reader_name
 from headrace_client.reading.stream import ChunkStream
 from headrace_client.residencies import Residencies
 from headrace_client.rpc.convert.extractions import hookpoint_from_pb
-from headrace_client.rpc.endpoint import DEADLINE_S, SILENCE_S, Endpoint, Security
+from headrace_client.rpc.endpoint import DEADLINE_S, Endpoint, Security
 from headrace_client.rpc.nodes import Nodes
-from headrace_client.rpc.watch import Backoff
 from headrace_client.sets import Sets
-from headrace_client.values import (
-    Extraction,
-    Hookpoint,
-    Node,
-    NormLimit,
-    Progress,
-    Reading,
-    ReadOrder,
-    Transport,
-    Window,
-    choice,
-)
+from headrace_client.values import DEFAULT_TUNING, PLAIN, Extraction, Hookpoint, Node, Progress, Reading, StreamTuning
 
 if TYPE_CHECKING:
     import torch
 
     from headrace_client.reading.tensors import ActivationStream
 
-_QUEUE_BYTES = 64 * 1024 * 1024
-_DECODE_AT_ONCE = 100_000  # The server's limit for one DecodeTokens call.
+_MOST_TOKENS_PER_CALL = 100_000  # The server's limit for one DecodeTokens call.
 
 
 class HeadraceClient:
@@ -81,7 +68,8 @@ class HeadraceClient:
         turns TLS on, for all servers. `deadline_s` holds for every call that has no deadline of its own.
         """
         for name, address in (("registry", registry), ("extractor", extractor)):
-            if address is not None and not _is_address(address):
+            host, _, port = (address or "").rpartition(":")
+            if address is not None and not (host and port.isdigit() and int(port) <= 65535):
                 raise InvalidArgument(f"{name} is host:port, not {address!r}", fields={name: address})
         security = Security.load(token, ca_file)
 
@@ -115,8 +103,8 @@ class HeadraceClient:
         """Turns token ids into text, one string per id."""
         endpoint = self._nodes.endpoint(self._nodes.pick(model_id=model))
         texts: list[str] = []
-        for at in range(0, len(ids), _DECODE_AT_ONCE):
-            some = [int(token) for token in ids[at : at + _DECODE_AT_ONCE]]
+        for at in range(0, len(ids), _MOST_TOKENS_PER_CALL):
+            some = [int(token) for token in ids[at : at + _MOST_TOKENS_PER_CALL]]
             texts += endpoint.unary("ExtractionService.DecodeTokens", model_id=model, token_ids=some).texts
         return texts
 
@@ -127,138 +115,79 @@ class HeadraceClient:
         *,
         start_row: int = 0,
         end_row: int = 0,
-        chunk_bytes: int = 0,
-        queue_bytes: int = _QUEUE_BYTES,
-        silence_s: float = SILENCE_S,
-        reconnect_deadline_s: float = 120.0,
-        backoff: Backoff | None = None,
         reader: str = "",
-        order: ReadOrder | str = ReadOrder.SEQUENTIAL,
-        seed: int = 0,
-        epoch: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        block_rows: int = 0,
-        transport: Transport | str = Transport.AUTO,
+        reading: Reading = PLAIN,
+        tuning: StreamTuning = DEFAULT_TUNING,
     ) -> ChunkStream:
         """Streams rows as numpy views, chunk by chunk; see ChunkStream.
 
-        `columns` None: the extraction's hookpoints. `end_row` 0: all the extraction will have. `queue_bytes` bounds
-        what is read ahead. A server that says nothing for `silence_s` is given up and connected again. For `order`,
-        `seed`, `epoch`, `shard` and `block_rows` see Reading: with them, rows are counted in places of that order.
+        `columns` None stands for the extraction's hookpoints, `end_row` 0 for all the rows that it will have. Where
+        `reading` has an order or a shard, both rows are places in that order. A WINDOW extraction keeps the rows that a
+        reader has not released, for a stream with the same `reader`; without a name each stream gets one of its own.
         """
-        reading = Reading(
-            order=choice(ReadOrder, str(order), "order"),
-            seed=seed,
-            epoch=epoch,
-            shard=shard,
-            block_rows=block_rows,
-        )
+        if reading.mix_blocks or reading.norm_limit is not None:
+            raise InvalidArgument(
+                "chunks hold rows as they are stored: mix_blocks and norm_limit are for `activations`",
+                fields={"reading": "mix_blocks, norm_limit"},
+            )
         known = self.extractions.get(extraction) if isinstance(extraction, str) else extraction
-        _check_rows(start_row, end_row)
-        window = isinstance(known.retention, Window)
-        request = StreamRequest(
-            columns=default_columns(known, columns),
-            end_row=end_row,
-            chunk_bytes=chunk_bytes,
-            reader=reader or reader_name(),
-            explicit_release=window,
-            silence_s=silence_s,
-            reading=reading,
-            transport=choice(Transport, str(transport), "transport"),
-            path=known.path,
+        return self._open(
+            StreamRequest(
+                extraction=known,
+                columns=default_columns(known, columns),
+                start_row=start_row,
+                end_row=end_row,
+                reader=reader,
+                reading=reading,
+                tuning=tuning,
+            )
         )
-        options = StreamOptions(
-            start_row=start_row,
-            end_row=end_row,
-            reading=reading,
-            queue_bytes=queue_bytes,
-            explicit_release=window,
-            reconnect_deadline_s=reconnect_deadline_s,
-            backoff=backoff or Backoff(),
-        )
-        stream = ChunkStream(self.extractions.source(known.id, request), options)
-        self._streams.add(stream)
-        return stream
 
     def activations(
         self,
         extraction: Extraction | str,
+        columns: str | Sequence[str] | None = None,
         *,
         batch_size: int = 4096,
-        columns: str | Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         start_row: int = 0,
         end_row: int = 0,
         epochs: int | None = 1,
         drop_last: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
-        chunk_bytes: int = 0,
-        queue_bytes: int = _QUEUE_BYTES,
-        silence_s: float = SILENCE_S,
-        reconnect_deadline_s: float = 120.0,
-        order: ReadOrder | str = ReadOrder.SEQUENTIAL,
-        seed: int = 0,
-        first_epoch: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        block_rows: int = 0,
-        mix_blocks: int = 0,
-        norm_limit: NormLimit | None = None,
-        copy: bool = True,
-        transport: Transport | str = Transport.AUTO,
+        reading: Reading = PLAIN,
+        tuning: StreamTuning = DEFAULT_TUNING,
     ) -> ActivationStream:
-        """Streams rows as batches of torch tensors; see ActivationStream. `epochs` None: for ever.
+        """Streams rows as batches of torch tensors; see ActivationStream.
 
-        Shuffled rows (`order`) come in another order in each epoch, from that of `first_epoch` on. For data-parallel
-        ranks, `shard` is (rank, world).
+        `columns`, `start_row`, `end_row` are as in `chunks`. `epochs` None stands for endless ones; a shuffled
+        `reading` has another order in each epoch.
         """
-        from headrace_client.reading.tensors import (  # noqa: PLC0415 - torch, for those who ask for tensors.
+        from headrace_client.reading.tensors import (  # noqa: PLC0415 - needs torch, which nothing else here does.
             ActivationStream,
             BatchOptions,
         )
 
         known = self.extractions.get(extraction) if isinstance(extraction, str) else extraction
-        _check_rows(start_row, end_row)
         options = BatchOptions(
             columns=default_columns(known, columns),
             batch_size=batch_size,
             dtype=dtype,
-            start_row=start_row,
             epochs=epochs,
             drop_last=drop_last,
-            reading=Reading(
-                order=choice(ReadOrder, str(order), "order"),
-                seed=seed,
-                epoch=first_epoch,
-                shard=shard,
-                block_rows=block_rows,
-            ),
-            mix_blocks=mix_blocks,
-            norm_limit=norm_limit,
-            copy=copy,
         )
-
-        def open_at(row: int, reading: Reading) -> ChunkStream:
-            return self.chunks(
-                known,
-                with_scales(known, options.columns),
-                start_row=row,
-                end_row=end_row,
-                chunk_bytes=chunk_bytes,
-                queue_bytes=queue_bytes,
-                silence_s=silence_s,
-                reconnect_deadline_s=reconnect_deadline_s,
-                order=reading.order,
-                seed=reading.seed,
-                epoch=reading.epoch,
-                shard=reading.shard,
-                block_rows=reading.block_rows,
-                transport=transport,
-            )
-
-        return ActivationStream(open_at, known, options, on_progress)
+        request = StreamRequest(
+            extraction=known,
+            columns=with_scales(known, options.columns),
+            start_row=start_row,
+            end_row=end_row,
+            reading=reading,
+            tuning=tuning,
+        )
+        return ActivationStream(self._open, request, options, on_progress)
 
     def close(self) -> None:
-        """Closes all connections. Streams end; who reads on gets Cancelled."""
+        """Closes all connections. Streams end; reading on raises Cancelled."""
         for stream in tuple(self._streams):  # Each has a connection of its own.
             stream.close()
         self._nodes.close()
@@ -270,15 +199,9 @@ class HeadraceClient:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-
-def _is_address(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isdigit() and int(port) <= 65535
-
-
-def _check_rows(start_row: int, end_row: int) -> None:
-    if start_row < 0 or end_row < 0 or (end_row and end_row < start_row):
-        raise InvalidArgument(
-            f"rows {start_row} to {end_row} are no range: start_row is at least 0, end_row 0 or at least start_row",
-            fields={"start_row": str(start_row), "end_row": str(end_row)},
-        )
+    def _open(self, request: StreamRequest) -> ChunkStream:
+        # A name for each stream: the epochs of one caller are different readers for the server.
+        named = request if request.reader else replace(request, reader=reader_name())
+        stream = ChunkStream(self.extractions.source(named), named)
+        self._streams.add(stream)
+        return stream

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from headrace_client.errors import (
-    BY_REASON,
-    DeadlineExceeded,
-    ExtractionCancelled,
-    HeadraceError,
-)
+from headrace_client.errors import BY_REASON, DeadlineExceeded, ExtractionCancelled, HeadraceError
 from headrace_client.reading.source import StreamRequest, StreamSource
 from headrace_client.rpc.convert.extractions import (
     estimate_from_pb,
@@ -18,18 +13,10 @@ from headrace_client.rpc.convert.extractions import (
     spec_to_pb,
 )
 from headrace_client.rpc.endpoint import STREAM_LIFE_S, Endpoint, new_request_id
-from headrace_client.rpc.nodes import Nodes, Place, pages
+from headrace_client.rpc.nodes import ExtractorAddress, Nodes, pages
 from headrace_client.rpc.server_stream import ServerStream
 from headrace_client.rpc.watch import watch
-from headrace_client.values import (
-    Estimate,
-    Extraction,
-    ExtractionEvent,
-    ExtractionState,
-    Recipe,
-    Retain,
-    Retention,
-)
+from headrace_client.values import Estimate, Extraction, ExtractionEvent, ExtractionState, Recipe, Retain, Retention
 
 ESTIMATE_DEADLINE_S = 300.0  # Counting rows reads the whole corpus.
 
@@ -39,7 +26,7 @@ class Extractions:
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
-        self._places: dict[str, Place] = {}
+        self._extractors: dict[str, ExtractorAddress] = {}  # By extraction, as they were last found.
 
     def estimate(
         self,
@@ -55,11 +42,11 @@ class Extractions:
     ) -> Estimate:
         """Counts rows, bytes and seconds before any work."""
         spec = _spec(model, corpus, hookpoints, recipe, retention, max_rows=max_rows, allow_non_finite=False)
-        place = self._nodes.pick(node_id=node, model_id=model, corpus_id=corpus)
-        endpoint = self._nodes.endpoint(place)
-        return estimate_from_pb(
-            endpoint.unary("ExtractionService.EstimateExtraction", deadline_s=deadline_s, spec=spec)
+        extractor = self._nodes.pick(node_id=node, model_id=model, corpus_id=corpus)
+        answer = self._nodes.endpoint(extractor).unary(
+            "ExtractionService.EstimateExtraction", deadline_s=deadline_s, spec=spec
         )
+        return estimate_from_pb(answer)
 
     def start(
         self,
@@ -73,14 +60,14 @@ class Extractions:
         allow_non_finite: bool = False,
         node: str = "",
     ) -> Extraction:
-        """Starts an extraction, or answers with one that covers it. Rows that exist are never computed again."""
+        """Starts an extraction, or returns one that covers it. Rows that exist are never computed again."""
         spec = _spec(model, corpus, hookpoints, recipe, retention, max_rows=max_rows, allow_non_finite=allow_non_finite)
-        place = self._nodes.pick(node_id=node, model_id=model, corpus_id=corpus)
-        answer = self._nodes.endpoint(place).unary(
+        extractor = self._nodes.pick(node_id=node, model_id=model, corpus_id=corpus)
+        answer = self._nodes.endpoint(extractor).unary(
             "ExtractionService.StartExtraction", request_id=new_request_id(), spec=spec
         )
         extraction = extraction_from_pb(answer.extraction)
-        self._places[extraction.id] = place
+        self._extractors[extraction.id] = extractor
         return extraction
 
     def get(self, extraction_id: str) -> Extraction:
@@ -88,16 +75,15 @@ class Extractions:
         return self._located(extraction_id)[1]
 
     def list(self, *, node: str = "") -> Iterator[Extraction]:
-        """Iterates over the extractions of one node, or of all that are alive, node by node, the newest first."""
-        places = (self._nodes.pick(node_id=node),) if node else self._nodes.alive()
-        for place in places:
-            endpoint = self._nodes.endpoint(place)
+        """Iterates over the extractions of one node, or of all living nodes, node by node, the newest first."""
+        for extractor in (self._nodes.pick(node_id=node),) if node else self._nodes.alive():
+            endpoint = self._nodes.endpoint(extractor)
             yield from pages(endpoint, "ExtractionService.ListExtractions", "extractions", extraction_from_pb)
 
     def cancel(self, extraction_id: str) -> Extraction:
         """Stops an extraction; rows so far stay."""
-        place, _ = self._located(extraction_id)
-        answer = self._nodes.endpoint(place).unary(
+        extractor, _ = self._located(extraction_id)
+        answer = self._nodes.endpoint(extractor).unary(
             "ExtractionService.CancelExtraction", request_id=new_request_id(), extraction_id=extraction_id
         )
         return extraction_from_pb(answer.extraction)
@@ -106,15 +92,15 @@ class Extractions:
         self, extraction_id: str, *, after_seq: int = 0, deadline_s: float | None = None
     ) -> Iterator[ExtractionEvent]:
         """Yields progress, a snapshot first, until the extraction has ended; reconnects behind the last event seen."""
-        place, _ = self._located(extraction_id)
+        extractor, _ = self._located(extraction_id)
         tries = 0
 
         def connect(seq: int, life_s: float | None) -> ServerStream:
-            nonlocal place, tries
+            nonlocal extractor, tries
             if tries:
-                place = self._again(extraction_id, place)
+                extractor = self._relocated(extraction_id, extractor)
             tries += 1
-            return self._nodes.endpoint(place).stream(
+            return self._nodes.endpoint(extractor).stream(
                 "ExtractionService.WatchExtraction",
                 life_s=life_s or STREAM_LIFE_S,
                 extraction_id=extraction_id,
@@ -137,33 +123,32 @@ class Extractions:
                 return _done(event.extraction)
         return _done(self.get(extraction_id))
 
-    def source(self, extraction_id: str, request: StreamRequest) -> StreamSource:
-        """Where a stream of this extraction's rows comes from."""
-        # Where it is known to be, without asking: if that server is away just now, the stream waits for it.
-        place = self._places.get(extraction_id) or self._nodes.only or self._located(extraction_id)[0]
-        return StreamSource(
-            nodes=self._nodes, place=place, request=request, extraction_id=extraction_id, relocate=self._again
-        )
+    def source(self, request: StreamRequest) -> StreamSource:
+        """Makes the source of a stream of rows, on the extraction's node."""
+        extraction_id = request.extraction.id
+        # A known address is taken without asking: if that server is away just now, the stream waits for it.
+        extractor = self._extractors.get(extraction_id) or self._nodes.only or self._located(extraction_id)[0]
+        return StreamSource(nodes=self._nodes, extractor=extractor, request=request, relocate=self._relocated)
 
-    def _located(self, extraction_id: str) -> tuple[Place, Extraction]:
+    def _located(self, extraction_id: str) -> tuple[ExtractorAddress, Extraction]:
         def probe(endpoint: Endpoint) -> Extraction:
             answer = endpoint.unary("ExtractionService.GetExtraction", extraction_id=extraction_id)
             return extraction_from_pb(answer.extraction)
 
-        place = self._places.get(extraction_id)
-        if place is not None:
+        extractor = self._extractors.get(extraction_id)
+        if extractor is not None:
             try:
-                return place, probe(self._nodes.endpoint(place))
+                return extractor, probe(self._nodes.endpoint(extractor))
             except HeadraceError:
-                self._places.pop(extraction_id, None)  # It may have moved: ask everybody.
-        place, extraction = self._nodes.find(probe)
-        self._places[extraction_id] = place
-        return place, extraction
+                self._extractors.pop(extraction_id, None)  # It may have moved: ask all extractors.
+        extractor, extraction = self._nodes.find(probe)
+        self._extractors[extraction_id] = extractor
+        return extractor, extraction
 
-    def _again(self, extraction_id: str, place: Place) -> Place:
-        """The extraction's node, at the address it has now."""
-        now = Place(node_id=place.node_id, address=self._nodes.address_again(place))
-        self._places[extraction_id] = now
+    def _relocated(self, extraction_id: str, extractor: ExtractorAddress) -> ExtractorAddress:
+        """The extraction's node at its present address."""
+        now = ExtractorAddress(node_id=extractor.node_id, address=self._nodes.address_again(extractor))
+        self._extractors[extraction_id] = now
         return now
 
 
@@ -189,7 +174,7 @@ def _spec(
 
 
 def _done(extraction: Extraction) -> Extraction:
-    """Returns it if it is DONE, raises otherwise."""
+    """Returns an extraction that is DONE, raises otherwise."""
     if extraction.state is ExtractionState.DONE:
         return extraction
     if extraction.state is ExtractionState.CANCELLED:

@@ -3,21 +3,24 @@
 import errno
 import fcntl
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
-from headrace_client import errors
-from headrace_client.rpc.watch import Backoff
+from headrace_client import Backoff, Reading, StreamTuning, errors
+from headrace_client.values import PLAIN
 from headrace_log.holding import HOLD_NAME
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
 from headrace_log.manifest import Manifest
 from headrace_log.writer import SetWriter
 
 COLUMNS = ["token_id", HOOKPOINT, SECOND]
-FAST = Backoff(first_s=0.01, most_s=0.05)
+FAST = StreamTuning(backoff=Backoff(first_s=0.01, most_s=0.05))
+INLINE = replace(FAST, transport="inline")
+MAPPED = replace(FAST, transport="mapped")
 
 
 @pytest.fixture
@@ -43,8 +46,8 @@ def folder(tmp_path, scripted_extractor):
     return tmp_path
 
 
-def read(client, **options):
-    with client.chunks(EXTRACTION_ID, COLUMNS, backoff=FAST, **options) as stream:
+def read(client, tuning=FAST, reading=PLAIN):
+    with client.chunks(EXTRACTION_ID, COLUMNS, reading=reading, tuning=tuning) as stream:
         got = {name: [] for name in COLUMNS}
         mapped = []
         for chunk in stream:
@@ -59,12 +62,12 @@ def transports(scripted_extractor):
 
 
 @pytest.mark.parametrize("rows_per_chunk", [64, 1000])
-@pytest.mark.parametrize("order", [{}, {"order": "shuffled", "seed": 3, "block_rows": 100}])
-def test_mapped_rows_are_those_of_the_messages(client, scripted_extractor, folder, rows_per_chunk, order):
+@pytest.mark.parametrize("reading", [Reading(), Reading(order="shuffled", seed=3, block_rows=100)])
+def test_mapped_rows_are_those_of_the_messages(client, scripted_extractor, folder, rows_per_chunk, reading):
     scripted_extractor.rows_per_chunk = rows_per_chunk
 
-    inline, _ = read(client, transport="inline", **order)
-    mapped, _ = read(client, transport="mapped", **order)
+    inline, _ = read(client, INLINE, reading)
+    mapped, _ = read(client, MAPPED, reading)
 
     assert transports(scripted_extractor) == [0, 2]
     for name in COLUMNS:
@@ -141,7 +144,7 @@ def test_who_insists_on_files_gets_a_typed_error(client, scripted_extractor, fol
     harm(folder, scripted_extractor)
 
     with pytest.raises(errors.FailedPrecondition) as caught:
-        read(client, transport="mapped")
+        read(client, MAPPED)
 
     assert caught.value.reason == "NOT_MAPPABLE"
     assert "AUTO" in caught.value.remedy
@@ -164,7 +167,7 @@ def test_a_folder_that_can_not_be_locked_goes_inline(client, scripted_extractor,
 
 def test_who_insists_where_the_server_can_not_gets_a_typed_error(client, scripted_extractor):
     with pytest.raises(errors.FailedPrecondition) as caught:
-        read(client, transport="mapped")
+        read(client, MAPPED)
 
     assert caught.value.reason == "NOT_MAPPABLE"
 
@@ -179,7 +182,7 @@ def test_a_mapped_stream_survives_cuts(client, scripted_extractor, folder):
 
 
 def test_what_was_handed_out_outlives_the_stream_and_the_set(client, scripted_extractor, folder):
-    with client.chunks(EXTRACTION_ID, HOOKPOINT, transport="mapped") as stream:
+    with client.chunks(EXTRACTION_ID, HOOKPOINT, tuning=MAPPED) as stream:
         chunks = list(stream)
 
     shutil.rmtree(folder)
@@ -192,7 +195,8 @@ def test_what_was_handed_out_outlives_the_stream_and_the_set(client, scripted_ex
 
 @pytest.mark.parametrize("copy", [True, False])
 def test_batches_of_mapped_rows_belong_to_the_caller(client, scripted_extractor, folder, copy):
-    with client.activations(EXTRACTION_ID, batch_size=300, columns=HOOKPOINT, transport="mapped", copy=copy) as stream:
+    tuning = replace(MAPPED, copy=copy)
+    with client.activations(EXTRACTION_ID, HOOKPOINT, batch_size=300, tuning=tuning) as stream:
         assert stream.header.mapped
         batches = []
         for batch in stream:
@@ -205,11 +209,11 @@ def test_batches_of_mapped_rows_belong_to_the_caller(client, scripted_extractor,
 
 
 @pytest.mark.parametrize(
-    ("changes", "same_memory"), [({}, True), ({"dtype": torch.float64}, False), ({"copy": True}, False)]
+    ("dtype", "copy", "same_memory"), [(None, False, True), (torch.float64, False, False), (None, True, False)]
 )
-def test_only_what_needs_no_conversion_is_no_copy(client, scripted_extractor, folder, changes, same_memory):
-    options = {"batch_size": 20, "columns": HOOKPOINT, "copy": False, "transport": "mapped"} | changes
-    with client.activations(EXTRACTION_ID, **options) as stream:
+def test_only_what_needs_no_conversion_is_no_copy(client, scripted_extractor, folder, dtype, copy, same_memory):
+    tuning = replace(MAPPED, copy=copy)
+    with client.activations(EXTRACTION_ID, HOOKPOINT, batch_size=20, dtype=dtype, tuning=tuning) as stream:
         first, second = next(stream), next(stream)
 
     behind = second.data_ptr() - first.data_ptr() == first.numel() * first.element_size()

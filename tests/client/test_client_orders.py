@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -13,15 +14,15 @@ from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
-from headrace_client import errors
+from headrace_client import Backoff, Reading, StreamTuning, errors
 from headrace_client.reading import stream as stream_module
 from headrace_client.reading.waits import Waited, shared_out
-from headrace_client.rpc.watch import Backoff
 from headrace_client.values import Bottleneck, NormLimit
 
 BLOCK = 32
-SHUFFLED = {"order": "shuffled", "seed": 9, "block_rows": BLOCK}
-MIXED = {**SHUFFLED, "mix_blocks": 3}
+SHUFFLED = Reading(order="shuffled", seed=9, block_rows=BLOCK)
+MIXED = replace(SHUFFLED, mix_blocks=3)
+MIXED_IN_SEQUENCE = Reading(seed=9, block_rows=BLOCK, mix_blocks=3)
 COLUMNS = ["token_id", HOOKPOINT, SECOND]
 
 
@@ -38,25 +39,25 @@ def ids(batches):
     return [int(row) for batch in batches for row in (batch["token_id"] if isinstance(batch, dict) else batch)]
 
 
-@pytest.mark.parametrize("options", [SHUFFLED, MIXED, {"seed": 9, "block_rows": BLOCK, "mix_blocks": 3}])
-def test_every_row_comes_once_in_another_order(client, scripted_extractor, options):
-    rows = ids(read(client, **options))
+@pytest.mark.parametrize("reading", [SHUFFLED, MIXED, MIXED_IN_SEQUENCE])
+def test_every_row_comes_once_in_another_order(client, scripted_extractor, reading):
+    rows = ids(read(client, reading=reading))
 
     assert rows != sorted(rows)
     assert sorted(rows) == list(range(scripted_extractor.n_rows))
-    assert rows == ids(read(client, **options)), "the same seed, the same order"
-    assert rows != ids(read(client, **{**options, "seed": 10}))
+    assert rows == ids(read(client, reading=reading)), "the same seed, the same order"
+    assert rows != ids(read(client, reading=replace(reading, seed=10)))
 
 
 def test_columns_stay_aligned(client, scripted_extractor):
-    for batch in read(client, COLUMNS, **MIXED):
+    for batch in read(client, COLUMNS, reading=MIXED):
         rows = batch["token_id"].numpy()
         for name in (HOOKPOINT, SECOND):
             np.testing.assert_array_equal(batch[name].numpy(), scripted_extractor.column(name)[rows])
 
 
 def test_rows_are_mixed_within_windows_of_blocks(client, scripted_extractor):
-    plain, mixed = ids(read(client, **SHUFFLED)), ids(read(client, **MIXED))
+    plain, mixed = ids(read(client, reading=SHUFFLED)), ids(read(client, reading=MIXED))
 
     window = 3 * BLOCK
     for start in range(0, scripted_extractor.n_rows, window):
@@ -65,7 +66,7 @@ def test_rows_are_mixed_within_windows_of_blocks(client, scripted_extractor):
 
 
 def test_epochs_follow_each_other_in_orders_of_their_own(client, scripted_extractor):
-    rows = ids(read(client, **MIXED, epochs=3))
+    rows = ids(read(client, reading=MIXED, epochs=3))
 
     n_rows = scripted_extractor.n_rows
     epochs = [rows[at : at + n_rows] for at in range(0, 3 * n_rows, n_rows)]
@@ -75,11 +76,12 @@ def test_epochs_follow_each_other_in_orders_of_their_own(client, scripted_extrac
 
 
 @pytest.mark.parametrize(
-    "options", [SHUFFLED, MIXED, {"mix_blocks": 3, "block_rows": BLOCK}, {**MIXED, "shard": (1, 3)}]
+    "reading", [SHUFFLED, MIXED, Reading(mix_blocks=3, block_rows=BLOCK), replace(MIXED, shard=(1, 3))]
 )
 @pytest.mark.parametrize("norm_limit", [None, NormLimit(absolute=20_000.0)])
-def test_resumes_exactly_from_any_batch(client, options, norm_limit):
-    options = {**options, "epochs": 2, "batch_size": 70, "norm_limit": norm_limit, "columns": ["token_id", HOOKPOINT]}
+def test_resumes_exactly_from_any_batch(client, reading, norm_limit):
+    reading = replace(reading, norm_limit=norm_limit)
+    options = {"reading": reading, "epochs": 2, "batch_size": 70, "columns": ["token_id", HOOKPOINT]}
     whole, states = [], []
     with client.activations(EXTRACTION_ID, **options) as stream:
         for batch in stream:
@@ -99,7 +101,7 @@ def test_resumes_exactly_from_any_batch(client, options, norm_limit):
 def test_a_state_is_that_of_the_last_batch_whenever_it_is_taken(client, scripted_extractor):
     scripted_extractor.faults.append(Fault("hang", after=4))
     states, told = [], []
-    options = {**MIXED, "columns": "token_id", "batch_size": 70, "silence_s": 0.7}
+    options = {"reading": MIXED, "columns": "token_id", "batch_size": 70, "tuning": StreamTuning(silence_s=0.7)}
 
     def tell(_):
         told.append((len(states), stream.state_dict()))
@@ -117,7 +119,7 @@ def test_a_state_is_that_of_the_last_batch_whenever_it_is_taken(client, scripted
 
 @pytest.mark.parametrize("n_chunks", range(1, 9))
 def test_resumes_exactly_behind_an_error(client, scripted_extractor, n_chunks):
-    options = {**MIXED, "columns": "token_id", "batch_size": 70}
+    options = {"reading": MIXED, "columns": "token_id", "batch_size": 70}
     whole = ids(read(client, **options))
     scripted_extractor.faults.append(Fault("cut", after=n_chunks, status=DAMAGED))
 
@@ -134,10 +136,10 @@ def test_resumes_exactly_behind_an_error(client, scripted_extractor, n_chunks):
 
 
 def test_a_batch_that_is_whole_is_handed_out_before_an_error(client, scripted_extractor):
-    whole = read(client, **MIXED, batch_size=40)
+    whole = read(client, reading=MIXED, batch_size=40)
     scripted_extractor.faults.append(Fault("cut", after=3, status=DAMAGED))
 
-    with client.activations(EXTRACTION_ID, columns="token_id", batch_size=40, **MIXED) as stream:
+    with client.activations(EXTRACTION_ID, columns="token_id", batch_size=40, reading=MIXED) as stream:
         got = [next(stream)]
         time.sleep(0.2)  # By now the stream has failed; the window of 96 rows is here.
         got.append(next(stream))
@@ -150,7 +152,8 @@ def test_a_batch_that_is_whole_is_handed_out_before_an_error(client, scripted_ex
 
 
 def test_resumes_in_a_window_whose_rest_is_no_whole_batch(client, scripted_extractor):
-    options = {**SHUFFLED, "mix_blocks": 32, "columns": "token_id", "batch_size": 400, "drop_last": True}
+    reading = replace(SHUFFLED, mix_blocks=32)
+    options = {"reading": reading, "columns": "token_id", "batch_size": 400, "drop_last": True}
     whole = ids(read(client, **options, epochs=2))
     with client.activations(EXTRACTION_ID, **options, epochs=None) as stream:
         next(stream), next(stream)
@@ -162,16 +165,16 @@ def test_resumes_in_a_window_whose_rest_is_no_whole_batch(client, scripted_extra
         assert ids([next(stream), next(stream)]) == whole[800:]
 
 
-@pytest.mark.parametrize("order", [SHUFFLED, MIXED])
-def test_a_shuffled_state_of_another_number_of_rows_is_refused(client, scripted_extractor, order):
+@pytest.mark.parametrize("reading", [SHUFFLED, MIXED])
+def test_a_shuffled_state_of_another_number_of_rows_is_refused(client, scripted_extractor, reading):
     """An extraction of more rows of the same set permutes other blocks."""
-    with client.activations(EXTRACTION_ID, **order) as stream:
+    with client.activations(EXTRACTION_ID, reading=reading) as stream:
         state = json.loads(json.dumps(stream.state_dict()))
     older = {name: value for name, value in state.items() if name != "max_rows"}
 
     scripted_extractor.extraction.spec.max_rows = 500
 
-    with client.activations(EXTRACTION_ID, **order) as stream:
+    with client.activations(EXTRACTION_ID, reading=reading) as stream:
         with pytest.raises(errors.InvalidArgument, match="max_rows"):
             stream.load_state_dict(state)
         stream.load_state_dict(older)
@@ -194,20 +197,21 @@ def test_rows_of_a_window_are_not_mixed(client, scripted_extractor):
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
 
     with pytest.raises(errors.InvalidArgument, match="mix_blocks=0"):
-        client.activations(EXTRACTION_ID, block_rows=BLOCK, mix_blocks=3)
+        client.activations(EXTRACTION_ID, reading=Reading(block_rows=BLOCK, mix_blocks=3))
 
 
 def test_a_state_of_another_order_is_refused(client):
-    with client.activations(EXTRACTION_ID, **MIXED) as stream:
+    with client.activations(EXTRACTION_ID, reading=MIXED) as stream:
         state = stream.state_dict()
 
     for change in ({"seed": 1}, {"mix_blocks": 2}, {"order": "sequential"}, {"shard": (0, 2)}, {"block_rows": 8}):
-        with client.activations(EXTRACTION_ID, **{**MIXED, **change}) as stream, pytest.raises(errors.InvalidArgument):
+        stream = client.activations(EXTRACTION_ID, reading=replace(MIXED, **change))
+        with stream, pytest.raises(errors.InvalidArgument):
             stream.load_state_dict(state)
 
 
 def test_shards_have_equal_numbers_of_batches_and_no_row_in_common(client, scripted_extractor):
-    shards = [read(client, **MIXED, shard=(index, 3), epochs=2) for index in range(3)]
+    shards = [read(client, reading=replace(MIXED, shard=(index, 3)), epochs=2) for index in range(3)]
 
     assert len({len(batches) for batches in shards}) == 1
     per_epoch = scripted_extractor.n_rows // BLOCK // 3 * BLOCK
@@ -216,10 +220,11 @@ def test_shards_have_equal_numbers_of_batches_and_no_row_in_common(client, scrip
 
 
 def test_a_shuffled_stream_survives_cuts(client, scripted_extractor):
-    undisturbed = ids(read(client, **MIXED))
+    undisturbed = ids(read(client, reading=MIXED))
     scripted_extractor.faults.extend(Fault("cut", after=n, status=unavailable()) for n in (3, 0, 5))
 
-    with client.chunks(EXTRACTION_ID, "token_id", **SHUFFLED, backoff=Backoff(first_s=0.01, most_s=0.02)) as stream:
+    tuning = StreamTuning(backoff=Backoff(first_s=0.01, most_s=0.02))
+    with client.chunks(EXTRACTION_ID, "token_id", reading=SHUFFLED, tuning=tuning) as stream:
         chunks = list(stream)
 
     assert stream.progress().n_reconnects == 3
@@ -230,7 +235,7 @@ def test_a_shuffled_stream_survives_cuts(client, scripted_extractor):
 
 
 def test_batches_can_be_skipped_without_reading_them(client, scripted_extractor):
-    options = {**MIXED, "epochs": 3, "drop_last": True}
+    options = {"reading": MIXED, "epochs": 3, "drop_last": True}
     whole = read(client, **options)
     with client.activations(EXTRACTION_ID, columns="token_id", batch_size=50, **options) as stream:
         for n_batches in (0, 1, 19, 20, 21, 45, len(whole) - 1):
@@ -249,22 +254,29 @@ def test_a_server_that_knows_no_orders_is_not_believed(client, scripted_extracto
 
     monkeypatch.setattr(type(scripted_extractor), "_header", without_blocks)
 
-    with client.chunks(EXTRACTION_ID, **SHUFFLED) as stream, pytest.raises(errors.Unimplemented, match="update"):
+    with client.chunks(EXTRACTION_ID, reading=SHUFFLED) as stream, pytest.raises(errors.Unimplemented, match="update"):
         next(stream)
 
 
 @pytest.mark.parametrize(
     "options", [{"order": "random"}, {"shard": (2, 2)}, {"seed": -1}, {"block_rows": -1}, {"mix_blocks": -1}]
 )
-def test_orders_out_of_range_are_refused_here(client, options):
+def test_orders_out_of_range_are_refused_here(options):
     with pytest.raises(errors.InvalidArgument):
-        client.activations(EXTRACTION_ID, **options)
+        Reading(**options)
+
+
+@pytest.mark.parametrize("reading", [MIXED, Reading(norm_limit=NormLimit(absolute=1.0))])
+def test_chunks_are_neither_mixed_nor_filtered(client, reading):
+    with pytest.raises(errors.InvalidArgument, match="activations"):
+        client.chunks(EXTRACTION_ID, reading=reading)
 
 
 def test_a_shard_of_a_window_releases_the_blocks_of_the_others_too(client, scripted_extractor):
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
 
-    with client.chunks(EXTRACTION_ID, "token_id", shard=(1, 2), block_rows=BLOCK, queue_bytes=64) as stream:
+    reading = Reading(shard=(1, 2), block_rows=BLOCK)
+    with client.chunks(EXTRACTION_ID, "token_id", reading=reading, tuning=StreamTuning(queue_bytes=64)) as stream:
         rows = [int(row) for chunk in stream for row in chunk.array("token_id")]
         eventually(lambda: scripted_extractor.calls["ReleaseRows"], "a release")
         released = [call.row for call in scripted_extractor.calls["ReleaseRows"]]
@@ -280,17 +292,13 @@ def norms(scripted_extractor, name=HOOKPOINT):
     return np.linalg.norm(scripted_extractor.column(name).astype(np.float64), axis=1)
 
 
-@pytest.mark.parametrize("options", [{}, MIXED])
-def test_long_rows_are_left_out_of_all_columns_and_counted(client, scripted_extractor, options):
+@pytest.mark.parametrize("reading", [Reading(), MIXED])
+def test_long_rows_are_left_out_of_all_columns_and_counted(client, scripted_extractor, reading):
     limit = float(np.sort(norms(scripted_extractor))[100]) + 0.01
 
-    with client.activations(
-        EXTRACTION_ID,
-        columns=COLUMNS,
-        batch_size=50,
-        norm_limit=NormLimit(absolute=limit, columns=(HOOKPOINT,)),
-        **options,
-    ) as stream:
+    reading = replace(reading, norm_limit=NormLimit(absolute=limit, columns=(HOOKPOINT,)))
+
+    with client.activations(EXTRACTION_ID, columns=COLUMNS, batch_size=50, reading=reading) as stream:
         batches = list(stream)
         progress = stream.progress()
 
@@ -306,14 +314,14 @@ def test_a_multiple_is_of_the_mean_norm_in_the_header(client, scripted_extractor
     mean = float(norms(scripted_extractor).mean())
     scripted_extractor.statistics = [service_pb.ColumnStatistics(name=HOOKPOINT, count=10, mean_norm=mean)]
 
-    rows = ids(read(client, ["token_id", HOOKPOINT], norm_limit=NormLimit(multiple=1.5)))
+    rows = ids(read(client, ["token_id", HOOKPOINT], reading=Reading(norm_limit=NormLimit(multiple=1.5))))
 
     assert rows == [row for row in range(1000) if norms(scripted_extractor)[row] <= 1.5 * mean]
 
 
 def test_a_multiple_of_an_unknown_mean_is_a_typed_error(client):
     with pytest.raises(errors.FailedPrecondition) as caught:
-        read(client, ["token_id", HOOKPOINT], norm_limit=NormLimit(multiple=10.0))
+        read(client, ["token_id", HOOKPOINT], reading=Reading(norm_limit=NormLimit(multiple=10.0)))
 
     assert caught.value.reason == "STATISTICS_MISSING"
     assert "absolute" in caught.value.remedy

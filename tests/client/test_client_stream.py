@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 import time
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -13,14 +14,14 @@ from fix_scripted import unavailable
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, Fault
 from fix_system import eventually
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import HeadraceClient, errors
-from headrace_client.reading import chunk_queue, prefetch
+from headrace_client import Backoff, HeadraceClient, StreamTuning, errors
+from headrace_client.reading import chunk_queue
+from headrace_client.reading.outage import Outage
 from headrace_client.reading.source import RELEASE_DEADLINE_S
 from headrace_client.rpc.http2 import SocketCall
-from headrace_client.rpc.watch import Backoff
 from headrace_client.values import StreamState
 
-FAST = Backoff(first_s=0.01, most_s=0.05)
+FAST = StreamTuning(backoff=Backoff(first_s=0.01, most_s=0.05))
 
 
 def rows_of(stream, name=HOOKPOINT):
@@ -55,7 +56,7 @@ def test_row_range_is_asked_of_the_server(client, scripted_extractor):
 def test_resumes_exactly_after_a_cut(client, scripted_extractor, reason):
     scripted_extractor.faults.extend(Fault("cut", after=n, status=unavailable(reason)) for n in (3, 0, 5))
 
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream:
         got = rows_of(stream)
 
     np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
@@ -68,7 +69,7 @@ def test_resumes_exactly_after_the_server_was_replaced(client, extractor_host, s
     scripted_extractor.rows_per_chunk = 1
     scripted_extractor.faults.append(Fault("hang", after=500))
 
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream:
         got = [next(stream).array(HOOKPOINT) for _ in range(100)]
         extractor_host.stop()
         time.sleep(0.1)
@@ -84,7 +85,7 @@ def test_a_stream_of_a_given_extractor_waits_for_it(client, extractor_host, scri
 
     with (
         HeadraceClient.connect(extractor=extractor_host.address) as other,
-        other.chunks(extraction, backoff=FAST) as stream,
+        other.chunks(extraction, tuning=FAST) as stream,
     ):
         time.sleep(0.1)
         extractor_host.start()
@@ -95,7 +96,7 @@ def test_a_stream_of_a_given_extractor_waits_for_it(client, extractor_host, scri
 
 def test_goes_on_at_the_node_s_new_address(client, hosts, extractor_host, scripted_extractor, scripted_registry):
     scripted_extractor.faults.append(Fault("hang", after=4))
-    stream = client.chunks(EXTRACTION_ID, backoff=FAST)
+    stream = client.chunks(EXTRACTION_ID, tuning=FAST)
     first = next(stream)
     new = hosts(scripted_extractor)
     scripted_registry.nodes[0].address = new.address
@@ -109,7 +110,7 @@ def test_goes_on_at_the_node_s_new_address(client, hosts, extractor_host, script
 
 def test_resumes_while_the_registry_is_away(client, registry_host, scripted_extractor):
     scripted_extractor.faults.append(Fault("cut", after=4))
-    stream = client.chunks(EXTRACTION_ID, backoff=FAST, queue_bytes=1)
+    stream = client.chunks(EXTRACTION_ID, tuning=replace(FAST, queue_bytes=1))
     first = next(stream)
     registry_host.stop()
 
@@ -122,7 +123,7 @@ def test_resumes_while_the_registry_is_away(client, registry_host, scripted_extr
 def test_a_silent_server_is_left_and_connected_again(client, scripted_extractor):
     scripted_extractor.faults.append(Fault("hang", after=2))
 
-    with client.chunks(EXTRACTION_ID, silence_s=0.3, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=replace(FAST, silence_s=0.3)) as stream:
         got = rows_of(stream)
 
     np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
@@ -130,7 +131,7 @@ def test_a_silent_server_is_left_and_connected_again(client, scripted_extractor)
 
 
 def test_a_slow_consumer_is_not_taken_for_a_silent_server(client, scripted_extractor):
-    with client.chunks(EXTRACTION_ID, silence_s=0.2, queue_bytes=1) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=StreamTuning(silence_s=0.2, queue_bytes=1)) as stream:
         first = next(stream)
         time.sleep(0.8)
         got = np.concatenate([first.array(HOOKPOINT), rows_of(stream)])
@@ -143,7 +144,7 @@ def test_no_row_within_the_reconnect_deadline_is_a_typed_error(client, scripted_
     scripted_extractor.faults.append(Fault("cut", after=2))
     scripted_extractor.faults.extend(Fault("cut") for _ in range(1000))
 
-    with client.chunks(EXTRACTION_ID, reconnect_deadline_s=0.3, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=replace(FAST, reconnect_deadline_s=0.3)) as stream:
         got = [next(stream), next(stream)]
         with pytest.raises(errors.StreamLost) as caught:
             next(stream)
@@ -156,7 +157,8 @@ def test_no_row_within_the_reconnect_deadline_is_a_typed_error(client, scripted_
 def test_a_server_that_never_speaks_is_a_typed_error(client, scripted_extractor):
     scripted_extractor.hang.add("StreamActivations")
 
-    stream = client.chunks(EXTRACTION_ID, silence_s=0.1, reconnect_deadline_s=0.3, backoff=FAST)
+    tuning = replace(FAST, silence_s=0.1, reconnect_deadline_s=0.3)
+    stream = client.chunks(EXTRACTION_ID, tuning=tuning)
     with stream, pytest.raises(errors.StreamLost) as caught:
         next(stream)
 
@@ -165,7 +167,7 @@ def test_a_server_that_never_speaks_is_a_typed_error(client, scripted_extractor)
 
 def test_progress_keeps_a_stream_without_rows_alive():
     now = [0.0]
-    outage = prefetch.Outage(deadline_s=10, backoff=FAST, clock=lambda: now[0])
+    outage = Outage(deadline_s=10, backoff=FAST.backoff, clock=lambda: now[0])
     gone = errors.RunnerLost("gone")
 
     for _ in range(5):
@@ -185,7 +187,7 @@ def test_progress_keeps_a_stream_without_rows_alive():
 def test_a_gap_or_an_overlap_is_data_loss(client, scripted_extractor, kind):
     scripted_extractor.faults.append(Fault(kind, after=3))
 
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream:
         got = [next(stream) for _ in range(3)]
         with pytest.raises(errors.DataLoss) as caught:
             next(stream)
@@ -198,7 +200,7 @@ def test_a_gap_or_an_overlap_is_data_loss(client, scripted_extractor, kind):
 def test_another_set_after_a_reconnect_is_data_loss(client, scripted_extractor):
     scripted_extractor.faults.extend([Fault("cut", after=1), Fault("other_set")])
 
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream:
         next(stream)
         with pytest.raises(errors.RowsNotContiguous):
             next(stream)
@@ -207,7 +209,7 @@ def test_another_set_after_a_reconnect_is_data_loss(client, scripted_extractor):
 def test_an_end_without_its_message_is_no_end(client, scripted_extractor):
     scripted_extractor.faults.append(Fault("no_end", after=2))
 
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream:
         got = rows_of(stream)
 
     np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
@@ -224,11 +226,11 @@ def test_a_refusal_arrives_at_once(client):
 def test_too_many_streams_is_waited_out_only_after_a_cut(client, scripted_extractor):
     busy = {"code": grpc.StatusCode.RESOURCE_EXHAUSTED, "reason": "TOO_MANY_STREAMS"}
     scripted_extractor.faults.append(Fault("cut", after=0, status=busy))
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream, pytest.raises(errors.TooManyStreams):
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream, pytest.raises(errors.TooManyStreams):
         next(stream)
 
     scripted_extractor.faults.extend([Fault("cut", after=1), Fault("cut", after=0, status=busy)])
-    with client.chunks(EXTRACTION_ID, backoff=FAST) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=FAST) as stream:
         got = rows_of(stream)
 
     np.testing.assert_array_equal(got, scripted_extractor.column(HOOKPOINT))
@@ -282,7 +284,7 @@ def test_a_dropped_stream_ends_its_threads(client, scripted_extractor):
 
 
 def test_the_queue_is_bounded_in_bytes(client, scripted_extractor):
-    with client.chunks(EXTRACTION_ID, queue_bytes=10_000) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=StreamTuning(queue_bytes=10_000)) as stream:
         next(stream)
         time.sleep(0.2)
         queued = stream.progress().queued_bytes
@@ -296,7 +298,7 @@ def test_a_full_queue_keeps_the_connection_alive(client, scripted_extractor, mon
     monkeypatch.setattr(SocketCall, "tend", lambda call: (tend(call), tended.release()))
     monkeypatch.setattr(chunk_queue, "_PAUSE_S", 0.01)
 
-    with client.chunks(EXTRACTION_ID, queue_bytes=1) as stream:
+    with client.chunks(EXTRACTION_ID, tuning=StreamTuning(queue_bytes=1)) as stream:
         for _ in range(3):
             assert tended.acquire(timeout=5)
         got = rows_of(stream)
@@ -412,7 +414,7 @@ def test_bfloat16_comes_as_bits_with_its_name(client, scripted_extractor):
 
 def test_large_chunks_are_asked_for_explicitly(client, scripted_extractor):
     for chunk_bytes in (0, 1 << 20, 8 << 20):
-        with client.chunks(EXTRACTION_ID, chunk_bytes=chunk_bytes) as stream:
+        with client.chunks(EXTRACTION_ID, tuning=StreamTuning(chunk_bytes=chunk_bytes)) as stream:
             next(stream)
 
     asked = [(one.chunk_bytes, one.allow_large_chunks) for one in scripted_extractor.calls["StreamActivations"]]
@@ -437,7 +439,7 @@ def test_errors_survive_pickling_and_json(client):
 def test_a_stream_opened_while_the_server_is_away_waits_for_it(client, extractor_host, scripted_extractor):
     extraction = client.extractions.get(EXTRACTION_ID)
     extractor_host.stop()
-    stream = client.chunks(extraction, backoff=FAST)
+    stream = client.chunks(extraction, tuning=FAST)
     time.sleep(0.2)
     extractor_host.start()
 

@@ -8,10 +8,9 @@ import torch
 
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, PROVENANCE, SECOND, Fault
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
-from headrace_client import errors
+from headrace_client import NormLimit, Reading, StreamTuning, errors
 from headrace_client.integrations.sae_lens import data_provider
 from headrace_client.reading import tensors
-from headrace_client.values import NormLimit
 
 
 def expected(extractor, name=HOOKPOINT):
@@ -30,11 +29,11 @@ def test_batches_hold_all_rows_in_order_across_chunks(client, scripted_extractor
 @pytest.mark.parametrize("columns", [HOOKPOINT, [HOOKPOINT, SECOND, *PROVENANCE]])
 def test_batches_that_are_no_copies_are_the_same(client, scripted_extractor, batch_size, columns):
     """Chunks have 64 rows here: some batches lie in one, some don't."""
-    options = {"batch_size": batch_size, "columns": columns}
-    with client.activations(EXTRACTION_ID, **options, copy=False) as stream:
+    options = {"batch_size": batch_size, "columns": columns, "tuning": StreamTuning(copy=False)}
+    with client.activations(EXTRACTION_ID, **options) as stream:
         first = [next(stream) for _ in range(3)]
         state = stream.state_dict()
-    with client.activations(EXTRACTION_ID, **options, copy=False) as stream:
+    with client.activations(EXTRACTION_ID, **options) as stream:
         stream.load_state_dict(state)
         batches = [*first, *stream]
 
@@ -152,7 +151,8 @@ def test_progress_is_told_while_rows_come_and_while_they_do_not(client, scripted
     scripted_extractor.faults.append(Fault("hang", after=8))
     seen = []
 
-    with client.activations(EXTRACTION_ID, batch_size=256, on_progress=seen.append, silence_s=0.7) as stream:
+    tuning = StreamTuning(silence_s=0.7)
+    with client.activations(EXTRACTION_ID, batch_size=256, on_progress=seen.append, tuning=tuning) as stream:
         total = sum(len(batch) for batch in stream)
 
     assert total == 1000
@@ -165,7 +165,9 @@ class Interrupted(Exception):
     """Ctrl-C, or a bug in `on_progress`."""
 
 
-@pytest.mark.parametrize("options", [{}, {"copy": False}, {"block_rows": 32, "mix_blocks": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tuning": StreamTuning(copy=False)}, {"reading": Reading(block_rows=32, mix_blocks=3)}]
+)
 def test_a_batch_outlives_an_exception_in_on_progress(client, monkeypatch, options):
     monkeypatch.setattr(tensors, "_PROGRESS_EVERY_S", 0.0)
     options = {"batch_size": 32, "columns": "token_id", **options}
@@ -192,13 +194,13 @@ def test_a_batch_outlives_an_exception_in_on_progress(client, monkeypatch, optio
 
 
 def test_an_exception_in_on_progress_at_the_end_changes_nothing(client, scripted_extractor):
-    limit = NormLimit(absolute=20_000.0)
+    reading = Reading(norm_limit=NormLimit(absolute=20_000.0))
 
     def tell(progress):
         if progress.rows == scripted_extractor.n_rows:
             raise Interrupted
 
-    options = {"batch_size": 300, "drop_last": True, "norm_limit": limit, "columns": [HOOKPOINT]}
+    options = {"batch_size": 300, "drop_last": True, "reading": reading, "columns": [HOOKPOINT]}
     with client.activations(EXTRACTION_ID, **options) as undisturbed:
         n_batches = len(list(undisturbed))
     with client.activations(EXTRACTION_ID, **options, on_progress=tell) as stream:

@@ -1,15 +1,17 @@
 """DataLoader workers and ranks: every row once, in an order that depends on nothing else, resumed from a number."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fix_scripted_extractor import EXTRACTION_ID
-from headrace_client import errors
+from headrace_client import Reading, errors
 from headrace_client.integrations.torch_data import ActivationDataset, ActivationLoader
 
-OPTIONS = {"columns": "token_id", "batch_size": 10, "order": "shuffled", "seed": 4, "block_rows": 20, "mix_blocks": 2}
+READING = Reading(order="shuffled", seed=4, block_rows=20, mix_blocks=2)
+OPTIONS = {"columns": "token_id", "batch_size": 10, "reading": READING}
 
 
 @pytest.fixture
@@ -65,11 +67,19 @@ def test_a_state_of_other_workers_or_ranks_is_refused(make):
             other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [{"seed": 5}, {"batch_size": 20}, {"order": "sequential"}, {"mix_blocks": 3}])
-def test_a_state_of_other_batches_is_refused(make, change):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seed", {"reading": replace(READING, seed=5)}),
+        ("batch_size", {"batch_size": 20}),
+        ("order", {"reading": replace(READING, order="sequential")}),
+        ("mix_blocks", {"reading": replace(READING, mix_blocks=3)}),
+    ],
+)
+def test_a_state_of_other_batches_is_refused(make, name, change):
     state = json.loads(json.dumps(ActivationLoader(make()).state_dict()))
 
-    with pytest.raises(errors.InvalidArgument, match=next(iter(change))):
+    with pytest.raises(errors.InvalidArgument, match=name):
         ActivationLoader(make(**change)).load_state_dict(state)
 
 
@@ -117,7 +127,7 @@ def test_epochs_of_their_own_have_orders_of_their_own(make):
         assert rows_of(ActivationLoader(dataset)) == two[epoch * 100 : (epoch + 1) * 100]
 
 
-@pytest.mark.parametrize("options", [{"shard": (0, 2)}, {"drop_last": False}, {"rank": 1}])
+@pytest.mark.parametrize("options", [{"reading": Reading(shard=(0, 2))}, {"drop_last": False}, {"rank": 1}])
 def test_what_is_the_datasets_own_affair_is_refused(make, options):
     with pytest.raises(errors.InvalidArgument):
         make(**options)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from headrace_client import HeadraceClient, errors
+from headrace_client import HeadraceClient, StreamTuning, errors
 from headrace_client.values import PROVENANCE_COLUMNS, Extraction
 
 PLACE = "next_row"
@@ -26,9 +26,8 @@ def main() -> None:
     with HeadraceClient.connect(extractor=address) as client:
         extraction = _found(client, extraction_id)
         columns = (*PROVENANCE_COLUMNS, *extraction.hookpoints)
-        with client.chunks(
-            extraction, columns, start_row=next_row, chunk_bytes=8192, reader=folder.name, transport=transport
-        ) as stream:
+        tuning = StreamTuning(chunk_bytes=8192, transport=transport)
+        with client.chunks(extraction, columns, start_row=next_row, reader=folder.name, tuning=tuning) as stream:
             for chunk in stream:
                 assert chunk.first_row == next_row
                 for column, values in chunk.arrays.items():

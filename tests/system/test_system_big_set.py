@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from fix_system import MODEL, Digest, columns_of, eventually, texts
+from headrace_client import StreamTuning
 from headrace_client.values import Recipe
 
 SET_BYTES = int(os.environ.get("HEADRACE_BIG_SET_BYTES", "300000000"))
@@ -93,7 +94,8 @@ def test_a_large_set_is_written_read_by_three_and_evicted(big):
     digests = [Digest() for _ in range(3)]
 
     def read(digest, columns):
-        with big.connect().chunks(extraction, columns, reconnect_deadline_s=DEADLINE_S, transport="inline") as stream:
+        tuning = StreamTuning(reconnect_deadline_s=DEADLINE_S, transport="inline")
+        with big.connect().chunks(extraction, columns, tuning=tuning) as stream:
             for chunk in stream:
                 digest.add(chunk)
 

@@ -15,7 +15,7 @@ from grpc import StatusCode
 from fix_postgres import refusal_of
 from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, columns_of, eventually, read, texts
 from headrace.registry.v1 import model_service_pb2, model_service_pb2_grpc
-from headrace_client import errors
+from headrace_client import StreamTuning, errors
 from headrace_client.values import ExtractionState, Recipe, Retain, Window
 from headrace_log.manifest import SEGMENT_BYTES
 from headrace_registry.postgres.server.embedded import EmbeddedPostgres
@@ -136,7 +136,7 @@ def test_tensors_come_once_although_runner_and_extractor_are_killed(fragile, qui
     kills = [At(n_rows // 4, fragile.kill_runner), At(n_rows // 2, kill_extractor)]
     hashes = {name: hashlib.sha256() for name in columns_of(extraction)}
     with fragile.client.activations(
-        extraction, columns=columns_of(extraction), batch_size=100, queue_bytes=64 * 1024, chunk_bytes=8 * 1024
+        extraction, columns=columns_of(extraction), batch_size=100, tuning=StreamTuning(**NARROW)
     ) as batches:
         for batch in batches:
             for name, tensor in batch.items():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fix_system import HOOKPOINT, MODEL, PATIENCE_S, SLOW, At, Digest, columns_of, eventually, read, texts
-from headrace_client import errors
+from headrace_client import Reading, StreamTuning, errors
 from headrace_client.values import ExtractionState, Retain, Window
 
 pytestmark = pytest.mark.timeout(300)
@@ -29,10 +29,11 @@ def start(system, retention=None):
     )
 
 
-def read_mapped(client, extraction, *, on_rows=lambda n_rows: None, **options):
-    """Reads all rows; returns their digests and the number of rows read from files."""
+def read_mapped(client, extraction, *, on_rows=lambda n_rows: None, **tuning):
+    """Digests of all rows, and how many of them came out of files."""
     digest, n_mapped = Digest(), 0
-    with client.chunks(extraction, columns_of(extraction), transport="mapped", **options) as stream:
+    tuned = StreamTuning(transport="mapped", **tuning)
+    with client.chunks(extraction, columns_of(extraction), tuning=tuned) as stream:
         for chunk in stream:
             digest.add(chunk)
             n_mapped += chunk.n_rows * isinstance(chunk.buffers[0].obj, mmap.mmap)
@@ -41,10 +42,10 @@ def read_mapped(client, extraction, *, on_rows=lambda n_rows: None, **options):
 
 
 def shuffled(client, extraction, transport):
-    """Reads all rows in a shuffled order; returns their bytes, chunk by chunk."""
-    with client.chunks(
-        extraction, columns_of(extraction), order="shuffled", seed=3, block_rows=100, transport=transport
-    ) as stream:
+    """All rows by their document and position, in the order of a seed."""
+    reading = Reading(order="shuffled", seed=3, block_rows=100)
+    tuning = StreamTuning(transport=transport)
+    with client.chunks(extraction, columns_of(extraction), reading=reading, tuning=tuning) as stream:
         return [b"".join(bytes(buffer) for buffer in chunk.buffers) for chunk in stream]
 
 
@@ -94,7 +95,8 @@ def test_a_window_that_is_not_mapped_by_itself_either_is_read_without_gap(system
 def test_a_window_is_not_shuffled(system, quiet):
     extraction = start(system, WINDOW)
 
-    with system.client.chunks(extraction, order="shuffled") as stream, pytest.raises(errors.InvalidArgument) as caught:
+    stream = system.client.chunks(extraction, reading=Reading(order="shuffled"))
+    with stream, pytest.raises(errors.InvalidArgument) as caught:
         next(stream)
 
     assert "RETAIN" in str(caught.value)
@@ -115,7 +117,8 @@ def test_rows_of_8_bits_are_scaled_either_way(system, dtype):
         ("mapped", small, "mapped"),
     ):
         system.client.extractions.wait(extraction.id, deadline_s=PATIENCE_S)
-        with system.client.activations(extraction, batch_size=64, transport=transport) as stream:
+        tuning = StreamTuning(transport=transport)
+        with system.client.activations(extraction, batch_size=64, tuning=tuning) as stream:
             rows[name] = torch.cat(list(stream))
 
     assert rows["inline"].dtype == torch.float32

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fix_system import BOS_ID, MODEL, N_LAYERS, PATIENCE_S, columns_of, texts
+from headrace_client import StreamTuning
 from headrace_client.values import Recipe
 
 pytestmark = pytest.mark.timeout(300)
@@ -52,7 +53,7 @@ def stream(system, model_id, documents, hookpoints, recipe):
     """Streams all rows, in chunks that match no batch and no segment; returns them by column."""
     extraction = system.client.extractions.start(model_id, system.variant(documents), hookpoints, recipe=recipe)
     parts = {name: [] for name in columns_of(extraction)}
-    with system.client.chunks(extraction, columns_of(extraction), chunk_bytes=10_007) as chunks:
+    with system.client.chunks(extraction, columns_of(extraction), tuning=StreamTuning(chunk_bytes=10_007)) as chunks:
         for chunk in chunks:
             for name, values in chunk.arrays.items():
                 parts[name].append(values.copy())

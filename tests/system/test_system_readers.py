@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fix_system import MODEL, N_LAYERS, PATIENCE_S, SLOW, read, texts
-from headrace_client import errors
+from headrace_client import StreamTuning, errors
 from headrace_client.values import Retain, Window
 
 pytestmark = pytest.mark.timeout(240)
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.timeout(240)
 LAYERS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 PACES_S = [0.002, 0.01, 0.002, 0.004]  # Pauses between batches; the second is five times the first.
 WINDOW = Window(window_bytes=1024 * 1024, reader_grace_s=PATIENCE_S)
-NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
+NARROW = StreamTuning(queue_bytes=64 * 1024, chunk_bytes=8 * 1024)
 
 
 def train(system, extraction, layer, pace_s, *, start_row=0, on_batch=lambda n_rows: None):
     """Takes all batches of a layer at a pace; returns digests by column, and its first row."""
     digests = {name: hashlib.sha256() for name in ("document", "position", layer)}
     with system.client.activations(
-        extraction, columns=list(digests), batch_size=100, start_row=start_row, **NARROW
+        extraction, columns=list(digests), batch_size=100, start_row=start_row, tuning=NARROW
     ) as stream:
         for batch in stream:
             for name, rows in batch.items():
@@ -43,7 +43,8 @@ def start(system, retention):
 def expected(system, extraction, layer, *, start_row=0):
     """Digests of the rows that an undisturbed reader of a retained extraction gets."""
     digests = {name: hashlib.sha256() for name in ("document", "position", layer)}
-    with system.client.chunks(extraction, list(digests), start_row=start_row, transport="inline") as stream:
+    inline = StreamTuning(transport="inline")
+    with system.client.chunks(extraction, list(digests), start_row=start_row, tuning=inline) as stream:
         for chunk in stream:
             for name, digest in digests.items():
                 digest.update(chunk.array(name))

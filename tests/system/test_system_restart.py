@@ -13,7 +13,7 @@ from fix_postgres import refusal_of
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, At, Digest, columns_of, eventually, read, texts
 from headrace.extractor.v1 import extraction_service_pb2 as service_pb
 from headrace.extractor.v1 import extraction_service_pb2_grpc as service_grpc
-from headrace_client import errors
+from headrace_client import StreamTuning, errors
 from headrace_client.values import ExtractionState, Retain, Window
 
 pytestmark = pytest.mark.timeout(240)
@@ -87,7 +87,7 @@ def test_everything_is_still_there_after_a_stop_and_start_of_all(fragile, quiet)
     assert read(client, extraction) == quiet
     unfinished = start(fragile, WINDOW)
     half = Digest()
-    with client.chunks(unfinished, columns_of(unfinished), **NARROW) as stream:
+    with client.chunks(unfinished, columns_of(unfinished), tuning=StreamTuning(**NARROW)) as stream:
         while half.n_rows < int(quiet["n_rows"]) // 3:
             half.add(next(stream))
     eventually(lambda: extraction.set_id in {each.id for each in client.sets.list()}, "the set is reported")
@@ -109,7 +109,8 @@ def test_everything_is_still_there_after_a_stop_and_start_of_all(fragile, quiet)
     assert client.extractions.wait(again.id, deadline_s=PATIENCE_S).cached
     assert again.set_id == extraction.set_id
     assert read(client, again) == quiet
-    with client.chunks(unfinished, columns_of(unfinished), start_row=half.n_rows, **NARROW) as stream:
+    narrow = StreamTuning(**NARROW)
+    with client.chunks(unfinished, columns_of(unfinished), start_row=half.n_rows, tuning=narrow) as stream:
         for chunk in stream:
             half.add(chunk)
     assert half.value == quiet

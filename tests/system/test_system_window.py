@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fix_system import FAST, HOOKPOINT, MODEL, PATIENCE_S, Digest, columns_of, eventually, read, texts
-from headrace_client import errors
+from headrace_client import StreamTuning, errors
 from headrace_client.values import ExtractionState, Window
 
 pytestmark = pytest.mark.timeout(240)
@@ -24,8 +24,8 @@ DOCUMENTS = texts(1500, seed=2)
 WINDOW_BYTES = 1024 * 1024
 ROW_BYTES = 32 * 4 + 3 * 4
 STREAM = "/headrace.extractor.v1.ExtractionService/StreamActivations"
-# The client reads so little ahead that a consumer which stops holds up the forward pass.
-NARROW = {"queue_bytes": 64 * 1024, "chunk_bytes": 8 * 1024}
+# Little is read ahead, so that a consumer that stops is one that holds up.
+NARROW = StreamTuning(queue_bytes=64 * 1024, chunk_bytes=8 * 1024)
 
 
 def start(system, *, reader_grace_s=PATIENCE_S):
@@ -50,7 +50,7 @@ def test_a_client_that_stops_reading_stops_the_forward_pass_within_the_window(sy
     watching = threading.Thread(target=watch_into, args=(seen, system, extraction), daemon=True)
     watching.start()
     digest = Digest()
-    with system.client.chunks(extraction, columns_of(extraction), reader="the-sleeper", **NARROW) as stream:
+    with system.client.chunks(extraction, columns_of(extraction), reader="the-sleeper", tuning=NARROW) as stream:
         digest.add(next(stream))
 
         def stopped():
@@ -94,13 +94,13 @@ def test_the_slowest_of_two_readers_is_waited_for_and_both_get_every_row(system)
     digests = {}
 
     def quick():
-        with system.connect().chunks(extraction, columns_of(extraction), reader="quick", **NARROW) as stream:
+        with system.connect().chunks(extraction, columns_of(extraction), reader="quick", tuning=NARROW) as stream:
             digests["quick"] = total = Digest()
             for chunk in stream:
                 total.add(chunk)
 
     digests["slow"] = Digest()
-    with system.client.chunks(extraction, columns_of(extraction), reader="slow", **NARROW) as stream:
+    with system.client.chunks(extraction, columns_of(extraction), reader="slow", tuning=NARROW) as stream:
         digests["slow"].add(next(stream))
         reading = threading.Thread(target=quick)
         reading.start()
@@ -145,7 +145,7 @@ def test_a_client_that_dies_frees_everything_it_held(system, reader_process):
 def test_a_client_that_died_may_come_back_at_its_row_within_the_grace(system, reader_process):
     extraction = start(system)
     digest = Digest()
-    with system.client.chunks(extraction, columns_of(extraction), **NARROW) as stream:
+    with system.client.chunks(extraction, columns_of(extraction), tuning=NARROW) as stream:
         while digest.n_rows < 3000:
             digest.add(next(stream))
     reader = reader_process(extraction, digest.n_rows)
@@ -154,7 +154,7 @@ def test_a_client_that_died_may_come_back_at_its_row_within_the_grace(system, re
 
     # It had released no row. A new reader of its name takes its place: the forward pass waits for the new one only.
     again = {"start_row": digest.n_rows, "reader": "the-trainer"}
-    with system.client.chunks(extraction, columns_of(extraction), **again, **NARROW) as stream:
+    with system.client.chunks(extraction, columns_of(extraction), **again, tuning=NARROW) as stream:
         for chunk in stream:
             digest.add(chunk)
 
@@ -207,12 +207,12 @@ class ReaderProcess:
 
 READER = """
 import sys, time
-from headrace_client import HeadraceClient
+from headrace_client import HeadraceClient, StreamTuning
 
 registry, token, extraction, start_row = sys.argv[1:]
 client = HeadraceClient.connect(registry, token=token)
 place = {"start_row": int(start_row), "reader": "the-trainer"}
-stream = client.chunks(extraction, **place, queue_bytes=65536, chunk_bytes=8192)
+stream = client.chunks(extraction, **place, tuning=StreamTuning(queue_bytes=65536, chunk_bytes=8192))
 next(stream)
 print(stream.next_row, flush=True)
 time.sleep(300)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import InvalidArgument
 from headrace_client.reading.tensors import ActivationStream
+from headrace_client.values import PLAIN, Reading
 
-# What decides, with the rank and the workers, which rows make which batch. `first_epoch` does too, but is set anew for
-# each epoch, maybe after the state was loaded.
-_DECISIVE = ("batch_size", "start_row", "end_row", "order", "seed", "block_rows", "mix_blocks")
+# With the rank and the workers, these and `reading` decide which rows make which batch.
+_DECISIVE = ("batch_size", "start_row", "end_row")
 _DEFAULTS = signature(HeadraceClient.activations).parameters
 
 
@@ -40,16 +41,19 @@ class ActivationDataset(IterableDataset[Any]):
         connect: Mapping[str, Any] | None = None,
         rank: int | None = None,
         world: int | None = None,
+        reading: Reading = PLAIN,
         **options: Any,
     ) -> None:
         super().__init__()
-        if taken := sorted({"shard", "drop_last", "on_progress"} & set(options)):
+        taken = sorted({"drop_last", "on_progress"} & set(options)) + ["shard"] * (reading.shard != PLAIN.shard)
+        if taken:
             raise InvalidArgument(f"{taken[0]} is the dataset's own affair", fields={taken[0]: "leave it out"})
         if (rank is None) != (world is None):
             raise InvalidArgument("rank and world are given together, or neither", fields={"rank": str(rank)})
         self._extraction = extraction
         self._connect = dict(connect or {})
         self._ranks = None if rank is None or world is None else (rank, world)
+        self._reading = reading
         self._options = options
         self._n_taken = 0
 
@@ -68,11 +72,13 @@ class ActivationDataset(IterableDataset[Any]):
         """What decides which rows make which batch, as JSON: a loader's state goes with it."""
         rank, world = self.ranks
         options = {name: self._options.get(name, _DEFAULTS[name].default) for name in _DECISIVE}
-        return {"extraction": self._extraction, "rank": rank, "world": world, **options}
+        # Not the epoch: a loop sets it anew for each epoch, maybe after a state was loaded.
+        order = {name: getattr(self._reading, name) for name in ("order", "seed", "block_rows", "mix_blocks")}
+        return {"extraction": self._extraction, "rank": rank, "world": world, **options, **order}
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins with this epoch's order; for loops that make an iterator for each epoch."""
-        self._options["first_epoch"] = epoch
+        self._reading = replace(self._reading, epoch=epoch)
 
     def resume_after(self, n_batches: int) -> None:
         """The next iteration goes on behind so many batches, as the loop got them from as many workers as before."""
@@ -86,9 +92,8 @@ class ActivationDataset(IterableDataset[Any]):
         turn = (index + self._n_taken) % count
         client = HeadraceClient.connect(**self._connect)
         try:
-            stream = client.activations(
-                self._extraction, shard=(rank * count + turn, world * count), drop_last=True, **self._options
-            )
+            reading = replace(self._reading, shard=(rank * count + turn, world * count))
+            stream = client.activations(self._extraction, drop_last=True, reading=reading, **self._options)
             if n_batches := (self._n_taken - turn + count - 1) // count:
                 stream.skip_batches(n_batches)
         except BaseException:

@@ -14,7 +14,7 @@ _PAUSE_S = 2.0  # A server's ping waits no longer than this for its answer.
 
 
 class ChunkQueue:
-    """Holds at most `max_bytes`, or one chunk that is larger. Keeps time of who waited for whom.
+    """Holds at most `max_bytes`, or one chunk that is larger. Measures for how long each side waited for the other.
 
     The consumer of a fast stream waits for every chunk anew, so waking it must be cheap: a SimpleQueue does it in C.
     The producer waits only when the queue is full. Either side writes only its own counter; no chunk is empty.
@@ -46,11 +46,17 @@ class ChunkQueue:
     def put(self, chunk: ActivationChunk, while_full: Callable[[], None]) -> bool:
         """Appends a chunk as soon as there is room; False once closed.
 
-        Waits as long as the consumer takes its time, and calls `while_full` every few seconds meanwhile.
+        Waits for as long as the queue is full, and calls `while_full` every few seconds meanwhile.
         """
         if not self._has_room(chunk):
             began = time.monotonic()
-            while not self._room_for(chunk, _PAUSE_S):
+            while True:
+                with self._room:
+                    self._producer_waits = True  # Before looking again: from now on, taking a chunk will notify.
+                    has_room = self._room.wait_for(lambda: self._has_room(chunk), _PAUSE_S)
+                    self._producer_waits = False
+                if has_room:
+                    break
                 while_full()
             self.put_wait_s += time.monotonic() - began
         if self._closed:
@@ -60,17 +66,17 @@ class ChunkQueue:
         return True
 
     def finish(self) -> None:
-        """Tells that no chunk will follow."""
+        """Tells the consumer that no chunk will follow."""
         self._finished = True
         self._chunks.put(None)
 
     def fail(self, error: Exception) -> None:
-        """Tells that no chunk will follow, and why."""
+        """Tells the consumer that no chunk will follow, and why."""
         self._error = error
         self._chunks.put(None)
 
     def close(self) -> None:
-        """Drops what is queued and lets both sides go."""
+        """Drops the queued chunks and ends the waits of both sides."""
         self._closed = True
         with suppress(Empty):
             while True:
@@ -80,8 +86,18 @@ class ChunkQueue:
             self._room.notify_all()
 
     def take(self, wait_s: float) -> ActivationChunk | None:
-        """Removes the first chunk; None if none comes within `wait_s` or at the end. Raises what fail() was given."""
-        chunk = self._next(wait_s)
+        """Removes the first chunk; None if none comes within `wait_s`, or at the end. Raises the error of `fail`."""
+        chunk = None
+        try:
+            chunk = self._chunks.get_nowait()
+        except Empty:
+            if not (self._finished or self._closed or self._error is not None):
+                began = time.monotonic()
+                try:
+                    with suppress(Empty):
+                        chunk = self._chunks.get(timeout=wait_s)
+                finally:
+                    self.take_wait_s += time.monotonic() - began
         if chunk is None:
             if self._drained:
                 self.raise_error()
@@ -93,34 +109,13 @@ class ChunkQueue:
         return chunk
 
     def raise_error(self) -> None:
-        """Raises what was given to fail()."""
+        """Raises the error given to `fail`, if there is one."""
         if self._error is not None:
             raise self._error
 
     @property
     def _drained(self) -> bool:
         return self._put_bytes == self._taken_bytes
-
-    def _next(self, wait_s: float) -> ActivationChunk | None:
-        try:
-            return self._chunks.get_nowait()
-        except Empty:
-            if self._finished or self._closed or self._error is not None:
-                return None
-        began = time.monotonic()
-        try:
-            return self._chunks.get(timeout=wait_s)
-        except Empty:
-            return None
-        finally:
-            self.take_wait_s += time.monotonic() - began
-
-    def _room_for(self, chunk: ActivationChunk, wait_s: float) -> bool:
-        with self._room:
-            self._producer_waits = True  # Before looking again: whoever takes a chunk from now on will notify.
-            there_is = self._room.wait_for(lambda: self._has_room(chunk), wait_s)
-            self._producer_waits = False
-        return there_is
 
     def _has_room(self, chunk: ActivationChunk) -> bool:
         queued_bytes = self._put_bytes - self._taken_bytes

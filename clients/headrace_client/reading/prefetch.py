@@ -1,33 +1,24 @@
-"""The thread that keeps a stream going: reads ahead, reconnects, and proves that no row is missing or twice."""
+"""The thread that keeps a stream going: reads ahead, reconnects, and checks that no row is missing or comes twice."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from headrace_client.errors import (
-    DataLoss,
-    DeadlineExceeded,
-    HeadraceError,
-    RowsNotContiguous,
-    StreamLost,
-    TooManyStreams,
-    Unavailable,
-    Unimplemented,
-)
+from headrace_client.errors import DataLoss, HeadraceError, RowsNotContiguous, Unavailable, Unimplemented
 from headrace_client.reading.chunk import ActivationChunk
 from headrace_client.reading.chunk_queue import ChunkQueue
 from headrace_client.reading.mapped import MappedRows, Unmappable
+from headrace_client.reading.outage import Outage
+from headrace_client.reading.source import StreamRequest
 from headrace_client.reading.waits import Waited
 from headrace_client.rpc.convert.extractions import extraction_state_from_pb
 from headrace_client.rpc.convert.streams import header_from_pb, stream_event_from_pb
-from headrace_client.rpc.watch import Backoff
-from headrace_client.values import PLAIN, Column, ExtractionState, Reading, StreamHeader, StreamState
+from headrace_client.values import Column, ExtractionState, StreamHeader, StreamState
 from headrace_log import frames
 
 JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
@@ -45,96 +36,30 @@ class Messages(Protocol):
         """Keeps the connection alive while no message is asked for."""
 
     def close(self) -> None:
-        """Cancels it, from any thread."""
+        """Cancels the connection, from any thread."""
 
 
 class Source(Protocol):
-    """Where a stream's rows come from."""
+    """The server's side of a stream."""
 
     def open(self, start_row: int, *, again: bool) -> AbstractContextManager[Messages]:
         """Connects; `again` after a failure, when the server may have moved."""
 
     def greeted(self, header: StreamHeader) -> None:
-        """Takes the header of each connection. Raises Unmappable where rows are wanted from files only."""
+        """Takes the header of each connection. Raises Unmappable where the caller wants rows from files only."""
 
     def stop_mapping(self, why: Unmappable) -> None:
-        """Asks for rows in messages from now on. Raises where the caller wants them from files only."""
+        """Asks for rows in messages from now on. Raises where the caller wants rows from files only."""
 
     def release(self, row: int) -> None:
-        """Tells that rows before `row` may go."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamOptions:
-    """How to stream; `start_row` inclusive, `end_row` exclusive with 0 for all: places in the order of `reading`."""
-
-    start_row: int = 0
-    end_row: int = 0
-    reading: Reading = PLAIN
-    queue_bytes: int = 64 * 1024 * 1024
-    explicit_release: bool = False
-    reconnect_deadline_s: float = 120.0
-    backoff: Backoff = field(default_factory=Backoff)
-
-
-@dataclass
-class Outage:
-    """Adds up the time without a live server since the last row; decides how long to go on."""
-
-    deadline_s: float
-    backoff: Backoff
-    clock: Callable[[], float] = time.monotonic
-    lost_s: float = 0.0
-    attempt: int = 0
-    alive_at: float = 0.0
-    reconnecting: bool = False
-
-    def __post_init__(self) -> None:
-        self.alive_at = self.clock()
-
-    def row(self) -> None:
-        """A row came: all is well."""
-        self.lost_s, self.attempt = 0.0, 0
-        self.alive()
-
-    def alive(self) -> None:
-        """The server says something, or the reader was busy: that time is no outage, but a row is still owed."""
-        now = self.clock()
-        if self.reconnecting:
-            self.lost_s += now - self.alive_at
-            self.reconnecting = False
-        self.alive_at = now
-
-    def pause_s(self, exc: HeadraceError, next_row: int) -> float:
-        """The wait before the next attempt; raises `exc` if none can help, StreamLost if the deadline has passed."""
-        if not _passing(exc, again=self.attempt > 0):
-            raise exc
-        lost_s = self.lost_s + self.clock() - self.alive_at
-        if lost_s > self.deadline_s:
-            raise StreamLost(
-                f"the stream broke and no row came for {lost_s:.0f} s; last: {exc}",
-                metadata={"next_row": str(next_row), "last_reason": exc.reason},
-            ) from exc
-        pause = max(self.backoff.wait_s(self.attempt), min(exc.retry_after_s or 0.0, self.backoff.most_s))
-        self.attempt += 1
-        self.reconnecting = True
-        return min(pause, max(self.deadline_s - lost_s, 0.0) + 0.01)
-
-
-def _passing(exc: HeadraceError, *, again: bool) -> bool:
-    """True when a new connection may help."""
-    if isinstance(exc, Unavailable):
-        return not isinstance(exc, StreamLost)
-    if isinstance(exc, TooManyStreams):
-        return again  # The server may still count the connection that broke.
-    return isinstance(exc, DeadlineExceeded) and exc.reason == DeadlineExceeded.REASON  # The call's own long life.
+        """Tells the server that rows before `row` may go."""
 
 
 class Prefetcher:
-    """Reads a stream into a bounded queue, from a thread. What goes wrong arrives with the taker of the queue."""
+    """Reads a stream into a bounded queue, from a thread. Errors are raised where chunks are taken from the queue."""
 
-    def __init__(self, source: Source, options: StreamOptions) -> None:
-        self.queue = ChunkQueue(options.queue_bytes)
+    def __init__(self, source: Source, request: StreamRequest) -> None:
+        self.queue = ChunkQueue(request.tuning.queue_bytes)
         self.state = StreamState.CONNECTING
         self.extraction_state: ExtractionState | None = None
         self.n_rows_committed = 0
@@ -143,8 +68,8 @@ class Prefetcher:
         self.header: StreamHeader | None = None
         self.header_ready = threading.Event()
         self._source = source
-        self._options = options
-        self._next_row = options.start_row
+        self._request = request
+        self._next_row = request.start_row
         self._mapping: MappedRows | None = None
         self._stopping = threading.Event()
         self._messages: Messages | None = None
@@ -153,7 +78,10 @@ class Prefetcher:
 
     def start(self) -> None:
         """Starts the thread."""
-        _keep_freed_memory()
+        # Mapped, never touched, freed at once: has glibc keep the memory of chunks for the next ones. It gives back
+        # idle memory beyond twice the largest mapped block that was ever freed, and takes it anew page by page, which
+        # costs a sixth of a fast reader's time. A process that trains has freed larger blocks anyway.
+        bytes(_LARGEST_CHUNK_BYTES)
         self._thread.start()
 
     @property
@@ -163,7 +91,7 @@ class Prefetcher:
 
     @property
     def held_up(self) -> bool:
-        """True if the forward pass waited for readers at the server's last word."""
+        """True if the forward pass waited for readers when the server last spoke."""
         return self.state is StreamState.WAITING and self.extraction_state is ExtractionState.WAITING
 
     def stop(self) -> None:
@@ -188,7 +116,9 @@ class Prefetcher:
             self.waited = self.waited.over(time.monotonic())
 
     def _pump(self) -> None:
-        outage = Outage(deadline_s=self._options.reconnect_deadline_s, backoff=self._options.backoff)
+        """Opens connections one after another until the stream has ended, was stopped or can't go on."""
+        tuning = self._request.tuning
+        outage = Outage(deadline_s=tuning.reconnect_deadline_s, backoff=tuning.backoff)
         again = False
         while not self._stopping.is_set():
             try:
@@ -207,7 +137,9 @@ class Prefetcher:
                     self.queue.finish()
                 return
             finally:
-                self._unmap()
+                if self._mapping is not None:
+                    self._mapping.close()
+                    self._mapping = None
                 now = time.monotonic()
                 self.waited = self.waited.over(now).begun(now)  # For a new connection, if there is one.
             self.state = StreamState.RECONNECTING
@@ -248,22 +180,19 @@ class Prefetcher:
         self.waited = self.waited.over(outage.alive_at)
         self.state = StreamState.STREAMING
         if self._mapping is None or chunk.column_offsets:
-            going_on = self.queue.put(_cut(chunk, place, self.header.columns), while_full=messages.tend)
-            self._next_row = place + chunk.n_rows
-        else:
-            going_on = self._mapped_rows(self._mapping, chunk, messages)
+            parts = iter((_cut(chunk, place, self.header.columns),))
+        else:  # Rows without a payload: the server only announces them, and they lie in the set's files.
+            parts = self._mapping.chunks(chunk, place)
+        going_on = True
+        for part in parts:
+            going_on = self.queue.put(part, while_full=messages.tend)
+            if not going_on:
+                break
+            self._next_row = part.end_place
         self.n_rows_committed = max(self.n_rows_committed, chunk.end_row)
         outage.alive()  # The wait for room in the queue was no silence.
         self.waited = self.waited.begun(outage.alive_at)
         return going_on
-
-    def _mapped_rows(self, mapping: MappedRows, announced: frames.Chunk, messages: Messages) -> bool:
-        """Queues a range of rows from the set's files; False when stopped."""
-        for chunk in mapping.chunks(announced, self._next_row):
-            if not self.queue.put(chunk, while_full=messages.tend):
-                return False
-            self._next_row = chunk.end_place
-        return True
 
     def _event(self, message: memoryview, outage: Outage) -> bool:
         """Takes a header, a progress or an end; True for the end."""
@@ -278,7 +207,10 @@ class Prefetcher:
                 self.n_rows_committed = event.progress.n_rows
                 self.extraction_state = extraction_state_from_pb(event.progress.state)
             case "end":
-                self._check_end(event.end.next_row)
+                if event.end.next_row != self._next_row:
+                    raise RowsNotContiguous(
+                        f"the stream ended at row {event.end.next_row}, received were those before {self._next_row}"
+                    )
                 self.n_rows_committed = event.end.n_rows
                 return True
             case _:
@@ -286,6 +218,7 @@ class Prefetcher:
         return False
 
     def _greet(self, header: StreamHeader) -> None:
+        """Checks that a connection brings the rows asked for, and the same set as the connection before."""
         first = self.header
         if header.first_row != self._next_row:
             raise RowsNotContiguous(f"the stream begins at row {header.first_row}, asked for was {self._next_row}")
@@ -294,33 +227,16 @@ class Prefetcher:
                 f"the stream went on with other data: set {header.set_id}, before {first.set_id}",
                 metadata={"next_row": str(self._next_row)},
             )
-        if bool(header.block_rows) == self._options.reading.plain:
+        if bool(header.block_rows) == self._request.reading.plain:
             raise Unimplemented("this server does not know reading orders and shards: update it")
         self._source.greeted(header)
         self._mapping = MappedRows(header) if header.mapped else None
         self.header = header
         self.header_ready.set()
 
-    def _unmap(self) -> None:
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
-
-    def _check_end(self, next_row: int) -> None:
-        if next_row != self._next_row:
-            raise RowsNotContiguous(f"the stream ended at row {next_row}, received were those before {self._next_row}")
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep the memory of chunks for the next ones.
-
-    It gives back what lies idle beyond twice the largest mapped block that was ever freed, and takes it anew page by
-    page, which costs a sixth of a fast reader's time. A process that trains has freed larger blocks anyway.
-    """
-    bytes(_LARGEST_CHUNK_BYTES)  # Mapped, never touched, freed at once.
-
 
 def _decode(message: memoryview) -> frames.Chunk | None:
+    """The chunk in a message; None for a message of another kind."""
     try:
         chunk = frames.decode_chunk(message)
     except frames.FrameError as exc:
@@ -330,11 +246,12 @@ def _decode(message: memoryview) -> frames.Chunk | None:
     event = stream_event_from_pb(bytes(message))
     if event.WhichOneof("event") != "chunk":
         return None
-    pb = event.chunk  # Framed by somebody else, with its fields in another order.
+    pb = event.chunk  # Framed by another library, with its fields in another order.
     return frames.Chunk(pb.first_row, pb.n_rows, tuple(pb.column_offsets), memoryview(pb.payload), pb.position)
 
 
 def _cut(chunk: frames.Chunk, place: int, columns: tuple[Column, ...]) -> ActivationChunk:
+    """Views of each column's part of a chunk's payload."""
     if len(chunk.column_offsets) != len(columns):
         raise DataLoss(f"a chunk has {len(chunk.column_offsets)} columns, the stream's header {len(columns)}")
     try:

@@ -1,4 +1,4 @@
-"""The thread that tells the server which rows of a WINDOW set are done with."""
+"""The thread that tells the server which rows of a WINDOW set are no longer needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG = logging.getLogger("headrace_client")
 class Releaser:
     """Sends ReleaseRows for a WINDOW set from a thread of its own.
 
-    Not from the prefetching one: when the window is full that one waits for rows which come only after a release.
+    Not from the prefetching thread: with a full window, that thread waits for rows which come only after a release.
     """
 
     def __init__(self, source: Source) -> None:
@@ -32,19 +32,19 @@ class Releaser:
         self._thread.start()
 
     def offer(self, row: int) -> None:
-        """Tells that rows before `row` are done with; returns at once."""
+        """Has rows before `row` released; returns at once."""
         with self._changed:
             self._row = max(self._row, row)
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Has the thread say farewell and end."""
+        """Has the thread send a last release and end."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
 
     def join(self) -> None:
-        """Waits until the server has been told, up to a deadline: behind it a client closes its connections."""
+        """Waits until the last release was sent, up to a deadline: after that a client closes its connections."""
         if threading.current_thread() is not self._thread:
             self._thread.join(_FAREWELL_S)
 
@@ -67,6 +67,6 @@ class Releaser:
                 self._changed.wait_for(lambda: self._stopping, pause_s)
         if self.comes_back:
             return
-        # Others of the window need not wait for this one.
+        # Other readers of the window need not wait for this one.
         with contextlib.suppress(HeadraceError):
             self._source.release(_FOR_GOOD)

@@ -10,8 +10,9 @@ from typing import Self
 
 from headrace_client.errors import Cancelled
 from headrace_client.reading.chunk import ActivationChunk
-from headrace_client.reading.prefetch import Prefetcher, Source, StreamOptions
+from headrace_client.reading.prefetch import Prefetcher, Source
 from headrace_client.reading.releaser import Releaser
+from headrace_client.reading.source import StreamRequest
 from headrace_client.reading.waits import shared_out
 from headrace_client.values import Progress, StreamHeader, StreamState
 
@@ -23,20 +24,20 @@ class ChunkStream:
     """An iterator of chunks, in reading order, without gap or duplicate.
 
     A thread reads ahead into a queue bounded in bytes. Lost connections and silent servers are replaced, going on at
-    the next row, until no row came for `reconnect_deadline_s`: then StreamLost. Errors arrive in the consumer.
+    the next row, until no row came for `reconnect_deadline_s`: then StreamLost. Errors are raised in the consumer.
     Iteration may stop and go on at any time; `close()`, the `with` block or garbage collection ends it. For one
     consuming thread; not to be carried over a fork.
     """
 
-    def __init__(self, source: Source, options: StreamOptions) -> None:
-        self.options = options
-        self._prefetcher = Prefetcher(source, options)
-        self._releaser = Releaser(source) if options.explicit_release else None
-        self._next_row = options.start_row
-        self._released = 0  # Rows before the first one too: who comes back may have left some that it had not released.
+    def __init__(self, source: Source, request: StreamRequest) -> None:
+        self._request = request
+        self._prefetcher = Prefetcher(source, request)
+        self._releaser = Releaser(source) if request.explicit_release else None
+        self._next_row = request.start_row
+        self._released = 0  # Not `start_row`: an earlier connection of this reader may have left rows unreleased.
         self._size_bytes = 0
         self._unreleased_bytes = 0
-        self._meter = _Meter()
+        self._rates = _RateMeter()
         self._closed = False
         self._finalizer = weakref.finalize(self, _stop, self._prefetcher, self._releaser)
         self._prefetcher.start()
@@ -53,7 +54,7 @@ class ChunkStream:
 
     @property
     def next_row(self) -> int:
-        """One past the last row handed out: where to resume. A place in the reading order if there is one."""
+        """Where to resume: one past the last row handed out, as a place in the reading order if there is one."""
         return self._next_row
 
     @property
@@ -63,18 +64,26 @@ class ChunkStream:
 
     @property
     def held_up(self) -> bool:
-        """True if the forward pass waited for readers at the server's last word, and no row is at hand."""
+        """True if the forward pass waited for readers when the server last spoke, and no row is queued."""
         return not self._prefetcher.queue.queued_bytes and self._prefetcher.held_up
 
     def take(self, wait_s: float, keep_from: int | None = None) -> ActivationChunk | None:
         """Returns the next chunk; None if none came within `wait_s`, or at the end (then `ended` is True).
 
-        Taking a chunk says that the ones before are done with: rows of a WINDOW set may go. With `keep_from` only those
-        before that place; where the window is smaller than what is kept of it, the stream is `held_up` for good.
+        Taking a chunk releases the chunks before it: the server may drop their rows of a WINDOW set. With `keep_from`,
+        only rows before that place are released; if the window is smaller than the rows kept, the stream stays
+        `held_up`.
         """
         self._check_open()
-        self._release(self._next_row if keep_from is None else keep_from)
-        chunk = self._prefetcher.queue.take(wait_s)
+        prefetcher, quarter = self._prefetcher, self._request.tuning.queue_bytes // 4
+        place = self._next_row if keep_from is None else keep_from
+        # In quarters of the queue, to save calls; sooner when the queue runs low, since the server may wait for it.
+        is_due = self._unreleased_bytes >= quarter or prefetcher.queue.queued_bytes < quarter
+        # Before the header came, the server does not know this reader.
+        if self._releaser is not None and prefetcher.header is not None and place > self._released and is_due:
+            self._releaser.offer(self._request.reading.first_row_needed(place))
+            self._released, self._unreleased_bytes = place, 0
+        chunk = prefetcher.queue.take(wait_s)
         self._check_open()
         if chunk is not None:
             self._next_row = chunk.end_place
@@ -83,36 +92,36 @@ class ChunkStream:
         return chunk
 
     def progress(self) -> Progress:
-        """How the stream goes, over the last seconds."""
-        queue, behind = self._prefetcher.queue, self._prefetcher
-        rows = self._next_row - self.options.start_row
+        """Rows so far, and how the stream went over the last seconds."""
+        queue, prefetcher = self._prefetcher.queue, self._prefetcher
+        rows = self._next_row - self._request.start_row
         now = time.monotonic()
-        rates = self._meter.rates(now, rows, queue.take_wait_s, queue.put_wait_s, *behind.waited.by(now))
+        rates = self._rates.rates(now, rows, queue.take_wait_s, queue.put_wait_s, *prefetcher.waited.by(now))
         extractor_wait, network_wait = shared_out(min(1.0, rates[1]), rates[3], rates[4])
-        end_row = self.options.end_row or (behind.header.end_row if behind.header else 0)
+        end_row = self._request.end_row or (prefetcher.header.end_row if prefetcher.header else 0)
         return Progress(
-            state=StreamState.ENDED if self.ended else behind.state,
-            extraction_state=behind.extraction_state,
+            state=StreamState.ENDED if self.ended else prefetcher.state,
+            extraction_state=prefetcher.extraction_state,
             rows=rows,
             next_row=self._next_row,
             end_row=end_row or None,
-            n_rows_committed=behind.n_rows_committed,
+            n_rows_committed=prefetcher.n_rows_committed,
             rows_per_s=rates[0],
             size_bytes=self._size_bytes,
             queued_bytes=queue.queued_bytes,
             stream_wait=min(1.0, rates[1]),
             consumer_wait=min(1.0, rates[2]),
-            n_reconnects=behind.n_reconnects,
+            n_reconnects=prefetcher.n_reconnects,
             extractor_wait=extractor_wait,
             network_wait=network_wait,
             wait_s=queue.take_wait_s,
-            mapped=behind.mapped,
+            mapped=prefetcher.mapped,
         )
 
     def close(self, *, for_good: bool = True) -> None:
         """Cancels the stream and waits for its threads, up to a deadline. Any number of times.
 
-        Unless `for_good`, rows of a WINDOW set wait for this reader to come back under its name, as after a cut.
+        Unless `for_good`, a WINDOW set keeps unreleased rows for a reader of the same name, as after a cut.
         """
         self._closed = True
         if self._releaser is not None and not for_good:
@@ -142,17 +151,9 @@ class ChunkStream:
                 "the stream is closed", reason="STREAM_CLOSED", remedy="open a new one at start_row = next_row"
             )
 
-    def _release(self, place: int) -> None:
-        """Releases what is before `place`: in quarters of the queue, or sooner when the queue runs low."""
-        if self._releaser is None or self._prefetcher.header is None:  # The server does not know this reader yet.
-            return
-        queued_bytes, quarter = self._prefetcher.queue.queued_bytes, self.options.queue_bytes // 4
-        if place > self._released and (self._unreleased_bytes >= quarter or queued_bytes < quarter):
-            self._releaser.offer(self.options.reading.first_row_needed(place))
-            self._released, self._unreleased_bytes = place, 0
-
 
 def _stop(prefetcher: Prefetcher, releaser: Releaser | None) -> None:
+    # No method: a finalizer that refers to the stream would keep it alive.
     if releaser is not None:
         releaser.stop()
     prefetcher.stop()
@@ -160,7 +161,7 @@ def _stop(prefetcher: Prefetcher, releaser: Releaser | None) -> None:
         releaser.join()
 
 
-class _Meter:
+class _RateMeter:
     """Rates of growing totals over the last seconds."""
 
     def __init__(self) -> None:

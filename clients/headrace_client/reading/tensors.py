@@ -13,9 +13,10 @@ import torch
 from headrace_client.errors import InvalidArgument, RowsNotContiguous
 from headrace_client.reading.chunk import ActivationChunk
 from headrace_client.reading.mixing import Mixer
+from headrace_client.reading.source import StreamRequest
 from headrace_client.reading.stream import ChunkStream
 from headrace_client.reading.tables import Table, silence_read_only_warning, view
-from headrace_client.values import PLAIN, Extraction, NormLimit, Progress, Reading, ReadOrder, StreamHeader, Window
+from headrace_client.values import Progress, ReadOrder, StreamHeader, Window
 
 _TAKE_S = 0.2
 _PROGRESS_EVERY_S = 0.2
@@ -29,13 +30,8 @@ class BatchOptions:
     columns: tuple[str, ...]
     batch_size: int = 4096
     dtype: torch.dtype | None = None
-    start_row: int = 0
     epochs: int | None = 1
     drop_last: bool = False
-    reading: Reading = PLAIN
-    mix_blocks: int = 0
-    norm_limit: NormLimit | None = None
-    copy: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -44,21 +40,6 @@ class BatchOptions:
             raise _invalid("columns", ", ".join(self.columns), "names at least one column, each once")
         if self.epochs is not None and self.epochs < 1:
             raise _invalid("epochs", self.epochs, "is at least 1, or None for ever")
-        if self.mix_blocks < 0:
-            raise _invalid("mix_blocks", self.mix_blocks, "is at least 1, or 0 for no mixing")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides which row of a set comes when, as JSON."""
-        reading = self.reading
-        return {
-            "order": str(reading.order),
-            "seed": reading.seed,
-            "first_epoch": reading.epoch,
-            "shard": list(reading.shard),
-            "block_rows": 0 if reading.plain and not self.mix_blocks else reading.rows_in_block,
-            "mix_blocks": self.mix_blocks,
-        }
 
 
 class ActivationStream:
@@ -79,29 +60,33 @@ class ActivationStream:
 
     def __init__(
         self,
-        open_at: Callable[[int, Reading], ChunkStream],
-        extraction: Extraction,
+        open_stream: Callable[[StreamRequest], ChunkStream],
+        request: StreamRequest,
         options: BatchOptions,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
+        extraction, reading = request.extraction, request.reading
         if options.epochs != 1 and isinstance(extraction.retention, Window):
             raise InvalidArgument(
                 "a WINDOW extraction can be read once: take epochs=1, or retain the rows",
                 fields={"epochs": str(options.epochs)},
             )
-        if options.mix_blocks and isinstance(extraction.retention, Window):
+        if reading.mix_blocks and isinstance(extraction.retention, Window):
             raise InvalidArgument(
                 "mixing reads far ahead of what it hands out, and a WINDOW extraction lets go of what was read: no "
                 "state could be resumed from; take mix_blocks=0, or retain the rows",
-                fields={"mix_blocks": str(options.mix_blocks)},
+                fields={"mix_blocks": str(reading.mix_blocks)},
             )
         silence_read_only_warning()
-        self._open_at = open_at
+        self._open_stream = open_stream
+        self._request = request
         self._options = options
         self._on_progress = on_progress
-        self._identity = _identity(extraction, options)
+        self._identity = {"set_id": extraction.set_id, **reading.identity}
+        if reading.order is ReadOrder.SHUFFLED:
+            self._identity["max_rows"] = extraction.max_rows  # The number of blocks that are permuted follows from it.
         self._epoch = 0
-        self._next_row = options.start_row
+        self._next_row = request.start_row
         self._next_offset = 0
         self._rows_before = self._bytes_before = 0
         self._wait_before_s = self._step_s = 0.0
@@ -109,7 +94,7 @@ class ActivationStream:
         self._stream: ChunkStream | None = None
         self._chunk: ActivationChunk | None = None
         self._offset = 0
-        self._place = options.start_row
+        self._place = request.start_row
         self._batch: Table | None = None
         self._limits: dict[str, float] | None = None
         self._mixer: Mixer | None = None
@@ -118,7 +103,7 @@ class ActivationStream:
         self._ended = False
         self._header: StreamHeader | None = None
         self._last_progress: Progress | None = None
-        self.config: dict[str, Any] = _config(extraction, options)
+        self.config: dict[str, Any] = _config(request, options)
 
     @property
     def next_row(self) -> int:
@@ -171,20 +156,20 @@ class ActivationStream:
 
         Needs whole batches (`drop_last`) and no norm limit: then the place follows from the number.
         """
-        options = self._options
-        if options.norm_limit is not None or not options.drop_last:
+        options, reading, start_row = self._options, self._request.reading, self._request.start_row
+        if reading.norm_limit is not None or not options.drop_last:
             raise _invalid("n_batches", n_batches, "can be skipped only with drop_last, and without a norm limit")
         epoch = 0
         if options.epochs != 1:
             end_row = self.header.end_row
             if not end_row:
                 raise _invalid("n_batches", n_batches, "can be skipped over epochs once the extraction is done")
-            epoch, n_batches = divmod(n_batches, max(1, (end_row - options.start_row) // options.batch_size))
-        place, offset = options.start_row + n_batches * options.batch_size, 0
-        if options.mix_blocks:
-            window_rows = options.mix_blocks * options.reading.rows_in_block
-            start = max(options.start_row, place // window_rows * window_rows)
-            place, offset = start, place - start
+            epoch, n_batches = divmod(n_batches, max(1, (end_row - start_row) // options.batch_size))
+        place, offset = start_row + n_batches * options.batch_size, 0
+        if reading.mix_blocks:
+            window_rows = reading.mix_blocks * reading.rows_in_block
+            window_start = max(start_row, place // window_rows * window_rows)
+            place, offset = window_start, place - window_start
         self._seek(epoch, place, offset)
 
     def progress(self) -> Progress:
@@ -234,32 +219,42 @@ class ActivationStream:
 
     def _opened(self) -> ChunkStream:
         if self._stream is None:
-            reading = self._options.reading
-            self._stream = self._open_at(self._place, reading.in_epoch(reading.epoch + self._epoch))
+            reading = self._request.reading
+            in_epoch = reading.in_epoch(reading.epoch + self._epoch)
+            self._stream = self._open_stream(replace(self._request, start_row=self._place, reading=in_epoch))
         return self._stream
 
     def _next_batch(self) -> dict[str, torch.Tensor] | None:
-        """The next batch; None at the end of the epoch. What it has so far outlives an interrupt."""
+        """The next batch; None at the end of the epoch. Rows already in it outlive an interrupt."""
         if self._batch is None:
-            if not self._options.copy and (viewed := self._viewed()) is not None:
+            if not self._request.tuning.copy and (viewed := self._viewed()) is not None:
                 return viewed
             self._batch = self._table(self._options.batch_size)
-        batch = self._batch
-        if self._options.mix_blocks:
-            self._mixing().fill(batch, self._pull)
+        batch, reading = self._batch, self._request.reading
+        if reading.mix_blocks:
+            if self._mixer is None:
+                self._mixer = Mixer(reading.mix_blocks * reading.rows_in_block, reading.seed, self._table)
+                self._mixer.begin(reading.epoch + self._epoch, self._next_row, self._next_offset, self._n_dropped)
+            self._mixer.fill(batch, self._pull)
         else:
             while not batch.full and self._pull(batch, _ALL, wait=True):
                 pass
         if not batch.n_rows or (not batch.full and self._options.drop_last):
             return None
         self._batch = None
-        self._count(batch)
+        # From here on a state is behind this batch.
+        if self._mixer is None:
+            self._next_row = self._place
+            self._n_dropped += batch.n_dropped
+        else:
+            self._next_row, self._next_offset = self._mixer.place, self._mixer.offset
+            self._n_dropped = self._mixer.n_dropped
         return batch.cut()
 
     def _viewed(self) -> dict[str, torch.Tensor] | None:
         """The next batch without a copy, if it lies in one chunk as it is stored."""
-        options = self._options
-        if options.mix_blocks or options.norm_limit is not None:
+        options, reading = self._options, self._request.reading
+        if reading.mix_blocks or reading.norm_limit is not None:
             return None
         if self._chunk is None and not self._take(wait=True):
             return None
@@ -272,26 +267,11 @@ class ActivationStream:
             self._next_row = self._place
         return rows
 
-    def _count(self, batch: Table) -> None:
-        """Moves the state on behind a batch."""
-        if self._mixer is None:
-            self._next_row = self._place
-            self._n_dropped += batch.n_dropped
-        else:
-            self._next_row, self._next_offset = self._mixer.place, self._mixer.offset
-            self._n_dropped = self._mixer.n_dropped
-
-    def _mixing(self) -> Mixer:
-        if self._mixer is None:
-            reading = self._options.reading
-            self._mixer = Mixer(self._options.mix_blocks * reading.rows_in_block, reading.seed, self._table)
-            self._mixer.begin(reading.epoch + self._epoch, self._next_row, self._next_offset, self._n_dropped)
-        return self._mixer
-
     def _table(self, capacity: int) -> Table:
-        if self._options.norm_limit is not None and self._limits is None:
-            self._limits = self._options.norm_limit.of(self.header, self._options.columns)
-        return Table(self._options.columns, capacity, self._options.dtype, self._limits)
+        norm_limit, columns = self._request.reading.norm_limit, self._options.columns
+        if norm_limit is not None and self._limits is None:
+            self._limits = norm_limit.of(self.header, columns)
+        return Table(columns, capacity, self._options.dtype, self._limits)
 
     def _pull(self, table: Table, most: int, *, wait: bool) -> int:
         if self._chunk is None and not self._take(wait=wait):
@@ -313,7 +293,8 @@ class ActivationStream:
         stream = self._opened()
         while True:
             try:
-                # The window may be smaller than a batch: then none of it can be kept for who resumes before the batch.
+                # Rows of an unfinished batch are kept, to resume before it. If the batch is larger than the window,
+                # they can't be: the forward pass would wait for their release for good.
                 keep_from = None if stream.held_up else self._next_row
                 chunk = stream.take(_TAKE_S if wait else 0.0, keep_from=keep_from)
             except Exception:
@@ -331,15 +312,15 @@ class ActivationStream:
         return True
 
     def _end_epoch(self) -> None:
-        options = self._options
-        if (self._next_row, self._next_offset) == (options.start_row, 0) and options.epochs != 1:
-            # It had no batch, and more such epochs would spin.
-            raise _invalid("batch_size", options.batch_size, f"is more than the rows from {options.start_row} on")
+        options, start_row = self._options, self._request.start_row
+        if (self._next_row, self._next_offset) == (start_row, 0) and options.epochs != 1:
+            # The epoch had no batch, and more such epochs would spin.
+            raise _invalid("batch_size", options.batch_size, f"is more than the rows from {start_row} on")
         if self._mixer is not None:
             self._n_dropped = self._mixer.n_dropped_in_all
         elif self._batch is not None:
             self._n_dropped += self._batch.n_dropped
-        self._seek(self._epoch + 1, options.start_row, 0)
+        self._seek(self._epoch + 1, start_row, 0)
         self._tell(self._last_progress)
 
     def _seek(self, epoch: int, place: int, offset: int) -> None:
@@ -357,7 +338,7 @@ class ActivationStream:
         self._offset = 0
 
     def _tell(self, last: Progress | None = None) -> None:
-        """Tells how it goes, if it is time to; in any case how an epoch went that has ended."""
+        """Calls `on_progress` if it is time to; with `last`, the progress of an ended epoch, in any case."""
         if self._on_progress is None:
             return
         at = time.monotonic()
@@ -370,15 +351,8 @@ def _invalid(name: str, value: object, rule: str) -> InvalidArgument:
     return InvalidArgument(f"{name} {rule}, not {value}", fields={name: str(value)})
 
 
-def _identity(extraction: Extraction, options: BatchOptions) -> dict[str, Any]:
-    """What decides which row comes when, of which set, as JSON: a state goes with it."""
-    identity = {"set_id": extraction.set_id, **options.identity}
-    if options.reading.order is ReadOrder.SHUFFLED:
-        identity["max_rows"] = extraction.max_rows  # As many blocks as that makes are permuted.
-    return identity
-
-
-def _config(extraction: Extraction, options: BatchOptions) -> dict[str, Any]:
+def _config(request: StreamRequest, options: BatchOptions) -> dict[str, Any]:
+    extraction = request.extraction
     return {
         "source": "headrace",
         "extraction_id": extraction.id,
@@ -390,6 +364,6 @@ def _config(extraction: Extraction, options: BatchOptions) -> dict[str, Any]:
             name: str(value) if isinstance(value, str) else value for name, value in asdict(extraction.recipe).items()
         },
         "batch_size": options.batch_size,
-        "start_row": options.start_row,
-        **options.identity,
+        "start_row": request.start_row,
+        **request.reading.identity,
     }

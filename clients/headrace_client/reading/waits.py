@@ -1,4 +1,4 @@
-"""Who waits for whom: whether a stream's rows are held up by the extractor, by the way to here, or by the caller."""
+"""For what a stream's rows were waited: for the extractor that computes them, or for the network that brings them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Self
 class Waited:
     """For how long a reading thread has waited for messages: for the extractor, and for the network.
 
-    The present wait, if there is one, began at `since`; it is for the extractor if that had no rows (`no_rows`) when
-    the server last spoke, which may be 15 s ago. Replaced as a whole, so that other threads may read it at any time.
+    The present wait, if there is one, began at `since`. It counts for the extractor if there were no rows (`no_rows`)
+    when the server last spoke, up to 15 s ago. Replaced as a whole, so that other threads may read it at any time.
     """
 
     extractor_s: float = 0.0
@@ -27,19 +27,19 @@ class Waited:
         return self.extractor_s, self.network_s + waited_s
 
     def over(self, now: float, *, no_rows: bool = False) -> Self:
-        """The wait is over; with word that there are `no_rows`, it was for the extractor all along."""
+        """Ends the present wait. With `no_rows`, the server's word now, all of it was for the extractor."""
         extractor_s, network_s = (replace(self, no_rows=True) if no_rows else self).by(now)
         return replace(self, extractor_s=extractor_s, network_s=network_s, since=None, no_rows=no_rows)
 
     def begun(self, now: float) -> Self:
-        """Another wait begins."""
+        """Begins another wait."""
         return replace(self, since=now)
 
 
 def shared_out(wait: float, extractor_s: float, network_s: float) -> tuple[float, float]:
-    """Shares out a consumer's wait as the reading thread's own waits were: for the extractor, and for the network.
+    """Divides a consumer's wait in the proportion of the reading thread's: for the extractor, and for the network.
 
-    The network's may be negative: a wait turned out to be the extractor's.
+    `network_s` may be negative, where a wait turned out to be the extractor's.
     """
     network_s = max(0.0, network_s)
     both_s = extractor_s + network_s

@@ -22,9 +22,9 @@ from headrace_client.rpc.http2 import CallFailed, SocketCall, authority, connect
 from headrace_client.rpc.methods import methods, request_of, service_config
 from headrace_client.rpc.server_stream import RawStream, ServerStream
 from headrace_client.rpc.status import client_closed, error_from_rpc
+from headrace_client.values import SILENCE_S
 
 DEADLINE_S = 30.0
-SILENCE_S = 45.0  # Three heartbeats of the servers.
 STREAM_LIFE_S = 6 * 3600.0  # No call without a deadline; a stream that reaches it reconnects.
 MAX_RECEIVE_BYTES = 17 * 1024 * 1024  # A chunk of 16 MiB and its frame.
 

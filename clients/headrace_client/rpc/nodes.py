@@ -1,9 +1,10 @@
-"""Where the extractors are: node addresses from the registry, connections to them, and who holds what."""
+"""The extractors: their addresses from the registry, connections to them, and which of them to ask."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,8 +20,8 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """An extractor: its node id (empty if the caller gave an address) and its address."""
+class ExtractorAddress:
+    """An extractor: its node id (empty if the caller gave an address) and its `host:port`."""
 
     node_id: str
     address: str
@@ -34,7 +35,7 @@ class Nodes:
     dial: Callable[[str], Endpoint]
     fixed: str | None = None
     _endpoints: dict[str, Endpoint] = field(default_factory=dict)
-    _known: tuple[Place, ...] = ()
+    _known: tuple[ExtractorAddress, ...] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
 
@@ -59,12 +60,12 @@ class Nodes:
         )
 
     @property
-    def only(self) -> Place | None:
-        """The one extractor there is to ask, if its address was given."""
-        return Place(node_id="", address=self.fixed) if self.fixed else None
+    def only(self) -> ExtractorAddress | None:
+        """The extractor whose address the caller gave; None where the registry tells the addresses."""
+        return ExtractorAddress(node_id="", address=self.fixed) if self.fixed else None
 
-    def alive(self, *, deadline_s: float | None = None) -> tuple[Place, ...]:
-        """The extractors to be reached now; those last known while the registry is away. None is NodeLost."""
+    def alive(self, *, deadline_s: float | None = None) -> tuple[ExtractorAddress, ...]:
+        """Living extractors; those last known while the registry is away. Raises NodeLost if no extractor is alive."""
         if self.only:
             return (self.only,)
         try:
@@ -73,56 +74,75 @@ class Nodes:
             if self._known:
                 return self._known
             raise
-        places = tuple(Place(node_id=n.id, address=n.address) for n in nodes if n.state is NodeState.ALIVE)
-        if not places:
+        extractors = tuple(
+            ExtractorAddress(node_id=node.id, address=node.address) for node in nodes if node.state is NodeState.ALIVE
+        )
+        if not extractors:
             raise NodeLost(f"no extractor is alive; the registry at {self.registry.address} knows {len(nodes)} nodes")
-        self._known = places
-        return places
+        self._known = extractors
+        return extractors
 
-    def endpoint(self, place: Place) -> Endpoint:
+    def endpoint(self, extractor: ExtractorAddress) -> Endpoint:
         """The connection to an extractor, made once for each address. Raises Cancelled once closed."""
+        address = extractor.address
         with self._lock:
             if self._closed:
                 raise client_closed()
-            if place.address not in self._endpoints:
-                self._endpoints[place.address] = self.dial(place.address)
-            return self._endpoints[place.address]
+            if address not in self._endpoints:
+                self._endpoints[address] = self.dial(address)
+            return self._endpoints[address]
 
-    def pick(self, *, node_id: str = "", model_id: str = "", corpus_id: str = "") -> Place:
-        """The node named; else one that holds the corpus, best one where the model is resident too; else the first."""
-        places = self.alive()
+    def pick(self, *, node_id: str = "", model_id: str = "", corpus_id: str = "") -> ExtractorAddress:
+        """Picks the extractor for a call.
+
+        In this order: the node named; a node with the corpus and the model resident; a node with the corpus; a node
+        with the model resident; the first alive.
+        """
+        extractors = self.alive()
         if node_id and not self.fixed:
-            return self._named(places, node_id)
-        if len(places) == 1:
-            return places[0]
+            for extractor in extractors:
+                if extractor.node_id == node_id:
+                    return extractor
+            alive = ", ".join(extractor.node_id for extractor in extractors)
+            raise NodeNotFound(f"no node {node_id!r} is alive; alive: {alive}")
+        if len(extractors) == 1:
+            return extractors[0]
         if corpus_id:
-            places = tuple(place for place in places if self._has_corpus(place, corpus_id)) or places
+            holders = []
+            for extractor in extractors:
+                with suppress(NotFound, Unavailable):
+                    self.endpoint(extractor).unary("CorpusService.GetCorpus", corpus_id=corpus_id)
+                    holders.append(extractor)
+            extractors = tuple(holders) or extractors
         if model_id:
-            places = self._with_model(places, model_id) or places
-        return places[0]
+            residencies = self.residencies(model_id=model_id)
+            resident = {one.node_id for one in residencies if one.state is ResidencyState.RESIDENT}
+            extractors = tuple(extractor for extractor in extractors if extractor.node_id in resident) or extractors
+        return extractors[0]
 
-    def find(self, probe: Callable[[Endpoint], _T]) -> tuple[Place, _T]:
+    def find(self, probe: Callable[[Endpoint], _T]) -> tuple[ExtractorAddress, _T]:
         """Asks the extractors in turn until one does not answer NotFound; raises the last error if all do."""
         missing: HeadraceError = NodeLost("no extractor is alive")
         unreachable: HeadraceError | None = None
-        for place in self.alive():
+        for extractor in self.alive():
             try:
-                return place, probe(self.endpoint(place))
+                return extractor, probe(self.endpoint(extractor))
             except NotFound as exc:
                 missing = exc
             except Unavailable as exc:
                 unreachable = exc
-        raise unreachable or missing  # With a node away nobody can say that the thing does not exist.
+        # A node that is away may hold the thing: then NotFound would be wrong.
+        raise unreachable or missing
 
-    def address_again(self, place: Place) -> str:
-        """The address of a node as the registry knows it now; the known one while the registry is away."""
-        if self.fixed or not place.node_id:
-            return place.address
+    def address_again(self, extractor: ExtractorAddress) -> str:
+        """The present address of a node, from the registry; the known address while the registry is away."""
+        if self.fixed or not extractor.node_id:
+            return extractor.address
         try:
             nodes = self.list(deadline_s=LOOKUP_DEADLINE_S)
         except HeadraceError:
-            return place.address
-        return next((node.address for node in nodes if node.id == place.node_id), place.address)
+            return extractor.address
+        return next((node.address for node in nodes if node.id == extractor.node_id), extractor.address)
 
     def close(self) -> None:
         """Closes all connections to extractors."""
@@ -131,23 +151,6 @@ class Nodes:
             endpoints, self._endpoints = list(self._endpoints.values()), {}
         for endpoint in endpoints:
             endpoint.close()
-
-    def _named(self, places: tuple[Place, ...], node_id: str) -> Place:
-        for place in places:
-            if place.node_id == node_id:
-                return place
-        raise NodeNotFound(f"no node {node_id!r} is alive; alive: {', '.join(place.node_id for place in places)}")
-
-    def _has_corpus(self, place: Place, corpus_id: str) -> bool:
-        try:
-            self.endpoint(place).unary("CorpusService.GetCorpus", corpus_id=corpus_id)
-        except (NotFound, Unavailable):
-            return False
-        return True
-
-    def _with_model(self, places: tuple[Place, ...], model_id: str) -> tuple[Place, ...]:
-        resident = {one.node_id for one in self.residencies(model_id=model_id) if one.state is ResidencyState.RESIDENT}
-        return tuple(place for place in places if place.node_id in resident)
 
 
 def pages(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from headrace_client.errors import DeadlineExceeded, HeadraceError, Unavailable
 from headrace_client.rpc.server_stream import ServerStream
+from headrace_client.values import Backoff
 
 
 class Event(Protocol):
-    """What a watch yields."""
+    """An item of a watch."""
 
     @property
     def seq(self) -> int:
@@ -21,19 +20,6 @@ class Event(Protocol):
 
 
 _Ev = TypeVar("_Ev", bound=Event)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backoff:
-    """Waits between attempts: doubling from `first_s` to `most_s`, each with up to half of jitter off."""
-
-    first_s: float = 0.1
-    most_s: float = 5.0
-
-    def wait_s(self, attempt: int) -> float:
-        """The wait after the `attempt`-th failure in a row, counted from 0."""
-        full = min(self.most_s, self.first_s * 2.0 ** min(attempt, 16))
-        return full * (0.5 + random.random() / 2)  # noqa: S311 - jitter, not a secret.
 
 
 def watch(
@@ -47,16 +33,16 @@ def watch(
 ) -> Iterator[_Ev]:
     """Yields events until the server ends the watch.
 
-    `connect(after_seq, life_s)` opens a connection. A lost one is opened again behind the last event seen; the
-    snapshot that comes first then is yielded too, since it may be all that is left of what was missed. Raises
-    DeadlineExceeded after `deadline_s`, and the last error once nothing came for `reconnect_deadline_s`.
+    `connect(after_seq, life_s)` opens a connection. A lost connection is opened again behind the last event seen; its
+    snapshot is yielded too, since it may be the only trace of missed events. Raises DeadlineExceeded after
+    `deadline_s`, and the last error once no message came for `reconnect_deadline_s`.
     """
     pauses = backoff or Backoff()
     ends_at = None if deadline_s is None else time.monotonic() + deadline_s
     heard_at, attempt, seq = time.monotonic(), 0, after_seq
     while True:
         try:
-            with connect(seq, _left(ends_at)) as stream:
+            with connect(seq, _left_s(ends_at)) as stream:
                 for message in stream:
                     heard_at, attempt = time.monotonic(), 0
                     event = read(message)
@@ -65,28 +51,20 @@ def watch(
                         yield event
             return  # noqa: TRY300 - the server ended it, and there is nothing left to watch.
         except HeadraceError as exc:
-            if not _passing(exc, ends_at) or time.monotonic() - heard_at > reconnect_deadline_s:
+            # Without a deadline of the watch, this one is that of the call's own long life, and another call goes on.
+            call_ended = ends_at is None and isinstance(exc, DeadlineExceeded) and exc.reason == exc.REASON
+            may_pass = isinstance(exc, Unavailable) or call_ended
+            if not may_pass or time.monotonic() - heard_at > reconnect_deadline_s:
                 raise
-            _pause(pauses.wait_s(attempt), ends_at)
+            wait_s, left_s = pauses.wait_s(attempt), _left_s(ends_at)
+            time.sleep(wait_s if left_s is None else min(wait_s, left_s))
             attempt += 1
 
 
-def _left(ends_at: float | None) -> float | None:
+def _left_s(ends_at: float | None) -> float | None:
     if ends_at is None:
         return None
-    left = ends_at - time.monotonic()
-    if left <= 0:
+    left_s = ends_at - time.monotonic()
+    if left_s <= 0:
         raise DeadlineExceeded("the watch reached its deadline before what it waited for happened")
-    return left
-
-
-def _passing(exc: HeadraceError, ends_at: float | None) -> bool:
-    """True when a new connection may help."""
-    if isinstance(exc, DeadlineExceeded):
-        return ends_at is None and exc.reason == DeadlineExceeded.REASON  # Only the call's own long life ended.
-    return isinstance(exc, Unavailable)
-
-
-def _pause(wait_s: float, ends_at: float | None) -> None:
-    left = _left(ends_at)
-    time.sleep(wait_s if left is None else min(wait_s, left))
+    return left_s

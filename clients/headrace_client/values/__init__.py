@@ -33,7 +33,7 @@ from headrace_client.values.models import (
     Quantization,
 )
 from headrace_client.values.outliers import NormLimit
-from headrace_client.values.reading import PLAIN, Reading, ReadOrder, Transport
+from headrace_client.values.reading import PLAIN, Reading, ReadOrder
 from headrace_client.values.receipts import ColumnParity, ParityReceipt
 from headrace_client.values.recipes import Corpus, LongDocuments, Packing, Recipe, TokenPolicy, TokenWindow
 from headrace_client.values.residencies import Device, Node, NodeState, Pin, Residency, ResidencyEvent, ResidencyState
@@ -47,13 +47,17 @@ from headrace_client.values.streams import (
     StreamHeader,
     StreamState,
 )
+from headrace_client.values.tuning import DEFAULT_TUNING, SILENCE_S, Backoff, StreamTuning, Transport
 from headrace_client.values.validations import StepState, ValidationAttempt, ValidationStep
 
 __all__ = [
+    "DEFAULT_TUNING",
     "PLAIN",
     "PROVENANCE_COLUMNS",
+    "SILENCE_S",
     "ActivationSet",
     "Architecture",
+    "Backoff",
     "Bottleneck",
     "CatalogBatch",
     "CatalogEntry",
@@ -102,6 +106,7 @@ __all__ = [
     "StepState",
     "StreamHeader",
     "StreamState",
+    "StreamTuning",
     "TokenPolicy",
     "TokenWindow",
     "Transfer",
