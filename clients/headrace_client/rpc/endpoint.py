@@ -31,14 +31,14 @@ MAX_RECEIVE_BYTES = 17 * 1024 * 1024  # A chunk of 16 MiB and its frame.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Security:
-    """How to prove who is who: the server by a root certificate (PEM), the client by a bearer token."""
+    """Proofs of identity: a root certificate (PEM) for the server, a bearer token for the client."""
 
     token: str | None = None
     ca_pem: bytes | None = None
 
     @classmethod
     def load(cls, token: str | None, ca_file: str | Path | None) -> Self:
-        """Reads the root certificate."""
+        """Reads the root certificate. Raises InvalidArgument if it can't be read."""
         try:
             return cls(token=token, ca_pem=Path(ca_file).read_bytes() if ca_file else None)
         except OSError as exc:
@@ -52,7 +52,7 @@ def _options(address: str) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
-        ("grpc.max_send_message_length", -1),  # The server is the judge of what is too large for it.
+        ("grpc.max_send_message_length", -1),  # The server has a limit of its own.
         ("grpc.enable_retries", 1),
         ("grpc.service_config", service_config()),
         # gRPC's default of up to two minutes between attempts outlives most restarts.
@@ -65,7 +65,7 @@ def _options(address: str) -> list[tuple[str, Any]]:
 
 
 def new_request_id() -> str:
-    """Returns a UUID4, by which a server knows a repeated mutation."""
+    """Returns a UUID4, by which a server recognizes a repeated mutation."""
     return str(uuid.uuid4())
 
 
@@ -96,7 +96,7 @@ class Endpoint:
             return call(request_of(known, fields), timeout=deadline_s or self._deadline_s, metadata=self._metadata)
 
     def upload(self, method: str, messages: Iterable[Any], *, deadline_s: float) -> Any:
-        """Calls `Service.Method` with a stream of messages. What `messages` raises is raised here too."""
+        """Calls `Service.Method` with a stream of messages. An error of the iterator `messages` is raised here too."""
         known = methods()[method]
         call = self._channel.stream_unary(
             known.path,
@@ -120,7 +120,7 @@ class Endpoint:
         life_s: float = STREAM_LIFE_S,
         **fields: Any,
     ) -> ServerStream:
-        """Opens `Service.Method`."""
+        """Opens `Service.Method`, by which the server sends a stream of messages."""
         known = methods()[method]
         call = self._channel.unary_stream(
             known.path,
@@ -135,7 +135,7 @@ class Endpoint:
     def raw_stream(
         self, method: str, *, silence_s: float = SILENCE_S, life_s: float = STREAM_LIFE_S, **fields: Any
     ) -> Iterator[RawStream]:
-        """Opens `Service.Method` over a connection of its own; its messages are serialized ones."""
+        """Opens `Service.Method` over a connection of its own; messages come serialized."""
         known = methods()[method]
         request = request_of(known, fields).SerializeToString()
         if self._closed:
@@ -169,14 +169,14 @@ class Endpoint:
             yield
         except (grpc.RpcError, CallFailed) as exc:
             raise error_from_rpc(exc, self.address) from exc
-        except ValueError as exc:
+        except ValueError as exc:  # gRPC's error for a call over a closed channel.
             if not self._closed:
                 raise
             raise client_closed() from exc
 
 
 class _Remembering:
-    """An iterator that keeps what its source raised: gRPC reports that as UNKNOWN, without the cause."""
+    """An iterator that keeps its source's error: gRPC reports it as UNKNOWN, without the cause."""
 
     def __init__(self, messages: Iterable[Any]) -> None:
         self._messages = iter(messages)

@@ -1,9 +1,8 @@
-"""One server-streaming gRPC call over a socket of its own, for streams whose bytes count.
+"""One server-streaming gRPC call over a socket of its own, for streams of many bytes.
 
 gRPC for Python hands out a message after three copies in user space, with the interpreter's lock held. Here the
 socket's bytes go straight into the message's own memory, with the lock released. That is done for DATA frames alone;
-what else HTTP/2 is made of (settings, header compression, pings) is h2's affair. Any gRPC server can be at the other
-end.
+the rest of HTTP/2 (settings, header compression, pings) is left to h2. Any gRPC server can be at the other end.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ import numpy as np
 
 CONNECT_DEADLINE_S = 5.0
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
-_WINDOW_BYTES = 16 * 1024 * 1024  # What the server may send before it hears from us.
+_WINDOW_BYTES = 16 * 1024 * 1024  # The server may send so much before it hears from the client.
 _MAX_FRAME_BYTES = 1024 * 1024
-_STREAM_ID = 1  # A client's first; there is no second.
+_STREAM_ID = 1  # A client's first stream; a connection has no second one.
 _DATA, _GOAWAY, _WINDOW_UPDATE = 0x0, 0x7, 0x8  # Frame types of RFC 9113.
 _PADDED = 0x8
 _HEAD = struct.Struct(">HBBBI")  # Length in 24 bits, type, flags, stream.
@@ -57,7 +56,7 @@ _CODES = (
     "DATA_LOSS",
     "UNAUTHENTICATED",
 )
-# What gRPC makes of the statuses of HTTP that come from something between client and server.
+# The codes that gRPC has for HTTP statuses, which come from a proxy between client and server.
 _HTTP_CODES: Mapping[str, str] = {
     "400": "INTERNAL",
     "401": "UNAUTHENTICATED",
@@ -87,12 +86,16 @@ def connect(address: str, ca_pem: bytes | None) -> socket.socket:
 
     Proxies that the environment names are not used: rows go straight to the server.
     """
+    is_unix = address.startswith("unix:")
+    host, _, port = address.rpartition(":")
+    if not is_unix and not (host and port.isdecimal()):
+        raise CallFailed("UNAVAILABLE", f"can't connect: {address!r} is no host:port")
     try:
-        if address.startswith("unix:"):
+        if is_unix:
             sock, host = _unix_socket("/" + address.removeprefix("unix:").lstrip("/")), "localhost"
         else:
-            host, port = _host_and_port(address)
-            sock = socket.create_connection((host, port), CONNECT_DEADLINE_S)
+            host = host.strip("[]")
+            sock = socket.create_connection((host, int(port)), CONNECT_DEADLINE_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if ca_pem is not None:
             context = ssl.create_default_context(cadata=ca_pem.decode("ascii"))
@@ -121,18 +124,11 @@ def authority(address: str) -> str:
     return "localhost" if address.startswith("unix:") else address
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"{address!r} is no host:port")
-    return host.strip("[]"), int(port)
-
-
 @dataclass
 class SocketCall:
     """The messages of one call, in order. For one thread; `cancel` is for any.
 
-    What has been read but not asked for is bounded by the window; the server waits beyond it.
+    The flow-control window bounds the bytes that were read but not asked for; the server waits beyond it.
     """
 
     _sock: socket.socket
@@ -149,13 +145,13 @@ class SocketCall:
         self._wait_all = 0 if isinstance(self._sock, ssl.SSLSocket) else socket.MSG_WAITALL
         self._head = memoryview(bytearray(_HEAD.size))
         self._prefix = memoryview(bytearray(_PREFIX.size))
-        self._message: memoryview | None = None  # The one that is coming in, once its prefix is here.
+        self._message: memoryview | None = None  # The message that is coming in, once its prefix is here.
         self._missing = self._prefix  # The rest of the prefix or of the message.
 
     def start(
         self, path: str, request: bytes, metadata: Iterable[tuple[str, str]], *, authority: str, life_s: float
     ) -> Self:
-        """Sends the request."""
+        """Sends the request; the server ends the call after `life_s`."""
         codes = h2.settings.SettingCodes
         self._h2.local_settings = h2.settings.Settings(
             client=True,
@@ -195,37 +191,39 @@ class SocketCall:
             if self._ended:
                 self._check_status()
                 raise StopIteration
-            if self._credit >= _WINDOW_BYTES // 4:  # Before the wait, since the server may be out of it.
-                self._give_credit()
+            if self._credit >= _WINDOW_BYTES // 4:  # Before the wait, since the server may be out of credit.
+                credit, self._credit = self._credit, 0
+                self._send(
+                    b"".join(_CREDIT.pack(0, 4, _WINDOW_UPDATE, 0, stream_id, credit) for stream_id in (0, _STREAM_ID))
+                )
             self._read_frame()
         return self._messages.popleft()
 
     def tend(self) -> None:
-        """Reads what is there without giving the server new credit, so that its pings are answered meanwhile.
+        """Reads the frames that have arrived, without giving the server new credit, so that its pings are answered.
 
-        Raises nothing: what goes wrong comes behind the messages that were whole.
+        Raises nothing: an error is raised by `next` behind the messages that were whole.
         """
         try:
-            while not (self._ended or self._failed) and self._readable():
-                self._read_frame()
+            # select() itself knows no descriptor beyond 1023.
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._sock, selectors.EVENT_READ)
+                while not (self._ended or self._failed):
+                    decrypted = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
+                    if not decrypted and not selector.select(0):
+                        return
+                    self._read_frame()
         except CallFailed as exc:
             self._failed = exc
 
     def cancel(self) -> None:
-        """Breaks the connection: whoever waits for a message gets CallFailed."""
+        """Breaks the connection: a thread that waits for a message gets CallFailed."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the socket; not while another thread reads."""
         self._sock.close()
-
-    def _readable(self) -> bool:
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            return True
-        with selectors.DefaultSelector() as selector:  # select() itself knows no descriptor beyond 1023.
-            selector.register(self._sock, selectors.EVENT_READ)
-            return bool(selector.select(0))
 
     def _read_frame(self) -> None:
         self._fill(self._head)
@@ -239,10 +237,12 @@ class SocketCall:
             return
         payload = bytearray(length)
         self._fill(memoryview(payload))
-        if kind == _GOAWAY:  # Not for h2, which takes no more frames after one; calls that run may end in peace.
-            self._check_goaway(payload)
-        else:
+        if kind != _GOAWAY:
             self._control(self._head.tobytes() + payload)
+            return
+        # Not for h2, which takes no frame after a GOAWAY: calls up to the last stream it names go on to their end.
+        if int.from_bytes(payload[:4], "big") & 0x7FFFFFFF < _STREAM_ID:
+            raise CallFailed("UNAVAILABLE", f"the server goes away: {payload[8:].decode(errors='replace')}")
 
     def _read_data(self, length: int, flags: int) -> None:
         padding = 0
@@ -261,7 +261,7 @@ class SocketCall:
         self._fill(memoryview(bytearray(padding)))
 
     def _part_done(self) -> None:
-        """A prefix or a message is complete; the other comes next."""
+        """Takes a complete prefix or a complete message; the other comes next."""
         if self._message is None:
             compressed, length = _PREFIX.unpack(self._prefix)
             if compressed:
@@ -289,11 +289,6 @@ class SocketCall:
             elif isinstance(event, h2.events.StreamReset):
                 raise CallFailed("UNAVAILABLE", f"the server reset the call (HTTP/2 code {event.error_code})")
 
-    def _check_goaway(self, payload: bytearray) -> None:
-        last_stream_id = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
-        if last_stream_id < _STREAM_ID:
-            raise CallFailed("UNAVAILABLE", f"the server goes away: {payload[8:].decode(errors='replace')}")
-
     def _check_status(self) -> None:
         headers = self._headers
         http_status = headers.get(":status", "")
@@ -304,13 +299,10 @@ class SocketCall:
         number = headers["grpc-status"]
         code = _CODES[int(number)] if number.isdecimal() and int(number) < len(_CODES) else "UNKNOWN"
         if code != "OK":
-            details = headers.get(STATUS_DETAILS_KEY, "")
-            raise CallFailed(code, unquote(headers.get("grpc-message", "")), _from_base64(details))
-
-    def _give_credit(self) -> None:
-        """Lets the server send as much again as has been read."""
-        credit, self._credit = self._credit, 0
-        self._send(b"".join(_CREDIT.pack(0, 4, _WINDOW_UPDATE, 0, stream_id, credit) for stream_id in (0, _STREAM_ID)))
+            text, details = headers.get(STATUS_DETAILS_KEY, ""), b""
+            with suppress(binascii.Error):
+                details = base64.b64decode(text + "=" * (-len(text) % 4))  # gRPC sends no padding.
+            raise CallFailed(code, unquote(headers.get("grpc-message", "")), details)
 
     def _fill(self, view: memoryview) -> None:
         try:
@@ -323,14 +315,7 @@ class SocketCall:
             raise CallFailed("UNAVAILABLE", str(exc)) from exc
 
     def _send(self, data: bytes) -> None:
-        # A server that has answered may be gone before it hears from us: what it sent still counts. If it broke off,
-        # reading will tell.
+        # A server that has answered may be gone before it hears from the client: its answer still counts. If it broke
+        # off before, reading will show it.
         with suppress(OSError):
             self._sock.sendall(data)
-
-
-def _from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4))
-    except binascii.Error:
-        return b""

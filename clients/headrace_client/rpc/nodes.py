@@ -61,11 +61,11 @@ class Nodes:
 
     @property
     def only(self) -> ExtractorAddress | None:
-        """The extractor whose address the caller gave; None where the registry tells the addresses."""
+        """The extractor at the address that the caller gave; None where the registry tells the addresses."""
         return ExtractorAddress(node_id="", address=self.fixed) if self.fixed else None
 
     def alive(self, *, deadline_s: float | None = None) -> tuple[ExtractorAddress, ...]:
-        """Living extractors; those last known while the registry is away. Raises NodeLost if no extractor is alive."""
+        """Living extractors; the last known ones while the registry is away. Raises NodeLost if there are none."""
         if self.only:
             return (self.only,)
         try:

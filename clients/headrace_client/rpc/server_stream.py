@@ -17,7 +17,7 @@ from headrace_client.rpc.status import error_from_rpc
 class ServerStream:
     """The messages of one server-streaming call. Raises StreamSilent when none comes for `silence_s`.
 
-    The limit runs only while somebody waits for a message, so that a slow reader is not taken for a silent server.
+    The limit runs only while the reader waits for a message, so that a slow reader is not taken for a silent server.
     """
 
     def __init__(self, call: Any, *, silence_s: float, address: str) -> None:
@@ -42,7 +42,10 @@ class ServerStream:
             raise
         except (grpc.RpcError, CallFailed) as exc:
             self.close()
-            raise self._error(exc) from exc
+            if self._silent:
+                message = f"{self._address} sent nothing, not even a heartbeat, for {self._silence_s:g} s"
+                raise errors.StreamSilent(message) from exc
+            raise error_from_rpc(exc, self._address, streaming=True) from exc
         finally:
             self._waiting_since = None
 
@@ -51,18 +54,12 @@ class ServerStream:
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-        self._watchdog.join(1.0)  # It has been woken.
+        self._watchdog.join(1.0)  # `close` has woken it.
 
     def close(self) -> None:
         """Cancels the call. From any thread, any number of times."""
         self._closed.set()
         self._call.cancel()
-
-    def _error(self, exc: grpc.RpcError | CallFailed) -> errors.HeadraceError:
-        if self._silent:
-            message = f"{self._address} sent nothing, not even a heartbeat, for {self._silence_s:g} s"
-            return errors.StreamSilent(message)
-        return error_from_rpc(exc, self._address, streaming=True)
 
     def _watch(self) -> None:
         pause_s = min(1.0, self._silence_s / 4)

@@ -1,21 +1,30 @@
-"""A failed call as the error of its reason, or of its code where the server gave none."""
+"""Failed calls as the client's errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
 from headrace_client import errors
 from headrace_client.rpc.http2 import STATUS_DETAILS_KEY, CallFailed
 
+_DETAILS: dict[str, type[Any]] = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.RetryInfo,
+        error_details_pb2.BadRequest,
+        error_details_pb2.PreconditionFailure,
+        error_details_pb2.ResourceInfo,
+    )
+}
+
 
 def client_closed() -> errors.Cancelled:
-    """What calls of a closed client raise."""
+    """The error of all calls of a closed client."""
     return errors.Cancelled("the client is closed", reason="CLIENT_CLOSED", remedy="connect a new one")
 
 
@@ -24,9 +33,16 @@ def error_from_rpc(exc: grpc.RpcError | CallFailed, address: str, *, streaming: 
 
     A stream that breaks in the transport shows as one of several codes, without a reason: all are UNAVAILABLE here.
     """
-    failed = exc if isinstance(exc, CallFailed) else _failure(exc)
-    code, text = failed.code, failed.text
-    facts = _facts(failed.details)
+    if isinstance(exc, CallFailed):
+        code, text, details = exc.code, exc.text, exc.details
+    elif isinstance(exc, grpc.Call):
+        code = exc.code().name if exc.code() else "UNKNOWN"
+        text = exc.details() or str(exc)
+        trailing: Any = exc.trailing_metadata() or ()
+        details = next((value for key, value in trailing if key == STATUS_DETAILS_KEY), b"")
+    else:
+        code, text, details = "UNKNOWN", str(exc), b""
+    facts = _facts(details)
     reason = facts.pop("reason", "")
     if not reason and code == "RESOURCE_EXHAUSTED" and "larger than max" in text:
         reason = "MESSAGE_TOO_LARGE"
@@ -37,15 +53,6 @@ def error_from_rpc(exc: grpc.RpcError | CallFailed, address: str, *, streaming: 
     return errors.error_class(code, reason)(text, reason=reason or ("" if code in errors.BY_CODE else code), **facts)
 
 
-def _failure(exc: grpc.RpcError) -> CallFailed:
-    if not isinstance(exc, grpc.Call):
-        return CallFailed("UNKNOWN", str(exc))
-    code = exc.code().name if exc.code() else "UNKNOWN"
-    trailing: Any = exc.trailing_metadata() or ()
-    details = next((value for key, value in trailing if key == STATUS_DETAILS_KEY), b"")
-    return CallFailed(code, exc.details() or str(exc), details)
-
-
 def _facts(details: bytes) -> dict[str, Any]:
     """Reason, metadata, fields and retry delay from a google.rpc.Status."""
     facts: dict[str, Any] = {}
@@ -54,44 +61,22 @@ def _facts(details: bytes) -> dict[str, Any]:
         status = status_pb2.Status.FromString(details)
     except DecodeError:
         status = status_pb2.Status()
-    for detail in status.details:
-        for kind, read in _READERS.items():
-            message = GetMessageClass(kind.DESCRIPTOR)()
-            if detail.Is(kind.DESCRIPTOR) and detail.Unpack(message):
-                read(message, facts, metadata)
+    for packed in status.details:
+        kind = _DETAILS.get(packed.TypeName())
+        detail = kind() if kind is not None else None
+        if detail is None or not packed.Unpack(detail):
+            continue
+        match detail.DESCRIPTOR.name:
+            case "ErrorInfo":
+                facts["reason"] = detail.reason
+                metadata.update(detail.metadata)
+            case "RetryInfo":
+                facts["retry_after_s"] = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
+            case "BadRequest":
+                facts["fields"] = {violation.field: violation.description for violation in detail.field_violations}
+            case "PreconditionFailure":
+                for violation in detail.violations:
+                    metadata.setdefault("precondition", violation.description)
+            case "ResourceInfo":
+                metadata.setdefault("resource", f"{detail.resource_type}/{detail.resource_name}")
     return {**facts, "metadata": metadata}
-
-
-def _read_info(info: Any, facts: dict[str, Any], metadata: dict[str, str]) -> None:
-    facts["reason"] = info.reason
-    metadata.update(info.metadata)
-
-
-def _read_retry(retry: Any, facts: dict[str, Any], metadata: dict[str, str]) -> None:
-    del metadata
-    facts["retry_after_s"] = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-
-
-def _read_fields(bad: Any, facts: dict[str, Any], metadata: dict[str, str]) -> None:
-    del metadata
-    facts["fields"] = {violation.field: violation.description for violation in bad.field_violations}
-
-
-def _read_precondition(failure: Any, facts: dict[str, Any], metadata: dict[str, str]) -> None:
-    del facts
-    for violation in failure.violations:
-        metadata.setdefault("precondition", violation.description)
-
-
-def _read_resource(info: Any, facts: dict[str, Any], metadata: dict[str, str]) -> None:
-    del facts
-    metadata.setdefault("resource", f"{info.resource_type}/{info.resource_name}")
-
-
-_READERS: dict[Any, Callable[[Any, dict[str, Any], dict[str, str]], None]] = {
-    error_details_pb2.ErrorInfo: _read_info,
-    error_details_pb2.RetryInfo: _read_retry,
-    error_details_pb2.BadRequest: _read_fields,
-    error_details_pb2.PreconditionFailure: _read_precondition,
-    error_details_pb2.ResourceInfo: _read_resource,
-}

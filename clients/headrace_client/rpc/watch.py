@@ -51,7 +51,7 @@ def watch(
                         yield event
             return  # noqa: TRY300 - the server ended it, and there is nothing left to watch.
         except HeadraceError as exc:
-            # Without a deadline of the watch, this one is that of the call's own long life, and another call goes on.
+            # Without a deadline of the watch, it is the call's own long life that ended, and another call goes on.
             call_ended = ends_at is None and isinstance(exc, DeadlineExceeded) and exc.reason == exc.REASON
             may_pass = isinstance(exc, Unavailable) or call_ended
             if not may_pass or time.monotonic() - heard_at > reconnect_deadline_s:

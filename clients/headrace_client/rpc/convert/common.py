@@ -13,7 +13,7 @@ from headrace_client.rpc.convert.enums import choice_of
 
 
 def time_from_pb(message: Any, field: str) -> datetime | None:
-    """A field that holds a time."""
+    """Reads a field that holds a time; None if it is not set."""
     if not message.HasField(field):
         return None
     stamp: Timestamp = getattr(message, field)
@@ -21,7 +21,7 @@ def time_from_pb(message: Any, field: str) -> datetime | None:
 
 
 def transfer_from_pb(message: Any) -> v.Transfer | None:
-    """Reads the field `transfer`."""
+    """Reads the field `transfer`; None if it is not set."""
     if not message.HasField("transfer"):
         return None
     pb: transfer_pb2.Transfer = message.transfer
@@ -35,7 +35,7 @@ def transfer_from_pb(message: Any) -> v.Transfer | None:
 
 
 def failure_from_pb(message: Any) -> v.Failure | None:
-    """The field `failure`."""
+    """Reads the field `failure`; None if it is not set."""
     if not message.HasField("failure"):
         return None
     pb = message.failure

@@ -15,7 +15,7 @@ class _EnumNames(Protocol):
 
 
 def name_of(enum: _EnumNames, number: int) -> str:
-    """The name of an enum value without its type's prefix; empty for one that this client does not know."""
+    """The name of an enum value, with its type's prefix; empty for a number that this client does not know."""
     try:
         return enum.Name(number)
     except ValueError:
@@ -23,7 +23,7 @@ def name_of(enum: _EnumNames, number: int) -> str:
 
 
 def state_of(enum: _EnumNames, prefix: str, number: int, kind: type[_E]) -> _E:
-    """The member of `kind` whose value is the name; UNKNOWN for a number that this client does not know."""
+    """The member of `kind` with the name as value; UNKNOWN for a number that this client does not know."""
     name = name_of(enum, number).removeprefix(prefix)
     return kind(name) if name in kind.__members__ else kind("UNKNOWN")
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from headrace.registry.v1 import model_pb2 as model_pb
 from headrace.registry.v1 import model_service_pb2 as pb
-from headrace_client import values as m
-from headrace_client.values import Quantization
+from headrace_client import values as v
+from headrace_client.rpc.convert.enums import state_of
+from headrace_client.rpc.convert.models import quantization_from_pb
 
 
-def advice_from_pb(message: pb.EstimateMemoryResponse) -> m.MemoryAdvice:
+def advice_from_pb(message: pb.EstimateMemoryResponse) -> v.MemoryAdvice:
     """Reads the answer of EstimateMemory."""
     estimates = tuple(_estimate_from_pb(each) for each in message.estimates)
     known = 0 <= message.recommended < len(estimates)
-    return m.MemoryAdvice(estimates=estimates, recommended=estimates[message.recommended] if known else None)
+    return v.MemoryAdvice(estimates=estimates, recommended=estimates[message.recommended] if known else None)
 
 
-def catalog_entry_from_pb(message: pb.CatalogEntry) -> m.CatalogEntry:
+def catalog_entry_from_pb(message: pb.CatalogEntry) -> v.CatalogEntry:
     """Reads an entry of the catalog."""
-    return m.CatalogEntry(
+    return v.CatalogEntry(
         name=message.name,
         repo_id=message.repo_id,
         model_type=message.model_type,
@@ -29,25 +29,25 @@ def catalog_entry_from_pb(message: pb.CatalogEntry) -> m.CatalogEntry:
         categories=tuple(message.categories),
         gated=message.gated,
         memory=tuple(
-            m.CatalogMemory(
-                quantization=_quantization(each.quantization), dtype=each.dtype, total_bytes=each.total_bytes
+            v.CatalogMemory(
+                quantization=quantization_from_pb(each.quantization), dtype=each.dtype, total_bytes=each.total_bytes
             )
             for each in message.memory
         ),
         batches=tuple(
-            m.CatalogBatch(
+            v.CatalogBatch(
                 memory_bytes=each.memory_bytes,
                 batch_size=each.batch_size,
-                quantization=_quantization(each.quantization),
+                quantization=quantization_from_pb(each.quantization),
             )
             for each in message.batches
         ),
     )
 
 
-def _estimate_from_pb(message: pb.MemoryEstimate) -> m.MemoryEstimate:
-    return m.MemoryEstimate(
-        quantization=_quantization(message.quantization),
+def _estimate_from_pb(message: pb.MemoryEstimate) -> v.MemoryEstimate:
+    return v.MemoryEstimate(
+        quantization=quantization_from_pb(message.quantization),
         dtype=message.dtype,
         weight_bytes=message.weight_bytes,
         overhead_bytes=message.overhead_bytes,
@@ -56,28 +56,15 @@ def _estimate_from_pb(message: pb.MemoryEstimate) -> m.MemoryEstimate:
         total_bytes=message.total_bytes,
         measured=message.measured,
         fits_on=tuple(message.fits_on),
-        placements=tuple(_placement_from_pb(each) for each in message.placements),
+        placements=tuple(
+            v.Placement(
+                node_id=each.node_id,
+                device_id=each.device_id,
+                fit=state_of(pb.Fit, "FIT_", each.fit, v.Fit),
+                required_bytes=each.required_bytes,
+                evicted_model_ids=tuple(each.evicted_model_ids),
+                max_batch_size=each.max_batch_size,
+            )
+            for each in message.placements
+        ),
     )
-
-
-def _placement_from_pb(message: pb.Placement) -> m.Placement:
-    return m.Placement(
-        node_id=message.node_id,
-        device_id=message.device_id,
-        fit=_fit(message.fit),
-        required_bytes=message.required_bytes,
-        evicted_model_ids=tuple(message.evicted_model_ids),
-        max_batch_size=message.max_batch_size,
-    )
-
-
-def _fit(number: int) -> m.Fit:
-    names = pb.Fit.DESCRIPTOR.values_by_number
-    name = names[number].name.removeprefix("FIT_") if number in names else ""
-    return m.Fit(name) if name in m.Fit.__members__ else m.Fit.UNKNOWN
-
-
-def _quantization(number: int) -> Quantization:
-    names = model_pb.Quantization.DESCRIPTOR.values_by_number
-    name = names[number].name.removeprefix("QUANTIZATION_") if number in names else ""
-    return Quantization[name] if name in Quantization.__members__ else Quantization.NONE

@@ -13,14 +13,30 @@ from headrace.registry.v1 import model_service_pb2 as models_pb
 from headrace_client import values as v
 from headrace_client.rpc.convert.common import failure_from_pb, time_from_pb, transfer_from_pb
 from headrace_client.rpc.convert.enums import choice_of, state_of
-from headrace_client.values import Fidelity, LayerFidelity
 
 
 def model_from_pb(pb: model_pb.Model) -> v.Model:
     """Reads a model."""
+    kind = pb.source.WhichOneof("source")
+    if kind == "hub":
+        source = v.ModelSource(kind="hub", location=pb.source.hub.repo_id, revision=pb.source.hub.revision)
+    else:
+        source = v.ModelSource(kind=kind or "unknown", location=getattr(pb.source, kind).path if kind else "")
+    architecture, fidelity = None, None
+    if pb.HasField("architecture"):
+        # A newer server may send fields that this client does not know.
+        known = v.Architecture.__dataclass_fields__
+        fields = (field.name for field in pb.architecture.DESCRIPTOR.fields if field.name in known)
+        architecture = v.Architecture(**{name: getattr(pb.architecture, name) for name in fields})
+    if pb.HasField("fidelity"):
+        layers = tuple(
+            v.LayerFidelity(layer=each.layer, cosine=each.cosine, relative_error=each.relative_error)
+            for each in pb.fidelity.layers
+        )
+        fidelity = v.Fidelity(reference_dtype=pb.fidelity.reference_dtype, n_tokens=pb.fidelity.n_tokens, layers=layers)
     return v.Model(
         id=pb.id,
-        source=_source_from_pb(pb.source),
+        source=source,
         state=state_of(model_pb.ModelState, "MODEL_STATE_", pb.state, v.ModelState),
         commit_sha=pb.commit_sha,
         quantization=quantization_from_pb(pb.quantization),
@@ -28,7 +44,7 @@ def model_from_pb(pb: model_pb.Model) -> v.Model:
         labels=dict(pb.labels),
         failure=failure_from_pb(pb),
         transfer=transfer_from_pb(pb),
-        architecture=_architecture_from_pb(pb.architecture) if pb.HasField("architecture") else None,
+        architecture=architecture,
         n_parameters=pb.n_parameters,
         weight_bytes=pb.weight_bytes,
         parameters_by_dtype=dict(pb.parameters_by_dtype),
@@ -37,46 +53,22 @@ def model_from_pb(pb: model_pb.Model) -> v.Model:
         etag=pb.etag,
         create_time=time_from_pb(pb, "create_time"),
         update_time=time_from_pb(pb, "update_time"),
-        fidelity=_fidelity_from_pb(pb.fidelity) if pb.HasField("fidelity") else None,
+        fidelity=fidelity,
         store_bytes=pb.store_bytes,
         last_used_time=time_from_pb(pb, "last_used_time"),
     )
 
 
 def struct_of(options: Mapping[str, Any]) -> Struct:
-    """A JSON object."""
+    """Builds a JSON object."""
     struct = Struct()
     struct.update(dict(options))
     return struct
 
 
 def quantization_from_pb(number: int) -> v.Quantization:
-    """A quantization; NONE for one that this client does not know."""
+    """Reads a quantization; NONE for one that this client does not know."""
     return choice_of(model_pb.Quantization, "QUANTIZATION_", number, v.Quantization, v.Quantization.NONE)
-
-
-def _fidelity_from_pb(pb: model_pb.Fidelity) -> Fidelity:
-    layers = tuple(
-        LayerFidelity(layer=each.layer, cosine=each.cosine, relative_error=each.relative_error) for each in pb.layers
-    )
-    return Fidelity(reference_dtype=pb.reference_dtype, n_tokens=pb.n_tokens, layers=layers)
-
-
-def _source_from_pb(pb: model_pb.ModelSource) -> v.ModelSource:
-    kind = pb.WhichOneof("source")
-    if kind == "hub":
-        return v.ModelSource(kind="hub", location=pb.hub.repo_id, revision=pb.hub.revision)
-    return v.ModelSource(kind=kind or "unknown", location=getattr(pb, kind).path if kind else "")
-
-
-def _architecture_from_pb(pb: model_pb.Architecture) -> v.Architecture:
-    return v.Architecture(
-        **{field.name: getattr(pb, field.name) for field in pb.DESCRIPTOR.fields if _known(field.name)}
-    )
-
-
-def _known(field: str) -> bool:
-    return field in v.Architecture.__dataclass_fields__
 
 
 def model_to_pb(
@@ -87,7 +79,7 @@ def model_to_pb(
     load_options: dict[str, Any],
     labels: dict[str, str],
 ) -> model_pb.Model:
-    """Builds what RegisterModel reads of a model."""
+    """Builds the fields of a model that RegisterModel reads."""
     pb = model_pb.Model(
         id=model_id, quantization=model_pb.Quantization.Value(f"QUANTIZATION_{quantization.name}"), labels=labels
     )

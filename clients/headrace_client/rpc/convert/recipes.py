@@ -7,7 +7,12 @@ from headrace.extractor.v1 import extraction_pb2 as extraction_pb
 from headrace_client import values as v
 from headrace_client.rpc.convert.common import dtype_from_pb
 from headrace_client.rpc.convert.enums import choice_of
-from headrace_client.values import LongDocuments, TokenWindow
+
+# Unspecified is not among them: the packing decides then, on both sides.
+_LONG_DOCUMENTS = {
+    extraction_pb.LONG_DOCUMENTS_SPLIT: v.LongDocuments.SPLIT,
+    extraction_pb.LONG_DOCUMENTS_TRUNCATE: v.LongDocuments.TRUNCATE,
+}
 
 
 def recipe_from_pb(pb: extraction_pb.Recipe) -> v.Recipe:
@@ -22,14 +27,16 @@ def recipe_from_pb(pb: extraction_pb.Recipe) -> v.Recipe:
         drop_first_positions=pb.drop_first_positions,
         batch_size=pb.batch_size or 4,
         storage_dtype=dtype_from_pb(pb.storage_dtype, v.Dtype.FLOAT32),
-        long_documents=long_documents_from_pb(pb),
-        window=window_from_pb(pb),
+        long_documents=_LONG_DOCUMENTS.get(pb.long_documents),
+        window=v.TokenWindow(pb.window.start, pb.window.end) if pb.HasField("window") else None,
         chat_template=pb.chat_template,
     )
 
 
 def recipe_to_pb(recipe: v.Recipe) -> extraction_pb.Recipe:
     """Builds a recipe."""
+    window, long_documents = recipe.window, recipe.long_documents
+    assert long_documents is not None, "filled in when the recipe was made"
     return extraction_pb.Recipe(
         context_size=recipe.context_size,
         packing=extraction_pb.Packing.Value(f"PACKING_{recipe.packing.name}"),
@@ -40,36 +47,7 @@ def recipe_to_pb(recipe: v.Recipe) -> extraction_pb.Recipe:
         drop_first_positions=recipe.drop_first_positions,
         batch_size=recipe.batch_size,
         storage_dtype=dtype_pb2.Dtype.Value(f"DTYPE_{recipe.storage_dtype.name}"),
-        long_documents=long_documents_to_pb(recipe.long_documents),
-        window=window_to_pb(recipe.window),
+        long_documents=extraction_pb.LongDocuments.Value(f"LONG_DOCUMENTS_{long_documents.name}"),
+        window=None if window is None else extraction_pb.TokenWindow(start=window.start, end=window.end),
         chat_template=recipe.chat_template,
     )
-
-
-_LONG_DOCUMENTS = {
-    extraction_pb.LONG_DOCUMENTS_SPLIT: LongDocuments.SPLIT,
-    extraction_pb.LONG_DOCUMENTS_TRUNCATE: LongDocuments.TRUNCATE,
-}
-
-
-def long_documents_from_pb(pb: extraction_pb.Recipe) -> LongDocuments | None:
-    """Reads what happens to long documents; None: what the packing does by default."""
-    return _LONG_DOCUMENTS.get(pb.long_documents)
-
-
-def long_documents_to_pb(value: LongDocuments | None) -> extraction_pb.LongDocuments.ValueType:
-    """Inverse of `long_documents_from_pb`."""
-    return next(
-        (number for number, known in _LONG_DOCUMENTS.items() if known == value),
-        extraction_pb.LONG_DOCUMENTS_UNSPECIFIED,
-    )
-
-
-def window_from_pb(pb: extraction_pb.Recipe) -> TokenWindow | None:
-    """Reads the window of a recipe."""
-    return TokenWindow(pb.window.start, pb.window.end) if pb.HasField("window") else None
-
-
-def window_to_pb(window: TokenWindow | None) -> extraction_pb.TokenWindow | None:
-    """Builds a window."""
-    return None if window is None else extraction_pb.TokenWindow(start=window.start, end=window.end)

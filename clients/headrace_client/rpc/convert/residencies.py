@@ -90,7 +90,7 @@ def pin_from_pb(pb: residency_pb.Pin) -> v.Pin:
 
 
 def pin_to_pb(pin: v.Pin) -> residency_pb.Pin:
-    """Builds what PinModel reads of a pin. A time without a zone is local."""
+    """Builds the fields of a pin that PinModel reads. A time without a zone is local."""
     pb = residency_pb.Pin(model_id=pin.model_id, owner=pin.owner, node_id=pin.node_id, reason=pin.reason)
     if pin.expire_time is not None:
         pb.expire_time.FromDatetime(pin.expire_time.astimezone(UTC))

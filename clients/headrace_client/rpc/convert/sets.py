@@ -13,7 +13,7 @@ from headrace_client.values import ActivationSet, SetPin
 
 
 def set_from_pb(pb: sets_pb.ActivationSet) -> ActivationSet:
-    """Reads what a node holds of a set."""
+    """Reads one node's copy of a set."""
     return ActivationSet(
         id=pb.id,
         node_id=pb.node_id,

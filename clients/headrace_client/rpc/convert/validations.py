@@ -1,4 +1,4 @@
-"""Messages about fidelity and validations, as values."""
+"""Messages about validations, as values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from google.protobuf.json_format import MessageToDict
 
 from headrace.registry.v1 import model_pb2 as model_pb
 from headrace_client.rpc.convert.common import failure_from_pb, time_from_pb
+from headrace_client.rpc.convert.enums import state_of
 from headrace_client.rpc.convert.models import quantization_from_pb
 from headrace_client.values import StepState, ValidationAttempt, ValidationStep
 
@@ -31,11 +32,9 @@ def attempt_from_pb(pb: model_pb.ValidationAttempt) -> ValidationAttempt:
 
 def step_from_pb(pb: model_pb.ValidationStep) -> ValidationStep:
     """Reads a step."""
-    known = model_pb.ValidationStepState.DESCRIPTOR.values_by_number
-    name = known[pb.state].name.removeprefix("VALIDATION_STEP_STATE_") if pb.state in known else ""
     return ValidationStep(
         name=pb.name,
-        state=StepState(name) if name in StepState.__members__ else StepState.UNKNOWN,
+        state=state_of(model_pb.ValidationStepState, "VALIDATION_STEP_STATE_", pb.state, StepState),
         message=pb.message,
         seconds=pb.seconds,
         figures=dict(pb.figures),
