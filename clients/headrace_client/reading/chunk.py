@@ -1,4 +1,4 @@
-"""A run of rows as it came in one message: views of it, no copies."""
+"""A run of rows from one message or file: views, no copies."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NUMPY_DTYPES: Mapping[Dtype, npt.DTypeLike] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationChunk:
-    """Rows `first_row` to `end_row` of some columns; `buffers` are read-only and go with the chunk.
+    """Rows `first_row` to `end_row` of some columns; `buffers` are read-only, one for each column.
 
-    `place` is where the first row stands in the reading order: its number, unless rows are shuffled or sharded.
+    `place` is the place of the first row in the reading order: its number, unless rows are shuffled or sharded.
     """
 
     first_row: int
@@ -48,16 +48,16 @@ class ActivationChunk:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Dtype name of each column: tells bfloat16 bits from integers."""
+        """Dtype name of each column, to tell the bits of bfloat16 from integers."""
         return {column.name: column.dtype.value for column in self.columns}
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """A read-only view of each column: `[rows, width]`, or `[rows]` for the three of provenance."""
+        """A read-only view of each column: `[rows, width]`, or `[rows]` for the three provenance columns."""
         return {column.name: self._array(at) for at, column in enumerate(self.columns)}
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """The view of one column. Raises KeyError for one that is not in the stream."""
+        """The view of one column. Raises KeyError for a column that is not in the stream."""
         for at, column in enumerate(self.columns):
             if column.name == name:
                 return self._array(at)

@@ -1,4 +1,11 @@
-"""Mixes rows within windows of the reading order: one permutation for all columns, the same on every run."""
+"""Mixes rows within windows of the reading order: one permutation for all columns, the same on every run.
+
+Window w holds the places [w * window_rows, (w + 1) * window_rows), short of rows left out as outliers. At any time:
+
+    [start of the current window, its end)       gathered into batches, by its permutation
+    [its end, place of the following window)     copied there, a batch's worth for each batch handed out
+    [that place, ...)                            in the stream
+"""
 
 from __future__ import annotations
 
@@ -17,12 +24,12 @@ class Pull(Protocol):
     """Copies rows of the stream to a table."""
 
     def __call__(self, table: Table, most: int, *, wait: bool) -> int:
-        """Returns how many places the stream went on: 0 at its end, and without `wait` where none is at hand."""
+        """Returns by how many places the stream went on: 0 at its end, and without `wait` if no row is queued."""
 
 
 @dataclass
-class _Window:
-    """Rows from `start` to `end`, short of those left out; `order` is known once all of them are here."""
+class _MixingWindow:
+    """Rows of the places `start` to `end`, filled up to `place`; `order` is known once the window is full."""
 
     number: int
     start: int
@@ -37,7 +44,7 @@ class _Window:
         return self.order is not None and self.taken >= len(self.order)
 
     def fill(self, most: int, pull: Pull, *, wait: bool) -> None:
-        """Copies up to `most` rows: until there are none, or the window has all of its own."""
+        """Copies up to `most` rows, until the stream brings none or the window is full."""
         while most > 0 and self.place < self.end:
             n_rows = pull(self.table, min(most, self.end - self.place), wait=wait)
             if not n_rows:
@@ -47,13 +54,13 @@ class _Window:
 
 
 class Mixer:
-    """Hands out rows window by window. Window w holds the places from w * `window_rows` on.
+    """Hands out rows window by window; while one is handed out, the following one is filled with rows that came.
 
-    While one window is handed out the next one is filled with what has come, so two of them are in memory.
+    Two windows are in memory. The table of a window that was handed out serves the window after the next.
     """
 
     def __init__(self, window_rows: int, seed: int, make_table: Callable[[int], Table]) -> None:
-        self._n_dropped = 0  # In the windows before the present one.
+        self._n_dropped = 0  # In the windows before the current one.
         self._window_rows = window_rows
         self._seed = seed
         self._make_table = make_table
@@ -61,23 +68,23 @@ class Mixer:
         self.begin(0, 0, 0)
 
     def begin(self, epoch: int, place: int, offset: int, n_dropped: int = 0) -> None:
-        """Goes on in the window at `place`, behind the first `offset` rows of it and `n_dropped` left out before it."""
+        """Goes on in the window at `place`, behind its first `offset` rows; `n_dropped` were left out before it."""
         self._n_dropped = n_dropped
         self._epoch = epoch
-        self._current: _Window | None = None
-        self._following: _Window | None = self._window(place)
+        self._current: _MixingWindow | None = None
+        self._following: _MixingWindow | None = self._window(place)
         self._offset = offset
 
     @property
     def place(self) -> int:
-        """Where the present window begins."""
+        """Start of the current window; its end once all of its rows were handed out."""
         window = self._current or self._following
         assert window is not None, "there is always one of them"
         return window.place if window.exhausted else window.start
 
     @property
     def offset(self) -> int:
-        """Rows of it that were handed out."""
+        """Rows of the window at `place` that were handed out."""
         if self._current is None:
             return self._offset
         return 0 if self._current.exhausted else self._current.taken
@@ -95,7 +102,7 @@ class Mixer:
         return self._n_dropped + sum(window.table.n_dropped for window in windows if window is not None)
 
     def fill(self, batch: Table, pull: Pull) -> None:
-        """Fills a batch, or as much of it as there is before the end of the stream."""
+        """Fills a batch, or a part of it at the end of the stream."""
         while not batch.full:
             if self._current is None or self._current.exhausted:
                 if not self._turn(pull):
@@ -109,7 +116,7 @@ class Mixer:
         self._following_window().fill(batch.capacity, pull, wait=False)
 
     def _turn(self, pull: Pull) -> bool:
-        """Goes on to the next window; False if the stream has no row for it."""
+        """Goes on to the following window; False if the stream has no row for it."""
         window = self._following_window()
         window.fill(self._window_rows, pull, wait=True)
         if window.place == window.start:
@@ -122,14 +129,14 @@ class Mixer:
         self._current, self._following = window, None
         return True
 
-    def _following_window(self) -> _Window:
+    def _following_window(self) -> _MixingWindow:
         if self._following is None:
             assert self._current is not None, "there is always one of them"
             self._following = self._window(self._current.place)
         return self._following
 
-    def _window(self, place: int) -> _Window:
+    def _window(self, place: int) -> _MixingWindow:
         number = place // self._window_rows
         table, self._spare = self._spare or self._make_table(self._window_rows), None
         table.n_rows = table.n_dropped = 0
-        return _Window(number=number, start=place, end=(number + 1) * self._window_rows, table=table, place=place)
+        return _MixingWindow(number=number, start=place, end=(number + 1) * self._window_rows, table=table, place=place)

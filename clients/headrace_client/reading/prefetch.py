@@ -21,7 +21,7 @@ from headrace_client.rpc.convert.streams import header_from_pb, stream_event_fro
 from headrace_client.values import Column, ExtractionState, StreamHeader, StreamState
 from headrace_log import frames
 
-JOIN_DEADLINE_S = 6.0  # Longer than the one lookup a reconnecting thread may be in.
+JOIN_DEADLINE_S = 6.0  # Longer than the lookup of an address, which a reconnecting thread may be in.
 _LARGEST_CHUNK_BYTES = 16 * 1024 * 1024
 _LOG = logging.getLogger("headrace_client")
 

@@ -1,4 +1,4 @@
-"""What trainers scale activations by, from the statistics in a stream's header: no batch is drawn for it.
+"""Factors by which trainers scale activations, from the statistics in a stream's header: no batch is drawn for them.
 
 The two conventions differ: SAELens makes the mean norm √d, dictionary_learning the mean squared norm 1.
 """
@@ -12,14 +12,14 @@ from headrace_client.values import ColumnStatistics, StreamHeader
 
 
 def sae_lens_factor(header: StreamHeader, hookpoint: str) -> float:
-    """What SAELens multiplies by: √d / mean ‖x‖. Raises FailedPrecondition without statistics."""
+    """The factor by which SAELens multiplies: √d / mean ‖x‖. Raises FailedPrecondition without statistics."""
     statistics = statistics_of(header, hookpoint)
     widths = {column.name: column.width for column in header.columns}
     return _usable(math.sqrt(widths[hookpoint]) / (statistics.mean_norm or math.nan), hookpoint)
 
 
 def dictionary_learning_norm(header: StreamHeader, hookpoint: str) -> float:
-    """What dictionary_learning divides by: √(mean ‖x‖²). Raises FailedPrecondition without statistics."""
+    """The norm by which dictionary_learning divides: √(mean ‖x‖²). Raises FailedPrecondition without statistics."""
     return _usable(math.sqrt(statistics_of(header, hookpoint).mean_squared_norm) or math.nan, hookpoint)
 
 

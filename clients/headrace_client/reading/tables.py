@@ -1,4 +1,4 @@
-"""Rows of some columns as torch tensors, filled straight from chunks: the one copy on the way to a batch."""
+"""Rows of some columns as torch tensors, filled straight from chunks: the only copy on the way to a batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from headrace_client.errors import DataLoss, InvalidArgument
 from headrace_client.reading.chunk import ActivationChunk
-from headrace_client.values import PROVENANCE_COLUMNS, Column, Dtype
+from headrace_client.values import PROVENANCE_COLUMNS, Dtype
 
-_TORCH_SERIAL_ELEMENTS = 32_768  # torch shares out operations on more (at::internal::GRAIN_SIZE).
+_TORCH_SERIAL_ELEMENTS = 32_768  # torch divides larger operations among its threads (at::internal::GRAIN_SIZE).
 _TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     Dtype.FLOAT32: torch.float32,
     Dtype.FLOAT16: torch.float16,
@@ -28,7 +28,7 @@ _TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 def view(
     columns: Sequence[str], chunk: ActivationChunk, offset: int, n_rows: int, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor] | None:
-    """Rows of a chunk as tensors that are no copies; None where there have to be some."""
+    """Rows of a chunk as tensors that share its memory; None where a column has to be copied."""
     by_name = {column.name: at for at, column in enumerate(chunk.columns)}
     tensors: dict[str, torch.Tensor] = {}
     for name in columns:
@@ -70,15 +70,27 @@ class Table:
         return self.n_rows == self.capacity
 
     def take(self, chunk: ActivationChunk, offset: int, most: int) -> int:
-        """Copies rows of a chunk from `offset` on, at most so many and as many as fit; returns how many it has seen."""
+        """Copies up to `most` rows of a chunk from `offset` on. Returns how many were read, dropped rows included."""
         n_rows = min(self.capacity - self.n_rows, chunk.n_rows - offset, most)
         by_name = {column.name: at for at, column in enumerate(chunk.columns)}
         for name in self._columns:
             if name not in by_name:
                 raise DataLoss(f"the server left out column {name!r}")
             column = chunk.columns[by_name[name]]
-            part = self._tensor(column)[self.n_rows : self.n_rows + n_rows]
-            scale = _scale(chunk, by_name, column, offset, n_rows) if column.scale_column else None
+            if name not in self.tensors:
+                own = torch.float32 if column.scale_column else _TORCH_DTYPES[column.dtype]
+                provenance = name in PROVENANCE_COLUMNS
+                shape = (self.capacity,) if provenance else (self.capacity, column.width)
+                self.tensors[name] = torch.empty(shape, dtype=own if provenance else self._dtype or own)
+            scale = None
+            if column.scale_column:
+                if column.scale_column not in by_name:
+                    raise InvalidArgument(
+                        f"values of {name} need their scale: ask for column {column.scale_column!r} too",
+                        fields={"columns": column.scale_column},
+                    )
+                scale = _rows(chunk, by_name[column.scale_column], offset, n_rows)
+            part = self.tensors[name][self.n_rows : self.n_rows + n_rows]
             _copy(part, _rows(chunk, by_name[name], offset, n_rows), scale)
         self.n_rows += self._keep(n_rows) if self._limits else n_rows
         return n_rows
@@ -89,48 +101,35 @@ class Table:
         for name, tensor in self.tensors.items():
             if name not in into.tensors:
                 into.tensors[name] = torch.empty((into.capacity, *tensor.shape[1:]), dtype=tensor.dtype)
-            # By numpy: torch would share the work out to its threads. `clip` makes no copy, and no number is too large.
+            # numpy works in this thread alone; torch would use all its threads. With `clip` numpy needs no copy of its
+            # own, and no number is out of range.
             np.take(_raw(tensor), rows, axis=0, out=_raw(into.tensors[name][into.n_rows : end]), mode="clip")
         into.n_rows = end
 
     def cut(self) -> dict[str, torch.Tensor]:
-        """The rows there are."""
+        """The rows so far, by column."""
         if self.full:
             return self.tensors
         return {name: tensor[: self.n_rows] for name, tensor in self.tensors.items()}
 
-    def _tensor(self, column: Column) -> torch.Tensor:
-        if column.name not in self.tensors:
-            own = torch.float32 if column.scale_column else _TORCH_DTYPES[column.dtype]
-            provenance = column.name in PROVENANCE_COLUMNS
-            shape = (self.capacity,) if provenance else (self.capacity, column.width)
-            self.tensors[column.name] = torch.empty(shape, dtype=own if provenance else self._dtype or own)
-        return self.tensors[column.name]
-
     def _keep(self, n_rows: int) -> int:
-        """Closes up the rows just copied over those that are too long; returns how many stay."""
+        """Drops the rows just copied that are too long, and closes the gaps; returns how many stay."""
         end = self.n_rows + n_rows
         keep = np.ones(n_rows, np.bool_)
         for name, limit in self._limits.items():
-            keep &= _norms(self.tensors[name][self.n_rows : end]) <= limit
+            rows = self.tensors[name][self.n_rows : end]
+            at_once = max(1, _TORCH_SERIAL_ELEMENTS // rows.shape[1])
+            for at in range(0, n_rows, at_once):
+                norms = torch.linalg.vector_norm(rows[at : at + at_once].float(), dim=1).numpy()
+                keep[at : at + at_once] &= norms <= limit  # NaN compares as False: such a row is never kept.
         n_kept = int(keep.sum())
         if n_kept < n_rows:
-            rows = np.flatnonzero(keep)
+            kept = np.flatnonzero(keep)
             for tensor in self.tensors.values():
                 part = _raw(tensor[self.n_rows : end])
-                part[:n_kept] = part[rows]
+                part[:n_kept] = part[kept]
         self.n_dropped += n_rows - n_kept
         return n_kept
-
-
-def _norms(rows: torch.Tensor) -> NDArray[np.float32]:
-    """Euclidean norms of rows, in this thread alone. NaN counts as larger than anything: it is never kept."""
-    norms = np.empty(len(rows), np.float32)
-    at_once = max(1, _TORCH_SERIAL_ELEMENTS // rows.shape[1])
-    for at in range(0, len(rows), at_once):
-        some = rows[at : at + at_once].float()
-        norms[at : at + at_once] = torch.linalg.vector_norm(some, dim=1).numpy()
-    return norms
 
 
 def _raw(tensor: torch.Tensor) -> NDArray[np.void]:
@@ -143,7 +142,7 @@ def _raw(tensor: torch.Tensor) -> NDArray[np.void]:
 def _copy(part: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     """Copies in this thread alone, converting where dtypes differ and multiplying 8-bit rows by their scale.
 
-    torch would share a larger copy out to its OpenMP threads, which takes forty times longer while the trainer's other
+    torch would divide a larger copy among its OpenMP threads, which takes forty times longer while the trainer's other
     threads hold the cores; one thread copies faster than any network delivers.
     """
     if scale is None and part.dtype == rows.dtype:
@@ -157,7 +156,7 @@ def _copy(part: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor | None = N
 
 
 def _rows(chunk: ActivationChunk, at: int, offset: int, n_rows: int) -> torch.Tensor:
-    """A view of some rows of a column in the message: read-only by agreement."""
+    """A view of some rows of a column in the message; nothing writes to it."""
     column = chunk.columns[at]
     flat = torch.frombuffer(
         chunk.buffers[at],
@@ -168,20 +167,9 @@ def _rows(chunk: ActivationChunk, at: int, offset: int, n_rows: int) -> torch.Te
     return flat if column.name in PROVENANCE_COLUMNS else flat.view(n_rows, column.width)
 
 
-def _scale(
-    chunk: ActivationChunk, by_name: Mapping[str, int], column: Column, offset: int, n_rows: int
-) -> torch.Tensor:
-    if column.scale_column not in by_name:
-        raise InvalidArgument(
-            f"values of {column.name} need their scale: ask for column {column.scale_column!r} too",
-            fields={"columns": column.scale_column},
-        )
-    return _rows(chunk, by_name[column.scale_column], offset, n_rows)
-
-
 @cache
 def silence_read_only_warning() -> None:
-    """Lets torch warn, once and unheard, that it can't make read-only tensors: ours are only copied from."""
+    """Triggers torch's only warning about read-only memory, and suppresses it: such tensors are only copied from."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)

@@ -45,17 +45,16 @@ class BatchOptions:
 class ActivationStream:
     """An iterator of `[batch_size, d]` tensors, or of dicts of them when more than one column is asked for.
 
-    Provenance columns are `[batch_size]` int32. Every tensor belongs to the caller, who may change it in place. It is
-    fresh memory unless `copy` is false: then batches that lie in one chunk, as they are stored, are views of it; where
-    that is a mapped file, writing to a page copies the page first. Hookpoint columns come in their stored dtype, or
-    converted to `dtype` while copied. Batches do not span epochs; the last one of an epoch is shorter, or left out with
-    `drop_last`. `next_row` and `state_dict()` count whole batches handed out, so that a checkpoint taken between two
-    steps resumes without gap or duplicate; so does one taken while a batch is awaited, behind an error, or once closed.
+    Provenance columns are `[batch_size]` int32. Every tensor belongs to the caller and may be changed in place. It is
+    fresh memory unless `StreamTuning.copy` is false: then batches that lie in one chunk, as they are stored, are views
+    of it; in a mapped file, writing to a page copies the page first. Hookpoint columns come in their stored dtype, or
+    converted to `dtype` while copied. Batches do not span epochs; the last batch of an epoch is shorter, or left out
+    with `drop_last`. `next_row` and `state_dict()` count whole batches handed out: a checkpoint resumes without gap or
+    duplicate, also if it was taken while a batch was awaited, after an error, or after `close`.
 
-    `mix_blocks` mixes rows within windows of so many blocks, all columns alike, by the seed of `reading`; two windows
-    are in memory. `norm_limit` leaves out rows that are too long: then shards may come to different numbers of batches.
-    `on_progress` is called in the consumer's thread, at most five times a second, also while it waits. `config` is
-    JSON that says what the rows are.
+    `Reading.mix_blocks` mixes all columns alike, and two windows are in memory. With `Reading.norm_limit`, shards may
+    come to different numbers of batches. `on_progress` is called in the consumer's thread, at most five times a second,
+    also while it waits. `config` is JSON that identifies the rows: set, model, corpus, recipe, columns, order.
     """
 
     def __init__(
@@ -139,9 +138,9 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind the batch after which `state` was taken. InvalidArgument if that was another set or order."""
+        """Goes on behind the batch after which `state` was taken. InvalidArgument if it is of another set or order."""
         for name, ours in self._identity.items():
-            theirs = state.get(name, ours)  # Older versions did not name all of it.
+            theirs = state.get(name, ours)  # Older versions left some names out.
             if theirs != ours:
                 raise InvalidArgument(
                     f"the state is of {name} {theirs}, this stream reads {ours}: take the same recipe, rows and order",
@@ -152,7 +151,7 @@ class ActivationStream:
         self._limits = state.get("norm_limits") or None
 
     def skip_batches(self, n_batches: int) -> None:
-        """Goes on as if so many batches had been handed out; waits for the stream's header if there are several epochs.
+        """Goes on as if so many batches had been handed out; waits for the stream's header with several epochs.
 
         Needs whole batches (`drop_last`) and no norm limit: then the place follows from the number.
         """
@@ -173,7 +172,7 @@ class ActivationStream:
         self._seek(epoch, place, offset)
 
     def progress(self) -> Progress:
-        """How the stream goes, all epochs together; how it went, once closed."""
+        """Rows and waits so far, over all epochs; the last ones, once closed."""
         if self._stream is None and self._last_progress is not None:
             return self._last_progress
         progress = self._opened().progress()
@@ -201,7 +200,7 @@ class ActivationStream:
             self._step_s += time.monotonic() - self._handed_out_at
             self._handed_out_at = None
         if not self._ended:
-            self._tell()  # Not with a batch in hand: what is raised there must not cost the caller any rows.
+            self._tell()  # Not with a batch in hand: an error of `on_progress` must not cost the caller any rows.
         while not self._ended:
             batch = self._next_batch()
             if batch is not None:
@@ -289,7 +288,7 @@ class ActivationStream:
             self._chunk = None
 
     def _take(self, *, wait: bool) -> bool:
-        """Takes the next chunk; False at the end, and without `wait` if none is at hand."""
+        """Takes the next chunk; False at the end, and without `wait` if none is queued."""
         stream = self._opened()
         while True:
             try:
@@ -300,7 +299,7 @@ class ActivationStream:
             except Exception:
                 if wait:
                     raise
-                return False  # It comes again when rows are needed; the batch before them is whole.
+                return False  # The error comes again when rows are needed; the batch at hand is whole.
             if chunk is not None:
                 break
             if stream.ended or not wait:

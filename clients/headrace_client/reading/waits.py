@@ -1,4 +1,4 @@
-"""For what a stream's rows were waited: for the extractor that computes them, or for the network that brings them."""
+"""Waits for rows, divided between the extractor that computes them and the network that brings them."""
 
 from __future__ import annotations
 
