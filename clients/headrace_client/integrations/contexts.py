@@ -1,4 +1,4 @@
-"""Cuts rows into contexts of one length: what formats of fixed shape want."""
+"""Cuts rows into contexts of one length, for formats of fixed shape."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Table = Mapping[str, npt.NDArray[Any]]
+Columns = Mapping[str, npt.NDArray[Any]]  # Rows, by column.
 
 
 @dataclass(slots=True)
 class ContextCutter:
     """Cuts tables of rows, in row order, into tables of contexts `[n, context_size, ...]`.
 
-    A context begins where a document (or a further piece of a long one) does, or where the one before it in the same
-    document ended, and has rows of no other; rows that fill none are left out and counted. With `join`, documents
-    follow one another in a context, and only the last rows of all are left out. Tables need `document` and `position`.
+    A context has rows of one document, or of one piece of a split document. Contexts follow one another from its first
+    row on; rows at its end that fill no context are left out and counted. With `join`, documents
+    follow one another in a context, and only the very last rows are left out. Tables need `document` and `position`.
     """
 
     context_size: int
@@ -29,11 +29,11 @@ class ContextCutter:
 
     @property
     def n_left_out(self) -> int:
-        """Rows so far that are in no context; those at hand for the next one among them."""
+        """Rows so far that are in no context, including rows that may still be in the next one."""
         return self.n_rows - self.n_contexts * self.context_size
 
-    def cut(self, tables: Iterable[Table]) -> Iterator[Table]:
-        """Yields the contexts of each table, at least one at a time."""
+    def cut(self, tables: Iterable[Columns]) -> Iterator[Columns]:
+        """Yields the contexts that each table completes; nothing for a table that completes none."""
         for table in tables:
             self.n_rows += len(table["document"])
             rows = {
@@ -45,10 +45,15 @@ class ContextCutter:
                 self.n_contexts += len(picked)
                 yield {name: part[picked] for name, part in rows.items()}
 
-    def _pick(self, rows: Table) -> tuple[npt.NDArray[np.int64], int]:
+    def _pick(self, rows: Columns) -> tuple[npt.NDArray[np.int64], int]:
         """Row numbers `[n, context_size]` of the contexts, and the first row that may be in one later."""
         size, end = self.context_size, len(rows["document"])
-        first_rows = [0] if self.join else [0, *_breaks(rows["document"], rows["position"])]
+        first_rows = [0]
+        if not self.join:
+            document, position = rows["document"], rows["position"]
+            # Positions that don't grow begin another piece of a long document.
+            begins = (document[1:] != document[:-1]) | (position[1:] <= position[:-1])
+            first_rows += [int(row) + 1 for row in np.flatnonzero(begins)]
         starts: list[int] = []
         rest_from = end
         for first, behind in zip(first_rows, [*first_rows[1:], end], strict=True):
@@ -57,9 +62,3 @@ class ContextCutter:
             rest_from = first + n_whole * size
         at = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(size)
         return at, rest_from
-
-
-def _breaks(documents: npt.NDArray[Any], positions: npt.NDArray[Any]) -> list[int]:
-    """Rows at which a document, or a piece of one, begins; the first row aside."""
-    new = (documents[1:] != documents[:-1]) | (positions[1:] <= positions[:-1])
-    return [int(row) + 1 for row in np.flatnonzero(new)]

@@ -1,4 +1,4 @@
-"""Streams as dictionary_learning wants them: `trainSAE(data=buffer(...), ...)`.
+"""Streams for dictionary_learning: `trainSAE(data=buffer(...), ...)`.
 
 An ActivationStream is such a buffer: it yields fresh `[batch, d]` tensors, and its `config` is saved with the SAE.
 """
@@ -28,9 +28,9 @@ def buffer(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> ActivationStream:
-    """Returns the `data` of trainSAE. It ends with its data: `epochs` None reads a set that is too small again.
+    """Returns the `data` of trainSAE, which ends when the data end: `epochs` None reads a small set again and again.
 
-    Short batches are left out. `options` are those of `HeadraceClient.activations`. Use it in a `with` block.
+    Short batches are left out. `options` go to `HeadraceClient.activations`. Use it in a `with` block.
     """
     known = client.extractions.get(extraction) if isinstance(extraction, str) else extraction
     return client.activations(
@@ -46,10 +46,10 @@ def buffer(
 
 @contextmanager
 def known_norm(stream: ActivationStream) -> Iterator[float]:
-    """While it lasts, `trainSAE(..., normalize_activations=True)` takes the norm factor from the stream's statistics.
+    """Within it, `trainSAE(..., normalize_activations=True)` takes the norm factor from the stream's statistics.
 
-    Otherwise it draws about a hundred batches for it. Waits for the stream's header; raises FailedPrecondition if that
-    has no statistics yet. Not for several threads that train at once.
+    Otherwise trainSAE draws about a hundred batches to estimate it. Waits for the stream's header; raises
+    FailedPrecondition if the header has no statistics yet. Not for several threads that train at once.
     """
     norm = dictionary_learning_norm(stream.header, stream.config["columns"][0])
     training: Any = importlib.import_module("dictionary_learning.training")

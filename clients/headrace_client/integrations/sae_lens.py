@@ -1,6 +1,6 @@
-"""Streams as SAELens wants them: endless iterators of raw float32 batches for `SAETrainer` and `MultiSAETrainer`.
+"""Streams for SAELens: endless iterators of raw float32 batches for `SAETrainer` and `MultiSAETrainer`.
 
-`set_scaling` gives a trainer what it would otherwise draw a thousand batches for.
+`set_scaling` gives a trainer the factor that it would otherwise estimate from a thousand batches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headrace_client.reading.scaling import sae_lens_factor
 from headrace_client.reading.tensors import ActivationStream
 from headrace_client.values import Extraction
 
-# The one way of SAELens to normalise that a factor is estimated for.
+# The only normalization of SAELens for which a factor is estimated.
 _BY_FACTOR = "expected_average_only_in"
 
 
@@ -31,12 +31,12 @@ def data_provider(
     start_row: int = 0,
     **options: Any,
 ) -> ActivationStream:
-    """Returns the `data_provider` of an SAETrainer whose `train_batch_size_samples` is `batch_size`.
+    """Returns the `data_provider` of an SAETrainer with `train_batch_size_samples=batch_size`.
 
-    SAETrainer does not handle the end of its data: with `epochs` None, the default, there is none, and a set that is
-    too small is read again. It draws batches for evaluation beyond `total_training_samples`, and for its norm estimate
-    unless `set_scaling` was called. Short batches are left out. `options` are those of `HeadraceClient.activations`.
-    Close it, or use it in a `with` block.
+    SAETrainer does not handle the end of its data: with `epochs` None, the default, a small set is read again and
+    again. It draws batches for evaluation beyond `total_training_samples`, and for its norm estimate unless
+    `set_scaling` was called. Short batches are left out. `options` go to `HeadraceClient.activations`. Close it,
+    or use it in a `with` block.
     """
     known = client.extractions.get(extraction) if isinstance(extraction, str) else extraction
     return client.activations(
@@ -96,10 +96,10 @@ def multi_data_provider(
 
 
 def set_scaling(trainer: Any, provider: ActivationStream | MultiDataProvider) -> None:
-    """Gives an SAETrainer or MultiSAETrainer its scaling factors from the statistics of what it will read.
+    """Gives an SAETrainer or MultiSAETrainer its scaling factors from the statistics of the set it will read.
 
-    Nothing happens where the SAE does not normalise by a factor, or has one from a checkpoint. Waits for the stream's
-    header; raises FailedPrecondition if it has no statistics yet.
+    Nothing happens where the SAE does not normalize by a factor, or has a factor from a checkpoint. Waits for the
+    stream's header; raises FailedPrecondition if the header has no statistics yet.
     """
     if isinstance(provider, MultiDataProvider):
         for name, one in trainer.trainers.items():

@@ -1,14 +1,14 @@
 """Writes a set as SAELens' cached activations: a folder that `cached_activations_path` of its runners names.
 
-One row of that dataset is one context: a `[context_size, d]` array a hookpoint, and the context's `token_ids`.
-`document` and `position` stand beside them; SAELens leaves such columns alone.
+One row of that dataset is one context: a `[context_size, d]` array for each hookpoint, and the context's `token_ids`.
+`document` and `position` stand beside them; SAELens ignores other columns.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,10 @@ import torch
 
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import HeadraceError, InvalidArgument
-from headrace_client.integrations.contexts import ContextCutter, Table
+from headrace_client.integrations.contexts import Columns, ContextCutter
 from headrace_client.values import PROVENANCE_COLUMNS, Extraction
 
-# datasets reads a file whole into the address space only; half a gigabyte is what it writes itself.
+# datasets maps whole files, so that their size costs no memory; it writes half a gigabyte itself.
 SHARD_BYTES = 512 * 1024 * 1024
 _BATCH_ROWS = 8192
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -29,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written. Rows that fill no context are left out."""
+    """A finished export. Rows that fill no context are left out."""
 
     folder: str
     hookpoints: tuple[str, ...]
@@ -52,9 +52,9 @@ def export_cached_activations(
 ) -> Exported:
     """Writes all rows of an extraction that fill contexts of `context_size` (0: the recipe's) into a new folder.
 
-    Contexts have rows of one document each, unless `join_documents`. SAELens wants `context_size` and `d_in` of its
-    config to be these. Arrow has no bfloat16: such columns become float32. Raises InvalidArgument for a folder that is
-    there and for rows that fill no context, and leaves nothing behind when it fails.
+    Contexts have rows of one document each, unless `join_documents`. `context_size` and `d_in` of SAELens' config must
+    be these. Arrow has no bfloat16: such columns become float32. Raises InvalidArgument for an existing folder and for
+    rows that fill no context, and leaves nothing behind when it fails.
     """
     known = client.extractions.get(extraction) if isinstance(extraction, str) else extraction
     names = tuple(hookpoints or known.hookpoints)
@@ -66,8 +66,11 @@ def export_cached_activations(
     try:
         cutter = ContextCutter(size, join=join_documents)
         writer = _Writer(draft, names, size, dtype, shard_bytes)
-        for contexts in cutter.cut(_tables(client, known, names, dtype)):
-            writer.write(contexts)
+        columns = [*names, *PROVENANCE_COLUMNS]
+        with client.activations(known, columns, batch_size=_BATCH_ROWS, dtype=_DTYPES[dtype]) as stream:
+            tables = ({name: part.numpy() for name, part in batch.items()} for batch in stream)
+            for contexts in cutter.cut(tables):
+                writer.write(contexts)
         _check_any(cutter)
         n_files = writer.finish()
         draft.rename(target)
@@ -93,14 +96,6 @@ def _check_any(cutter: ContextCutter) -> None:
         )
 
 
-def _tables(client: HeadraceClient, extraction: Extraction, names: Sequence[str], dtype: str) -> Iterator[Table]:
-    columns = [*names, *PROVENANCE_COLUMNS]
-    with client.activations(extraction, columns=columns, batch_size=_BATCH_ROWS, dtype=_DTYPES[dtype]) as stream:
-        for batch in stream:
-            assert isinstance(batch, dict)
-            yield {name: part.numpy() for name, part in batch.items()}
-
-
 class _Writer:
     """Arrow files of about `shard_bytes`, and the two JSON files that make them a dataset."""
 
@@ -115,7 +110,7 @@ class _Writer:
         self._written = 0
         self._n_files = 0
 
-    def write(self, contexts: Table) -> None:
+    def write(self, contexts: Columns) -> None:
         """Appends contexts."""
         columns = {
             "token_ids": contexts["token_id"],
@@ -128,11 +123,15 @@ class _Writer:
         for first in range(0, n_contexts, step):
             self._append({name: part[first : first + step] for name, part in columns.items()})
 
-    def _append(self, columns: Table) -> None:
+    def _append(self, columns: Columns) -> None:
         arrow_writer, features = _datasets()
         if self._features is None:
-            widths = {name: columns[name].shape[2] for name in self._names}
-            self._features = _features_of(features, widths, self._size, self._dtype)
+            number = features.Sequence(features.Value("int32"), length=self._size)
+            arrays = {
+                name: features.Array2D(shape=(self._size, columns[name].shape[2]), dtype=self._dtype)
+                for name in self._names
+            }
+            self._features = features.Features({**arrays, "token_ids": number, "document": number, "position": number})
         if self._writer is None:
             path = str(self._folder / f"{self._n_files:05d}.arrow")
             self._writer, self._written = arrow_writer.ArrowWriter(features=self._features, path=path), 0
@@ -169,14 +168,6 @@ class _Writer:
         if self._writer is not None:
             self._writer.finalize()
             self._writer = None
-
-
-def _features_of(features: Any, widths: Mapping[str, int], size: int, dtype: str) -> Any:
-    tokens = {
-        name: features.Sequence(features.Value("int32"), length=size) for name in ("token_ids", "document", "position")
-    }
-    hooks = {name: features.Array2D(shape=(size, width), dtype=dtype) for name, width in widths.items()}
-    return features.Features({**hooks, **tokens})
 
 
 def _datasets() -> tuple[Any, Any]:

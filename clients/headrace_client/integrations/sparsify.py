@@ -1,8 +1,8 @@
-"""Recorded activations for sparsify's Trainer, which wants a model to hook and a dataset of token ids.
+"""Recorded activations for sparsify's Trainer, which takes a model to hook and a dataset of token ids.
 
 `replay` returns both: a model without weights that calls its modules with recorded rows, and the token ids of the same
-rows cut into stretches of `context_size`. For SAEs with `loss_fn="fvu"`: there are no logits, and no module's input, so
-that a transcoder fails instead of learning nonsense.
+rows cut into stretches of `context_size`. For SAEs with `loss_fn="fvu"`: there are no logits, and no inputs of modules,
+so that a transcoder fails instead of learning nonsense.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ReplayDataset:
         return {"input_ids": torch.from_numpy(self._token_ids[number].astype(np.int64))}
 
     def select(self, numbers: range) -> ReplayDataset:
-        """A dataset that goes on at a later item, as sparsify does when it resumes; the model goes there too."""
+        """A dataset from a later item on, for sparsify's resume; moves the model there too."""
         if numbers.step != 1 or numbers.stop != len(self):
             raise InvalidArgument("a replay can only skip its beginning", fields={"numbers": str(numbers)})
         first = self._first + numbers.start
@@ -50,13 +50,13 @@ class ReplayDataset:
         return ReplayDataset(self._token_ids[numbers.start :], self._model, first)
 
 
-class _Place(nn.Module):
-    """A module to hook: gives out what was put there."""
+class _HookedModule(nn.Module):
+    """A module without weights to hook: returns the rows that ReplayModel has put into it."""
 
     rows: Tensor | None = None
 
     def forward(self, _nothing: None) -> Tensor:
-        """Returns the rows; what goes in is not recorded."""
+        """Returns the rows; inputs of modules are not recorded."""
         assert self.rows is not None, "put there by ReplayModel"
         return self.rows
 
@@ -77,7 +77,7 @@ class ReplayModel(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Place() for _ in range(n_layers))
+        self.layers = nn.ModuleList(_HookedModule() for _ in range(n_layers))
         self.config = SimpleNamespace(num_hidden_layers=n_layers)
         self.device = device
         self._open_at = open_at
@@ -85,7 +85,7 @@ class ReplayModel(nn.Module):
         self._context_size = context_size
         self._stream: ActivationStream | None = None
         self._item = 0
-        self._places = {name: self._add_place(name) for name in hookpoints}
+        self._modules_by_hookpoint = {name: self._module(name) for name in hookpoints}
 
     @property
     def base_model(self) -> Self:
@@ -94,7 +94,7 @@ class ReplayModel(nn.Module):
 
     @property
     def dummy_inputs(self) -> dict[str, Any]:
-        """Arguments of a call that shows the widths and takes no rows."""
+        """Arguments of a call that shows the widths and reads no rows."""
         return {"input_ids": torch.zeros(1, 1, dtype=torch.int64), "widths_only": True}
 
     def seek(self, item: int) -> None:
@@ -109,14 +109,17 @@ class ReplayModel(nn.Module):
             self._stream = None
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, widths_only: bool = False) -> _NoLogits:
-        """Calls each module with the rows of the next `[batch, context_size]` tokens, which must be these."""
+        """Calls each module with the next rows `[batch, context_size, d]`. DataLoss if their token ids differ."""
         if labels is not None:
             raise _no_logits()
-        rows = self._empty() if widths_only else self._next(input_ids)
-        for name, place in self._places.items():
-            place.rows = rows[name]
-            place(None)
-            place.rows = None
+        if widths_only:
+            rows = {name: torch.zeros(1, 1, width, device=self.device) for name, width in self._widths.items()}
+        else:
+            rows = self._next(input_ids)
+        for name, module in self._modules_by_hookpoint.items():
+            module.rows = rows[name]
+            module(None)
+            module.rows = None
         return _NoLogits()
 
     def _next(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -127,24 +130,22 @@ class ReplayModel(nn.Module):
         if batch is None or not np.array_equal(batch[_TOKEN_ID], input_ids.flatten().cpu()):
             raise DataLoss("the dataset and the replay are out of step: use those that one call of replay returned")
         self._item += len(input_ids)
-        return {name: batch[name].view(*input_ids.shape, -1).to(self.device) for name in self._places}
+        return {name: batch[name].view(*input_ids.shape, -1).to(self.device) for name in self._widths}
 
-    def _empty(self) -> dict[str, Tensor]:
-        return {name: torch.zeros(1, 1, width, device=self.device) for name, width in self._widths.items()}
-
-    def _add_place(self, hookpoint: str) -> _Place:
+    def _module(self, hookpoint: str) -> _HookedModule:
+        """The module of a hookpoint: a block, or a new module below it."""
         layer, below = _module_of(hookpoint)
         block = self.layers[layer]
-        assert isinstance(block, _Place)
+        assert isinstance(block, _HookedModule)
         if not below:
             return block
-        place = _Place()
-        block.add_module(below[1:], place)
-        return place
+        module = _HookedModule()
+        block.add_module(below[1:], module)
+        return module
 
 
 class _NoLogits:
-    """What a replay returns."""
+    """The output of a replay, where a language model has logits."""
 
     @property
     def logits(self) -> Tensor:
@@ -162,9 +163,9 @@ def replay(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[ReplayModel, ReplayDataset]:
-    """Returns model and dataset for `Trainer(cfg, dataset, model)`, over all rows of an extraction that is done.
+    """Returns model and dataset for `Trainer(cfg, dataset, model)`, over all rows of an extraction that has ended.
 
-    Token ids are read at once, 4 bytes a row. Rows that fill no `context_size` are left out. `cfg.hookpoints` are
+    Token ids are read at once, 4 bytes a row. Last rows that fill no `context_size` are left out. `cfg.hookpoints` are
     module names (see ReplayModel); the model's `close` ends its stream.
     """
     known = client.extractions.get(extraction) if isinstance(extraction, str) else extraction

@@ -1,8 +1,8 @@
 """Activations for `torch.utils.data`: any number of DataLoader workers and of `torch.distributed` ranks.
 
 Each worker of each rank reads a shard of its own over a connection of its own; all shards have the same number of
-batches. Which batch comes when follows from the options, the rank and the number of workers alone, so all there is to
-remember is how many were taken.
+batches. The order of batches follows from the options, the rank and the number of workers alone, so the number of
+batches taken is the whole state.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _DEFAULTS = signature(HeadraceClient.activations).parameters
 class ActivationDataset(IterableDataset[Any]):
     """Batches of an extraction's rows; give it to a DataLoader with `batch_size=None`.
 
-    `connect` are arguments of `HeadraceClient.connect`, `options` those of `HeadraceClient.activations`, less `shard`;
-    batches are always whole. Pickled and forked copies connect by themselves. Rank and world are those of
-    `torch.distributed` where it is initialized and they are not given.
+    `connect` are arguments of `HeadraceClient.connect`, `options` of `HeadraceClient.activations`; `reading` has no
+    shard, and batches are always whole. Pickled and forked copies connect by themselves. Rank and world come from
+    `torch.distributed` by default, where it is initialized.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ActivationDataset(IterableDataset[Any]):
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
+        """This process's rank, and the number of ranks."""
         if self._ranks is not None:
             return self._ranks
         distributed = torch.distributed
@@ -69,7 +69,7 @@ class ActivationDataset(IterableDataset[Any]):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides which rows make which batch, as JSON: a loader's state goes with it."""
+        """As JSON, for a loader's state: datasets with the same identity make the same batches."""
         rank, world = self.ranks
         options = {name: self._options.get(name, _DEFAULTS[name].default) for name in _DECISIVE}
         # Not the epoch: a loop sets it anew for each epoch, maybe after a state was loaded.
@@ -77,18 +77,18 @@ class ActivationDataset(IterableDataset[Any]):
         return {"extraction": self._extraction, "rank": rank, "world": world, **options, **order}
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration begins with this epoch's order; for loops that make an iterator for each epoch."""
+        """Begins the next iteration with this epoch's order; for loops that make an iterator for each epoch."""
         self._reading = replace(self._reading, epoch=epoch)
 
     def resume_after(self, n_batches: int) -> None:
-        """The next iteration goes on behind so many batches, as the loop got them from as many workers as before."""
+        """Begins the next iteration behind so many batches, which as many workers have brought before."""
         self._n_taken = n_batches
 
     def __iter__(self) -> ActivationStream:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
         rank, world = self.ranks
-        # A loader asks its workers in turn, beginning with the first: that one takes the shard whose turn it is.
+        # A loader asks its workers in turn, beginning with the first, so the first takes the shard that is due.
         turn = (index + self._n_taken) % count
         client = HeadraceClient.connect(**self._connect)
         try:
@@ -108,7 +108,7 @@ class ActivationDataset(IterableDataset[Any]):
 
 
 class ActivationLoader:
-    """A DataLoader over an ActivationDataset that knows how far it is; `options` are DataLoader's."""
+    """A DataLoader over an ActivationDataset that counts its batches, to resume; `options` are DataLoader's."""
 
     def __init__(self, dataset: ActivationDataset, *, num_workers: int = 0, **options: Any) -> None:
         self._dataset = dataset
@@ -121,13 +121,13 @@ class ActivationLoader:
         return {"n_batches": self._n_taken, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on behind the batch after which `state` was taken.
+        """Begins the next iteration behind the batch after which `state` was taken.
 
-        InvalidArgument if that was with other workers, another rank, extraction, order or batch size: then other rows
-        would make up the batches.
+        Raises InvalidArgument if the state is of other workers, or of another rank, extraction, order or batch size:
+        batches would have other rows.
         """
         for name, ours in self._identity.items():
-            theirs = state.get(name, ours)  # Older versions did not name all of it.
+            theirs = state.get(name, ours)  # Older versions left some names out.
             if theirs != ours:
                 raise InvalidArgument(f"the state is of {name} {theirs}, now it is {ours}", fields={name: str(ours)})
         self._n_taken = int(state["n_batches"])
