@@ -1,6 +1,7 @@
 """The Headrace client: models, corpora and extractions, and activations as a stream.
 
-Importing it needs neither torch nor a server; torch is imported by those who ask for tensors.
+Importing it needs neither torch nor a server; only tensors need torch. Beside the names here, `errors`, `values`,
+`reading.scaling` and `integrations` are public.
 """
 
 from __future__ import annotations

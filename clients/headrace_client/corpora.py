@@ -27,7 +27,7 @@ _BLOCK_BYTES = 4 * 1024 * 1024
 
 
 class Corpora:
-    """Corpora on the extractors. `node` names one; without it, the first alive, or the one that holds the corpus."""
+    """Corpora on the extractors. `node` names an extractor; without it, the first alive is taken for a new corpus."""
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
@@ -45,10 +45,12 @@ class Corpora:
         node: str = "",
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> Corpus:
-        """Sends a local file (`.txt`, `.jsonl`, `.csv`, `.parquet`, `.npy`) or texts. The same again is no error.
+        """Sends a local file (`.txt`, `.jsonl`, `.csv`, `.parquet`, `.npy`) or texts. Sending it twice is no error.
 
         With `chat`, documents are conversations: `text_column` holds lists of messages with `role` and `content`.
         """
+        if isinstance(documents, str):
+            raise InvalidArgument("documents is a sequence of texts, not one text", fields={"documents": "not a str"})
         if (path is None) == (documents is None):
             raise InvalidArgument("give either a path or documents", fields={"path": "exactly one of path, documents"})
         file = None if path is None else Path(path)
@@ -62,9 +64,9 @@ class Corpora:
             file_name=file.name if file else f"{id}.jsonl",
             chat=chat,
         )
-        content = _file_blocks(file) if file else _document_blocks(documents or ())
+        messages = upload_parts(spec, _blocks(file, documents or ()))
         endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
-        answer = endpoint.upload("CorpusService.UploadCorpus", upload_parts(spec, content), deadline_s=deadline_s)
+        answer = endpoint.upload("CorpusService.UploadCorpus", messages, deadline_s=deadline_s)
         return corpus_from_pb(answer.corpus)
 
     def register_path(
@@ -120,7 +122,7 @@ class Corpora:
     ) -> Corpus:
         """Reads a dataset of the hub on the node, which needs headrace[datasets]; `origin` tells the commit.
 
-        `max_documents` stops earlier. `hub_token` is neither stored nor logged; without it the node's own serves.
+        `max_documents` stops earlier. `hub_token` is neither stored nor logged; without it the node uses its own.
         """
         spec = corpus_spec_to_pb(
             corpus_id=id, file_format="token_ids" if token_ids else "", text_column=text_column, chat=chat
@@ -142,13 +144,14 @@ class Corpora:
     ) -> Corpus:
         """Mixes corpora of one node into a new one, drawing each document's corpus by weight.
 
-        Each gives its documents in order; the mixture ends when one that is drawn has none left, or at `max_documents`.
+        Documents of one corpus keep their order; the mixture ends when a drawn corpus has none left, or at
+        `max_documents`.
         """
         spec = corpus_spec_to_pb(corpus_id=id)
         return self._register(node, deadline_s, spec=spec, mix=mix_to_pb(weights, seed, max_documents))
 
     def get(self, corpus_id: str) -> Corpus:
-        """Reads one corpus, on whichever node holds it."""
+        """Reads one corpus, from the first node that holds it."""
 
         def probe(endpoint: Endpoint) -> Corpus:
             answer = endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
@@ -157,10 +160,9 @@ class Corpora:
         return self._nodes.find(probe)[1]
 
     def list(self, *, node: str = "") -> Iterator[Corpus]:
-        """Iterates over the corpora of one node, or of all that are alive, node by node."""
-        places = (self._nodes.pick(node_id=node),) if node else self._nodes.alive()
-        for place in places:
-            endpoint = self._nodes.endpoint(place)
+        """Iterates over the corpora of one node, or of all living nodes, node by node."""
+        for extractor in (self._nodes.pick(node_id=node),) if node else self._nodes.alive():
+            endpoint = self._nodes.endpoint(extractor)
             yield from pages(endpoint, "CorpusService.ListCorpora", "corpora", corpus_from_pb)
 
     def delete(self, corpus_id: str) -> None:
@@ -181,23 +183,20 @@ class Corpora:
         return corpus_from_pb(answer.corpus)
 
 
-def _file_blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
-
-
-def _document_blocks(documents: Iterable[str | Sequence[Mapping[str, Any]]]) -> Iterator[bytes]:
-    """Documents as JSONL; many small ones share a block, so that messages stay few."""
-    if isinstance(documents, str):
-        raise InvalidArgument("documents is a sequence of texts, not one text", fields={"documents": "not a str"})
+def _blocks(file: Path | None, documents: Iterable[str | Sequence[Mapping[str, Any]]]) -> Iterator[bytes]:
+    """The content of an upload: a file as it is, or documents as JSONL."""
+    if file is not None:
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK_BYTES):
+                yield block
+        return
     lines: list[bytes] = []
     n_bytes = 0
     for document in documents:
         line = json.dumps({"text": document}).encode() + b"\n"
         lines.append(line)
         n_bytes += len(line)
-        if n_bytes >= UPLOAD_PIECE_BYTES:
+        if n_bytes >= UPLOAD_PIECE_BYTES:  # Many small documents share a block, so that messages stay few.
             yield b"".join(lines)
             lines, n_bytes = [], 0
     yield b"".join(lines)

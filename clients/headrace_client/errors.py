@@ -1,4 +1,4 @@
-"""Every error the client raises. Nothing here knows gRPC; `_transport` turns a status into one of these.
+"""Every error that the client raises. Nothing here knows gRPC; `rpc.status` turns a status into one of these.
 
 HeadraceError
 ├── NotFound            ModelNotFound HookpointNotFound CorpusNotFound SetNotFound ExtractionNotFound NodeNotFound
@@ -28,11 +28,11 @@ from typing import ClassVar
 
 
 class HeadraceError(Exception):
-    """Base of all; what is not one of the classes below arrives as this one.
+    """Base of all errors; raised itself for an error of none of the kinds below.
 
     `reason` is an ErrorReason without its prefix, or the name of a gRPC code where the server gave no reason.
     `message` is the server's sentence. `metadata` holds its figures, `fields` the request fields at fault.
-    `retry_after_s` says when trying again may help. `remedy` says what the caller can do.
+    `retry_after_s` says when trying again may help, `remedy` names a way out for the caller.
     """
 
     REASON: ClassVar[str] = "UNKNOWN"
@@ -169,7 +169,7 @@ class AlreadyExists(HeadraceError):
 
 
 class PermissionDenied(HeadraceError):
-    """Refused."""
+    """The caller may not do this."""
 
     REASON = "PERMISSION_DENIED"
 
@@ -182,7 +182,7 @@ class PathNotAllowed(PermissionDenied):
 
 
 class NotAllowed(PermissionDenied):
-    """Only who runs the server may allow this: pickled weights, code from a repo."""
+    """The server was started without permission for it: pickled weights, code from a repo."""
 
     REASON = "NOT_ALLOWED"
     REMEDY = "have the registry started with --allow-pickle or --trust-remote-code for that repo"
@@ -203,7 +203,7 @@ class Unauthenticated(HeadraceError):
 
 
 class FailedPrecondition(HeadraceError):
-    """The state of things does not allow it."""
+    """The present state does not allow the call."""
 
     REASON = "FAILED_PRECONDITION"
 
@@ -216,7 +216,7 @@ class ModelTooLarge(FailedPrecondition):
 
 
 class ModelInUse(FailedPrecondition):
-    """Delete or unload while in use."""
+    """The model can't be deleted or unloaded while it is in use."""
 
     REASON = "MODEL_IN_USE"
     REMEDY = "wait for its holders, or force it"
@@ -257,7 +257,7 @@ class NonFinite(FailedPrecondition):
 
 
 class ReaderStalled(FailedPrecondition):
-    """No reader advanced a WINDOW extraction for its idle limit."""
+    """No reader read on in a WINDOW extraction for longer than its grace."""
 
     REASON = "READER_STALLED"
     REMEDY = "start it again and keep a reader attached, or retain the rows instead of a window"
@@ -276,7 +276,7 @@ class EpochStale(FailedPrecondition):
 
 
 class Aborted(HeadraceError):
-    """Somebody else was faster."""
+    """Another change was faster."""
 
     REASON = "ABORTED"
     REMEDY = "read the resource again and repeat the change"
@@ -295,7 +295,7 @@ class ResourceExhausted(HeadraceError):
 
 
 class CapacityBusy(ResourceExhausted):
-    """Fits, but everything is leased or pinned; metadata `holders`."""
+    """The model fits, but the memory is leased or pinned; metadata `holders`."""
 
     REASON = "CAPACITY_BUSY"
     REMEDY = "wait for a holder to finish, or unload a model (`headrace devices` shows them)"
@@ -339,20 +339,20 @@ class DiskFull(ResourceExhausted):
 
 
 class OutOfRange(HeadraceError):
-    """Beyond what exists."""
+    """A number lies beyond the existing rows."""
 
     REASON = "OUT_OF_RANGE"
 
 
 class RowsExpired(OutOfRange):
-    """The row window is already gone, or never will exist; metadata `first_available_row`, `n_rows`."""
+    """The rows are gone already, or will never exist; metadata `first_available_row`, `n_rows`."""
 
     REASON = "ROWS_EXPIRED"
     REMEDY = "start at first_available_row, or retain the rows instead of a window"
 
 
 class Cancelled(HeadraceError):
-    """Cancelled."""
+    """The call, or the work it waits for, was cancelled."""
 
     REASON = "CANCELLED"
 
@@ -365,7 +365,7 @@ class ExtractionCancelled(Cancelled):
 
 
 class DeadlineExceeded(HeadraceError):
-    """Not done within the deadline."""
+    """The call did not end within its deadline."""
 
     REASON = "DEADLINE_EXCEEDED"
     REMEDY = "see whether the server is busy (`headrace doctor`), or allow more time"
@@ -398,7 +398,7 @@ class DigestMismatch(DataLoss):
 
 
 class RowsNotContiguous(DataLoss):
-    """The server sent rows with a gap or an overlap, or a stream that is not the one before: a bug of the server."""
+    """The server sent rows with a gap or an overlap, or went on with another set: a bug of the server."""
 
     REASON = "ROWS_NOT_CONTIGUOUS"
     REMEDY = "report it; the rows delivered so far are right"
@@ -424,7 +424,7 @@ class RunnerLost(Unavailable):
 
 
 class NodeLost(Unavailable):
-    """The node is not there, or no node is."""
+    """The node is away, or no node is alive."""
 
     REASON = "NODE_LOST"
     REMEDY = "start an extractor: `headrace serve extractor`, or `headrace up`"
@@ -452,7 +452,7 @@ class HubUnavailable(Unavailable):
 
 
 class StreamSilent(Unavailable):
-    """A stream was open and nothing, not even a heartbeat, came."""
+    """A stream was open and no message came, not even a heartbeat."""
 
     REASON = "STREAM_SILENT"
 
@@ -465,7 +465,7 @@ class StreamLost(Unavailable):
 
 
 class Unimplemented(HeadraceError):
-    """In the contract, not in this version of the server."""
+    """The contract has it, this version of the server does not."""
 
     REASON = "NOT_IMPLEMENTED"
     REMEDY = "update the server"

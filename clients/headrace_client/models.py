@@ -29,7 +29,7 @@ from headrace_client.values import (
 
 
 class Models:
-    """Models in the registry."""
+    """Models of the registry."""
 
     def __init__(self, registry: Endpoint) -> None:
         self._registry = registry
@@ -49,11 +49,15 @@ class Models:
     ) -> Model:
         """Registers a model from exactly one of: a hub repo, a folder, a GGUF file. No files move.
 
-        Paths are on the registry's disk. An empty id is derived from the source. The same model again answers with the
-        existing one; another one under the same id raises AlreadyExists.
+        Paths are on the registry's disk. An empty id is derived from the source. For a model that is registered already
+        its value is returned; another model under the same id raises AlreadyExists.
         """
+        sources = [(kind, str(at)) for kind, at in (("hub", hub), ("folder", folder), ("gguf", gguf)) if str(at)]
+        if len(sources) != 1:
+            raise InvalidArgument("give exactly one of hub=, folder=, gguf=", fields={"source": "exactly one"})
+        kind, location = sources[0]
         pb = model_to_pb(
-            source=_source(hub=hub, folder=folder, gguf=gguf, revision=revision),
+            source=ModelSource(kind=kind, location=location, revision=revision),
             model_id=id,
             quantization=choice(Quantization, quantization, "quantization"),
             load_options=dict(load_options or {}),
@@ -95,7 +99,7 @@ class Models:
         return advice_from_pb(answer)
 
     def catalog(self, *, fits_bytes: int = 0, category: str = "") -> Iterator[CatalogEntry]:
-        """Iterates over curated models, all pages; with `fits_bytes` those that fit in so much in some form."""
+        """Iterates over curated models, all pages; with `fits_bytes` only models that fit there in some form."""
         return pages(
             self._registry,
             "ModelService.ListCatalog",
@@ -106,19 +110,19 @@ class Models:
         )
 
     def prepare(self, model_id: str, *, hub_token: str = "") -> Model:
-        """Starts fetching and converting the files; answers at once."""
+        """Starts fetching and converting the files; returns at once."""
         answer = self._registry.unary(
             "ModelService.PrepareModel", request_id=new_request_id(), model_id=model_id, hub_token=hub_token
         )
         return model_from_pb(answer.model)
 
     def cancel_preparation(self, model_id: str) -> Model:
-        """Stops a preparation; what was fetched is kept for the next try."""
+        """Stops a preparation; fetched files are kept for the next try."""
         answer = self._registry.unary("ModelService.CancelPreparation", request_id=new_request_id(), model_id=model_id)
         return model_from_pb(answer.model)
 
     def watch(self, model_id: str, *, after_seq: int = 0, deadline_s: float | None = None) -> Iterator[ModelEvent]:
-        """Yields the model's events, a snapshot first; reconnects behind the last one seen."""
+        """Yields the model's events, a snapshot first; reconnects behind the last event seen."""
 
         def connect(seq: int, life_s: float | None) -> ServerStream:
             return self._registry.stream(
@@ -139,13 +143,13 @@ class Models:
     ) -> ValidationAttempt:
         """Runs the test profile with these load options, or the model's own; returns the attempt, passed or not.
 
-        Leaving it, also by an error, stops it.
+        An error that ends this call, such as Ctrl-C, stops the profile too.
         """
         fields: dict[str, Any] = {"model_id": model_id, "node_id": node_id, "device_id": device_id}
         if load_options is not None:
             fields["load_options"] = struct_of(load_options)
         attempt: ValidationAttempt | None = None
-        # A load says nothing for as long as it takes.
+        # No message comes during a load, however long it takes.
         stream = self._registry.stream("ModelService.ValidateModel", silence_s=deadline_s, life_s=deadline_s, **fields)
         with stream as messages:
             for message in messages:
@@ -178,21 +182,9 @@ class Models:
             if event.model.state is ModelState.READY:
                 return event.model
             if event.model.state is ModelState.FAILED:
-                raise _failed(event.model)
+                failure = event.model.failure
+                if failure is None:
+                    raise HeadraceError(f"preparing {model_id} failed", reason="FAILED")
+                kind = BY_REASON.get(failure.reason, HeadraceError)
+                raise kind(failure.message, reason=failure.reason, metadata={"model_id": model_id})
         raise DeadlineExceeded(f"the watch of {model_id} ended before the model was ready")
-
-
-def _source(*, hub: str, folder: str | Path, gguf: str | Path, revision: str) -> ModelSource:
-    given = [(kind, str(where)) for kind, where in (("hub", hub), ("folder", folder), ("gguf", gguf)) if str(where)]
-    if len(given) != 1:
-        raise InvalidArgument("give exactly one of hub=, folder=, gguf=", fields={"source": "exactly one"})
-    kind, location = given[0]
-    return ModelSource(kind=kind, location=location, revision=revision)
-
-
-def _failed(model: Model) -> HeadraceError:
-    failure = model.failure
-    if failure is None:
-        return HeadraceError(f"preparing {model.id} failed", reason="FAILED")
-    kind = BY_REASON.get(failure.reason, HeadraceError)
-    return kind(failure.message, reason=failure.reason, metadata={"model_id": model.id})

@@ -20,16 +20,17 @@ class Pins:
     def pin(
         self, model_id: str, owner: str, *, reason: str = "", node: str = "", expire_time: datetime | None = None
     ) -> Pin:
-        """Pins a model, on one node or everywhere, for ever or until `expire_time`; again changes reason and end.
+        """Pins a model, on one node or everywhere, for ever or until `expire_time`.
 
-        It loads nothing. What is pinned is neither evicted nor unloaded for being idle.
+        Pinning again changes reason and end. Nothing is loaded. A pinned model is neither evicted nor unloaded for
+        being idle.
         """
         pin = pin_to_pb(Pin(model_id=model_id, node_id=node, owner=owner, reason=reason, expire_time=expire_time))
         answer = self._registry.unary("ResidencyService.PinModel", request_id=new_request_id(), pin=pin)
         return pin_from_pb(answer.pin)
 
     def unpin(self, model_id: str, owner: str, *, node: str = "") -> None:
-        """Removes a pin; one that is not there is no error."""
+        """Removes a pin; a missing pin is no error."""
         self._registry.unary(
             "ResidencyService.UnpinModel", request_id=new_request_id(), model_id=model_id, owner=owner, node_id=node
         )

@@ -26,9 +26,9 @@ class Residencies:
     def watch(
         self, *, model: str = "", after_seq: int = 0, deadline_s: float | None = None
     ) -> Iterator[ResidencyEvent]:
-        """Yields what is there, then every change, of one model or all; reconnects behind the last one seen.
+        """Yields present residencies, then every change, of one model or all; reconnects behind the last event seen.
 
-        With `after_seq` it begins with what was missed since, as far as that is still kept.
+        With `after_seq` it begins with the events since then, as far as they are still kept.
         """
 
         def connect(seq: int, life_s: float | None) -> ServerStream:
@@ -39,7 +39,7 @@ class Residencies:
         return watch(connect, residency_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
 
     def load(self, model_id: str, *, node: str = "", device: str = "") -> Residency:
-        """Asks for a model to become resident; answers at once with a residency that may still be loading."""
+        """Asks for a model to become resident; returns at once, with a residency that may still be loading."""
         answer = self._registry.unary(
             "ResidencyService.LoadModel",
             request_id=new_request_id(),

@@ -10,12 +10,12 @@ from headrace_client.rpc.endpoint import Endpoint, new_request_id
 from headrace_client.rpc.nodes import pages
 from headrace_client.values import ActivationSet
 
-# Any time that is past ends a pin.
+# Any past time ends a pin.
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 class Sets:
-    """What the registry knows of activation sets, and what it is to do with them."""
+    """Activation sets, as the registry knows them."""
 
     def __init__(self, registry: Endpoint) -> None:
         self._registry = registry
@@ -31,12 +31,12 @@ class Sets:
         return tuple(convert.set_from_pb(one) for one in answer.sets)
 
     def pin(self, set_id: str, owner: str, *, reason: str = "", expire_time: datetime | None = None) -> None:
-        """Keeps a set from eviction, for ever or until `expire_time`; again changes reason and end."""
+        """Keeps a set from eviction, for ever or until `expire_time`; a second pin changes reason and end."""
         fields = convert.pin_fields(set_id, owner, reason, expire_time)
         self._registry.unary("ActivationSetService.PinActivationSet", request_id=new_request_id(), **fields)
 
     def unpin(self, set_id: str, owner: str) -> None:
-        """Ends an owner's pin; one that is not there is no error."""
+        """Ends an owner's pin; a missing pin is no error."""
         self.pin(set_id, owner, expire_time=_LONG_AGO)
 
     def delete(self, set_id: str) -> None:
