@@ -1,4 +1,4 @@
-"""What the client takes and gives: frozen values, without gRPC and without torch."""
+"""Arguments and results of the client: frozen values, without gRPC and without torch."""
 
 from headrace_client.values.choices import choice
 from headrace_client.values.common import Dtype, Failure, Transfer

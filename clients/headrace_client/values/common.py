@@ -1,4 +1,4 @@
-"""What values of several kinds hold."""
+"""Parts of several values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """How far a piece of work that moves bytes has come. None where the server does not know."""
+    """Progress of work that moves bytes. None where the server does not know."""
 
     done_bytes: int
     total_bytes: int | None
@@ -36,7 +36,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why long work ended badly."""
+    """The reason for which long work failed."""
 
     reason: str
     message: str

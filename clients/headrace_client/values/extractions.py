@@ -1,4 +1,4 @@
-"""Extractions, their retention and what they would cost."""
+"""Extractions, their retention and their cost."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Extraction:
 
     @property
     def ended(self) -> bool:
-        """True when nothing more will happen."""
+        """True once the state is final."""
         return self.state in (ExtractionState.DONE, ExtractionState.FAILED, ExtractionState.CANCELLED)
 
 
@@ -108,9 +108,9 @@ class ExtractionEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What an extraction would take. `seconds` is None while the node has not seen the model run.
+    """The cost of an extraction. `seconds` is None while the node has not seen the model run.
 
-    `new_bytes` would be written, and the node could take `available_bytes` now; None where it can't tell.
+    `new_bytes` would be written, and the node has room for `available_bytes` now; None where the node can't tell.
     """
 
     n_rows: int
@@ -126,7 +126,8 @@ class Estimate:
 class Hookpoint:
     """A named place in the network; `unavailable` says why it can't be captured, empty when it can.
 
-    `shape` is that of one row, such as (heads, width of a head); `module` is where it is taken, `<path>:in` or `:out`.
+    `shape` is the shape of one row, such as (heads, width of a head); `module` names where it is taken, `<path>:in` or
+    `<path>:out`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What memory a model takes in each form, where it fits, and the catalog of curated models. Sizes are in bytes."""
+"""The memory of a model in each form, devices where it fits, and the catalog of curated models. Sizes in bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Fit(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """What loading a model would mean on one device; `max_batch_size` is for the workload's context and hookpoints."""
+    """Loading a model on one device; `max_batch_size` is for the context size and hookpoints of the workload."""
 
     node_id: str
     device_id: str
@@ -33,10 +33,10 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """A model in one form: its quantization, and the dtype of what is not quantized.
+    """A model in one form: its quantization, and the dtype of unquantized weights.
 
-    `overhead_bytes` holds `runtime_bytes`, an empty runner, and `workload_bytes`, the activations of a forward pass.
-    `measured` says that a load measured weights and runtime. `placements` are sorted, the best first.
+    `overhead_bytes` is the sum of `runtime_bytes`, an empty runner, and `workload_bytes`, the activations of a forward
+    pass. `measured`: weights and runtime were measured by a load. `placements` are sorted, the best first.
     """
 
     quantization: Quantization
@@ -53,7 +53,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryAdvice:
-    """A model in every form; `recommended` is the most exact with room somewhere, None if there is none."""
+    """A model in every form; `recommended` is the most exact form with room somewhere, None if no form has room."""
 
     estimates: tuple[MemoryEstimate, ...]
     recommended: MemoryEstimate | None
@@ -61,7 +61,7 @@ class MemoryAdvice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogMemory:
-    """What a curated model takes at rest in one form."""
+    """Memory of a curated model at rest, in one form."""
 
     quantization: Quantization
     dtype: str

@@ -12,7 +12,7 @@ from headrace_client.values.common import Failure, Transfer
 
 
 class ModelState(StrEnum):
-    """Where a model's files stand."""
+    """The state of a model's files."""
 
     REGISTERED = "REGISTERED"
     DOWNLOADING = "DOWNLOADING"
@@ -33,7 +33,7 @@ class Quantization(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Quantization | None:
-        """Takes any case, and the names by bits: FP16, Q8, Q4, Q2."""
+        """Accepts any case, and the names by bits: FP16, Q8, Q4, Q2."""
         name = str(value).lower()
         by_bits = {"fp32": "none", "bf16": "none", "fp16": "none", "q8": "int8", "q4": "int4", "q2": "int2"}
         return next((member for member in cls if member.value == by_bits.get(name, name)), None)
@@ -50,7 +50,7 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What `config.json` says of the network; zero or empty where it says nothing."""
+    """The network by its `config.json`; zero or empty where that says nothing."""
 
     model_type: str
     class_name: str

@@ -1,4 +1,4 @@
-"""Which rows a reader leaves out because they are too long: some tokens have a hundred times the norm of the others."""
+"""A limit for the norm of rows: some tokens have a hundred times the norm of other tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from headrace_client.values.streams import PROVENANCE_COLUMNS, StreamHeader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormLimit:
-    """Leaves out rows whose Euclidean norm exceeds a limit in any of `columns` (by default, all hookpoints read).
+    """Leaves out rows with a Euclidean norm above a limit in any of `columns` (by default, all hookpoints read).
 
     The limit of a column is `absolute`, or `multiple` times its mean norm so far; the lower one, if both are given.
-    A row goes with all its columns. What a multiple comes to is fixed when reading begins, and part of its state.
+    A row is left out of all columns. The limit of a multiple is fixed when reading begins, and kept in its state.
     """
 
     multiple: float | None = None
@@ -31,7 +31,7 @@ class NormLimit:
                 raise InvalidArgument(f"{name} is a positive number, not {value}", fields={name: str(value)})
 
     def of(self, header: StreamHeader, columns: tuple[str, ...]) -> dict[str, float]:
-        """The limit of each column, from the statistics in a stream's header. FailedPrecondition if there are none."""
+        """The limit of each column, by the statistics in a stream's header. FailedPrecondition if it has none."""
         chosen = self.columns or tuple(name for name in columns if name not in PROVENANCE_COLUMNS)
         if missing := [name for name in chosen if name not in columns or name in PROVENANCE_COLUMNS]:
             raise InvalidArgument(

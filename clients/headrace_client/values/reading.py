@@ -77,11 +77,11 @@ class Reading:
         }
 
     def in_epoch(self, epoch: int) -> Self:
-        """The same for another epoch; rows in sequence come in the same order in each."""
+        """The same reading for another epoch; sequential rows have the same order in each epoch."""
         return replace(self, epoch=epoch) if self.order is ReadOrder.SHUFFLED else self
 
     def first_row_needed(self, place: int) -> int:
-        """The row before which a sequential reader at `place` needs none any more."""
+        """The first row that a sequential reader at `place` still needs."""
         if self.plain:
             return place
         return Sequential(block_rows=self.rows_in_block, shard=Shard(*self.shard)).stretch(place).row

@@ -1,4 +1,4 @@
-"""The proof of a set's numbers."""
+"""Parity receipts: rows of a set compared with plain transformers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnParity:
-    """How rows of one column compare with what transformers computes for their document alone.
+    """Rows of one column compared with the rows that transformers computes for their document alone.
 
-    `max_difference` is of single values, `max_relative_error` of rows by their length; what an 8-bit column loses shows
-    there.
+    `max_difference` is of single values. `max_relative_error` is the norm of a row's error by the norm of the row; it
+    shows the loss of an 8-bit column.
     """
 
     name: str

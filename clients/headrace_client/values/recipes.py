@@ -1,4 +1,4 @@
-"""What an extraction is to compute: corpora and recipes."""
+"""Corpora, and recipes that turn their documents into rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_POSITION = 2**31 - 1
 
 
 class LongDocuments(StrEnum):
-    """What happens to a document that exceeds a sequence."""
+    """How a document that exceeds a sequence is treated."""
 
     SPLIT = "split"
     TRUNCATE = "truncate"
@@ -24,8 +24,8 @@ class LongDocuments(StrEnum):
 class TokenWindow:
     """Positions from `start` to before `end` of each document become rows, inserted tokens counted.
 
-    Negative numbers count from the end of what the model is given of the document, an `end` of 0 is that end:
-    `TokenWindow(-1)` is the last position.
+    Negative numbers count from the end of the document, or of the part of it that the model is given; an `end` of 0 is
+    that end: `TokenWindow(-1)` is the last position.
     """
 
     start: int = 0

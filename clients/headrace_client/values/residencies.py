@@ -1,4 +1,4 @@
-"""Nodes, their devices, and what is loaded there."""
+"""Nodes, their devices, and the models loaded there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_client.values.common import Failure, Transfer
 
 
 class ResidencyState(StrEnum):
-    """Where one model on one device stands."""
+    """The state of one model on one device."""
 
     QUEUED = "QUEUED"
     LOADING = "LOADING"
@@ -49,7 +49,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A machine running one extractor. Bytes are 0 while unknown; limits of 0 are none."""
+    """A machine running one extractor. Bytes are 0 while unknown; a limit of 0 stands for no limit."""
 
     id: str
     address: str
@@ -90,7 +90,7 @@ class Residency:
 
     @property
     def ended(self) -> bool:
-        """True once nothing more happens to it."""
+        """True once the state is final."""
         return self.state in (ResidencyState.UNLOADED, ResidencyState.FAILED, ResidencyState.LOST)
 
 
@@ -98,8 +98,8 @@ class Residency:
 class ResidencyEvent:
     """A residency as it was after something happened to it.
 
-    With `snapshot` it tells what is there: at the beginning, and again where events were missed for good. A snapshot's
-    events but the last have `seq` 0: a watch that goes on from there is sent all of it again.
+    With `snapshot` it is one of the present residencies: at the beginning, and again where events were missed for good.
+    All events of a snapshot but the last have `seq` 0: a watch that goes on from there gets the whole snapshot again.
     """
 
     seq: int
@@ -110,7 +110,7 @@ class ResidencyEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """Somebody's wish that a model stays where it is resident, on one node or on any (an empty `node_id`)."""
+    """An owner's wish that a model stays resident, on one node or on any (an empty `node_id`)."""
 
     model_id: str
     owner: str

@@ -8,7 +8,7 @@ from datetime import datetime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetPin:
-    """Somebody's wish that a set is kept, until `expire_time` or for ever."""
+    """An owner's wish that a set is kept, until `expire_time` or for ever."""
 
     owner: str
     reason: str = ""
@@ -17,7 +17,7 @@ class SetPin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSet:
-    """What one node holds of one set; `holders` read or extend it now."""
+    """One node's copy of a set; `holders` read or extend it now."""
 
     id: str
     node_id: str

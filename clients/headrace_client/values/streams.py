@@ -9,13 +9,13 @@ from headrace_client.values.common import Dtype
 from headrace_client.values.extractions import ExtractionState
 
 PROVENANCE_COLUMNS = ("token_id", "document", "position")
-# Less than this share of the time spent on waiting is no bottleneck worth naming.
+# A smaller share of time spent on waiting is no bottleneck worth naming.
 _NOTABLE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One column of a stream; values of an 8-bit one are to be multiplied by `scale_column`."""
+    """One column of a stream; 8-bit values are to be multiplied by `scale_column`."""
 
     name: str
     dtype: Dtype
@@ -45,7 +45,7 @@ class ColumnStatistics:
 class StreamHeader:
     """The first message of a stream. Rows are counted in places of the reading order if `block_rows` is not 0.
 
-    `mapped` tells that sealed rows are announced only, for a client that finds `nonce` in the set's folder at `path`.
+    `mapped`: sealed rows are only announced, for a client that finds `nonce` in the set's folder at `path`.
     """
 
     set_id: str
@@ -61,7 +61,7 @@ class StreamHeader:
 
 
 class StreamState(StrEnum):
-    """What a stream is doing."""
+    """The state of a stream."""
 
     CONNECTING = "CONNECTING"
     STREAMING = "STREAMING"
@@ -71,10 +71,10 @@ class StreamState(StrEnum):
 
 
 class Bottleneck(StrEnum):
-    """What a faster stream would need.
+    """The part that limits the rate of a stream.
 
     EXTRACTOR: rows are handed out as fast as they are computed. NETWORK: rows that exist are on their way, through the
-    server, the connection or the disk. CONSUMER: rows are there before they are asked for.
+    server, the connection or the disk. CONSUMER: rows arrive before they are asked for.
     """
 
     EXTRACTOR = "extractor"
@@ -83,7 +83,7 @@ class Bottleneck(StrEnum):
 
 
 def bottleneck(*, extractor_wait: float, network_wait: float) -> Bottleneck:
-    """Judges by the shares of recent time for which the consumer waited."""
+    """Judges by the shares of recent time in which the consumer waited."""
     if extractor_wait + network_wait < _NOTABLE:
         return Bottleneck.CONSUMER
     return Bottleneck.EXTRACTOR if extractor_wait >= network_wait else Bottleneck.NETWORK
@@ -91,13 +91,13 @@ def bottleneck(*, extractor_wait: float, network_wait: float) -> Bottleneck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How a stream goes.
+    """Rows, rates and waits of a stream.
 
     Shares are of the last seconds. `stream_wait` is the share in which the consumer waited for rows: `extractor_wait`
     of it for rows that were not computed yet, `network_wait` for rows that were under way. `consumer_wait` is the share
     in which the stream stood still because the queue was full. In all, the consumer waited `wait_s` for rows, and took
-    `step_s` from one batch to asking for the next. `n_dropped` counts rows left out as outliers; `mapped` tells that
-    rows come from the set's files.
+    `step_s` from one batch to asking for the next. `n_dropped` counts rows left out as outliers; `mapped`: rows come
+    from the set's files.
     """
 
     state: StreamState
@@ -122,5 +122,5 @@ class Progress:
 
     @property
     def bottleneck(self) -> Bottleneck:
-        """What holds the stream up."""
+        """The part that limits the stream's rate."""
         return bottleneck(extractor_wait=self.extractor_wait, network_wait=self.network_wait)

@@ -1,4 +1,4 @@
-"""Attempts of the test profile: which load options worked, with which versions."""
+"""Attempts to validate a model: the load options, the versions, and how each step ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace_client.values.models import Quantization
 
 
 class StepState(StrEnum):
-    """How a step ended, or that it has not."""
+    """The state of a step."""
 
     RUNNING = "RUNNING"
     PASSED = "PASSED"
@@ -35,7 +35,7 @@ class ValidationStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationAttempt:
-    """One run of the test profile; `passed` once it is done and no step failed."""
+    """One run of the test profile; `passed` if it is done and no step failed."""
 
     id: str
     model_id: str
