@@ -23,7 +23,7 @@ from headrace_client.rpc.nodes import Nodes, pages
 from headrace_client.values import Corpus
 
 UPLOAD_DEADLINE_S = 3600.0
-_BLOCK_BYTES = 4 * 1024 * 1024
+_BLOCK_BYTES = 4 * 1024 * 1024  # Read at once from a file; messages are pieces of it.
 
 
 class Corpora:

@@ -73,7 +73,7 @@ def export_cached_activations(
                 writer.write(contexts)
         _check_any(cutter)
         n_files = writer.finish()
-        draft.rename(target)
+        draft.rename(target)  # Now, so that a folder of that name is always complete.
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

@@ -94,12 +94,13 @@ class ActivationDataset(IterableDataset[Any]):
         try:
             reading = replace(self._reading, shard=(rank * count + turn, world * count))
             stream = client.activations(self._extraction, drop_last=True, reading=reading, **self._options)
+            # Batches that this worker has brought of the `n_taken` of all workers.
             if n_batches := (self._n_taken - turn + count - 1) // count:
                 stream.skip_batches(n_batches)
         except BaseException:
             client.close()
             raise
-        weakref.finalize(stream, client.close)
+        weakref.finalize(stream, client.close)  # A loader drops the stream, and knows no client.
         return stream
 
     def __getstate__(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class MappedRows:
                 folder,
                 [column.name for column in header.columns],
                 handed_on=True,
+                # An order of blocks comes back to segments; in sequence, one is enough.
                 keep_segments=KEPT_SEGMENTS if header.block_rows else 1,
             )
         except (*_UNREADABLE, KeyError) as exc:

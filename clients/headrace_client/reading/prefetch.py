@@ -150,6 +150,7 @@ class Prefetcher:
     def _connection(self, outage: Outage, *, again: bool) -> bool:
         """Reads one connection; True at the stream's end, False when stopped."""
         with self._source.open(self._next_row, again=again) as messages:
+            # Either `stop` finds this connection and cancels it, or this thread finds that it has to stop.
             with self._lock:
                 self._messages = messages
             if self._stopping.is_set():

@@ -17,7 +17,7 @@ from headrace_client.reading.waits import shared_out
 from headrace_client.values import Progress, StreamHeader, StreamState
 
 _RATE_WINDOW_S = 5.0
-_TAKE_S = 0.5
+_TAKE_S = 0.5  # Between looks for `close` by another thread.
 
 
 class ChunkStream:
@@ -169,6 +169,7 @@ class _RateMeter:
 
     def rates(self, now: float, *totals: float) -> tuple[float, ...]:
         """Growth per second of each total."""
+        # Fifty samples a window keep the memory bounded, however often `progress` is called.
         if not self._samples or now - self._samples[-1][0] > _RATE_WINDOW_S / 50:
             self._samples.append((now, *totals))
         while len(self._samples) > 1 and now - self._samples[0][0] > _RATE_WINDOW_S:

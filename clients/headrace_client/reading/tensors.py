@@ -18,9 +18,9 @@ from headrace_client.reading.stream import ChunkStream
 from headrace_client.reading.tables import Table, silence_read_only_warning, view
 from headrace_client.values import Progress, ReadOrder, StreamHeader, Window
 
-_TAKE_S = 0.2
+_TAKE_S = 0.2  # `on_progress` is called between takes.
 _PROGRESS_EVERY_S = 0.2
-_ALL = 1 << 62
+_ALL = 1 << 62  # More rows than any batch has.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,7 +329,7 @@ class ActivationStream:
 
     def _reset(self) -> None:
         if self._stream is not None:
-            progress = self.progress()
+            progress = self.progress()  # Totals go on over the streams of all epochs.
             self._rows_before, self._bytes_before = progress.rows, progress.size_bytes
             self._wait_before_s = progress.wait_s
             self._stream.close()

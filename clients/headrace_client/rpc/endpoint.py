@@ -59,6 +59,7 @@ def _options(address: str) -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
+    # A proxy from the environment does not lead to this host.
     if address.rsplit(":", 1)[0] in ("127.0.0.1", "localhost", "[::1]"):
         options.append(("grpc.enable_http_proxy", 0))
     return options

@@ -51,6 +51,7 @@ def methods() -> dict[str, Method]:
 @cache
 def service_config() -> str:
     """Builds gRPC's service config: unary calls are repeated on UNAVAILABLE."""
+    # Streams are not among them: they reconnect by themselves, behind the last row or event.
     names = []
     for method in methods().values():
         if method.unary:

@@ -15,7 +15,7 @@ from headrace_client.rpc.status import client_closed
 from headrace_client.values import Node, NodeState, Residency, ResidencyState
 
 LOOKUP_DEADLINE_S = 5.0  # Re-resolving an address must not hold up a reconnect for long.
-PAGE_SIZE = 1000
+PAGE_SIZE = 1000  # The largest page of the servers.
 _T = TypeVar("_T")
 
 
@@ -79,7 +79,7 @@ class Nodes:
         )
         if not extractors:
             raise NodeLost(f"no extractor is alive; the registry at {self.registry.address} knows {len(nodes)} nodes")
-        self._known = extractors
+        self._known = extractors  # The registry may be away at the next call.
         return extractors
 
     def endpoint(self, extractor: ExtractorAddress) -> Endpoint:

@@ -62,6 +62,7 @@ class ServerStream:
         self._call.cancel()
 
     def _watch(self) -> None:
+        # The call itself has no limit for a single message, so that a thread has to look.
         pause_s = min(1.0, self._silence_s / 4)
         while not self._closed.wait(pause_s):
             since = self._waiting_since

@@ -15,7 +15,7 @@ _MIB = 1024 * 1024
 
 
 class ExtractionState(StrEnum):
-    """Where an extraction stands."""
+    """The state of an extraction."""
 
     QUEUED = "QUEUED"
     LOADING = "LOADING"

@@ -82,13 +82,6 @@ class Bottleneck(StrEnum):
     CONSUMER = "consumer"
 
 
-def bottleneck(*, extractor_wait: float, network_wait: float) -> Bottleneck:
-    """Judges by the shares of recent time in which the consumer waited."""
-    if extractor_wait + network_wait < _NOTABLE:
-        return Bottleneck.CONSUMER
-    return Bottleneck.EXTRACTOR if extractor_wait >= network_wait else Bottleneck.NETWORK
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Rows, rates and waits of a stream.
@@ -123,4 +116,6 @@ class Progress:
     @property
     def bottleneck(self) -> Bottleneck:
         """The part that limits the stream's rate."""
-        return bottleneck(extractor_wait=self.extractor_wait, network_wait=self.network_wait)
+        if self.extractor_wait + self.network_wait < _NOTABLE:
+            return Bottleneck.CONSUMER
+        return Bottleneck.EXTRACTOR if self.extractor_wait >= self.network_wait else Bottleneck.NETWORK
