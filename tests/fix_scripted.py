@@ -1,4 +1,4 @@
-"""What scripted servers have in common: calls noted, and refusals as the real ones give them."""
+"""Base of scripted servers: calls are noted, and refusals have the form of the real servers'."""
 
 import time
 from collections import defaultdict, deque

@@ -1,5 +1,5 @@
 # ruff: noqa: N802 - the methods have the contract's names.
-"""An extractor whose rows, faults and pauses a test decides on, over the generated servicer."""
+"""An extractor with the rows, faults and pauses that a test gives it, over the generated servicer."""
 
 import time
 from collections import deque
@@ -29,10 +29,10 @@ EXTRACTION_ID = "ex-1"
 
 @dataclass
 class Fault:
-    """What happens to one connection after `after` chunks.
+    """A fault of one connection after `after` chunks.
 
-    `cut` aborts with `status`; `hang` says nothing more; `gap` leaves a chunk out; `overlap` sends one twice; `no_end`
-    ends without the end message; `other_set` announces another set.
+    `cut` aborts with `status`; `hang` says nothing more; `gap` leaves a chunk out; `overlap` sends a chunk twice;
+    `no_end` ends without the end message; `other_set` announces another set.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Fault:
 
 
 class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpora_grpc.CorpusServiceServicer):
-    """One extraction of `n_rows` rows, whose values follow from the row number alone."""
+    """One extraction of `n_rows` rows; their values follow from the row number alone."""
 
     def __init__(self, n_rows=1000, d=8, dtype="float32", rows_per_chunk=64):
         super().__init__()
@@ -51,9 +51,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         self.dtype = dtype
         self.faults = deque()
         self.progress_first = 0
-        self.window_rows = 0  # For WINDOW sets: rows that may be sent beyond those released.
+        self.window_rows = 0  # For WINDOW sets: rows that may be sent beyond the released ones.
         self.released = 0
-        self.named = ""  # What it calls its readers; by default, what they ask for.
+        self.named = ""  # The name it gives to readers; empty for the name they ask for.
         self.folder = None  # A set of the same rows, for clients that map it.
         self.nonce = "n0nce"
         self.statistics = []

@@ -1,4 +1,4 @@
-"""Resources of the client against scripted servers: what is sent, what comes back, what is raised."""
+"""Resources of the client against scripted servers: requests, results and errors."""
 
 import subprocess
 import sys
@@ -116,7 +116,7 @@ def test_a_closed_client_says_so(registry_host):
 
 def test_a_closed_client_does_not_connect_again(registry_host):
     client = HeadraceClient.connect(registry_host.address)
-    client.extractions.get(EXTRACTION_ID)  # Now it knows where.
+    client.extractions.get(EXTRACTION_ID)  # Now it knows the extraction's node.
     client.close()
 
     with pytest.raises(errors.Cancelled, match="closed") as caught:

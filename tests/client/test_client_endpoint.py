@@ -1,4 +1,4 @@
-"""What an endpoint hands to gRPC, seen from below: no socket, no clock to wait for."""
+"""Calls of an endpoint as its gRPC channel gets them: no socket, no clock to wait for."""
 
 from concurrent.futures import ThreadPoolExecutor
 

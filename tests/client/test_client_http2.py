@@ -1,4 +1,4 @@
-"""A call over a socket of its own, against real gRPC servers and against peers that do what those never would."""
+"""A call over a socket of its own, against real gRPC servers and against peers that break the rules."""
 
 import socket
 import struct
@@ -36,7 +36,7 @@ def message(payload, *, compressed=0):
 
 
 class Peer:
-    """The server's side of one connection, byte by byte: `script` gets it once the request is there."""
+    """The server's side of one connection, byte by byte: `script` is called with it once the request has come."""
 
     def __init__(self, script):
         self._script = script
@@ -61,13 +61,13 @@ class Peer:
                 self._script(self)
                 with suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
-                    while self.sock.recv(65536):  # What comes late would reset the connection, and lose what was sent.
+                    while self.sock.recv(65536):  # Unread bytes would reset the connection, and lose the answer.
                         pass
         except Exception as exc:  # noqa: BLE001 - raised again in the test's own thread
             self.error = exc
 
     def until(self, kind):
-        """Reads until there was an event of this kind."""
+        """Reads until an event of this kind came."""
         seen = False
         while not seen:
             data = self.sock.recv(65536)
@@ -83,7 +83,7 @@ class Peer:
             self.flush()
 
     def wait_for_credit(self):
-        """Waits until the client gives some, and takes it."""
+        """Waits until the client gives credit, and takes it."""
         while not self.credit:
             self.until(h2.events.WindowUpdated)
         credit, self.credit = self.credit, 0
@@ -369,7 +369,7 @@ def test_rows_come_over_a_unix_socket(serve, scripted_extractor, tmp_path):
 
 @pytest.fixture(scope="session")
 def make_certificate(tmp_path_factory):
-    """Makes a key and a certificate for localhost that vouches for itself."""
+    """Makes a key and a self-signed certificate for localhost."""
 
     def make():
         folder = tmp_path_factory.mktemp("tls")

@@ -193,7 +193,7 @@ def test_a_state_in_sequence_goes_with_any_number_of_rows(client, scripted_extra
 
 
 def test_rows_of_a_window_are_not_mixed(client, scripted_extractor):
-    """Mixing takes rows, and so lets them go, long before they are handed out."""
+    """Mixing takes rows, and so releases them, long before they are handed out."""
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
 
     with pytest.raises(errors.InvalidArgument, match="mix_blocks=0"):
@@ -333,7 +333,7 @@ def test_norm_limits_make_sense(limit):
         NormLimit(**limit)
 
 
-# -- who waits for whom ------------------------------------------------------------------------------------------------
+# -- waits and bottlenecks ---------------------------------------------------------------------------------------------
 
 
 def test_a_slow_step_is_told_from_slow_rows(client, scripted_extractor):
@@ -372,7 +372,7 @@ def test_a_slow_extractor_is_told_from_a_slow_network(client, scripted_extractor
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_long_wait_is_judged_by_the_servers_last_word(client, scripted_extractor, monkeypatch, told):
-    monkeypatch.setattr(stream_module, "_RATE_WINDOW_S", 0.2)  # A server speaks less often than that, too.
+    monkeypatch.setattr(stream_module, "_RATE_WINDOW_S", 0.2)  # Shorter than the pause between a server's messages.
     scripted_extractor.progress_first = int(told)
     scripted_extractor.faults.append(Fault("hang"))
 

@@ -1,4 +1,4 @@
-"""Pins, watches of residencies and what nodes say, through the Python client."""
+"""Pins, watches of residencies and facts about nodes, through the Python client."""
 
 import datetime as dt
 

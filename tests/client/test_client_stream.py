@@ -371,7 +371,7 @@ def test_rows_that_were_not_taken_are_not_released(client, scripted_extractor):
         next(stream)
         next(stream)
         eventually(lambda: scripted_extractor.released, "a release")
-        time.sleep(0.2)  # Another would come in this time.
+        time.sleep(0.2)  # Another release would come in this time.
 
         assert scripted_extractor.released == 64
 

@@ -157,7 +157,7 @@ def test_progress_is_told_while_rows_come_and_while_they_do_not(client, scripted
 
     assert total == 1000
     assert {one.rows for one in seen} >= {1000}
-    assert len(seen) >= 3  # The hang was told of, five times a second.
+    assert len(seen) >= 3  # `on_progress` was called during the hang, five times a second.
     assert all(0 <= one.stream_wait <= 1 and 0 <= one.consumer_wait <= 1 for one in seen)
 
 
@@ -220,7 +220,7 @@ def test_on_progress_may_close_the_stream(client):
 
 
 def test_what_a_state_is_behind_is_not_released(client, scripted_extractor):
-    """Of a WINDOW set, a batch that is being filled has to be there again for who resumes before it."""
+    """A resume before an unfinished batch needs its rows again: a WINDOW set must still have them."""
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
     scripted_extractor.faults.append(Fault("hang", after=4))
 
@@ -238,7 +238,7 @@ def test_what_a_state_is_behind_is_not_released(client, scripted_extractor):
 
 
 def test_a_batch_larger_than_the_window_comes(client, scripted_extractor):
-    """The forward pass says that it waits, and is let go on at the price of resuming within the batch."""
+    """While the forward pass waits, rows of the unfinished batch are released: a resume can't begin before it."""
     scripted_extractor.extraction.spec.retention.kind = ex_pb.RETENTION_KIND_WINDOW
     scripted_extractor.window_rows = 128
 

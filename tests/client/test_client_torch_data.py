@@ -91,7 +91,7 @@ def test_a_state_of_another_extraction_is_refused(make, extractor_host):
 
 
 def test_a_state_that_does_not_name_its_batches_is_believed(make):
-    """As those of older versions."""
+    """As states of older versions are."""
     whole = rows_of(ActivationLoader(make()))
     loader = ActivationLoader(make())
 

@@ -1,4 +1,4 @@
-"""Trainers of others, unmodified, on streams: the real libraries where they are installed."""
+"""Trainers of other projects, unmodified, on streams: the real libraries where they are installed."""
 
 # ruff: noqa: PLC0415 -- imported by the tests that need them
 
@@ -166,7 +166,7 @@ def test_a_factor_of_a_checkpoint_is_kept(sae_lens, client, statistics):
 
 @pytest.fixture
 def training(monkeypatch):
-    """The real library; what only its own buffers and plots import may be missing."""
+    """The real library; packages that only its own buffers and plots import may be missing."""
     if importlib.util.find_spec("dictionary_learning") is None:
         pytest.skip("dictionary_learning is not installed")
     for name, needed in {"nnsight": "LanguageModel", "zstandard": "", "umap": "", "circuitsvis": ""}.items():
