@@ -52,12 +52,14 @@ def pull(
     ] = "auto",
 ) -> None:
     """Write an extraction's rows to files while they are computed. The same command resumes an interrupted pull."""
-    from headrace_client.extractions import all_columns, with_scales  # noqa: PLC0415
-    from headrace_client.order import Reading  # noqa: PLC0415
+    from headrace_client import StreamTuning  # noqa: PLC0415
+    from headrace_client.reading.columns import all_columns, with_scales  # noqa: PLC0415
+    from headrace_client.values import Reading  # noqa: PLC0415
 
     settings = settings_of(context)
     start_row, end_row = parse_rows(rows)
     words: dict[str, Any] = {"order": order}  # Reading checks it.
+    how: dict[str, Any] = {"transport": transport}  # StreamTuning checks it.
     reading = Reading(seed=seed, epoch=epoch, shard=parse_shard(shard), block_rows=block_rows, **words)
     with settings.connect() as client:
         extraction = client.extractions.get(extraction_id)
@@ -70,7 +72,7 @@ def pull(
             start_row=start_row,
             end_row=end_row,
             reading=reading,
-            transport=transport,
+            tuning=StreamTuning(**how),
         ).run()
     text = f"{formats.count(result['n_rows'])} rows, {formats.size(result['size_bytes'])}: {result['path']}"
     print_done(settings, result, text)

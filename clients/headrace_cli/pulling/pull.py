@@ -19,9 +19,8 @@ from headrace_cli.pulling.column_files import ColumnFiles
 from headrace_cli.pulling.tensor_files import ColumnSpec
 
 if TYPE_CHECKING:
-    from headrace_client import ChunkStream, HeadraceClient
-    from headrace_client.order import Reading
-    from headrace_client.values import Extraction
+    from headrace_client import ChunkStream, HeadraceClient, StreamTuning
+    from headrace_client.values import Extraction, Reading
 
 # A WINDOW set's forward pass may wait for rows to be released, which happens once they are on disk: look this often.
 _TAKE_S = 0.05
@@ -40,7 +39,7 @@ class Pull:
         start_row: int,
         end_row: int,
         reading: Reading,
-        transport: str,
+        tuning: StreamTuning,
     ) -> None:
         self._client = client
         self._extraction = extraction
@@ -50,7 +49,7 @@ class Pull:
         self._columns = columns
         self._start_row, self._end_row = start_row, end_row
         self._reading = reading
-        self._transport = transport
+        self._tuning = tuning
         self._identity: dict[str, Any] = {
             "set_id": extraction.set_id,
             "columns": list(columns),
@@ -107,7 +106,7 @@ class Pull:
         return state["identity"] == self._identity if state else not tensor_files.is_used(self._folder)
 
     def _pull(self) -> dict[str, Any]:
-        from headrace_client.extractions import reader_name  # noqa: PLC0415
+        from headrace_client.reading.source import reader_name  # noqa: PLC0415
 
         try:
             state = tensor_files.read_state(self._folder)
@@ -124,12 +123,8 @@ class Pull:
                     start_row=state["next_row"],
                     end_row=self._end_row,
                     reader=reader,
-                    order=self._reading.order,
-                    seed=self._reading.seed,
-                    epoch=self._reading.epoch,
-                    shard=self._reading.shard,
-                    block_rows=self._reading.block_rows,
-                    transport=self._transport,
+                    reading=self._reading,
+                    tuning=self._tuning,
                 ) as stream:
                     try:
                         state = self._copy(stream, state)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace_client.values import Progress
-from headrace_client.waits import Bottleneck
+from headrace_client.values import Bottleneck, Progress
 from headrace_train.reporting.progress import Meter, Reporter, Throttle
 from headrace_train.rows.provider import MixingProvider
 from headrace_train.training.evaluation import HeldOut, Metrics, evaluate

@@ -13,7 +13,7 @@ from headrace_cli.output.results import note, print_json, print_rows
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
-    from headrace_client.memory import MemoryAdvice, MemoryEstimate
+    from headrace_client.values import MemoryAdvice, MemoryEstimate
 
 # A device on which the model never fits is not shown.
 _FITS = {

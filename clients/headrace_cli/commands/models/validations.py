@@ -15,7 +15,7 @@ from headrace_cli.output.results import note, print_done, print_rows
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
-    from headrace_client.validation import ValidationStep
+    from headrace_client.values import ValidationStep
 
 _SHOWN_VERSIONS = ("torch", "transformers")  # An attempt keeps more; these decide whether a model runs.
 _MARKS = {"RUNNING": "...", "PASSED": "ok", "FAILED": "failed", "SKIPPED": "skipped"}
