@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from headrace_client.reading.stream import ChunkStream
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -23,6 +22,7 @@ from headrace_cli.app import app
 from headrace_cli.pulling import column_files
 from headrace_cli.pulling.tensor_files import ColumnFile, write_state
 from headrace_cli.settings import Defaults
+from headrace_client.reading.stream import ChunkStream
 
 
 @pytest.fixture
