@@ -1,7 +1,7 @@
 """The Python client under the project's own name, beside the generated stubs `headrace.*.v1`.
 
-`headrace.connect("127.0.0.1:7470")` is `HeadraceClient.connect`. Importing `headrace` imports neither gRPC nor torch: the
-client is loaded at the first use of `connect` or `HeadraceClient`, so code that needs only a stub never pays for it.
+`headrace.connect("127.0.0.1:7470")` is `HeadraceClient.connect`. Importing `headrace` imports neither gRPC nor torch:
+the client is loaded at the first use of `connect` or `HeadraceClient`, so code that only needs a stub stays light.
 """
 
 from __future__ import annotations
