@@ -74,7 +74,10 @@ def test_the_set_is_read_as_the_format_says(extraction):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "ARCHITECTURE.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))],
+    [
+        *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"),
+        *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    ],
 )
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text())
