@@ -46,7 +46,7 @@ print(headrace.__version__)
 
 
 class WheelFault(Exception):
-    """The wheel is not what a user needs."""
+    """The wheel has a fault; the message names it."""
 
 
 def main() -> int:
@@ -113,7 +113,7 @@ def pip(*args: str) -> None:
 
 
 def run(program: Path, *args: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a program away from the checkout, whose folders must not be importable; `ok` demands exit status 0."""
+    """Runs a program outside the checkout, because its folders must not be importable; `ok` demands exit status 0."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [program, *args], capture_output=True, text=True, cwd="/", env=env, timeout=STEP_DEADLINE_S, check=False

@@ -22,7 +22,7 @@ SERVICES = {
     "registry": ("headrace_registry", "registry_service"),
     "extractor": ("headrace_extractor", "extractor_service"),
 }
-# Packages whose folders are rooms by noun. The log, the chassis and the stubs are one room each by design.
+# In these packages a folder is a room by noun. The log, the chassis and the stubs are one room each by design.
 ROOMED = (*SERVICES["registry"], *SERVICES["extractor"], "headrace_client", "headrace_cli", "headrace_train")
 ASIDE = ("tests", "bench", "deploy")
 
@@ -96,7 +96,7 @@ class Source:
 
     @cached_property
     def n_single_use(self) -> int:
-        """Private functions whose name is used once in this file; table entries and callbacks are among them."""
+        """Private functions with one use of their name in this file; table entries and callbacks are among them."""
         nodes = list(ast.walk(self.tree))
         uses = Counter(node.id for node in nodes if isinstance(node, ast.Name))
         uses += Counter(node.attr for node in nodes if isinstance(node, ast.Attribute))
