@@ -154,8 +154,7 @@ class Registry:
         self._options = settings.server
         self._shutdown = shutdown
         self.preparations = PreparationStore(database, wakeups)
-        models = ModelStore(database, wakeups)
-        nodes = NodeStore(database, wakeups)
+        models, nodes = ModelStore(database, wakeups), NodeStore(database, wakeups)
         leases = LeaseStore(database, wakeups, settings.policy)
         residencies = ResidencyStore(database, wakeups, settings.policy, settings.allowances)
         pins, events = PinStore(database, wakeups), EventStore(database)
@@ -186,6 +185,7 @@ class Registry:
             validations=validations,
             heartbeat_interval_s=settings.heartbeat_interval_s,
         )
+        profiles = Profiles(hub=HubHeaders(settings.environment), roots=roots)
         self._models = ModelServicer(
             models=models,
             deletions=Deletions(models=models, wakeups=wakeups),
@@ -196,9 +196,7 @@ class Registry:
             allowances=settings.allowances,
             commits=hub,
             estimates=MemoryEstimates(
-                models=models,
-                estimates=EstimateStore(database, settings.policy),
-                profiles=Profiles(hub=HubHeaders(settings.environment), roots=roots),
+                models=models, estimates=EstimateStore(database, settings.policy), profiles=profiles
             ),
             wakeups=wakeups,
             shutdown=shutdown,

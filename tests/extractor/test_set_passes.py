@@ -11,9 +11,9 @@ import pytest_asyncio
 from fix_runner import documents
 from headrace_extractor import errors
 from headrace_extractor.extractions import drive
-from headrace_extractor.extractions.turns import Turns
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.node.runner_protocol import Committed, Extract
+from headrace_extractor.node.turns import Turns
 from headrace_log.index import SegmentIndex
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

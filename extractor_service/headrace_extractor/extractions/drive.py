@@ -33,10 +33,10 @@ from headrace_extractor.extractions.passes import Pass, has_all, next_pass
 from headrace_extractor.extractions.ports import QueuePosition
 from headrace_extractor.extractions.running_pass import RunningPass
 from headrace_extractor.extractions.services import Services
-from headrace_extractor.extractions.turns import Turns
 from headrace_extractor.meters import Transfer
 from headrace_extractor.node.ports import Runner
 from headrace_extractor.node.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Message
+from headrace_extractor.node.turns import Turns
 from headrace_extractor.sets.activation_set import ActivationSet
 from headrace_extractor.sets.identity import check_same_model
 

@@ -15,12 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from headrace_extractor.corpora.chat_template import ChatTemplate, check_chat
-from headrace_extractor.errors import (
-    ExtractionNotFound,
-    FieldInvalid,
-    ModelNotReady,
-    QueueFull,
-)
+from headrace_extractor.errors import ExtractionNotFound, FieldInvalid, ModelNotReady, QueueFull
 from headrace_extractor.extractions.counting import Estimate, RowCounter, estimate
 from headrace_extractor.extractions.drive import SetPasses
 from headrace_extractor.extractions.job import ExtractionJob

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 from headrace_extractor.extractions.counting import RowCounter
 from headrace_extractor.extractions.ports import Corpora, Models
 from headrace_extractor.extractions.records import Records
-from headrace_extractor.extractions.turns import Turns
 from headrace_extractor.node.node import Node
 from headrace_extractor.node.ports import Runner
+from headrace_extractor.node.turns import Turns
 from headrace_extractor.sets.keeper import SetKeeper
 
 

@@ -8,14 +8,7 @@ from typing import Any, Protocol
 from headrace_extractor.errors import Failure
 from headrace_extractor.meters import Transfer
 from headrace_extractor.node.runner_protocol import Message
-from headrace_extractor.node.values import (
-    Build,
-    DesiredState,
-    Device,
-    Machine,
-    ResidencyReport,
-    ValidationReport,
-)
+from headrace_extractor.node.values import Build, DesiredState, Device, Machine, ResidencyReport, ValidationReport
 
 
 class NodeRegistry(Protocol):
