@@ -151,16 +151,14 @@ class Registry:
 
     def __init__(self, settings: Settings, database: Database, url: str, shutdown: Shutdown) -> None:
         wakeups = Wakeups(poll_s=settings.poll_s)
-        self._options = settings.server
-        self._shutdown = shutdown
+        self._options, self._shutdown = settings.server, shutdown
         self.preparations = PreparationStore(database, wakeups)
         models, nodes = ModelStore(database, wakeups), NodeStore(database, wakeups)
         leases = LeaseStore(database, wakeups, settings.policy)
         residencies = ResidencyStore(database, wakeups, settings.policy, settings.allowances)
         pins, events = PinStore(database, wakeups), EventStore(database)
         self._listener = Listener(url, database, wakeups)
-        roots = ModelRoots(settings.model_roots or (settings.data_dir,))
-        hub = HubClient(settings.environment)
+        hub, roots = HubClient(settings.environment), ModelRoots(settings.model_roots or (settings.data_dir,))
         folders = ModelFolders(settings.data_dir / "models")
         stored = FolderStore(database, wakeups, folders, quota_bytes=settings.models_quota_bytes)
         self._storekeeper = Storekeeper(stored, folders)
