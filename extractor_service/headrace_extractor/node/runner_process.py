@@ -1,6 +1,6 @@
-"""A runner as the server sees it: a child process that is sent commands and answers with events.
+"""A runner on the server's side: a child process that takes commands and answers with events.
 
-The process is started afresh (never forked from this one), so it shares neither interpreter nor device memory with the
+The process is started afresh, never forked from the server, so it shares neither interpreter nor device memory with the
 server; ending it gives all its memory back.
 """
 
@@ -15,11 +15,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from headrace_extractor.errors import RunnerLost, error_for
 from headrace_extractor.node.runner_protocol import MAX_LINE_BYTES, Extract, Failed, Message, Stop, decode, encode
 
-# Events of a command that nobody has taken yet. The runner waits in its pipe beyond that.
+# Most events of a command that wait to be taken; a runner with more waits in its pipe.
 _MAX_EVENTS = 256
 _EXIT_DEADLINE_S = 10.0
 RUNNER_COMMAND = (sys.executable, "-m", "headrace_extractor.runner")
-# glibc reads it when a process begins, other C libraries don't.
+# glibc reads this variable when a process begins; other C libraries ignore it.
 _TUNABLES = "GLIBC_TUNABLES"
 _LARGE_PAGES = "glibc.malloc.hugetlb"
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunnerProcess:
-    """One child process; commands that are answered run one after another."""
+    """One child process. Commands sent with `run` are carried out one after another."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -38,12 +38,20 @@ class RunnerProcess:
 
     @classmethod
     async def start(cls, *, environment: Mapping[str, str], command: Sequence[str] = RUNNER_COMMAND) -> RunnerProcess:
-        """Starts a runner; its standard error is this process's."""
+        """Starts a runner, which shares this process's standard error.
+
+        Its malloc asks for pages of 2 MB, which the system may give on request, unless `environment` has a value of its
+        own. A forward pass on a CPU goes through hundreds of megabytes: with pages of 4 KB, every thousand floats need
+        another entry of the page table, and the system has to clear each new page first.
+        """
+        tunables = environment.get(_TUNABLES, "")
+        if _LARGE_PAGES not in tunables:
+            tunables = ":".join(filter(None, (tunables, f"{_LARGE_PAGES}=1")))
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_with_large_pages(environment),
+            env={**environment, _TUNABLES: tunables},
             limit=MAX_LINE_BYTES,
         )
         return cls(process)
@@ -55,13 +63,13 @@ class RunnerProcess:
 
     @property
     def busy(self) -> bool:
-        """True while a command runs; the next one waits for its end."""
+        """True while a command runs; the next command waits for its end."""
         return self._busy.locked()
 
     async def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncGenerator[Message, None]:
-        """Sends a command and yields its events up to one of `ends`.
+        """Sends a command and yields its events up to one of the types `ends`.
 
-        Raises the error a `failed` event stands for, and RunnerLost if the process ends first.
+        Raises the error that a `failed` event names, and RunnerLost if the process ends first.
         """
         await self._busy.acquire()
         over = False
@@ -80,7 +88,7 @@ class RunnerProcess:
         finally:
             if over:
                 self._busy.release()
-            else:  # Nobody listens any more; the next command must not hear this one's events.
+            else:  # The caller takes no more events, and the next command must not get this command's.
                 self._draining = asyncio.create_task(self._drain(command, ends), name=f"drain-{self.pid}")
 
     async def send(self, command: Message) -> None:
@@ -97,7 +105,7 @@ class RunnerProcess:
         await self._process.wait()
 
     async def kill(self) -> None:
-        """Ends the process, and waits until the system has taken its memory back."""
+        """Ends the process and waits until it is gone, and its memory with it; TimeoutError if it stays."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         async with asyncio.timeout(_EXIT_DEADLINE_S):
@@ -109,7 +117,7 @@ class RunnerProcess:
                 await self._draining
 
     async def _drain(self, command: Message, ends: Sequence[type[Message]]) -> None:
-        """Stops an abandoned command and swallows its events."""
+        """Stops an abandoned command and discards its events up to the last."""
         try:
             if isinstance(command, Extract):
                 await self.send(Stop(set_id=command.set_id))
@@ -121,9 +129,9 @@ class RunnerProcess:
             self._busy.release()
 
     async def _next_event(self) -> Message | None:
-        """The next event; None, again and again, once the process has said its last."""
+        """Returns the next event; None after the last, at every call."""
         event = await self._events.get()
-        if event is None:
+        if event is None:  # The mark stays for the next call.
             self._close_events()
         return event
 
@@ -137,12 +145,13 @@ class RunnerProcess:
         )
 
     async def _read(self) -> None:
+        """Queues the events of the process until it closes its output; kills it if a line is no event."""
         assert self._process.stdout is not None
         try:
             while line := await self._process.stdout.readline():
                 await self._events.put(decode(line))
         except ValueError:
-            logger.exception("runner %d says something that is no event; it is ended", self.pid)
+            logger.exception("runner %d wrote a line that is no event; it is ended", self.pid)
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         finally:
@@ -150,19 +159,7 @@ class RunnerProcess:
         await self._process.wait()
 
     def _close_events(self) -> None:
-        """Puts the end mark, in place of an event nobody took if there is no room."""
+        """Puts the mark of the end, in place of the oldest event if the queue is full."""
         if self._events.full():
             self._events.get_nowait()
         self._events.put_nowait(None)
-
-
-def _with_large_pages(environment: Mapping[str, str]) -> dict[str, str]:
-    """Lets malloc ask for pages of 2 MB where the system gives them on request, unless the environment has a say.
-
-    A forward pass on a CPU goes through hundreds of megabytes: a page of 4 KB has to be found in the page table every
-    thousand floats, and each new one to be cleared by the system first.
-    """
-    known = environment.get(_TUNABLES, "")
-    if _LARGE_PAGES in known:
-        return dict(environment)
-    return {**environment, _TUNABLES: ":".join(filter(None, (known, f"{_LARGE_PAGES}=1")))}

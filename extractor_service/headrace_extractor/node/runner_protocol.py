@@ -1,6 +1,6 @@
-"""What the extractor server and a runner process say to each other: one JSON object a line.
+"""The messages between the extractor server and a runner process: one JSON object a line.
 
-Commands go to the runner's standard input, events come from its standard output; anything else it prints goes to
+Commands go to the runner's standard input, events come from its standard output; all other output of the runner goes to
 standard error. Activations never travel here, only row numbers: the log is the channel. End of input means that the
 server is gone, and the runner exits at once.
 
@@ -43,9 +43,9 @@ class Load(Message):
 class Extract(Message):
     """Append rows to the set in `set_path` until the corpus ends, `max_rows` exist, or `stop`.
 
-    The set's manifest holds recipe and columns; the run goes on behind the last row sealed in all of `columns`. Rows
-    from `grant_row` on wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then `finished` or
-    `failed`.
+    Recipe and column layout come from the set's manifest. The run goes on behind the last row that is sealed in all of
+    `columns`. Rows from `grant_row` on wait for a `grant` (None: no limit). Answered by `committed` and `blocked`, then
+    `finished` or `failed`.
     """
 
     KIND: ClassVar[str] = "extract"
@@ -73,7 +73,7 @@ class Grant(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop(Message):
-    """Seal what there is and finish."""
+    """Seal the rows written so far and finish."""
 
     KIND: ClassVar[str] = "stop"
     set_id: str
@@ -105,7 +105,7 @@ class Quantize(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validate(Message):
-    """Try a model with these options, which ends with none loaded. Answered by `step` events, then `validated`."""
+    """Try a model with these options and unload it again. Answered by `step` events, then `validated`."""
 
     KIND: ClassVar[str] = "validate"
     files_path: str
@@ -130,7 +130,7 @@ class Loaded(Message):
 
     KIND: ClassVar[str] = "loaded"
     measured_bytes: int
-    runtime_bytes: int = 0  # What the process took before, with its libraries; 0 where that was not measured.
+    runtime_bytes: int = 0  # memory of the process before the load, with its libraries; 0 if not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ class Committed(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocked(Message):
-    """The next row is not granted yet."""
+    """The run waits: its next row is not granted yet."""
 
     KIND: ClassVar[str] = "blocked"
     set_id: str
@@ -155,7 +155,7 @@ class Blocked(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Message):
-    """The run is over and everything is sealed; `complete` when the corpus is exhausted."""
+    """The run is over and all its rows are sealed; `complete` when the corpus is exhausted."""
 
     KIND: ClassVar[str] = "finished"
     set_id: str
@@ -209,7 +209,7 @@ class Step(Message):
     message: str = ""
     seconds: float = 0.0
     figures: Mapping[str, float] = field(default_factory=dict)
-    reason: str = ""  # of a failure: an ErrorReason without prefix, empty where a step merely found something wrong
+    reason: str = ""  # an ErrorReason without prefix, if the step broke off; empty for a check that did not pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +231,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes) -> Message:
-    """Decodes one line; raises ValueError on anything else."""
+    """Decodes one line; raises ValueError if it is not a known message."""
     fields = json.loads(line)
     try:
         return _KINDS[fields.pop("kind")](**fields)

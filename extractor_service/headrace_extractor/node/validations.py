@@ -1,4 +1,4 @@
-"""Validations: the test profile of a model on one of this node's devices, in a runner of its own."""
+"""Validations: each tries a model on one of this node's devices, step by step, in a runner of its own."""
 
 from __future__ import annotations
 
@@ -10,48 +10,23 @@ from dataclasses import dataclass, field
 from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import Failure, LoadFailed, reason_of
 from headrace_extractor.models import compute_dtype
-from headrace_extractor.node.ports import NodeRegistry, Runner, RunnerFactory
+from headrace_extractor.node.devices import free_bytes
+from headrace_extractor.node.ports import NodeRegistry, RunnerFactory
 from headrace_extractor.node.reporting import try_to_tell
 from headrace_extractor.node.runner_protocol import Step, Validate, Validated
 from headrace_extractor.node.values import Device, Validation, ValidationReport
 
-# As long as a load may take, and its two passes.
+# The hour that a load may take, and five minutes for the two forward passes.
 _DEADLINE_S = 3900.0
-# A driver gives memory back a little after the process is gone.
+# A driver gives memory back a moment after the process is gone.
 _MEMORY_DEADLINE_S = 15.0
 _LOOK_EVERY_S = 0.2
-# Of what was free before; other processes on the device come and go.
+# So much less than before may be free: other processes on the device come and go.
 _TOLERANCE_BYTES = 64 * 1024 * 1024
 
 
-@dataclass(slots=True, kw_only=True)
-class _Attempt:
-    """One validation under way: what is known of it so far."""
-
-    validation: Validation
-    steps: dict[str, Step] = field(default_factory=dict)
-    failure: Failure | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    def note(self, step: Step) -> None:
-        """Takes the last word on a step; the first that failed is why the attempt did."""
-        self.steps[step.name] = step
-        if step.state == "FAILED" and self.failure is None:
-            self.failure = Failure(reason=step.reason or LoadFailed.reason, message=f"{step.name}: {step.message}")
-
-    def report(self, *, done: bool) -> ValidationReport:
-        """What the registry is told."""
-        return ValidationReport(
-            attempt_id=self.validation.attempt_id,
-            steps=tuple(self.steps.values()),
-            done=done,
-            failure=self.failure,
-            versions=self.versions,
-        )
-
-
 class Validations:
-    """Carries out what the registry wants validated, and stops what it wants no more."""
+    """Carries out the validations that the registry wants, and stops a validation that it wants no more."""
 
     def __init__(
         self,
@@ -70,7 +45,7 @@ class Validations:
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def follow(self, wanted: Sequence[Validation]) -> None:
-        """Starts what is wanted and not known yet, ends what is not wanted any more."""
+        """Starts the wanted validations that are new, and ends the running ones that are not wanted any more."""
         ids = {validation.attempt_id for validation in wanted}
         for attempt_id in [each for each in self._running if each not in ids]:
             task = self._running.pop(attempt_id)
@@ -82,7 +57,7 @@ class Validations:
                 self._running[validation.attempt_id] = task
 
     async def close(self) -> None:
-        """Ends all of them, with their runners."""
+        """Ends all validations and their runners."""
         await self.follow(())
 
     async def _validate(self, validation: Validation) -> None:
@@ -97,49 +72,45 @@ class Validations:
         await self._tell(attempt, done=True)
 
     async def _run(self, attempt: _Attempt) -> None:
-        free_before = await self._free_bytes(attempt.validation.device_id)
+        validation, model = attempt.validation, attempt.validation.model
+        free_before = await free_bytes(self._devices, validation.device_id)
         runner = await self._start_runner(environment=self._environment)
         try:
-            await self._run_profile(attempt, runner)
-            await self._unload(attempt, runner)
+            command = Validate(
+                files_path=model.files_path,
+                device=validation.device_id,
+                dtype=compute_dtype(validation.load_options, validation.device_id),
+                quantization=model.quantization,
+                load_options=dict(validation.load_options),
+            )
+            async for event in runner.run(command, ends=(Validated,)):
+                if isinstance(event, Step):
+                    attempt.note(event)
+                    await self._tell(attempt, done=False)
+                elif isinstance(event, Validated):
+                    attempt.versions = event.versions
+            await self._begin(attempt, "unload")
+            started = time.monotonic()
+            await runner.kill()
+            seconds = time.monotonic() - started
+            attempt.note(Step(name="unload", state="PASSED", message="its process is gone", seconds=seconds))
         finally:
             await runner.kill()
         await self._check_memory(attempt, free_before)
 
-    async def _run_profile(self, attempt: _Attempt, runner: Runner) -> None:
-        validation, model = attempt.validation, attempt.validation.model
-        command = Validate(
-            files_path=model.files_path,
-            device=validation.device_id,
-            dtype=compute_dtype(validation.load_options, validation.device_id),
-            quantization=model.quantization,
-            load_options=dict(validation.load_options),
-        )
-        async for event in runner.run(command, ends=(Validated,)):
-            if isinstance(event, Step):
-                attempt.note(event)
-                await self._tell(attempt, done=False)
-            elif isinstance(event, Validated):
-                attempt.versions = event.versions
-
-    async def _unload(self, attempt: _Attempt, runner: Runner) -> None:
-        await self._begin(attempt, "unload")
-        started = time.monotonic()
-        await runner.kill()
-        attempt.note(
-            Step(name="unload", state="PASSED", message="its process is gone", seconds=time.monotonic() - started)
-        )
-
     async def _check_memory(self, attempt: _Attempt, free_before: int) -> None:
-        """On a CPU the system has all memory of a process that is gone; a driver is asked until it says so."""
+        """Checks that a GPU has its memory back, and asks its driver until it says so.
+
+        Always passes on a CPU: the system has all memory of a process that is gone.
+        """
         await self._begin(attempt, "memory_back")
         started = time.monotonic()
         device_id = attempt.validation.device_id
-        free_after = await self._free_bytes(device_id)
+        free_after = await free_bytes(self._devices, device_id)
         if device_id.startswith("cuda"):
             while free_after + _TOLERANCE_BYTES < free_before and time.monotonic() - started < _MEMORY_DEADLINE_S:
                 await asyncio.sleep(_LOOK_EVERY_S)
-                free_after = await self._free_bytes(device_id)
+                free_after = await free_bytes(self._devices, device_id)
         missing = free_before - free_after
         back = not device_id.startswith("cuda") or missing <= _TOLERANCE_BYTES
         attempt.note(
@@ -156,14 +127,36 @@ class Validations:
         attempt.note(Step(name=name, state="RUNNING"))
         await self._tell(attempt, done=False)
 
-    async def _free_bytes(self, device_id: str) -> int:
-        devices = await asyncio.to_thread(self._devices)
-        return next((device.free_bytes for device in devices if device.id == device_id), 0)
-
     async def _tell(self, attempt: _Attempt, *, done: bool) -> None:
         report = attempt.report(done=done)
         await try_to_tell(
             lambda: self._registry.report_validation(self._epoch(), report),
             5 if done else 1,
             f"validation {attempt.validation.attempt_id}",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Attempt:
+    """One validation under way, with its steps so far."""
+
+    validation: Validation
+    steps: dict[str, Step] = field(default_factory=dict)
+    failure: Failure | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def note(self, step: Step) -> None:
+        """Notes the latest state of a step; the first failed step becomes the failure of the attempt."""
+        self.steps[step.name] = step
+        if step.state == "FAILED" and self.failure is None:
+            self.failure = Failure(reason=step.reason or LoadFailed.reason, message=f"{step.name}: {step.message}")
+
+    def report(self, *, done: bool) -> ValidationReport:
+        """Returns the report for the registry."""
+        return ValidationReport(
+            attempt_id=self.validation.attempt_id,
+            steps=tuple(self.steps.values()),
+            done=done,
+            failure=self.failure,
+            versions=self.versions,
         )
