@@ -35,7 +35,7 @@ class FakeRegistry:
         self.leases = set()
         self.unavailable = None
         self.pauses = []  # Seconds; as many calls are told to leave the place alone.
-        self.devices, self.machine = (), None
+        self.address, self.devices, self.machine = "", (), None
         self.heartbeat_interval_s = 5.0
         self._n_residencies = 0
         self._changed = asyncio.Event()
@@ -48,9 +48,9 @@ class FakeRegistry:
         if self.unavailable:
             raise self.unavailable
 
-    async def register(self, devices, machine):
+    async def register(self, address, devices, machine):
         self._check()
-        self.devices, self.machine = devices, machine
+        self.address, self.devices, self.machine = address, devices, machine
         self.assigned.clear()
         return 1, self.heartbeat_interval_s
 
@@ -190,7 +190,7 @@ class NodeInProcess:
             limits=self.limits,
         )
         self.extractions.recover()
-        self.task = asyncio.create_task(self.node.run())
+        self.task = asyncio.create_task(self.node.run(address="127.0.0.1:7471"))
 
     async def stop(self):
         await self.extractions.close()

@@ -148,7 +148,6 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     registry = RegistryClient(
         args.registry,
         node_id=_node_id(args.node_id),
-        node_address=args.advertise,
         version=version("headrace"),
         boot_nonce=uuid.uuid4().hex,
         token=args.registry_token_file.read_text().strip() if args.registry_token_file else "",
@@ -171,7 +170,6 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
             reserve_bytes=args.disk_reserve_bytes,
         ),
     )
-    node.on_registered = extractions.report_all
     extraction_servicer = ExtractionServicer(
         extractions,
         decode_tokens=_decode_tokens,
@@ -195,12 +193,13 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     )
     extractions.recover()
     await server.start()
-    registry.node_address = args.advertise or server.address
     logger.info("listening", extra={"address": server.address, "data_dir": str(data_dir)})
 
     reports = SetReports(extractions.sets, extractions.keeper, registry, epoch=lambda: node.epoch)
     background = [
-        asyncio.create_task(node.run(), name="node"),
+        asyncio.create_task(
+            node.run(address=args.advertise or server.address, on_registered=extractions.report_all), name="node"
+        ),
         asyncio.create_task(extractions.report_changes(reports.report), name="reports"),
         asyncio.create_task(extractions.keeper.run(), name="sets"),
     ]

@@ -85,7 +85,7 @@ async def running_node(gpu, fault=None, **runner):
         machine=lambda: Machine(memory_bytes=256 * GB, max_loads=2),
         back_deadline_s=0.3,
     )
-    task = asyncio.create_task(node.run())
+    task = asyncio.create_task(node.run(address="127.0.0.1:7471"))
     await node.until_registered(10)
     try:
         yield registry, runners

@@ -1,4 +1,4 @@
-"""What a node needs from outside, each with a real implementation in a room and a fake in the tests."""
+"""Ports of a node: each has a real implementation in another room and a fake in the tests."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from headrace_extractor.node.values import Build, DesiredState, Device, Machine,
 
 
 class NodeRegistry(Protocol):
-    """The registry as a node sees it. Every method may raise RegistryUnavailable; those with `epoch`, EpochStale."""
+    """The registry as a node uses it. Every method may raise RegistryUnavailable, and with `epoch` also EpochStale."""
 
-    async def register(self, devices: Sequence[Device], machine: Machine) -> tuple[int, float]:
-        """Announces this node; returns the epoch and the heartbeat interval in seconds."""
+    async def register(self, address: str, devices: Sequence[Device], machine: Machine) -> tuple[int, float]:
+        """Announces this node, which clients reach at `address`; returns the epoch and the heartbeat interval in s."""
 
     async def heartbeat(self, epoch: int, devices: Sequence[Device], machine: Machine) -> None:
-        """Tells that this node lives and what it has free."""
+        """Tells that this node is alive, and its free memory."""
 
     def assignments(self, epoch: int) -> AsyncGenerator[DesiredState, None]:
         """Yields the whole desired state at once and after each change."""
 
     async def report_residency(self, epoch: int, report: ResidencyReport) -> None:
-        """Tells how a residency stands; LeaseLost if the fence is stale."""
+        """Reports the state of a residency; LeaseLost if its fence is stale."""
 
     async def report_build(
         self,
@@ -36,10 +36,10 @@ class NodeRegistry(Protocol):
         failure: Failure | None,
         fidelity: Mapping[str, Any] | None = None,
     ) -> None:
-        """Tells how a build stands; `fidelity` as in `runner_protocol.Quantized`."""
+        """Reports the progress or the end of a build; `fidelity` as in `runner_protocol.Quantized`."""
 
     async def report_validation(self, epoch: int, report: ValidationReport) -> None:
-        """Tells how a validation stands; StateConflict once it is over."""
+        """Reports the steps of a validation; StateConflict once it is over in the registry."""
 
 
 class Runner(Protocol):
@@ -47,13 +47,16 @@ class Runner(Protocol):
 
     @property
     def busy(self) -> bool:
-        """True while a command runs; the next one waits for its end."""
+        """True while a command runs; the next command waits for its end."""
 
     def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncGenerator[Message, None]:
-        """Sends a command, yields its events up to one of `ends`; raises what `failed` says, or RunnerLost."""
+        """Sends a command and yields its events up to one of the types `ends`.
+
+        Raises the error that a `failed` event names, and RunnerLost if the process ends first.
+        """
 
     async def send(self, command: Message) -> None:
-        """Sends a command that has no answer of its own."""
+        """Sends a command that has no answer of its own, such as `grant`."""
 
     async def wait(self) -> None:
         """Waits until the process has ended."""
@@ -66,4 +69,4 @@ class RunnerFactory(Protocol):
     """Starts runners."""
 
     async def __call__(self, *, environment: Mapping[str, str]) -> Runner:
-        """Starts one."""
+        """Starts a runner with these environment variables."""

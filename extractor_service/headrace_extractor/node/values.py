@@ -23,31 +23,31 @@ class Device:
     capacity_bytes: int
     free_bytes: int
     total_bytes: int = 0
-    lost_bytes: int = 0  # What unloads did not give back.
-    capability: str = ""  # Of a CUDA device, such as `9.0`.
+    lost_bytes: int = 0  # bytes that did not come back after unloads
+    capability: str = ""  # of a CUDA device, such as `9.0`
     flash_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this node is beside its devices. Bytes; 0 while unknown. Limits: 0 for none."""
+    """Main memory and limits of this node. Bytes are 0 while unknown, limits 0 for none."""
 
     memory_bytes: int = 0
     memory_free_bytes: int = 0
-    runtime_bytes: int = 0  # A runner's before it holds weights.
+    runtime_bytes: int = 0  # memory of a runner before it loads weights
     max_loads: int = 0
     max_residents: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """A residency this node shall hold (`hold`) or end."""
+    """A residency that this node shall keep loaded (`hold`) or end."""
 
     residency_id: str
     fence: int
     device_id: str
     hold: bool
-    state: str  # the registry's view, such as `LOADING`
+    state: str  # in the registry, such as `LOADING`
     model: ModelInfo
     reserved_bytes: int = 0
 
@@ -82,7 +82,7 @@ class Validation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationReport:
-    """How a validation stands: all its steps so far."""
+    """The state of a validation, with all its steps so far."""
 
     attempt_id: str
     steps: tuple[Step, ...]
@@ -93,20 +93,20 @@ class ValidationReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
-    """All a node shall hold and make."""
+    """Everything the registry wants of a node: residencies, builds and validations."""
 
     assignments: tuple[Assignment, ...] = ()
     builds: tuple[Build, ...] = ()
     validations: tuple[Validation, ...] = ()
 
-    def holds(self, residency_id: str) -> bool:
-        """True if the node shall hold that residency."""
+    def wants(self, residency_id: str) -> bool:
+        """True if the node shall keep that residency loaded."""
         return any(each.hold and each.residency_id == residency_id for each in self.assignments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyReport:
-    """How a residency stands, as the node sees it."""
+    """The state of a residency on its node."""
 
     residency_id: str
     fence: int
@@ -114,12 +114,12 @@ class ResidencyReport:
     transfer: Transfer | None = None
     measured_bytes: int = 0
     failure: Failure | None = None
-    lost_bytes: int = 0  # What its device did not get back, once it is over.
+    lost_bytes: int = 0  # of its device, which did not get them back after the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """A reader's right that a residency stays."""
+    """The right that a residency stays loaded until the lease expires, `ttl_s` after its last renewal."""
 
     id: str
     fence: int

@@ -62,7 +62,6 @@ class RegistryClient:
         address: str,
         *,
         node_id: str,
-        node_address: str,
         version: str,
         boot_nonce: str,
         token: str = "",
@@ -76,7 +75,6 @@ class RegistryClient:
         self._address = address
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self.node_id = node_id
-        self.node_address = node_address
         self._version = version
         self._boot_nonce = boot_nonce
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
@@ -90,11 +88,11 @@ class RegistryClient:
 
     # -- NodeRegistry -------------------------------------------------------------------------------------------------
 
-    async def register(self, devices: Sequence[Device], machine: Machine) -> tuple[int, float]:
-        """Announces this node."""
+    async def register(self, address: str, devices: Sequence[Device], machine: Machine) -> tuple[int, float]:
+        """Announces this node, which clients reach at `address`; returns the epoch and the heartbeat interval in s."""
         request = node_service_pb2.RegisterNodeRequest(
             node_id=self.node_id,
-            address=self.node_address,
+            address=address,
             devices=[convert.device_to_pb(device) for device in devices],
             version=self._version,
             boot_nonce=self._boot_nonce,
