@@ -1,8 +1,8 @@
 """Renders conversations with a model's chat template, as transformers does.
 
-Templates are programs from model repos: they run in Jinja's sandbox, and for so long and to so much text only. A loop
-without output is ended by a timer, which needs the main thread of its process; a server has conversations rendered in
-processes of their own.
+Templates are programs from model repos: they run in Jinja's sandbox, with a limit on their time and one on their
+output. A timer ends a loop without output. It needs the main thread of its process, so a server renders in child
+processes.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from headrace_extractor.corpora.files.contents import malformed, too_large
 from headrace_extractor.errors import ModelUnsupported
 
 RENDER_DEADLINE_S = 10.0
-# Rows must not depend on the day they are made. Templates that ask whether there is a date are told that there is none
-# and write the one they were made with; others get this one, which is what Llama's writes.
+# Rows must not depend on the day they are made. A template that asks whether a date is defined is told that there is
+# none, and writes the date it was made with. Every other template gets this date, the default of Llama's templates.
 _DATE = datetime(2024, 7, 26, tzinfo=UTC)
 _ASKS_FOR_DATE = re.compile(r"strftime_now\s+is\s+(not\s+)?(un)?defined")
-# Names under which messages carry what a model thought; templates read the first.
+# Keys under which messages carry a model's reasoning: the first that is set counts.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatRenderer:
-    """Conversations to text."""
+    """Writes conversations as text; raises ModelUnsupported if the template can't be compiled."""
 
     def __init__(self, template: ChatTemplate) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -52,14 +52,34 @@ class ChatRenderer:
         if not _ASKS_FOR_DATE.search(template.source):
             environment.globals["strftime_now"] = _DATE.strftime
         self._special_tokens = dict(template.special_tokens)
-        with _as_unsupported("can't be compiled"):
+        try:
             self._template = environment.from_string(template.source)
+        except (jinja2.TemplateError, RecursionError, ValueError) as exc:
+            raise ModelUnsupported(f"The model's chat template can't be compiled: {str(exc)[:300]}.") from exc
 
     def render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
-        """Returns the text of a conversation; raises CorpusMalformed for one that the template refuses."""
+        """Returns the text of a conversation; raises CorpusMalformed if the template refuses it or fails on it."""
+        given: list[Mapping[str, Any]] = []
+        parts: list[str] = []
+        size = 0
         try:
+            for message in messages:
+                reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+                # Some templates read `thinking`, others `reasoning_content`.
+                given.append(
+                    dict(message)
+                    if reasoning is None
+                    else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+                )
             with _deadline(RENDER_DEADLINE_S):
-                return self._render(messages, document)
+                for part in self._template.generate(
+                    messages=given, tools=None, documents=None, add_generation_prompt=False, **self._special_tokens
+                ):
+                    size += len(part)
+                    if size > contents.MAX_DOCUMENT_BYTES:
+                        raise too_large(f"Document {document} as the chat template writes it", document=document)
+                    parts.append(part)
+            return "".join(parts)
         except jinja2.TemplateError as exc:
             raise malformed(
                 f"The model's chat template refuses document {document}: {str(exc)[:300]}; leave the conversation"
@@ -73,25 +93,9 @@ class ChatRenderer:
                 document=document,
             ) from exc
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
-        parts: list[str] = []
-        size = 0
-        for part in self._template.generate(
-            messages=[_with_reasoning(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=False,
-            **self._special_tokens,
-        ):
-            size += len(part)
-            if size > contents.MAX_DOCUMENT_BYTES:
-                raise too_large(f"Document {document} as the chat template writes it", document=document)
-            parts.append(part)
-        return "".join(parts)
-
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant says; here it is text like any other."""
+    """`{% generation %}` marks the assistant's part of the text; here it is text like any other."""
 
     tags = {"generation"}  # noqa: RUF012 -- as Jinja declares it
 
@@ -111,15 +115,15 @@ class _Dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        """As that of dict."""
+        """Does the same as `dict.fromkeys`."""
         return dict.fromkeys(keys, value)
 
 
 class _Namespace(Namespace):
-    """`namespace(...)` for templates, which may not set what Python keeps for itself."""
+    """`namespace(...)` for templates, without names that start with an underscore: Python keeps them for itself."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *given = args  # A template may call one of its names `self`.
+        self, *given = args  # No parameter `self`: a template may use that name for a value of its own.
         values = dict(*given, **kwargs)
         for name in values:
             _check_name(name)
@@ -135,11 +139,6 @@ def _check_name(name: object) -> None:
         raise jinja2.exceptions.SecurityError(f"{name!r} starts with an underscore")
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-    return dict(message) if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
-
-
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -147,7 +146,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes characters of HTML."""
+    """Writes JSON as transformers does; Jinja's own filter would escape characters of HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -156,29 +155,21 @@ def _raise(message: str) -> NoReturn:
 
 
 @contextmanager
-def _as_unsupported(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (jinja2.TemplateError, RecursionError, ValueError) as exc:
-        raise ModelUnsupported(f"The model's chat template {what}: {str(exc)[:300]}.") from exc
-
-
-@contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raises ModelUnsupported in the block when it takes longer; in threads other than the main one it does nothing."""
+    """Raises ModelUnsupported in a block that takes longer; does nothing in threads other than the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGALRM, _late)
+
+    def late(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise ModelUnsupported(
+            f"The model's chat template took longer than {seconds:.0f} s for one conversation; mend the template."
+        )
+
+    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _late(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise ModelUnsupported(
-        f"The model's chat template took longer than {RENDER_DEADLINE_S:.0f} s for one conversation; mend the template."
-    )

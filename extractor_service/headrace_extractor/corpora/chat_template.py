@@ -1,4 +1,4 @@
-"""The chat template of a model, as its tokenizer's files hold it. `corpora.chat` renders it."""
+"""The chat template of a model, from the files of its tokenizer. `corpora.chat` renders it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_TEMPLATE_BYTES = 1024 * 1024
 _TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
-# Where templates were before they had a file of their own, in the order transformers looks.
+# Older models keep their template in one of these files; transformers looks in this order.
 _JSON_FILES = ("chat_template.json", _CONFIG)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A template in Jinja's language, and the special tokens it may name."""
+    """A template in Jinja's language, and the texts of the special tokens that it may name."""
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -35,16 +35,24 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, files_path: Path | str) -> ChatTemplate:
-        """Reads it from a model's folder; raises ModelUnsupported when there is none."""
+        """Reads the template from a model's folder; raises ModelUnsupported if the folder has none."""
         folder = Path(files_path)
         source = _source(folder)
         if len(source.encode()) > MAX_TEMPLATE_BYTES:
             raise ModelUnsupported(f"The chat template in {folder} is larger than {MAX_TEMPLATE_BYTES} bytes.")
-        return cls(source, _special_tokens(folder))
+        files = [_read_json(folder / name) for name in (_CONFIG, _SPECIAL_TOKENS)]
+        special_tokens = {}
+        for name in _NAMED:
+            # The first file that has the name decides, even if it says null.
+            value = next((file[name] for file in files if name in file), None)
+            value = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(value, str):
+                special_tokens[name] = value
+        return cls(source, special_tokens)
 
 
 def check_chat(recipe: Recipe, *, corpus_id: str, is_chat: bool) -> None:
-    """Raises FieldInvalid when the recipe asks for a template and the corpus holds no conversations, or the reverse."""
+    """Raises FieldInvalid unless the recipe asks for a template exactly when the corpus holds conversations."""
     field_name = "spec.recipe.chat_template"
     if recipe.chat_template and not is_chat:
         raise FieldInvalid(
@@ -68,7 +76,7 @@ def _source(folder: Path) -> str:
         raise ModelUnsupported(f"{folder / _TEMPLATE_FILE} can't be read: {exc}.") from exc
     for name in _JSON_FILES:
         found = _read_json(folder / name).get("chat_template")
-        if isinstance(found, list):  # Several by name.
+        if isinstance(found, list):  # Several templates, each with a name.
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, Mapping)}
             found = named.get("default")
         if isinstance(found, str):
@@ -77,18 +85,6 @@ def _source(folder: Path) -> str:
         "The model's tokenizer has no chat template; take the model's variant that was trained on conversations, or a"
         " corpus of text."
     )
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """Texts of special tokens by name; the first file that has the name decides, also when it says null."""
-    files = [_read_json(folder / _CONFIG), _read_json(folder / _SPECIAL_TOKENS)]
-    tokens = {}
-    for name in _NAMED:
-        value = next((file[name] for file in files if name in file), None)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

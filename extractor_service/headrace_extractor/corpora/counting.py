@@ -1,7 +1,7 @@
-"""How many rows a corpus gives, without a forward pass.
+"""Counts the rows that a corpus gives under a recipe, without a forward pass.
 
 `python -m headrace_extractor.corpora.counting` counts in a process of its own: a line of JSON in, one out. Chat
-templates are programs from model repos, and one that does not end must not take a thread of the server with it.
+templates are programs from model repos, and a template that does not end must not keep a thread of the server busy.
 """
 
 from __future__ import annotations
@@ -20,35 +20,29 @@ from headrace_extractor.corpora.reader import DocumentReader
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import WaitTimeout, error_for, reason_of
 
-# Longer, and the rows of the leading documents stand for the rest.
+# After this time the rows of the documents counted so far stand for the rest.
 EXACT_WITHIN_S = 20.0
-# For starting a process, and for a block of documents that had begun by then.
+# The rest is for starting a process, and for a block of documents that has begun by then.
 CHILD_DEADLINE_S = EXACT_WITHIN_S + 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowCount:
+    """Rows of a corpus under a recipe and the tokens of their forward passes; extrapolated unless `exact`."""
+
+    n_rows: int
+    n_tokens: int
+    exact: bool
 
 
 def count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int = 0) -> RowCount:
     """Counts rows and tokens; exactly if that takes no longer than `EXACT_WITHIN_S`, else by extrapolation.
 
-    Up to `max_rows` only, in whole batches, unless it is 0.
+    Stops at the end of the batch that reaches `max_rows`; 0: at the end of the corpus. Raises the errors of the
+    recipe, the corpus and the tokenizer, and WaitTimeout for a chat template that takes too long.
     """
-    if recipe.chat_template:
-        return _count_in_child(corpus_path, files_path, recipe, max_rows)
-    return _count(corpus_path, files_path, recipe, max_rows)
-
-
-def _count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int) -> RowCount:
-    deadline = time.monotonic() + EXACT_WITHIN_S
-    with DocumentReader(corpus_path) as reader:
-        documents, special = open_documents(reader, files_path, recipe)
-        packer = Packer(documents, recipe, special)
-        counts = packer.count(max_rows=max_rows, stop=lambda: time.monotonic() > deadline)
-        counted_bytes = sum(reader.size_bytes(index) for index in range(counts.n_documents))
-        exact = counts.n_documents >= len(reader) or 0 < max_rows <= counts.n_rows
-        scale = 1.0 if exact or not counted_bytes else reader.corpus.size_bytes / counted_bytes
-    return RowCount(n_rows=round(counts.n_rows * scale), n_tokens=round(counts.n_tokens * scale), exact=exact)
-
-
-def _count_in_child(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int) -> RowCount:
+    if not recipe.chat_template:
+        return _count(corpus_path, files_path, recipe, max_rows)
     job = {
         "corpus_path": str(corpus_path),
         "files_path": str(files_path),
@@ -70,8 +64,20 @@ def _count_in_child(corpus_path: Path, files_path: Path, recipe: Recipe, max_row
     return RowCount(**answer)
 
 
+def _count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int) -> RowCount:
+    deadline = time.monotonic() + EXACT_WITHIN_S
+    with DocumentReader(corpus_path) as reader:
+        documents, special = open_documents(reader, files_path, recipe)
+        packer = Packer(documents, recipe, special)
+        counts = packer.count(max_rows=max_rows, stop=lambda: time.monotonic() > deadline)
+        counted_bytes = sum(reader.size_bytes(index) for index in range(counts.n_documents))
+        exact = counts.n_documents >= len(reader) or 0 < max_rows <= counts.n_rows
+        scale = 1.0 if exact or not counted_bytes else reader.corpus.size_bytes / counted_bytes
+    return RowCount(n_rows=round(counts.n_rows * scale), n_tokens=round(counts.n_tokens * scale), exact=exact)
+
+
 def main() -> None:
-    """Counts what the line on standard input says."""
+    """Reads a job from standard input; writes its counts, or the error, to standard output."""
     job = json.loads(sys.stdin.buffer.read())
     try:
         recipe = Recipe.from_json(job["recipe"])
@@ -84,12 +90,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowCount:
-    """Rows and tokens a corpus gives under a recipe, or as many of them as were asked for."""
-
-    n_rows: int
-    n_tokens: int
-    exact: bool

@@ -1,4 +1,4 @@
-"""Documents of a corpus as the packer reads them."""
+"""Turns the documents of a corpus into token ids, as the packer reads them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from headrace_extractor.corpora.spec import DocumentKind
 from headrace_extractor.corpora.tokenizer import Tokenizer
 from headrace_extractor.errors import CorpusMalformed, ModelUnsupported
 
-BLOCK_DOCUMENTS = 64  # The tokenizer works on several documents at once.
-BLOCK_BYTES = 256 * 1024  # It takes a hundred bytes for each token meanwhile.
+BLOCK_DOCUMENTS = 64  # The tokenizer works on several documents in parallel.
+BLOCK_BYTES = 256 * 1024  # The tokenizer needs a hundred bytes of memory for each token.
 
 
 def open_documents(reader: DocumentReader, files_path: Path | str, recipe: Recipe) -> tuple[Documents, SpecialTokens]:
-    """Returns what the packer reads of a corpus for the model in a folder; raises as its parts do."""
+    """Returns a corpus as token ids of the model in `files_path`, and that model's special tokens.
+
+    Raises FieldInvalid if the recipe asks for a chat template and the corpus holds no conversations, or the reverse,
+    and ModelUnsupported if the model lacks the tokenizer or the chat template.
+    """
     is_chat = reader.kind == DocumentKind.CHAT
     check_chat(recipe, corpus_id=reader.corpus.id, is_chat=is_chat)
     tokenizer = Tokenizer.load(files_path, ids_only=reader.tokenized)
@@ -28,10 +32,10 @@ def open_documents(reader: DocumentReader, files_path: Path | str, recipe: Recip
 
 
 class TokenizedDocuments:
-    """Tokenizes a corpus as it is read, or passes its token ids through; not for several threads at once.
+    """Tokenizes a corpus while it is read, or passes its token ids through; not for several threads at once.
 
-    Tokens depend on the document alone, not on what else is read. Raises CorpusMalformed for token ids beyond the
-    model's vocabulary.
+    A document's tokens depend on that document alone, not on the order of reading. Raises CorpusMalformed for token ids
+    beyond the model's vocabulary.
     """
 
     def __init__(self, reader: DocumentReader, tokenizer: Tokenizer) -> None:
@@ -52,6 +56,7 @@ class TokenizedDocuments:
         return self._checked(self._block[index - self._block_start], index)
 
     def _read_block(self, start: int) -> None:
+        """Tokenizes a document together with the next few: reading is mostly sequential."""
         texts = [self._text(start)]
         size = self._reader.size_bytes(start)
         for index in range(start + 1, min(start + BLOCK_DOCUMENTS, len(self._reader))):
@@ -82,14 +87,14 @@ class TokenizedDocuments:
 
 
 class ChatDocuments(TokenizedDocuments):
-    """Conversations, as a model's chat template writes them.
+    """Conversations as token ids, written by the model's chat template.
 
-    Templates write special tokens themselves. A BOS first and an EOS last are left to the recipe where it inserts them,
-    so that there is one of each.
+    Templates write special tokens themselves. If the recipe inserts BOS or EOS tokens, a BOS at the beginning or an EOS
+    at the end of the template's output is left out, so that each occurs once.
     """
 
     def __init__(self, reader: DocumentReader, tokenizer: Tokenizer, template: ChatTemplate, recipe: Recipe) -> None:
-        # Jinja is for those who have conversations.
+        # Imported here: only conversations need Jinja.
         from headrace_extractor.corpora.chat import ChatRenderer  # noqa: PLC0415
 
         super().__init__(reader, tokenizer)

@@ -1,8 +1,8 @@
 """Mixes corpora into a new one.
 
-Each document's corpus is drawn by weight, each corpus gives its documents in order, and the mixture ends when one that
-is drawn has none left: up to there every corpus has its share, as far as chance goes. The draws are those of Python's
-`random.Random(seed).random()`, which Python keeps the same over its versions.
+Each document comes from a corpus drawn by weight, and each corpus gives its documents in order. The mixture ends when a
+corpus is drawn that has no document left: up to there every corpus has its share, as far as chance goes. The random
+numbers are those of `random.Random(seed).random()`, which Python keeps the same over its versions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_PARTS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixPart:
-    """One corpus and its share of the documents, relative to the others'."""
+    """One corpus and its share of the documents, relative to the sum of all weights."""
 
     corpus_id: str
     weight: float
@@ -30,7 +30,7 @@ class MixPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """Checked when made: raises FieldInvalid naming `mix.<field>`. `max_documents` 0: until a corpus is exhausted."""
+    """A checked mixture; raises FieldInvalid naming `mix.<field>`. `max_documents` 0: until a corpus is exhausted."""
 
     parts: tuple[MixPart, ...]
     seed: int = 0
@@ -51,7 +51,7 @@ class Mix:
 
     @property
     def origin(self) -> str:
-        """Names the mixture, for people."""
+        """Describes the mixture for people."""
         parts = " ".join(f"{part.corpus_id}:{part.weight:g}" for part in self.parts)
         return f"mix:{parts} seed {self.seed}"
 
@@ -69,14 +69,14 @@ def check_kinds(readers: Sequence[DocumentReader]) -> None:
 
 
 def draw(mix: Mix, readers: Sequence[DocumentReader]) -> Iterator[bytes]:
-    """Yields the documents of the mixture, as they are stored."""
+    """Yields the documents of the mixture as the bytes that the corpora store."""
     bounds = list(itertools.accumulate(part.weight for part in mix.parts))
     numbers = random.Random(mix.seed)  # noqa: S311 -- nothing secret
     taken = [0] * len(readers)
     for n_drawn in itertools.count():
         if mix.max_documents and n_drawn == mix.max_documents:
             return
-        # Rounding may lift the product to the last bound itself.
+        # Rounding may lift the product to the last bound itself, which belongs to no corpus.
         drawn = min(bisect_right(bounds, numbers.random() * bounds[-1]), len(readers) - 1)
         if taken[drawn] == len(readers[drawn]):
             return

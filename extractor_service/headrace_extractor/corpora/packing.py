@@ -1,15 +1,14 @@
-"""From documents to batches of token ids, as the recipe says; plain numpy.
+"""Packs documents into batches of token ids under a recipe; plain numpy.
 
 Batches are a pure function of (documents, recipe, special tokens, start), where `start` is a batch boundary: the
 batches from `batch.next` on are the tail of the batches from the beginning, so a run resumes bit for bit.
 
 PACKED fills sequences of `context_size` without padding; a document that does not fit goes on as a further *piece* in
-the next sequence. ONE_DOCUMENT gives each piece a sequence and a batch of its own. Of a document that exceeds a
-sequence, TRUNCATE leaves out what a sequence of its own would not hold, and SPLIT nothing. The EOS token counts as a
-document's last token, the BOS token precedes every piece. Documents without tokens of their own are skipped and keep
-their index.
+the next sequence. ONE_DOCUMENT gives each piece a sequence and a batch of its own. TRUNCATE cuts a document to the
+tokens that one sequence can hold; SPLIT keeps all of its tokens. The EOS token counts as a document's last token, the
+BOS token precedes every piece. Documents without tokens of their own are skipped and keep their index.
 
-With a window of positions, sequences that hold no row are not given to the model at all.
+With a window of positions, sequences without any row never reach the model.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where the next batch starts: document, the next of its tokens, the next position in its stream."""
+    """The start of a batch: a document, the first of its tokens to pack, and the position of this token."""
 
     document: int = 0
     token: int = 0
     position: int = 0
 
     def to_json(self) -> dict[str, int]:
-        """Returns it as a JSON object."""
+        """Returns the cursor as a JSON object."""
         return asdict(self)
 
     @classmethod
@@ -69,7 +68,7 @@ class Cursor:
 
 _START = Cursor()
 _NOTHING = np.empty(0, dtype=np.int32)
-# After so many tokens that a window leaves out in a row, who counts or extracts is asked whether to stop.
+# When a window leaves out so many tokens in a row, `stop` is asked although there is no batch to yield.
 _MAX_LEFT_OUT = 1 << 20
 
 
@@ -77,8 +76,8 @@ _MAX_LEFT_OUT = 1 << 20
 class TokenBatch:
     """One forward pass: `[B, S]` arrays, row-major order is the order of rows in the log.
 
-    `positions` counts a document's stream with inserted tokens, `position_ids` is what the model is given. Rows exist
-    where `keep` is true. `n_cut_off` counts own tokens that TRUNCATE left out, of documents that end here.
+    `positions` are a document's positions with inserted tokens counted, `position_ids` the model's input. Tokens with
+    `keep` become rows. `n_cut_off` counts the own tokens that TRUNCATE cut off documents that end in this batch.
     """
 
     token_ids: Int32Array
@@ -96,7 +95,7 @@ class TokenBatch:
         return int(np.count_nonzero(self.keep))
 
     def trimmed(self) -> TokenBatch:
-        """Same rows, without the tokens behind the last of them in every sequence: no causal model needs those."""
+        """Returns the same rows without the columns after the last row: a causal model does not need those tokens."""
         kept = np.flatnonzero(self.keep.any(axis=0))
         if not kept.size or kept[-1] + 1 == self.keep.shape[1]:
             return self
@@ -113,10 +112,9 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What the first `n_documents` documents of a corpus come to under a recipe, exactly."""
+    """Exact counts for the first `n_documents` documents of a corpus under a recipe."""
 
     n_documents: int = 0
-
     n_rows: int = 0
     n_tokens: int = 0  # through the model, inserted ones counted
     n_cut_off: int = 0  # own tokens that TRUNCATE leaves out
@@ -124,7 +122,7 @@ class Counts:
 
 
 class Packer:
-    """Cuts `documents` into batches; raises FieldInvalid when the recipe wants an EOS token that isn't there."""
+    """Cuts `documents` into batches; raises FieldInvalid if the recipe inserts an EOS token that the model lacks."""
 
     def __init__(self, documents: Documents, recipe: Recipe, special: SpecialTokens) -> None:
         check_special(recipe, special)
@@ -132,15 +130,18 @@ class Packer:
         self._recipe = recipe
         self._bos = _one(special.bos_id) if recipe.bos == "document" else _NOTHING
         self._eos = _one(special.eos_id) if recipe.eos == "document" else _NOTHING
-        self._special = _lookup_table(special.ids)
+        # Indexed with min(token id, last index); the last entry stands for all ids beyond the special ones.
+        self._special = np.zeros(max(special.ids, default=0) + 2, dtype=np.bool_)
+        self._special[list(special.ids)] = True
         self._alone = recipe.packing == ONE_DOCUMENT
         self._longest = recipe.context_size - self._bos.size if recipe.long_documents == TRUNCATE else None
-        self._held: tuple[int, Int32Array] = (-1, _NOTHING)  # the document at hand, which may span many sequences
+        # Index and tokens of the last document read: a document may span many sequences.
+        self._held: tuple[int, Int32Array] = (-1, _NOTHING)
 
     def batches(self, start: Cursor = _START, *, stop: Callable[[], bool] = lambda: False) -> Iterator[TokenBatch]:
         """Yields the batches from `start` (the beginning, or `next` of a batch) to the end of the corpus.
 
-        `stop` is asked while a window leaves out many sequences in a row; when it returns true, this ends.
+        Asks `stop` now and then while a window leaves out many sequences in a row, and ends when it returns true.
         """
         for plan in self._plans(start):
             if plan.n_sequences:
@@ -149,14 +150,17 @@ class Packer:
                 return
 
     def count(self, *, max_rows: int = 0, stop: Callable[[], bool] = lambda: False) -> Counts:
-        """Counts the whole corpus, or the batches up to `max_rows` (0: all), or to where `stop` returns true.
+        """Counts the whole corpus, or the batches up to `max_rows` (0: all), or until `stop` returns true.
 
-        Only lengths are looked at, unless special tokens are dropped.
+        Builds no arrays, unless special tokens are dropped: otherwise lengths are enough.
         """
         n_documents = n_rows = n_tokens = n_cut_off = n_documents_cut = 0
         for plan in self._plans(_START):
             n_tokens += sum(piece.length for piece in plan.pieces)
-            n_rows += self._count_kept(plan)
+            if self._recipe.drop_special_tokens and plan.n_sequences:
+                n_rows += self._batch(plan).n_rows
+            else:
+                n_rows += sum(max(0, piece.kept_end - piece.kept_start) for piece in plan.pieces)
             n_cut_off += plan.n_cut_off
             n_documents_cut += plan.n_documents_cut
             n_documents = plan.next.document
@@ -172,11 +176,6 @@ class Packer:
             n_documents_cut=n_documents_cut,
         )
 
-    def _count_kept(self, plan: _Plan) -> int:
-        if self._recipe.drop_special_tokens and plan.n_sequences:
-            return self._batch(plan).n_rows
-        return sum(max(0, piece.kept_end - piece.kept_start) for piece in plan.pieces)
-
     def _plans(self, start: Cursor) -> Iterator[_Plan]:
         """Groups sequences: full ones by `batch_size`, the shorter last one of the corpus by itself."""
         size = 1 if self._alone else self._recipe.batch_size
@@ -189,7 +188,8 @@ class Packer:
             complete = full or self._alone
             if group.n_sequences and not complete:
                 yield group.take()
-            group.add(sequence, cursor, needed=self._is_needed(sequence))
+            has_rows = self._recipe.window is None or any(piece.kept_start < piece.kept_end for piece in sequence)
+            group.add(sequence, cursor, needed=has_rows)
             if self._longest is not None:
                 group.count_cut_off(sequence)
             if group.n_sequences == size or group.n_left_out >= _MAX_LEFT_OUT or not complete:
@@ -197,26 +197,25 @@ class Packer:
         if group.n_sequences or group.n_left_out:
             yield group.take()
 
-    def _is_needed(self, sequence: list[_Piece]) -> bool:
-        return self._recipe.window is None or any(piece.kept_start < piece.kept_end for piece in sequence)
-
     def _fill(self, cursor: Cursor) -> tuple[list[_Piece], Cursor, bool]:
         """Cuts one sequence: one piece for ONE_DOCUMENT, else until it is full or the corpus ends.
 
-        Returns its pieces, where the next one starts, and whether it is full.
+        Returns its pieces, the start of the next sequence, and whether this one is full.
         """
         pieces: list[_Piece] = []
         document, token, position = cursor.document, cursor.token, cursor.position
         room, n_documents, n_bos = self._recipe.context_size, len(self._documents), self._bos.size
         first, window, longest = self._recipe.drop_first_positions, self._recipe.window, self._longest
         while room > 0 and document < n_documents:
-            own = self._own(document)
+            if self._held[0] != document:
+                self._held = (document, self._documents[document])
+            own = self._held[1]
             n_stream = own.size + self._eos.size if own.size else 0
             n_cut_off = 0
             if longest is not None and n_stream > longest:
                 n_stream, n_cut_off = longest, max(0, own.size - longest)
             if token < n_stream:
-                end = min(n_stream, token + room - n_bos)  # a room of one may hold a BOS and nothing else
+                end = min(n_stream, token + room - n_bos)  # A room of 1 may hold just the BOS.
                 length, has_eos = n_bos + end - token, end > own.size
                 kept = (first, length) if window is None else self._kept(position, length, n_stream - token, room)
                 pieces.append(_Piece(document, position, length, own[token:end], has_eos, *kept, n_cut_off))
@@ -228,9 +227,14 @@ class Packer:
         return pieces, Cursor(document=document, token=token, position=position), room == 0
 
     def _kept(self, position: int, length: int, n_left: int, room: int) -> tuple[int, int]:
-        """Returns what the window keeps of a piece at `position`, with `n_left` tokens of its document not yet cut."""
+        """Returns the part of a piece that the window keeps: its first position and one past its last, from 0.
+
+        The piece begins at `position`; `n_left` tokens of its document, the piece's included, are not yet in a
+        sequence.
+        """
         assert self._recipe.window
         n_bos, size = self._bos.size, self._recipe.context_size
+        # Every further piece inserts a BOS, so the length of the whole stream depends on the number of pieces to come.
         n_more_pieces = -(-max(0, n_left - (room - n_bos)) // (size - n_bos))
         start, end = self._recipe.window.bounds(position + n_left + n_bos * (1 + n_more_pieces))
         return max(start - position, self._recipe.drop_first_positions), min(end - position, length)
@@ -247,50 +251,40 @@ class Packer:
         positions = within + np.repeat(np.array([piece.position for piece in plan.pieces]), lengths)
         width = token_ids.size // plan.n_sequences
         position_ids = slots % width if self._recipe.attend_across_documents else within
+        keep = within >= self._recipe.drop_first_positions
+        if self._recipe.window:
+            keep &= within >= np.repeat(np.array([piece.kept_start for piece in plan.pieces]), lengths)
+            keep &= within < np.repeat(np.array([piece.kept_end for piece in plan.pieces]), lengths)
+        if self._recipe.drop_special_tokens:
+            keep &= ~self._special[np.minimum(token_ids, self._special.size - 1)]
         shape = (plan.n_sequences, width)
         return TokenBatch(
             token_ids=token_ids.reshape(shape),
             position_ids=position_ids.astype(np.int32).reshape(shape),
             documents=documents.astype(np.int32).reshape(shape),
             positions=positions.astype(np.int32).reshape(shape),
-            keep=self._keep(plan.pieces, lengths, token_ids, within).reshape(shape),
+            keep=keep.reshape(shape),
             start=plan.start,
             next=plan.next,
             n_cut_off=plan.n_cut_off,
         )
 
-    def _keep(
-        self, pieces: list[_Piece], lengths: NDArray[np.int64], token_ids: Int32Array, within: NDArray[np.int64]
-    ) -> BoolArray:
-        keep = within >= self._recipe.drop_first_positions
-        if self._recipe.window:
-            keep &= within >= np.repeat(np.array([piece.kept_start for piece in pieces]), lengths)
-            keep &= within < np.repeat(np.array([piece.kept_end for piece in pieces]), lengths)
-        if self._recipe.drop_special_tokens:
-            keep &= ~self._special[np.minimum(token_ids, self._special.size - 1)]
-        return keep
-
-    def _own(self, document: int) -> Int32Array:
-        if self._held[0] != document:
-            self._held = (document, self._documents[document])
-        return self._held[1]
-
 
 class _Piece(NamedTuple):
-    """A document's part in one sequence: a BOS if any, some of its own tokens, and an EOS if it ends here."""
+    """The part of a document in one sequence: a BOS if any, own tokens, and an EOS if the document ends here."""
 
     document: int
     position: int
     length: int
     own: Int32Array
     has_eos: bool
-    kept_start: int  # of its positions from 0; beyond `kept_end` when none is kept
+    kept_start: int  # first position in the piece that becomes a row, from 0; at or beyond `kept_end`: none does
     kept_end: int
     n_cut_off: int  # of its document
 
 
 class _Plan(NamedTuple):
-    """A batch before its arrays are built; without sequences when a window left out all of them."""
+    """A batch before its arrays are built; has no sequences if a window left out all of them."""
 
     start: Cursor
     next: Cursor
@@ -301,7 +295,7 @@ class _Plan(NamedTuple):
 
 
 class _Group:
-    """Sequences on their way to becoming a batch."""
+    """Collects sequences for a batch."""
 
     def __init__(self, start: Cursor) -> None:
         self._start = self._next = start
@@ -314,7 +308,7 @@ class _Group:
         self.n_left_out = 0  # tokens
 
     def add(self, sequence: list[_Piece], following: Cursor, *, needed: bool) -> None:
-        """Takes a sequence, or notes that it is left out; `following` is where the next one starts."""
+        """Adds a sequence, or only counts its tokens unless `needed`; `following` is the start of the next sequence."""
         self._next = following
         if needed:
             self._pieces += sequence
@@ -323,14 +317,14 @@ class _Group:
             self.n_left_out += sum(piece.length for piece in sequence)
 
     def count_cut_off(self, sequence: list[_Piece]) -> None:
-        """Counts what documents that end in the sequence added last are cut to."""
+        """Counts the tokens cut off the documents that end in the sequence added last."""
         for piece in sequence:
             if piece.n_cut_off and piece.document < self._next.document:
                 self._n_cut_off += piece.n_cut_off
                 self._n_documents_cut += 1
 
     def take(self) -> _Plan:
-        """Returns what was added since the last time."""
+        """Returns the sequences added since the last call as a plan."""
         plan = _Plan(self._start, self._next, self.n_sequences, self._pieces, self._n_cut_off, self._n_documents_cut)
         self._start = self._next
         self._clear()
@@ -344,7 +338,7 @@ def count_rows(documents: Documents, recipe: Recipe, special: SpecialTokens) -> 
 
 
 def check_special(recipe: Recipe, special: SpecialTokens) -> None:
-    """Raises FieldInvalid when the recipe wants an EOS token and the tokenizer has none."""
+    """Raises FieldInvalid if the recipe inserts an EOS token and the tokenizer has none."""
     if recipe.eos == "document" and special.eos_id is None:
         raise FieldInvalid(
             "spec.recipe.eos is document, but the model's tokenizer has no EOS token; use none.",
@@ -354,10 +348,3 @@ def check_special(recipe: Recipe, special: SpecialTokens) -> None:
 
 def _one(token_id: int | None) -> Int32Array:
     return _NOTHING if token_id is None else np.array([token_id], dtype=np.int32)
-
-
-def _lookup_table(ids: frozenset[int]) -> BoolArray:
-    """Returns a table to be indexed with min(token id, last index); the last entry stands for all ids beyond."""
-    table = np.zeros(max(ids, default=0) + 2, dtype=np.bool_)
-    table[list(ids)] = True
-    return table

@@ -1,4 +1,4 @@
-"""Bytes on disk that corpora may take together."""
+"""The limit on the disk space of all corpora together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_extractor.errors import DiskFull
 
 
 class Quota:
-    """Counts bytes under a limit, for several threads."""
+    """Counts bytes under a limit; may be used from several threads."""
 
     def __init__(self, root: Path, *, limit_bytes: int, used_bytes: int) -> None:
         self._root = root
@@ -23,12 +23,8 @@ class Quota:
         """Bytes counted now."""
         return self._used
 
-    def share(self, check: Callable[[], None]) -> Share:
-        """Returns a share that calls `check` before it takes more."""
-        return Share(self, check)
-
     def take(self, n_bytes: int, *, forced: bool = False) -> None:
-        """Counts bytes about to be written; raises DiskFull beyond the limit unless they are there already."""
+        """Counts bytes before they are written; raises DiskFull beyond the limit, unless `forced` for written bytes."""
         with self._lock:
             free = max(0, self._limit - self._used)
             if n_bytes > free and not forced:
@@ -46,7 +42,7 @@ class Quota:
 
 
 class Share:
-    """What one ingest or upload has taken, to be given back together."""
+    """The bytes that one ingest or upload has taken of the quota, given back together."""
 
     def __init__(self, quota: Quota, check: Callable[[], None]) -> None:
         self._quota = quota
@@ -54,12 +50,12 @@ class Share:
         self._taken = 0
 
     def take(self, n_bytes: int) -> None:
-        """Takes more; raises DiskFull, or what `check` raises."""
+        """Takes bytes; raises DiskFull, or the error of `check`."""
         self._check()
         self._quota.take(n_bytes)
         self._taken += n_bytes
 
     def give_back(self) -> None:
-        """Gives everything back."""
+        """Gives back all bytes taken so far."""
         self._quota.give_back(self._taken)
         self._taken = 0

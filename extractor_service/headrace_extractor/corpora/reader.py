@@ -1,4 +1,4 @@
-"""Reads a corpus folder as `writer` describes it. Files are mapped; nothing is read before it is asked for."""
+"""Reads the folder of a corpus, in the format described in `writer`. Files are mapped: opening reads little."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LENGTH = struct.Struct("<Q")
 class DocumentReader:
     """Documents by index. Safe to use from several threads.
 
-    Raises CorpusNotFound when the folder is gone and DigestMismatch when its files don't fit together. Arrays it gave
-    out stay valid after `close`, and after the corpus is deleted.
+    Raises CorpusNotFound if the folder is gone and DigestMismatch if its files don't fit together. Arrays returned by
+    `token_ids` stay valid after `close`, and after the corpus is deleted.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -33,12 +33,12 @@ class DocumentReader:
 
     @property
     def tokenized(self) -> bool:
-        """True when it holds token ids instead of text."""
+        """True if the corpus holds token ids instead of text."""
         return self.corpus.tokenized
 
     @property
     def kind(self) -> DocumentKind:
-        """What its documents are."""
+        """The kind of all its documents."""
         return self.corpus.kind
 
     @property
@@ -61,7 +61,7 @@ class DocumentReader:
         return self._content(index).tobytes().decode()
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """Returns a conversation: messages with `role`, `content` and whatever else they came with."""
+        """Returns a conversation: messages with `role`, `content` and all other keys they were ingested with."""
         if self.kind != DocumentKind.CHAT:
             raise TypeError(f"a corpus of {self.kind} has no conversations")
         content = self._content(index).tobytes()
@@ -75,7 +75,7 @@ class DocumentReader:
         return self._content(index).view("<i4")
 
     def verify(self) -> None:
-        """Reads everything and raises DigestMismatch when it is not what was ingested."""
+        """Reads all documents; raises DigestMismatch if one is not as it was ingested."""
         digest = digest_of(self.kind)
         for index in range(len(self)):
             content = self._content(index)
@@ -85,12 +85,12 @@ class DocumentReader:
             raise _damaged(self._folder, "the documents are not those of the digest")
 
     def close(self) -> None:
-        """Lets go of the files; reading afterwards raises IndexError."""
+        """Releases the files; reading afterwards raises IndexError."""
         self._offsets = np.zeros(0, dtype=np.int64)
         self._data = np.zeros(0, dtype=np.uint8)
 
     def content(self, index: int) -> bytes:
-        """Returns a document as it is stored."""
+        """Returns the bytes of a document as they are stored."""
         return self._content(index).tobytes()
 
     def _content(self, index: int) -> NDArray[np.uint8]:
@@ -115,7 +115,7 @@ class DocumentReader:
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """Reads what a corpus folder says about itself."""
+    """Reads the description of a corpus in its folder; raises CorpusNotFound, or DigestMismatch for damaged files."""
     try:
         value = json.loads((folder / CORPUS).read_bytes())
         if value.pop("format") != FORMAT:
@@ -135,7 +135,7 @@ def read_corpus(folder: Path) -> Corpus:
 
 
 def check_files(folder: Path, corpus: Corpus) -> None:
-    """Raises DigestMismatch when sizes of the files don't fit the corpus."""
+    """Raises DigestMismatch if the sizes of the files don't fit the corpus."""
     _map(folder, corpus)
 
 

@@ -1,7 +1,7 @@
-"""The recipe: how documents become rows. All of it is part of a set's identity.
+"""The recipe: how documents become rows. All of its fields are part of a set's identity.
 
-As JSON, fields that came after the first version are left out at their default: what a recipe meant before, it means
-still, and sets made from it keep their identity.
+In JSON, fields added after the first version are left out while they have their default: so recipes written before
+those fields existed keep their meaning, and sets made from them keep their identity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPLIT = "split"
 TRUNCATE = "truncate"
 MAX_POSITION = 2**31 - 1  # The log's `position` column is int32.
 
-# What PACKED and ONE_DOCUMENT do with documents that exceed a sequence unless told otherwise.
+# What happens by default to documents longer than a sequence.
 _LONG_DOCUMENTS = {PACKED: SPLIT, ONE_DOCUMENT: TRUNCATE}
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -36,9 +36,9 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenWindow:
-    """Positions from `start` to before `end` of a document's stream, inserted tokens counted.
+    """Positions from `start` to before `end` of a document, inserted tokens counted.
 
-    Negative numbers count from the end of what the model is given of the document; an `end` of 0 is that end.
+    Negative numbers count from the end of the document, as far as truncation leaves it; an `end` of 0 is that end.
     """
 
     start: int = 0
@@ -53,18 +53,18 @@ class TokenWindow:
 
     @property
     def is_all(self) -> bool:
-        """True when it leaves nothing out."""
+        """True if the window leaves out no position."""
         return self.start == self.end == 0
 
     def bounds(self, n_positions: int) -> tuple[int, int]:
-        """Returns its first position in a stream of so many, and one past its last; beyond the stream's ends or not."""
+        """Returns the first position and one past the last among `n_positions`; either may lie outside of them."""
         start = self.start + n_positions if self.start < 0 else self.start
         return start, self.end + n_positions if self.end <= 0 else self.end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Checked when made: raises FieldInvalid naming `spec.recipe.<field>` and what it may be."""
+    """A checked recipe; raises FieldInvalid naming `spec.recipe.<field>` and its allowed values."""
 
     context_size: int = 256
     packing: str = PACKED  # PACKED or ONE_DOCUMENT
@@ -75,7 +75,7 @@ class Recipe:
     drop_first_positions: int = 0  # of each document piece
     batch_size: int = 4  # sequences
     storage_dtype: str = "float32"
-    long_documents: str = ""  # SPLIT or TRUNCATE; empty becomes what the packing does by default
+    long_documents: str = ""  # SPLIT or TRUNCATE; empty becomes the default of the packing
     window: TokenWindow | None = None  # positions of each document that become rows; None: all
     chat_template: bool = False
 
@@ -95,7 +95,7 @@ class Recipe:
             _check_choice(name, getattr(self, name), (False, True))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as a JSON object; see the module's docstring for what is left out."""
+        """Returns the recipe as a JSON object, with the omissions that the module's docstring explains."""
         value = asdict(self)
         if self.long_documents == _LONG_DOCUMENTS[self.packing]:
             del value["long_documents"]
@@ -106,7 +106,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
-        """Reads what `to_json` wrote; a missing field takes its default, an unknown one is refused."""
+        """Inverse of `to_json`; a missing field takes its default, an unknown one is refused."""
         unknown = sorted(set(value) - {field.name for field in fields(cls)})
         if unknown:
             raise _invalid(unknown[0], "is no field of a recipe; leave it out")

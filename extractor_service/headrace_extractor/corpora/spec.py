@@ -1,4 +1,4 @@
-"""What a corpus is called, how its file is read, and what came of it."""
+"""The request to ingest a corpus, and the ingested corpus, as values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class CorpusFormat(StrEnum):
-    """How a file is cut into documents."""
+    """The format of a file, which decides how it is cut into documents."""
 
     TXT = "txt"
     JSONL = "jsonl"
@@ -25,7 +25,7 @@ class CorpusFormat(StrEnum):
 
 
 class DocumentKind(StrEnum):
-    """What documents are."""
+    """The kind of a corpus's documents; all documents of a corpus are of one kind."""
 
     TEXT = "text"
     TOKEN_IDS = "tokens"  # noqa: S105
@@ -33,14 +33,14 @@ class DocumentKind(StrEnum):
 
     @classmethod
     def of(cls, *, tokenized: bool, chat: bool) -> DocumentKind:
-        """Returns the kind that two flags say."""
+        """Returns the kind that the two flags describe; `tokenized` wins."""
         if tokenized:
             return cls.TOKEN_IDS
         return cls.CHAT if chat else cls.TEXT
 
 
 class TextSplit(StrEnum):
-    """Where a text file is cut."""
+    """The places where a text file is cut into documents."""
 
     BLANK_LINES = "blank_lines"
     LINES = "lines"
@@ -56,13 +56,13 @@ _BY_ENDING: Mapping[str, CorpusFormat] = {
     ".parquet": CorpusFormat.PARQUET,
     ".npy": CorpusFormat.TOKEN_IDS,
 }
-# Only these can hold lists of messages.
+# Only these formats can hold lists of messages.
 _CHAT_FORMATS = (CorpusFormat.JSONL, CorpusFormat.PARQUET)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSpec:
-    """Checked when made: raises FieldInvalid naming `spec.<field>`. Without a `format`, the file's ending decides."""
+    """A checked request; raises FieldInvalid naming `spec.<field>`. Without a `format`, the file's ending decides."""
 
     id: str
     format: CorpusFormat | None = None
@@ -79,8 +79,16 @@ class CorpusSpec:
             )
 
     def file_format(self, file_name: str = "") -> CorpusFormat:
-        """Returns the format to read by; raises FieldInvalid when neither format nor file name tells."""
-        found = self.format or self._format_by_ending(self.file_name or file_name)
+        """Returns the format of the file; raises FieldInvalid if neither `format` nor the file name tells it."""
+        name = self.file_name or file_name
+        by_ending = (known for ending, known in _BY_ENDING.items() if name.lower().endswith(ending))
+        found = self.format or next(by_ending, None)
+        if found is None:
+            raise FieldInvalid(
+                f"The file name {name[:255]!r} ends in none of {', '.join(_BY_ENDING)}; set spec.format (and unpack the"
+                " file if it is compressed).",
+                field="spec.format",
+            )
         if self.chat and found not in _CHAT_FORMATS:
             raise FieldInvalid(
                 f"Conversations can't be read from {found} files; write them as JSON lines or Parquet.",
@@ -89,25 +97,14 @@ class CorpusSpec:
         return found
 
     def kind(self, file_name: str = "") -> DocumentKind:
-        """Returns what the documents of the file are; raises as `file_format` does."""
+        """Returns the kind of the file's documents; raises the errors of `file_format`."""
         tokenized = self.file_format(file_name) == CorpusFormat.TOKEN_IDS
         return DocumentKind.of(tokenized=tokenized, chat=self.chat)
-
-    @staticmethod
-    def _format_by_ending(name: str) -> CorpusFormat:
-        for ending, known in _BY_ENDING.items():
-            if name.lower().endswith(ending):
-                return known
-        raise FieldInvalid(
-            f"The file name {name[:255]!r} ends in none of {', '.join(_BY_ENDING)}; set spec.format (and unpack the"
-            " file if it is compressed).",
-            field="spec.format",
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """An ingested corpus. The digest is over its documents: it does not depend on the format they came in."""
+    """An ingested corpus. The digest is over its documents: it does not depend on the format of their file."""
 
     id: str
     digest: str  # sha256, hex
@@ -120,11 +117,11 @@ class Corpus:
 
     @property
     def kind(self) -> DocumentKind:
-        """What its documents are."""
+        """The kind of all its documents."""
         return DocumentKind.of(tokenized=self.tokenized, chat=self.chat)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as a JSON object; versions before there were conversations read those without."""
+        """Returns the corpus as a JSON object; `chat` only if true, so that versions without it can read all others."""
         value = asdict(self)
         if not self.chat:
             del value["chat"]
@@ -132,17 +129,17 @@ class Corpus:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Corpus:
-        """Reads what `to_json` wrote; raises TypeError on anything else."""
+        """Inverse of `to_json`; raises TypeError on missing and unknown fields."""
         return cls(**value)
 
 
 def is_id(text: str) -> bool:
-    """Tells whether it is a corpus id."""
+    """Returns whether a text has the form of a corpus id."""
     return _ID.fullmatch(text) is not None
 
 
 def check_id(corpus_id: str) -> None:
-    """Raises FieldInvalid unless it is a corpus id: lower-case letters, digits and hyphens, at most 63."""
+    """Raises FieldInvalid unless a corpus id is 1 to 63 lower-case letters, digits and hyphens, a letter first."""
     if not is_id(corpus_id):
         raise FieldInvalid(
             f"The corpus id {corpus_id[:64]!r} must match ^{_ID.pattern}$: lower-case letters, digits and hyphens, a"

@@ -1,8 +1,8 @@
 """The corpora of a node: ingest, read, list, delete.
 
-A corpus is a folder `<root>/<id>` that appears whole, by a rename, and never changes. What an interrupted ingest leaves
-has a name that starts with a dot and is removed when the store is opened; one process owns a root. All methods block
-and may be called from several threads.
+A corpus is a folder `<root>/<id>` that appears whole, by a rename, and never changes. Unfinished work has a name that
+starts with a dot; an interrupted ingest leaves such files, and the next start removes them. One process owns a root.
+All methods block and may be called from several threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_PAGE_SIZE = 1000
 
 
 class CorpusStore:
-    """Keeps corpora under `root`, at most `max_bytes` of them; files may be read from under `allowed_roots`."""
+    """Keeps corpora of at most `max_bytes` under `root`; reads files of this machine only below `allowed_roots`."""
 
     def __init__(
         self,
@@ -58,16 +58,29 @@ class CorpusStore:
         self._corpora: dict[str, Corpus] = {}
         self._damaged: dict[str, DigestMismatch] = {}
         self._root.mkdir(parents=True, exist_ok=True)
-        self._scan()
+        for entry in sorted(self._root.iterdir()):
+            if entry.name.startswith("."):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            elif entry.is_dir() and is_id(entry.name):  # The root of a file system has a lost+found.
+                try:
+                    corpus = read_corpus(entry)
+                    check_files(entry, corpus)
+                except DigestMismatch as exc:
+                    self._damaged[entry.name] = exc
+                else:
+                    self._corpora[entry.name] = corpus
         used = sum(_disk_bytes(corpus) for corpus in self._corpora.values())
         self._quota = Quota(self._root, limit_bytes=max_bytes, used_bytes=used)
 
     def close(self) -> None:
-        """Makes ingests that are under way end with ShuttingDown, within a MiB of work each."""
+        """Makes running ingests end with ShuttingDown, each within a MiB of work."""
         self._closed = True
 
     def get(self, corpus_id: str) -> Corpus:
-        """Returns a corpus; raises CorpusNotFound, or DigestMismatch for one whose files are damaged."""
+        """Returns a corpus; raises CorpusNotFound, or DigestMismatch if its files are damaged."""
         with self._lock:
             if corpus_id in self._damaged:
                 raise self._damaged[corpus_id]
@@ -79,15 +92,23 @@ class CorpusStore:
         """Returns a page of corpora ordered by id, and the token of the next page, empty at the end."""
         if page_size < 0:
             raise FieldInvalid("page_size must not be negative; 0 means 100.", field="page_size")
-        after = _from_token(page_token)
+        try:
+            after = base64.b64decode(page_token, altchars=b"-_", validate=True).decode()
+            if page_token:
+                check_id(after)
+        except (binascii.Error, ValueError, FieldInvalid) as exc:
+            raise FieldInvalid(
+                "page_token is none that this server gave out; start again without.", field="page_token"
+            ) from exc
         size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
         with self._lock:
             rest = sorted(corpus_id for corpus_id in self._corpora if corpus_id > after)
             page = [self._corpora[corpus_id] for corpus_id in rest[:size]]
-        return page, _to_token(page[-1].id) if len(rest) > size else ""
+        next_token = base64.urlsafe_b64encode(page[-1].id.encode()).decode() if len(rest) > size else ""
+        return page, next_token
 
     def delete(self, corpus_id: str, request_id: str = "") -> None:
-        """Removes a corpus; who has it open goes on reading. Raises CorpusNotFound, unless that request removed it."""
+        """Removes a corpus; open readers go on reading. Raises CorpusNotFound, unless this request has removed it."""
         trash = self._temporary("deleted")
         with self._lock:
             if self.deletions.recall(request_id) is not None:
@@ -108,18 +129,20 @@ class CorpusStore:
         return DocumentReader(self.path(corpus_id))
 
     def path(self, corpus_id: str) -> Path:
-        """Returns the folder of a corpus, for a runner to open; raises as `get` does."""
+        """Returns the folder of a corpus, for a runner to open; raises the errors of `get`."""
         return self._root / self.get(corpus_id).id
 
     def upload(self, spec: CorpusSpec) -> CorpusUpload:
         """Starts an upload in pieces, to be used in a `with` block."""
         spec.file_format()  # Better refused now than after the last piece.
         return CorpusUpload(
-            self._temporary("upload"), self._share(), lambda file: self.ingest(spec, file, origin=spec.file_name)
+            self._temporary("upload"),
+            Share(self._quota, self._check_open),
+            lambda file: self.ingest(spec, file, origin=spec.file_name),
         )
 
     def ingest(self, spec: CorpusSpec, file: BinaryIO, *, origin: str = "") -> Corpus:
-        """Ingests an open, seekable file. The same documents under the same id again answer with what is there.
+        """Ingests an open, seekable file; returns the existing corpus if the id holds the same documents already.
 
         Raises CorpusMalformed, CorpusEmpty, AlreadyExists (the id holds other documents), DiskFull.
         """
@@ -128,17 +151,27 @@ class CorpusStore:
     def ingest_path(self, spec: CorpusSpec, path: str) -> Corpus:
         """Ingests a file of this machine; raises PathNotAllowed unless it lies under an allowed root."""
         spec.file_format(path)
-        with _open_regular(self._allowed(path)) as file:
+        if not Path(path).is_absolute() or "\0" in path:
+            raise FieldInvalid(f"{path!r} is no absolute path.", field="path.path")
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(allowed) for allowed in self._allowed_roots):
+            roots = ", ".join(map(str, self._allowed_roots)) or "there are none"
+            raise PathNotAllowed(
+                f"{path} lies outside the corpus roots ({roots}); move the file there, or start the extractor with"
+                " --corpus-root for its folder.",
+                metadata={"path": path, "corpus_roots": roots},
+            )
+        with _open_regular(real) as file:
             return self.ingest(spec, file, origin=path)
 
     def ingest_tokens(self, corpus_id: str, documents: Iterable[Sequence[int]], *, origin: str = "token ids") -> Corpus:
-        """Ingests documents as token ids, which must be non-negative int32."""
+        """Ingests documents that are lists of token ids, which must be non-negative int32."""
         check_id(corpus_id)
         contents = (token_bytes(tokens, f"Document {i}", document=i) for i, tokens in enumerate(documents))
         return self.ingest_documents(corpus_id, contents, origin=origin, kind=DocumentKind.TOKEN_IDS)
 
     def ingest_mix(self, corpus_id: str, mix: Mix) -> Corpus:
-        """Ingests a mixture of corpora that are here; raises CorpusNotFound, CorpusMalformed for different kinds."""
+        """Ingests a mixture of this node's corpora; raises CorpusNotFound, CorpusMalformed for different kinds."""
         check_id(corpus_id)
         with ExitStack() as stack:
             readers = [stack.enter_context(self.open(part.corpus_id)) for part in mix.parts]
@@ -146,7 +179,7 @@ class CorpusStore:
             return self.ingest_documents(corpus_id, draw(mix, readers), origin=mix.origin, kind=readers[0].kind)
 
     def known(self, corpus_id: str, origin: str) -> Corpus | None:
-        """Returns the corpus if it is here and came from there."""
+        """Returns the corpus if this node has it and it comes from `origin`."""
         with self._lock:
             corpus = self._corpora.get(corpus_id)
         return corpus if corpus is not None and corpus.origin == origin else None
@@ -154,9 +187,12 @@ class CorpusStore:
     def ingest_documents(
         self, corpus_id: str, documents: Iterable[bytes], *, origin: str, kind: DocumentKind
     ) -> Corpus:
-        """Ingests documents that are as `DocumentWriter` wants them; raises as `ingest` does, and what they raise."""
+        """Ingests documents as bytes in the form that `DocumentWriter` stores.
+
+        Raises the errors of `ingest`, and those of the iterator.
+        """
         folder = self._temporary("ingest")
-        share = self._share()
+        share = Share(self._quota, self._check_open)
         tokenized, chat = kind == DocumentKind.TOKEN_IDS, kind == DocumentKind.CHAT
         try:
             with (
@@ -166,42 +202,24 @@ class CorpusStore:
                 for document in documents:
                     writer.add(document)
                 corpus = writer.finish(corpus_id=corpus_id, origin=origin, create_time=self._now())
-            return self._adopt(folder, corpus)
+            with self._lock:
+                existing = self._corpora.get(corpus_id)
+                if existing is not None and existing.digest == corpus.digest:
+                    return existing
+                if existing is not None or corpus_id in self._damaged:
+                    raise AlreadyExists(
+                        f"A corpus {corpus_id!r} with other documents exists; choose another id, or delete it first.",
+                        resource=("corpus", corpus_id),
+                    )
+                folder.rename(self._root / corpus_id)
+                sync_folder(self._root)
+                self._corpora[corpus_id] = corpus
+                # The bytes count already as this ingest's share, which is given back next.
+                self._quota.take(_disk_bytes(corpus), forced=True)
+                return corpus
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             share.give_back()
-
-    def _adopt(self, folder: Path, corpus: Corpus) -> Corpus:
-        with self._lock:
-            existing = self._corpora.get(corpus.id)
-            if existing is not None and existing.digest == corpus.digest:
-                return existing
-            if existing is not None or corpus.id in self._damaged:
-                raise AlreadyExists(
-                    f"A corpus {corpus.id!r} with other documents exists; choose another id, or delete it first.",
-                    resource=("corpus", corpus.id),
-                )
-            folder.rename(self._root / corpus.id)
-            sync_folder(self._root)
-            self._corpora[corpus.id] = corpus
-            self._quota.take(_disk_bytes(corpus), forced=True)
-            return corpus
-
-    def _allowed(self, path: str) -> Path:
-        if not Path(path).is_absolute() or "\0" in path:
-            raise FieldInvalid(f"{path!r} is no absolute path.", field="path.path")
-        real = Path(os.path.realpath(path))
-        if not any(real.is_relative_to(allowed) for allowed in self._allowed_roots):
-            allowed = ", ".join(map(str, self._allowed_roots)) or "there are none"
-            raise PathNotAllowed(
-                f"{path} lies outside the corpus roots ({allowed}); move the file there, or start the extractor with"
-                " --corpus-root for its folder.",
-                metadata={"path": path, "corpus_roots": allowed},
-            )
-        return real
-
-    def _share(self) -> Share:
-        return self._quota.share(self._check_open)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -210,26 +228,10 @@ class CorpusStore:
     def _temporary(self, purpose: str) -> Path:
         return self._root / f".{purpose}-{next(self._names)}"
 
-    def _scan(self) -> None:
-        for entry in sorted(self._root.iterdir()):
-            if entry.name.startswith("."):
-                _remove(entry)
-            elif entry.is_dir() and is_id(entry.name):  # the root of a file system has a lost+found
-                self._read(entry)
-
-    def _read(self, folder: Path) -> None:
-        try:
-            corpus = read_corpus(folder)
-            check_files(folder, corpus)
-        except DigestMismatch as exc:
-            self._damaged[folder.name] = exc
-        else:
-            self._corpora[folder.name] = corpus
-
 
 @contextmanager
 def _open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that is neither a link by now nor a device or pipe, on which reading would wait for ever."""
+    """Opens a regular file: reading a pipe could wait for ever, and a link put there since the check could lead out."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
@@ -245,32 +247,7 @@ def _disk_bytes(corpus: Corpus) -> int:
     return corpus.size_bytes + 8 * (corpus.n_documents + 1)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def _not_found(corpus_id: str) -> CorpusNotFound:
     return CorpusNotFound(
         f"No corpus {corpus_id[:255]!r} on this node; ListCorpora lists them.", resource=("corpus", corpus_id[:255])
     )
-
-
-def _to_token(corpus_id: str) -> str:
-    return base64.urlsafe_b64encode(corpus_id.encode()).decode()
-
-
-def _from_token(token: str) -> str:
-    """Returns the id to go on after."""
-    if not token:
-        return ""
-    try:
-        corpus_id = base64.b64decode(token, altchars=b"-_", validate=True).decode()
-        check_id(corpus_id)
-    except (binascii.Error, ValueError, FieldInvalid) as exc:
-        raise FieldInvalid(
-            "page_token is none that this server gave out; start again without.", field="page_token"
-        ) from exc
-    return corpus_id

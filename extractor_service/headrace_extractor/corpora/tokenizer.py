@@ -1,4 +1,4 @@
-"""A model's tokenizer, over the `tokenizers` library alone, and what its folder says about special tokens."""
+"""A model's tokenizer and its special tokens, read from the model's folder with the `tokenizers` library alone."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from headrace_extractor.errors import FieldInvalid, ModelUnsupported
 
 TOKENIZER = "tokenizer.json"
 MAX_TOKEN_ID = 2**31 - 1
-# The library takes about 500 bytes a token while it works, and for one text of this size more than twice the time of
-# many short ones. Longer texts are tokenized in slices, cut behind a line end where there is one.
+# The library takes about 500 bytes a token while it works, and for one text of this size more than twice the time that
+# it takes for many short texts. Longer texts are tokenized in slices, cut after a line end if possible.
 SLICE_CHARACTERS = 1024 * 1024
-# Parsing one takes a tenth of a second, as long as a batch or two; some tens of megabytes each.
+# Parsed tokenizers kept: parsing takes a tenth of a second, as long as a batch or two; each takes tens of megabytes.
 KEPT = 4
 
-# Each names token texts; the first that has the key decides, also when it says null.
+# Files that name special tokens by their text; the first that has the key decides, even if it says null.
 _TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-# Each names token ids, asked after those.
+# Files that name special tokens by their id; they count if none of the former has the key.
 _ID_FILES = ("config.json", "generation_config.json")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -33,9 +33,10 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 class Tokenizer:
     """Text to token ids and back. No special tokens are added; such tokens written out in a text are recognised.
 
-    A text of more than SLICE_CHARACTERS is tokenized in slices; at a cut its tokens may differ from those of the whole.
+    A text of more than SLICE_CHARACTERS is tokenized in slices: the tokens next to a cut may differ from those of the
+    whole text.
 
-    `vocab_size` is the model's (of config.json) where that is known, else the tokenizer's: token ids are below it.
+    `vocab_size` is the model's from config.json if known, else the tokenizer's: all token ids are below it.
     `digest` is the sha256 of tokenizer.json, hex.
     """
 
@@ -50,45 +51,71 @@ class Tokenizer:
 
     @classmethod
     def load(cls, files_path: Path | str, *, ids_only: bool = False) -> Tokenizer:
-        """Reads the tokenizer in a model's folder; raises ModelUnsupported when there is none.
+        """Reads the tokenizer in a model's folder; raises ModelUnsupported if the folder has none.
 
-        With `ids_only`, for corpora of token ids, a folder without one will do: special tokens and vocabulary size are
-        then those of config.json, and the digest is empty.
+        With `ids_only`, for corpora of token ids, the folder needs no tokenizer: special tokens and vocabulary size
+        then come from config.json, and the digest is empty.
         """
         folder = Path(files_path)
-        inner, digest = _read_tokenizer(folder, ids_only=ids_only)
+        path = folder / TOKENIZER
+        inner, digest = None, ""
+        try:
+            stat = path.stat()
+            inner, digest = _parsed(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            if not ids_only:
+                raise ModelUnsupported(
+                    f"{folder} has no {TOKENIZER}; open the model with transformers' AutoTokenizer and save_pretrained"
+                    " into the folder, or extract from a corpus of token ids."
+                ) from exc
         texts = [_read_json(folder / name) for name in _TEXT_FILES]
         configs = [_read_json(folder / name) for name in _ID_FILES]
-        vocab_size = _vocab_size(configs[0]) or (inner.get_vocab_size() if inner else MAX_TOKEN_ID + 1)
-        return cls(inner, special=_special(inner, texts, configs), vocab_size=vocab_size, digest=digest)
+        # The rows of the embedding; multimodal models nest their text model's config.
+        text_config = configs[0].get("text_config")
+        nested = text_config.get("vocab_size") if isinstance(text_config, dict) else None
+        vocab_size = configs[0].get("vocab_size", nested)
+        if not isinstance(vocab_size, int) or vocab_size <= 0:
+            vocab_size = inner.get_vocab_size() if inner else MAX_TOKEN_ID + 1
+        named = {name: _named_id(name, inner, texts, configs) for name in _NAMED}
+        added = inner.get_added_tokens_decoder().items() if inner else ()
+        ids = {token for token in named.values() if token is not None}
+        ids |= {token for token, info in added if info.special}
+        special = SpecialTokens(bos_id=named["bos_token"], eos_id=named["eos_token"], ids=frozenset(ids))
+        return cls(inner, special=special, vocab_size=vocab_size, digest=digest)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
-        """Returns each text's own token ids; raises ModelUnsupported when the model's folder has no tokenizer."""
+        """Returns each text's own token ids; raises ModelUnsupported if the model's folder has no tokenizer."""
         if self._inner is None:
             raise ModelUnsupported(f"The model has no {TOKENIZER}, so only corpora of token ids can be used with it.")
-        if any(len(text) > SLICE_CHARACTERS for text in texts):
-            return [self._encode_slices(self._inner, text) for text in texts]
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def _encode_slices(self, inner: tokenizers.Tokenizer, text: str) -> Int32Array:
-        parts = [
-            np.array(inner.encode_batch_fast([piece], add_special_tokens=False)[0].ids, dtype=np.int32)
-            for piece in _slices(text)
-        ]
-        return np.concatenate(parts)
+        if all(len(text) <= SLICE_CHARACTERS for text in texts):
+            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        encoded = []
+        for text in texts:
+            parts = [
+                np.array(self._inner.encode_batch_fast([part], add_special_tokens=False)[0].ids, dtype=np.int32)
+                for part in _slices(text)
+            ]
+            encoded.append(np.concatenate(parts))
+        return encoded
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """Returns the text of each token by itself, as it reads in the middle of a text.
 
-        Bytes that are no whole character show as U+FFFD, ids that the tokenizer does not know as nothing.
+        Bytes that are no whole character become U+FFFD, and ids that the tokenizer does not know the empty text.
         """
         if self._inner is None:
             raise ModelUnsupported(f"The model has no {TOKENIZER}, so its token ids have no text.")
         if any(not 0 <= token <= MAX_TOKEN_ID for token in token_ids):
             raise FieldInvalid("A token id is negative or beyond int32.", field="token_ids")
         if self._anchor is None:
-            self._anchor = _find_anchor(self._inner)
+            # Every token is decoded after another one, since decoders drop the space of a first token.
+            self._anchor = [], ""
+            for text in ("a", "e", "0", "."):
+                token = self._inner.token_to_id(text)
+                if token is not None and self._inner.decode([token]) == text:
+                    self._anchor = [token], text
+                    break
         before, text_before = self._anchor
         distinct = sorted(set(token_ids))
         texts = self._inner.decode_batch([[*before, token] for token in distinct], skip_special_tokens=False)
@@ -96,23 +123,9 @@ class Tokenizer:
         return [by_id[token] for token in token_ids]
 
 
-def _read_tokenizer(folder: Path, *, ids_only: bool) -> tuple[tokenizers.Tokenizer | None, str]:
-    path = folder / TOKENIZER
-    try:
-        stat = path.stat()
-        return _parsed(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        if ids_only:
-            return None, ""
-        raise ModelUnsupported(
-            f"{folder} has no {TOKENIZER}; open the model with transformers' AutoTokenizer and save_pretrained into the"
-            " folder, or extract from a corpus of token ids."
-        ) from exc
-
-
 @lru_cache(maxsize=KEPT)
 def _parsed(path: Path, *_of: int) -> tuple[tokenizers.Tokenizer, str]:
-    """Reads the file, which is another one when what follows its path is other."""
+    """Parses a tokenizer file, once for each version of it, which inode, mtime and size identify."""
     data = path.read_bytes()
     try:
         inner = tokenizers.Tokenizer.from_buffer(data)
@@ -133,23 +146,6 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ModelUnsupported(f"{path} holds no JSON object.")
     return value
-
-
-def _vocab_size(config: Mapping[str, Any]) -> int:
-    """Returns rows of the embedding, 0 when unknown; multimodal models nest their text model's config."""
-    text_config = config.get("text_config")
-    nested = text_config.get("vocab_size") if isinstance(text_config, dict) else None
-    size = config.get("vocab_size", nested)
-    return size if isinstance(size, int) and size > 0 else 0
-
-
-def _special(
-    inner: tokenizers.Tokenizer | None, texts: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]
-) -> SpecialTokens:
-    named = {name: _named_id(name, inner, texts, configs) for name in _NAMED}
-    added = inner.get_added_tokens_decoder().items() if inner else ()
-    ids = {token for token in named.values() if token is not None} | {token for token, info in added if info.special}
-    return SpecialTokens(bos_id=named["bos_token"], eos_id=named["eos_token"], ids=frozenset(ids))
 
 
 def _named_id(
@@ -176,19 +172,10 @@ def _named_id(
 def _slices(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > SLICE_CHARACTERS:
-        # Behind a line end or before a space is where pre-tokenizers cut anyway.
+        # After a line end or before a space, where pre-tokenizers cut anyway.
         end = start + SLICE_CHARACTERS
         cut = text.rfind("\n", start, end) + 1 or text.rfind(" ", start + 1, end)
         cut = cut if cut > start else end
         yield text[start:cut]
         start = cut
     yield text[start:]
-
-
-def _find_anchor(inner: tokenizers.Tokenizer) -> tuple[list[int], str]:
-    """Returns a token to decode others behind, and its text: decoders drop the space of a first token."""
-    for text in ("a", "e", "0", "."):
-        token = inner.token_to_id(text)
-        if token is not None and inner.decode([token]) == text:
-            return [token], text
-    return [], ""

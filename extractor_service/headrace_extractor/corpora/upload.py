@@ -1,4 +1,4 @@
-"""A corpus that arrives in pieces."""
+"""A corpus that is uploaded in pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace_extractor.corpora.writer import disk_errors
 
 
 class CorpusUpload:
-    """Spools to a temporary file and ingests it at `finish`; leaving the `with` block without that keeps nothing.
+    """Spools to a temporary file and ingests it at `finish`; a `with` block left without `finish` keeps nothing.
 
     Methods block; call them one at a time, from any thread.
     """
@@ -32,7 +32,7 @@ class CorpusUpload:
             self._file.write(content)
 
     def finish(self) -> Corpus:
-        """Parses what was written and returns the corpus; raises as `CorpusStore.ingest` does."""
+        """Parses the file and returns the corpus; raises the errors of `CorpusStore.ingest`."""
         with disk_errors(self._spool.parent):
             self._file.flush()
         self._file.seek(0)
@@ -48,6 +48,6 @@ class CorpusUpload:
         self._share.give_back()
         try:
             self._file.close()
-        except OSError:  # The disk is full and the rest of a file that is gone can't be written.
+        except OSError:  # The disk is full: closing can't write the rest of the file, which is deleted anyway.
             if kind is None:
                 raise

@@ -1,12 +1,12 @@
-"""Writes a corpus folder, a document at a time, in bounded memory.
+"""Writes the folder of a corpus, a document at a time, in bounded memory.
 
     documents.bin   the documents one after another: UTF-8 text, token ids as little-endian int32, or conversations as
                     JSON lists of messages
-    offsets.npy     int64, one more than documents: where each begins, and the end
+    offsets.npy     int64, one more than documents: the offset at which each begins, and the end of the last
     corpus.json     `Corpus` and the version of this format
 
-The digest is SHA-256 over a line that says the `DocumentKind`, then per document its bytes as a little-endian uint64
-and its content. `corpus.json` is written last, and the whole folder is under a temporary name until then.
+The digest is SHA-256 over a line with the `DocumentKind`, then for each document its size in bytes as a little-endian
+uint64 and its content. `corpus.json` is written last, and the whole folder is under a temporary name until then.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MAX_DOCUMENTS = 2**31 - 1  # The log's `document` column is int32.
 
 _BUFFER_BYTES = 1024 * 1024
 _LENGTH = struct.Struct("<Q")
-_NPY_HEADER_BYTES = 128  # numpy's own size for such a header; fixed, because the count is known only at the end
+_NPY_HEADER_BYTES = 128  # numpy's own size for such a header; fixed, because the count is only known at the end
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DocumentWriter:
-    """Fills `folder`, which it makes. `take` is called with every number of bytes before they are written."""
+    """Makes `folder` and fills it. Calls `take` with the number of bytes before each write."""
 
     def __init__(self, folder: Path, *, tokenized: bool, chat: bool = False, take: Callable[[int], None]) -> None:
         folder.mkdir()
@@ -57,7 +57,7 @@ class DocumentWriter:
         self._offsets_file.write(bytes(_NPY_HEADER_BYTES))
 
     def add(self, document: bytes) -> None:
-        """Appends a document, as the kind of the corpus wants it."""
+        """Appends a document in the form of the corpus's kind (see the module)."""
         self._hash.update(_LENGTH.pack(len(document)))
         self._hash.update(document)
         self._buffer += document
@@ -68,15 +68,18 @@ class DocumentWriter:
             self._flush()
 
     def finish(self, *, corpus_id: str, origin: str, create_time: float) -> Corpus:
-        """Makes the folder complete and durable; raises CorpusEmpty when no document has content."""
+        """Completes the folder and makes it durable; raises CorpusEmpty if no document has content."""
         if self._size == 0:
             raise CorpusEmpty(
                 f"The corpus {corpus_id!r} holds no document with content; check the file and its format.",
                 resource=("corpus", corpus_id),
             )
         self._flush()
+        # The header of a one-dimensional int64 array in numpy's format 1.0, padded to its fixed size.
+        fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({self._n_documents + 1},), }}"
+        header = fields.encode().ljust(_NPY_HEADER_BYTES - 11) + b"\n"
         self._offsets_file.seek(0)
-        self._offsets_file.write(_npy_header(self._n_documents + 1))
+        self._offsets_file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
         for file in (self._documents_file, self._offsets_file):
             file.flush()
             os.fsync(file.fileno())
@@ -90,7 +93,10 @@ class DocumentWriter:
             create_time=create_time,
             chat=self._kind == DocumentKind.CHAT,
         )
-        self._write_json(corpus)
+        with (self._folder / CORPUS).open("x", encoding="utf-8") as json_file:
+            json.dump({"format": FORMAT, **corpus.to_json()}, json_file, indent=1)
+            json_file.flush()
+            os.fsync(json_file.fileno())
         sync_folder(self._folder)
         return corpus
 
@@ -105,19 +111,13 @@ class DocumentWriter:
         self._buffer = bytearray()
         self._offsets = array("q")
 
-    def _write_json(self, corpus: Corpus) -> None:
-        with (self._folder / CORPUS).open("x", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **corpus.to_json()}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After a full disk the buffered rest can't be written either; closing must not hide the first error.
+        # After a full disk the buffered rest can't be written either; this error must not hide the first one.
         for file in (self._documents_file, self._offsets_file):
             try:
                 file.close()
@@ -127,7 +127,7 @@ class DocumentWriter:
 
 
 def digest_of(kind: DocumentKind) -> hashlib._Hash:
-    """Starts the digest of a corpus."""
+    """Returns the digest of a corpus before its first document."""
     return hashlib.sha256(f"headrace corpus 1 {kind}\n".encode())
 
 
@@ -147,16 +147,9 @@ def disk_errors(folder: Path, wanted_bytes: Callable[[], int] = lambda: 1) -> It
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes new and renamed entries of a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _npy_header(n_items: int) -> bytes:
-    """Returns the header of a one-dimensional int64 array in numpy's format 1.0, padded to its fixed size."""
-    fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({n_items},), }}"
-    body = fields.encode().ljust(_NPY_HEADER_BYTES - 11) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(body)) + body

@@ -1,14 +1,14 @@
-"""Reads token ids from NumPy's `.npy` files: a document is a row, or the whole of an array of one dimension.
+"""Reads token ids from NumPy's `.npy` files: each row is a document; an array of one dimension is a single document.
 
-The file is read once and forwards, a MiB at a time. It is not mapped: a file that somebody shortens meanwhile would
-end the process.
+The file is read once and forwards, a MiB at a time. It is not mapped: another process may shorten the file meanwhile,
+and reading a mapping beyond the end of its file ends the process.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,36 +21,31 @@ _BLOCK_BYTES = 1024 * 1024
 _MAX_HEADER_BYTES = 64 * 1024
 
 
-class _Header(NamedTuple):
-    n_rows: int
-    row_length: int
-    dtype: np.dtype[Any]
-
-
 def parse_npy(file: BinaryIO) -> Iterator[bytes]:
-    """Yields documents as little-endian int32; raises CorpusMalformed with `document` where it is in one."""
-    header = _read_header(file)
-    if header.row_length * 4 > contents.MAX_DOCUMENT_BYTES:
+    """Yields documents as little-endian int32; raises CorpusMalformed, with `document` if the error is in one."""
+    n_rows, row_length, dtype = _read_header(file)
+    if row_length * 4 > contents.MAX_DOCUMENT_BYTES:
         raise too_large("A row of the array", document=0)
-    row_bytes = header.row_length * header.dtype.itemsize
+    row_bytes = row_length * dtype.itemsize
     if not row_bytes:
         return
     rows_at_once = max(1, _BLOCK_BYTES // row_bytes)
-    for first in range(0, header.n_rows, rows_at_once):
-        n_rows = min(rows_at_once, header.n_rows - first)
-        data = file.read(n_rows * row_bytes)
-        if len(data) < n_rows * row_bytes:
-            raise malformed(
-                f"The file ends within row {first + len(data) // row_bytes} of {header.n_rows}; copy it again."
-            )
-        block = np.frombuffer(data, dtype=header.dtype).reshape(n_rows, header.row_length)
-        _check(block, first)
-        little = block.astype("<i4")
-        for row in little:
+    for first in range(0, n_rows, rows_at_once):
+        n_wanted = min(rows_at_once, n_rows - first)
+        data = file.read(n_wanted * row_bytes)
+        if len(data) < n_wanted * row_bytes:
+            raise malformed(f"The file ends within row {first + len(data) // row_bytes} of {n_rows}; copy it again.")
+        block = np.frombuffer(data, dtype=dtype).reshape(n_wanted, row_length)
+        if block.size and (int(block.min()) < 0 or int(block.max()) >= TOKEN_LIMIT):
+            wrong = ((block < 0) | (block >= TOKEN_LIMIT)).any(axis=1)
+            document = first + int(np.flatnonzero(wrong)[0])
+            raise beyond_int32(f"Row {document}, counted from 0,", document=document)
+        for row in block.astype("<i4"):
             yield row.tobytes()
 
 
-def _read_header(file: BinaryIO) -> _Header:
+def _read_header(file: BinaryIO) -> tuple[int, int, np.dtype[Any]]:
+    """Returns the number of rows, their length and the type of their items."""
     try:
         major, _ = npy.read_magic(file)
         read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
@@ -66,11 +61,4 @@ def _read_header(file: BinaryIO) -> _Header:
     if math.prod(shape) >= 2**62:
         raise malformed(f"No file holds an array of shape {shape}.", shape=shape)
     n_rows, row_length = shape if len(shape) == 2 else (1, shape[0])
-    return _Header(n_rows, row_length, dtype)
-
-
-def _check(block: np.ndarray[Any, Any], first: int) -> None:
-    if block.size and (int(block.min()) < 0 or int(block.max()) >= TOKEN_LIMIT):
-        wrong = ((block < 0) | (block >= TOKEN_LIMIT)).any(axis=1)
-        document = first + int(np.flatnonzero(wrong)[0])
-        raise beyond_int32(f"Row {document}, counted from 0,", document=document)
+    return n_rows, row_length, dtype

@@ -1,6 +1,6 @@
-"""Values as parsers find them, as the bytes of documents: texts, conversations, token ids.
+"""Turns the values that parsers find into the bytes of documents: texts, conversations, token ids.
 
-Each function takes a value, the column it is from, and its place, and raises CorpusMalformed that names the place.
+Each function takes a value with its column and its place, and raises a CorpusMalformed that names the place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from headrace_extractor.errors import CorpusMalformed
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 MAX_COLUMNS_NAMED = 20  # in messages
 TOKEN_LIMIT = 2**31
+_MESSAGE_KEYS = ("role", "content")
 
 # `line` and its number from 1, or `row` and its number from 0. A plain tuple: every document has one.
 Place: TypeAlias = tuple[str, int]
@@ -33,21 +34,32 @@ def content_of(kind: DocumentKind) -> Content:
 
 
 def text_content(value: Any, column: str, place: Place) -> bytes:
-    """A string as UTF-8."""
+    """Returns a string as UTF-8."""
     if isinstance(value, str):
         return _encoded(value, column, place)
     raise malformed(f"{spell(place)} holds a {json_type(value)} under {column!r}; the text must be a string.", place)
 
 
 def chat_content(value: Any, column: str, place: Place) -> bytes:
-    """A list of messages as JSON in one spelling; nothing for an empty list."""
+    """Returns a list of messages as JSON, always spelled the same; no bytes for an empty list."""
     if not isinstance(value, list):
         raise malformed(
             f"{spell(place)} holds a {json_type(value)} under {column!r}; a conversation is a list of messages"
             " with `role` and `content`.",
             place,
         )
-    messages = [_message(message, column, place) for message in value]
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in _MESSAGE_KEYS):
+            raise malformed(
+                f"{spell(place)} has a message under {column!r} without a string for each of `role` and `content`; add"
+                " them.",
+                place,
+            )
+        others = {key: message[key] for key in sorted(message) if key not in _MESSAGE_KEYS}
+        # Parquet has a null for every key that a message lacks.
+        named = {key: other for key, other in others.items() if other is not None}
+        messages.append({"role": message["role"], "content": message["content"], **named})
     if not messages:
         return b""
     try:
@@ -58,7 +70,7 @@ def chat_content(value: Any, column: str, place: Place) -> bytes:
 
 
 def token_content(value: Any, column: str, place: Place) -> bytes:
-    """A list of token ids as little-endian int32."""
+    """Returns a list of token ids as little-endian int32."""
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         what = "list with other things than integers" if isinstance(value, list) else json_type(value)
         raise malformed(f"{spell(place)} holds a {what} under {column!r}; token ids are a list of integers.", place)
@@ -66,7 +78,7 @@ def token_content(value: Any, column: str, place: Place) -> bytes:
 
 
 def token_bytes(tokens: Sequence[int], where: str, **metadata: int) -> bytes:
-    """Token ids as little-endian int32; raises CorpusMalformed unless they are non-negative int32."""
+    """Returns token ids as little-endian int32; raises CorpusMalformed unless they are non-negative int32."""
     if len(tokens) * 4 > MAX_DOCUMENT_BYTES:
         raise too_large(where, **metadata)
     if any(not 0 <= token < TOKEN_LIMIT for token in tokens):
@@ -74,20 +86,32 @@ def token_bytes(tokens: Sequence[int], where: str, **metadata: int) -> bytes:
     return np.array(tokens, dtype="<i4").tobytes()
 
 
+def value_at(record: Mapping[str, Any], column: str, place: Place) -> Any:
+    """Returns the value of a column; `a.b` is the field `b` of the column `a` unless a column has that whole name."""
+    if column in record:
+        return record[column]
+    value: Any = record
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise missing_column(column, record, spell(place), **dict([place]))
+        value = value[name]
+    return value
+
+
 def spell(place: Place) -> str:
-    """Returns a place as it begins a sentence."""
+    """Returns a place in words, as the beginning of a sentence."""
     kind, number = place
     return f"Line {number}" if kind == "line" else f"Row {number}, counted from 0,"
 
 
 def malformed(message: str, place: Place | None = None, /, **metadata: object) -> CorpusMalformed:
-    """Returns the error with its figures."""
+    """Returns the error, with the place and `metadata` as its metadata."""
     figures = {**dict([place] if place else []), **metadata}
     return CorpusMalformed(message, metadata={name: str(value) for name, value in figures.items()})
 
 
 def missing_column(column: str, available: Iterable[object], where: str, **metadata: object) -> CorpusMalformed:
-    """Returns the error for a text column that isn't there, which names those that are."""
+    """Returns the error for a column that does not exist, with the names of the existing columns."""
     names = [str(name)[:100] for name in available]
     listed = ", ".join(names[:MAX_COLUMNS_NAMED]) or "none"
     if len(names) > MAX_COLUMNS_NAMED:
@@ -107,27 +131,14 @@ def too_large(where: str, **metadata: object) -> CorpusMalformed:
 
 
 def beyond_int32(where: str, **metadata: object) -> CorpusMalformed:
-    """Returns the error for a token id that is none."""
+    """Returns the error for a token id out of range."""
     return malformed(f"{where} holds a token id that is negative or beyond int32.", **metadata)
-
-
-def _message(message: Any, column: str, place: Place) -> dict[str, Any]:
-    """One message: role and content first, then what else it has, less nulls, which Parquet puts for missing keys."""
-    if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise malformed(
-            f"{spell(place)} has a message under {column!r} without a string for each of `role` and `content`; add"
-            " them.",
-            place,
-        )
-    others = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
-    named = {key: value for key, value in others.items() if value is not None}
-    return {"role": message["role"], "content": message["content"], **named}
 
 
 def _encoded(text: str, column: str, place: Place) -> bytes:
     try:
         data = text.encode()
-    except UnicodeEncodeError as exc:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as exc:  # JSON can spell half of a surrogate pair.
         raise malformed(
             f"{spell(place)} holds a lone surrogate in {column!r}, which is no character; repair the file.", place
         ) from exc
@@ -137,6 +148,6 @@ def _encoded(text: str, column: str, place: Place) -> bytes:
 
 
 def json_type(value: object) -> str:
-    """Returns what JSON calls the type of a value."""
+    """Returns JSON's name for the type of a value."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

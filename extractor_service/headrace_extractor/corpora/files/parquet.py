@@ -22,23 +22,29 @@ from headrace_extractor.corpora.files.contents import (
 )
 from headrace_extractor.corpora.spec import DocumentKind
 
-_BATCH_BYTES = 8 * 1024 * 1024  # Aimed at: a row group may be gigabytes.
+_BATCH_BYTES = 8 * 1024 * 1024  # The aim for a batch of rows: a whole row group may be gigabytes.
 _MAX_BATCH_ROWS = 4096
 
-# The values of a batch, the number of its first row, and the column's name, to documents.
+# Yields documents from the values of a batch, the number of its first row, and the column's name.
 _Read: TypeAlias = Callable[[Any, int, str], Iterator[bytes]]
 
 
 def parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[bytes]:
     """Yields the documents of one column; raises CorpusMalformed with `row` counted from 0.
 
-    A name with dots that no column has leads into structs: `a.b` is the field `b` of the column `a`.
+    `a.b` is the field `b` of the struct column `a`, unless a column has that whole name.
     """
     with _arrow_errors():
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1024 * 1024)
-    path = _path_to(parquet.schema_arrow, column)
+    schema = parquet.schema_arrow
+    path = [column] if column in schema.names else column.split(".")
+    if schema.names.count(column) > 1:
+        raise malformed(f"The file has more than one column {column!r}; rename one.")
+    found = _type_at(schema, path)
+    if found is None:
+        raise missing_column(column, schema.names, "The file")
     read = _READS[kind]
-    _check_type(_type_at(parquet.schema_arrow, path), column, kind)
+    _check_type(found, column, kind)
     row = 0
     for group in range(parquet.num_row_groups):
         for values in _batches(parquet, group, path):
@@ -55,31 +61,18 @@ def _batches(parquet: Any, group: int, path: Sequence[str]) -> Iterator[Any]:
     while True:
         with _arrow_errors():
             batch = next(batches, None)
-            values = None if batch is None else _field(batch.column(0), path[1:])
-        if values is None:
-            return
+            if batch is None:
+                return
+            values = batch.column(0)
+            for name in path[1:]:
+                values = pc.struct_field(values, [name])
+            if pa.types.is_dictionary(values.type):
+                values = values.dictionary_decode()
         yield values
 
 
-def _field(values: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        values = pc.struct_field(values, [name])
-    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
-
-
-def _path_to(schema: Any, column: str) -> list[str]:
-    if column in schema.names:
-        if schema.names.count(column) > 1:
-            raise malformed(f"The file has more than one column {column!r}; rename one.")
-        return [column]
-    path = column.split(".")
-    if _type_at(schema, path) is None:
-        raise missing_column(column, schema.names, "The file")
-    return path
-
-
 def _type_at(schema: Any, path: Sequence[str]) -> Any:
-    """Returns the type of a column, or of a field within structs; None where there is none."""
+    """Returns the type of a column, or of a field within structs; None if the schema does not have it."""
     if schema.names.count(path[0]) != 1:
         return None
     found = schema.field(path[0]).type
@@ -106,53 +99,45 @@ def _check_type(found: Any, column: str, kind: DocumentKind) -> None:
 def _texts(values: Any, first: int, column: str) -> Iterator[bytes]:
     with _arrow_errors():
         values = values.cast(pa.large_binary())  # As binary, values come out as bytes and are checked below.
-    for i in range(len(values)):
-        yield _text_bytes(values[i], first + i, column)
+    for row, value in enumerate(values, first):
+        data: bytes | None = value.as_py()
+        if data is None:
+            raise _null(row, column, "the text must be a string")
+        if len(data) > contents.MAX_DOCUMENT_BYTES:
+            raise too_large(f"The text in row {row}, counted from 0,", row=row)
+        try:
+            data.decode()
+        except UnicodeDecodeError as exc:
+            raise malformed(
+                f"Row {row}, counted from 0, is not UTF-8 at byte {exc.start} of its text; repair the file.",
+                row=row,
+                byte=exc.start,
+            ) from exc
+        yield data
 
 
 def _chats(values: Any, first: int, column: str) -> Iterator[bytes]:
-    for i in range(len(values)):
+    for row, value in enumerate(values, first):
         with _arrow_errors():
-            messages = values[i].as_py()
+            messages = value.as_py()
         if messages is None:
-            raise _null(first + i, column, "a conversation is a list of messages")
-        yield chat_content(messages, column, ("row", first + i))
+            raise _null(row, column, "a conversation is a list of messages")
+        yield chat_content(messages, column, ("row", row))
 
 
 def _token_lists(values: Any, first: int, column: str) -> Iterator[bytes]:
-    for i in range(len(values)):
-        if not values[i].is_valid:
-            raise _null(first + i, column, "token ids are a list of integers")
-        tokens = values[i].values
-        if tokens.null_count:
-            raise _null(first + i, column, "each token id must be an integer")
-        yield _token_bytes(tokens.to_numpy(zero_copy_only=False), first + i)
-
-
-def _token_bytes(tokens: Any, row: int) -> bytes:
-    where = f"Row {row}, counted from 0,"
-    if tokens.size * 4 > contents.MAX_DOCUMENT_BYTES:
-        raise too_large(where, row=row)
-    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= TOKEN_LIMIT):
-        raise beyond_int32(where, row=row)
-    return bytes(tokens.astype(np.dtype("<i4")).tobytes())
-
-
-def _text_bytes(value: Any, row: int, column: str) -> bytes:
-    data: bytes | None = value.as_py()
-    if data is None:
-        raise _null(row, column, "the text must be a string")
-    if len(data) > contents.MAX_DOCUMENT_BYTES:
-        raise too_large(f"The text in row {row}, counted from 0,", row=row)
-    try:
-        data.decode()
-    except UnicodeDecodeError as exc:
-        raise malformed(
-            f"Row {row}, counted from 0, is not UTF-8 at byte {exc.start} of its text; repair the file.",
-            row=row,
-            byte=exc.start,
-        ) from exc
-    return data
+    for row, value in enumerate(values, first):
+        if not value.is_valid:
+            raise _null(row, column, "token ids are a list of integers")
+        if value.values.null_count:
+            raise _null(row, column, "each token id must be an integer")
+        tokens = value.values.to_numpy(zero_copy_only=False)
+        where = f"Row {row}, counted from 0,"
+        if tokens.size * 4 > contents.MAX_DOCUMENT_BYTES:
+            raise too_large(where, row=row)
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= TOKEN_LIMIT):
+            raise beyond_int32(where, row=row)
+        yield tokens.astype(np.dtype("<i4")).tobytes()
 
 
 def _null(row: int, column: str, rule: str) -> Exception:

@@ -1,9 +1,9 @@
-"""Cuts files into documents: UTF-8 text, JSON lines, CSV; Parquet is in `parquet`, arrays in `arrays`.
+"""Cuts UTF-8 text, JSON lines and CSV into documents; `parquet` and `arrays` cut the other formats.
 
-Every parser is a generator of documents as UTF-8 bytes, reads the file once and forwards (Parquet seeks), and holds one
-document at a time. What it can't read raises CorpusMalformed with `line` (counted from 1) and, for broken UTF-8, `byte`
+Every parser here is a generator of documents as UTF-8 bytes, reads the file once and forwards, and holds one document
+at a time. Input that it can't read raises CorpusMalformed with `line` (counted from 1) and, for broken UTF-8, `byte`
 (the offset in the file). Text is never altered inside a document; a line end next to a cut belongs to no document, and
-a byte order mark at the start of a file to no text.
+a byte order mark at the start of the file to no text.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from headrace_extractor.corpora.files.contents import (
     malformed,
     missing_column,
     too_large,
+    value_at,
 )
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, DocumentKind, TextSplit
 
-# A JSON line may hold the text in escapes, and other fields; beyond this it is no line but a file without line ends.
+# A JSON line may hold the text in escapes, and other fields. A longer line is most likely a file without line ends.
 MAX_LINE_BYTES = 2 * contents.MAX_DOCUMENT_BYTES
 _PARQUET_MAGIC = b"PAR1"
 _BOM = b"\xef\xbb\xbf"
 
 
 def parse(file: BinaryIO, spec: CorpusSpec, file_name: str = "") -> Iterator[bytes]:
-    """Yields the documents of an open file, in order; raises FieldInvalid when its format is unknown."""
+    """Yields the documents of an open file, in order; raises FieldInvalid if its format is unknown."""
     kind = spec.kind(file_name)
     content = content_of(kind)
     match spec.file_format(file_name):
@@ -49,6 +50,7 @@ def parse(file: BinaryIO, spec: CorpusSpec, file_name: str = "") -> Iterator[byt
 
 
 def _parse_token_ids(file: BinaryIO, column: str) -> Iterator[bytes]:
+    """Takes the format from the first bytes of the file: NumPy, Parquet, or else JSON lines."""
     magic = file.read(len(NPY_MAGIC))
     file.seek(0)
     if magic == NPY_MAGIC:
@@ -59,7 +61,7 @@ def _parse_token_ids(file: BinaryIO, column: str) -> Iterator[bytes]:
 
 
 def _parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[bytes]:
-    # pyarrow takes 40 MB and a fifth of a second, which only Parquet should cost.
+    # Imported here: pyarrow takes 40 MB and a fifth of a second, which no other format should cost.
     from headrace_extractor.corpora.files.parquet import parse_parquet  # noqa: PLC0415
 
     return parse_parquet(file, column, kind)
@@ -72,25 +74,44 @@ def parse_txt(file: BinaryIO, split: TextSplit) -> Iterator[bytes]:
 
 
 def parse_jsonl(file: BinaryIO, key: str, content: Content) -> Iterator[bytes]:
-    """Yields what is under `key` of every JSON object; blank lines are skipped.
+    """Yields the value under `key` of every JSON object; blank lines are skipped.
 
-    A key with dots that no object has leads into the objects within: `a.b` is `b` of `a`.
+    `a.b` is the value `b` of the object `a`, unless the object has that whole key.
     """
-    for line in _lines(file):
-        if line.content.isspace():
+    for number, line in _lines(file):
+        if line.isspace():
             continue
-        yield content(_field(_json_object(line), key, line.number), key, ("line", line.number))
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as exc:
+            raise malformed(
+                f"Line {number} is no JSON: {exc.msg} at column {exc.colno}; write one JSON object a line.",
+                line=number,
+                column=exc.colno,
+            ) from exc
+        except (RecursionError, ValueError) as exc:  # Nested too deep, or an integer of thousands of digits.
+            raise malformed(f"Line {number} can't be read as JSON: {exc}.", line=number) from exc
+        if not isinstance(record, dict):
+            raise malformed(
+                f"Line {number} holds a JSON {json_type(record)}; write one JSON object a line.", line=number
+            )
+        place = ("line", number)
+        yield content(value_at(record, key, place), key, place)
 
 
 def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
     """Yields the field under the header `column` of every record; empty lines are skipped."""
-    # The limit belongs to the whole process; every caller sets the same.
+    # The limit belongs to the whole process; every call sets the same.
     csv.field_size_limit(contents.MAX_DOCUMENT_BYTES)
     records = csv.reader((line.content.decode() for line in _lines(file)), strict=True)
     header = _next_record(records)
     if header is None:
         return
-    index = _column_index(header, column)
+    if column not in header:
+        raise missing_column(column, header, "The header line", line=1)
+    if header.count(column) > 1:
+        raise malformed(f"The header names the column {column!r} more than once; rename one.", line=1)
+    index = header.index(column)
     while True:
         number = records.line_num + 1
         record = _next_record(records)
@@ -113,7 +134,7 @@ class _Line(NamedTuple):
 
 
 class _Gathered:
-    """The bytes of one document as they come together."""
+    """Collects the bytes of one document, up to the limit."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -132,7 +153,7 @@ class _Gathered:
 
 
 def _lines(file: BinaryIO) -> Iterator[_Line]:
-    """Yields lines ended by a line feed alone: str.splitlines would cut at form feeds and more."""
+    """Yields lines, which end at a line feed only: str.splitlines would cut at form feeds and other characters too."""
     offset = number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -200,35 +221,6 @@ def _without_line_end(text: bytes) -> bytes:
     return text.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def _json_object(line: _Line) -> dict[str, Any]:
-    try:
-        value = json.loads(line.content)
-    except json.JSONDecodeError as exc:
-        raise malformed(
-            f"Line {line.number} is no JSON: {exc.msg} at column {exc.colno}; write one JSON object a line.",
-            line=line.number,
-            column=exc.colno,
-        ) from exc
-    except (RecursionError, ValueError) as exc:  # nested too deep; an integer of thousands of digits
-        raise malformed(f"Line {line.number} can't be read as JSON: {exc}.", line=line.number) from exc
-    if not isinstance(value, dict):
-        raise malformed(
-            f"Line {line.number} holds a JSON {json_type(value)}; write one JSON object a line.", line=line.number
-        )
-    return value
-
-
-def _field(record: dict[str, Any], key: str, number: int) -> Any:
-    if key in record:
-        return record[key]
-    value: Any = record
-    for name in key.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise missing_column(key, record, f"Line {number}", line=number)
-        value = value[name]
-    return value
-
-
 def _next_record(records: Any) -> list[str] | None:
     number = records.line_num + 1
     try:
@@ -236,11 +228,3 @@ def _next_record(records: Any) -> list[str] | None:
     except csv.Error as exc:
         raise malformed(f"The record that starts in line {number} is no CSV: {exc}.", line=number) from exc
     return record
-
-
-def _column_index(header: list[str], column: str) -> int:
-    if column not in header:
-        raise missing_column(column, header, "The header line", line=1)
-    if header.count(column) > 1:
-        raise malformed(f"The header names the column {column!r} more than once; rename one.", line=1)
-    return header.index(column)
