@@ -1,4 +1,4 @@
-"""A small hub of datasets on real HTTP: the part of the protocol that streaming uses, with faults to order."""
+"""A small hub of datasets on real HTTP: the part of the protocol that streaming uses, with faults on demand."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class DatasetHub:
     """One dataset, `owner/words`, on branch `main`, from the files of a folder."""
 
     folder: Path
-    token: str = ""  # When set, the repo is private to it.
+    token: str = ""  # When set, requests need this token.
     gated: bool = False
-    fail_status: int = 0  # While set, everything answers so.
-    n_cuts: int = 0  # So many bodies of files are cut in the middle.
+    fail_status: int = 0  # While set, every request is answered with it.
+    n_cuts: int = 0  # This many bodies of files are cut in the middle.
     stall: threading.Event = field(default_factory=threading.Event)  # While set, bodies stop in the middle.
     seen: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, authorization
     server: ThreadingHTTPServer | None = None

@@ -15,7 +15,7 @@ _BUFFER_BYTES = 256 * 1024
 
 
 class Output:
-    """Frames to standard output, many small ones together."""
+    """Writes frames to standard output, many small frames at once."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -33,12 +33,12 @@ class Output:
 def main() -> None:
     """Carries out the job on standard input."""
     fd = os.dup(1)
-    os.dup2(2, 1)  # What libraries print is none of ours.
+    os.dup2(2, 1)  # Prints of the libraries must not get between the frames.
     output = Output(fd)
     job = HubJob.parse(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_input, name="input", daemon=True).start()
     try:
-        from headrace_extractor.hub.reading import read_dataset  # noqa: PLC0415 -- a second; the end of input is watched.
+        from headrace_extractor.hub.reading import read_dataset  # noqa: PLC0415 -- takes a second; the input is watched meanwhile
 
         read_dataset(job, output.send)
         output.send(DONE, now=True)
@@ -56,11 +56,11 @@ def main() -> None:
 
 
 def _end_with_input() -> None:
-    """The server keeps this end open; when it is gone, so is whoever wants the documents."""
+    """Ends the process at the end of input: the server keeps it open as long as it wants documents."""
     sys.stdin.buffer.read()
     os._exit(1)
 
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # The libraries' threads may wait for connections.
+    os._exit(0)  # Threads of the libraries may still wait for connections.

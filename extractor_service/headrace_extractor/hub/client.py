@@ -1,4 +1,4 @@
-"""The server's side: starts the process that reads a dataset, takes documents from it, and ends it."""
+"""The server's side: starts the process that reads a dataset, takes documents from it, and ends the process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from headrace_extractor.errors import ExtraMissing, HubUnavailable, error_for
 from headrace_extractor.hub.job import DOCUMENT, DONE, FAILED, RESOLVED, WAITING, FrameReader, HubJob
 
 logger = logging.getLogger(__name__)
 
-# The libraries try again by themselves for a hundred seconds; who says nothing for longer hangs.
+# The libraries try again by themselves for a hundred seconds; a process that is silent for longer hangs.
 SILENCE_S = 300.0
 _TICK_S = 0.25
 _READ_BYTES = 1024 * 1024
@@ -31,7 +30,7 @@ _RETRY_AFTER_S = 30.0
 
 
 class HubDatasets:
-    """Opens datasets; `environment` is that of the processes that read them. Everything blocks."""
+    """Opens datasets; `environment` is for the processes that read them. All methods block."""
 
     def __init__(self, environment: Mapping[str, str], *, silence_s: float = SILENCE_S) -> None:
         self._environment = {**environment, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -39,7 +38,7 @@ class HubDatasets:
 
     @contextmanager
     def open(self, job: HubJob, check: Callable[[], None]) -> Iterator[HubDataset]:
-        """Yields a dataset whose commit is known. `check` is called often and ends the wait by raising.
+        """Yields a dataset after its commit is known. `check` is called often and ends a wait by raising.
 
         Raises ExtraMissing, HubNotFound, HubGated, HubUnavailable, FieldInvalid.
         """
@@ -48,38 +47,34 @@ class HubDatasets:
                 "Datasets of the hub need the package `datasets`; install headrace[datasets] where the extractor runs.",
                 metadata={"extra": "datasets"},
             )
-        # `datasets` takes a folder of the dataset's name in the working directory for the dataset.
-        with tempfile.TemporaryDirectory(prefix="headrace-hub-") as folder, self._child(folder) as child:
-            dataset = HubDataset(child, job, check, self._silence_s)
-            dataset.resolve()
-            yield dataset
-
-    @contextmanager
-    def _child(self, folder: str) -> Iterator[subprocess.Popen[bytes]]:
         python_path = os.pathsep.join(path for path in sys.path if path)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "headrace_extractor.hub"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**self._environment, "PYTHONPATH": python_path},
-            cwd=folder,
-            start_new_session=True,
-        )
-        try:
-            yield child
-        finally:
-            child.kill()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(_END_S)
-            for stream in (child.stdin, child.stdout, child.stderr):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
+        # In an empty working directory: `datasets` would take a folder with the dataset's name there for the dataset.
+        with tempfile.TemporaryDirectory(prefix="headrace-hub-") as folder:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "headrace_extractor.hub"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**self._environment, "PYTHONPATH": python_path},
+                cwd=folder,
+                start_new_session=True,
+            )
+            try:
+                dataset = HubDataset(child, job, check, self._silence_s)
+                dataset.resolve()
+                yield dataset
+            finally:
+                child.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_END_S)
+                for stream in (child.stdin, child.stdout, child.stderr):
+                    if stream is not None:
+                        with suppress(OSError):
+                            stream.close()
 
 
 class HubDataset:
-    """A dataset being read."""
+    """A dataset that a child process is reading."""
 
     def __init__(
         self, child: subprocess.Popen[bytes], job: HubJob, check: Callable[[], None], silence_s: float
@@ -94,7 +89,7 @@ class HubDataset:
 
     @property
     def origin(self) -> str:
-        """What is read, for people."""
+        """The origin of the documents, as `HubJob.origin` writes it."""
         return self._job.origin(self.commit_sha)
 
     def resolve(self) -> None:
@@ -109,7 +104,7 @@ class HubDataset:
                 return
 
     def documents(self) -> Iterator[bytes]:
-        """Yields documents in order, as `DocumentWriter` wants them."""
+        """Yields documents in order, in the form that `DocumentWriter` stores."""
         for kind, content in self._frames:
             if kind == DOCUMENT:
                 yield content
@@ -117,12 +112,21 @@ class HubDataset:
                 return
 
     def _read_frames(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yields kind and content of each frame; raises the error of a failed frame, and HubUnavailable at the end."""
         frames = FrameReader()
         while data := self._read():
             try:
                 for kind, content in frames.feed(data):
                     if kind == FAILED:
-                        raise _failure(json.loads(content))
+                        event = json.loads(content)
+                        error = error_for(
+                            event["reason"],
+                            event["message"],
+                            metadata=event["metadata"],
+                            retry_after_s=event["retry_after_s"],
+                        )
+                        error.field = event["field"]
+                        raise error
                     if kind == WAITING:
                         logger.info("dataset %s: %s", self._job.repo_id, content.decode(errors="replace"))
                     yield kind, content
@@ -131,7 +135,7 @@ class HubDataset:
         raise self._died(self._tail.text(self._job.token) or "without a word")
 
     def _read(self) -> bytes:
-        """Returns what has come, nothing at the end; raises HubUnavailable after too long a silence."""
+        """Waits for output of the child; returns no bytes at its end. Raises HubUnavailable if none comes for long."""
         assert self._child.stdout is not None
         give_up = time.monotonic() + self._silence_s
         with selectors.DefaultSelector() as selector:
@@ -152,7 +156,7 @@ class HubDataset:
 
 
 class _Tail:
-    """Keeps the end of what a process writes to standard error, and keeps it from blocking there."""
+    """Reads a process's standard error, so that the process does not block there, and keeps the end of it."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
@@ -161,22 +165,14 @@ class _Tail:
         self._thread.start()
 
     def text(self, token: str) -> str:
-        """Returns it once the process has ended, without the token."""
+        """Waits for the end of the process; returns its last lines with the token blotted out."""
         self._thread.join(_END_S)
         text = bytes(self._kept).decode(errors="replace").strip()
         return (text.replace(token, "***") if token else text)[-500:]
 
     def _read(self) -> None:
         assert self._child.stderr is not None
-        with suppress(OSError, ValueError):  # Closed meanwhile.
+        with suppress(OSError, ValueError):  # `open` may close the pipe meanwhile.
             while data := os.read(self._child.stderr.fileno(), 64 * 1024):
                 self._kept += data
                 del self._kept[:-_LOG_TAIL_BYTES]
-
-
-def _failure(event: dict[str, Any]) -> Exception:
-    error = error_for(
-        event["reason"], event["message"], metadata=event["metadata"], retry_after_s=event["retry_after_s"]
-    )
-    error.field = event["field"]
-    return error

@@ -1,7 +1,7 @@
-"""What the server and the process that reads a dataset say to one another.
+"""The protocol between the server and the child process that reads a dataset.
 
-The job comes as one line of JSON on standard input, which stays open: its end means that the server is gone. The answer
-is frames on standard output: a byte that says what it is, a length, the content.
+The job is one line of JSON on the child's standard input, which stays open: its end means that the server is gone. The
+answer is frames on standard output: a byte for the kind of frame, a length, the content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_FRAME_BYTES = MAX_DOCUMENT_BYTES + 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubJob:
-    """A dataset to read; checked when made: raises FieldInvalid naming `hub.<field>`."""
+    """A checked order to read a dataset; raises FieldInvalid naming `hub.<field>`."""
 
     repo_id: str
     revision: str = ""
@@ -49,13 +49,13 @@ class HubJob:
                 )
 
     def origin(self, commit_sha: str) -> str:
-        """Names what is read, for people, and to know it again."""
+        """Describes the documents for people; equal texts mean equal documents."""
         parts = [f"hub:{self.repo_id}@{commit_sha}", self.config, self.split, self.column]
         first = [f"first {self.max_documents}"] if self.max_documents else []
         return " ".join([*(part for part in parts if part), *first])
 
     def line(self) -> bytes:
-        """As one JSON line."""
+        """Returns the job as one JSON line."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
@@ -70,13 +70,13 @@ def frame(kind: bytes, content: bytes = b"") -> bytes:
 
 
 class FrameReader:
-    """Cuts bytes as they come into frames."""
+    """Cuts a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Yields the frames that are whole now; raises ValueError for what is none."""
+        """Takes further bytes and yields the frames completed by them; raises ValueError for an oversized frame."""
         self._buffer += data
         at = 0
         while len(self._buffer) - at >= _HEADER.size:

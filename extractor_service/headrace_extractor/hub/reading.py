@@ -1,7 +1,7 @@
-"""Reads a dataset of the hub as a stream: nothing is kept on this disk.
+"""Reads a dataset of the hub as a stream, without keeping files on this disk.
 
-What comes from the hub is data of five kinds of files in the dataset's own repo; files elsewhere, which a dataset can
-name, are refused, and so is anything that would run code.
+Only files of five data formats in the dataset's own repo are read. A dataset may name files elsewhere, or need code
+from its repo to be read: both are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from headrace_extractor.corpora.files.contents import content_of, malformed, missing_column
+from headrace_extractor.corpora.files.contents import content_of, malformed, value_at
 from headrace_extractor.corpora.spec import DocumentKind
 from headrace_extractor.errors import ExtractorError, FieldInvalid, HubGated, HubNotFound, HubUnavailable
 from headrace_extractor.hub.job import DOCUMENT, RESOLVED, WAITING, HubJob
@@ -38,7 +38,7 @@ _RETRY_AFTER_S = 30.0
 
 
 def read_dataset(job: HubJob, send: Send) -> None:
-    """Sends the commit, then every document; raises ExtractorError."""
+    """Sends the commit, then every document; tries again after transient errors. Raises ExtractorError."""
     datasets.disable_progress_bars()
     n_sent, tries = 0, 0
     commit_sha = ""
@@ -80,14 +80,22 @@ def _documents(job: HubJob, commit_sha: str, n_done: int) -> Iterator[bytes]:
     for number, row in enumerate(rows, n_done):
         if job.max_documents and number >= job.max_documents:
             return
-        yield content(_value(row, job.column, number), job.column, ("row", number))
+        place = ("row", number)
+        yield content(value_at(row, job.column, place), job.column, place)
 
 
 def _open(job: HubJob, commit_sha: str) -> Any:
+    """Returns the rows of the split as a stream, with the one top-level column that the job needs if it is known."""
     builder = datasets.load_dataset_builder(
         job.repo_id, job.config or None, revision=commit_sha, token=job.token or None
     )
-    _check_files(builder, job)
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in _FORMATS:
+        raise malformed(f"{job.repo_id} holds files of the kind {kind}; only {', '.join(_FORMATS)} become corpora.")
+    own = f"hf://datasets/{job.repo_id}@"
+    files = (file for listed in (builder.config.data_files or {}).values() for file in listed)
+    if not all(str(file).startswith(own) for file in files):
+        raise malformed(f"{job.repo_id} names a file outside its repo; only its own files are read.")
     splits = builder.as_streaming_dataset()
     if job.split not in splits and (job.split or len(splits) != 1):
         raise FieldInvalid(
@@ -99,71 +107,32 @@ def _open(job: HubJob, commit_sha: str) -> Any:
     return rows.select_columns([top]) if columns and top in columns else rows
 
 
-def _check_files(builder: Any, job: HubJob) -> None:
-    kind = type(builder).__module__.rpartition(".")[2]
-    if kind not in _FORMATS:
-        raise malformed(f"{job.repo_id} holds files of the kind {kind}; only {', '.join(_FORMATS)} become corpora.")
-    own = f"hf://datasets/{job.repo_id}@"
-    for files in (builder.config.data_files or {}).values():
-        for file in files:
-            if not str(file).startswith(own):
-                raise malformed(f"{job.repo_id} names a file outside its repo; only its own files are read.")
-
-
-def _value(row: dict[str, Any], column: str, number: int) -> Any:
-    if column in row:
-        return row[column]
-    value: Any = row
-    for name in column.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise missing_column(column, row, f"Row {number}, counted from 0,", row=number)
-        value = value[name]
-    return value
-
-
-def _is_transient(exc: BaseException | None) -> bool:
-    while exc is not None:
-        if isinstance(exc, HfHubHTTPError):
-            status = exc.response.status_code if exc.response is not None else 0
+def _is_transient(exc: BaseException) -> bool:
+    """Returns whether the first error of the network or the hub in the chain of causes may pass by itself."""
+    for each in _chain(exc):
+        if isinstance(each, HfHubHTTPError):
+            status = each.response.status_code if each.response is not None else 0
             return status in (0, 408, 429) or status >= 500
-        if isinstance(exc, httpx2.TransportError | ConnectionError | TimeoutError):
+        if isinstance(each, httpx2.TransportError | ConnectionError | TimeoutError):
             return True
-        exc = exc.__cause__ or exc.__context__
     return False
 
 
 def _typed(exc: Exception, job: HubJob) -> ExtractorError:
     where = f"{job.repo_id}@{job.revision or 'main'}"
-    return _refusal(exc, where) or _absence(exc, where) or _unreadable(exc, where)
-
-
-def _refusal(exc: Exception, where: str) -> ExtractorError | None:
-    for each in _chain(exc):
-        if isinstance(each, GatedRepoError):
-            return HubGated(f"{where} is gated; accept its terms on the hub, then give a token of that account.")
-        if isinstance(each, RepositoryNotFoundError | RevisionNotFoundError):
-            return HubNotFound(f"The hub has no dataset {where}, or hides it from this token; check the spelling.")
-    if isinstance(exc, DatasetNotFoundError) and "gated" in str(exc):  # The library keeps the cause to itself.
-        return HubGated(f"{where} is gated; accept its terms on the hub, then give a token of that account.")
-    if isinstance(exc, DatasetNotFoundError):
-        return HubNotFound(f"The hub has no dataset {where}, or hides it from this token; check the spelling.")
-    return None
-
-
-def _absence(exc: Exception, where: str) -> ExtractorError | None:
+    if refusal := _refusal(exc, where):
+        return refusal
     if isinstance(exc, OfflineModeIsEnabled):
         return HubUnavailable("This extractor runs with HF_HUB_OFFLINE; unset it, or upload files.")
-    if not _is_transient(exc):
-        return None
-    return HubUnavailable(
-        f"The hub can't be reached for {where} ({type(exc).__name__}); try again later.", retry_after_s=_RETRY_AFTER_S
-    )
-
-
-def _unreadable(exc: Exception, where: str) -> ExtractorError:
+    if _is_transient(exc):
+        return HubUnavailable(
+            f"The hub can't be reached for {where} ({type(exc).__name__}); try again later.",
+            retry_after_s=_RETRY_AFTER_S,
+        )
     if isinstance(exc, DataFilesNotFoundError):
         return malformed(f"{where} holds no files that become corpora ({', '.join(_FORMATS)}); take another.")
-    if isinstance(exc, ValueError) and str(exc).startswith(("BuilderConfig", "Config name")):  # Their type says less.
+    # The library's own type for a wrong config is plain ValueError.
+    if isinstance(exc, ValueError) and str(exc).startswith(("BuilderConfig", "Config name")):
         return FieldInvalid(f"hub.config: {_short(exc)}", field="hub.config")
     cause = exc.__cause__ if isinstance(exc, DatasetsError) and exc.__cause__ else exc
     return malformed(
@@ -171,7 +140,22 @@ def _unreadable(exc: Exception, where: str) -> ExtractorError:
     )
 
 
+def _refusal(exc: Exception, where: str) -> ExtractorError | None:
+    """Returns the error for a dataset that is gated or not found; None if the hub did not refuse it."""
+    gated = HubGated(f"{where} is gated; accept its terms on the hub, then give a token of that account.")
+    missing = HubNotFound(f"The hub has no dataset {where}, or hides it from this token; check the spelling.")
+    for each in _chain(exc):
+        if isinstance(each, GatedRepoError):
+            return gated
+        if isinstance(each, RepositoryNotFoundError | RevisionNotFoundError):
+            return missing
+    if isinstance(exc, DatasetNotFoundError):  # `datasets` may leave out the hub's own error.
+        return gated if "gated" in str(exc) else missing
+    return None
+
+
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception, its cause, and so on."""
     while exc is not None:
         yield exc
         exc = exc.__cause__ or exc.__context__
