@@ -1,7 +1,7 @@
-"""The families of models whose hookpoints are known, fitted to a config.
+"""The families of models with known hookpoints, fitted to a config.
 
-`hook_attn_out` and `hook_mlp_out` are what is added to the residual stream, so families that normalise or scale it
-first have their place behind that.
+`hook_attn_out` and `hook_mlp_out` are the terms added to the residual stream. In families that normalise or scale the
+output of attention or MLP first, their place is therefore after that.
 """
 
 from __future__ import annotations
@@ -112,25 +112,25 @@ _GPT2 = Family(blocks="h", embed="wte:out", final="ln_f", block=_GPT2_BLOCK)
 
 
 def family_of(network: Network) -> Family | None:
-    """Returns the family of a network, fitted to its config; None for an architecture that is not known."""
+    """Returns the family of a network, fitted to its config; None for an unknown architecture."""
     make = _FAMILIES.get(network.model_type)
-    family = make(network) if make else None
-    return _looking_ahead(family, network) if family and network.looks_ahead else family
-
-
-# Whose attention looks both ways only in a pass that needs no mask.
-_MASKS_STAY_CAUSAL = frozenset({"gemma", "gemma2"})
-
-
-def _looking_ahead(family: Family, network: Network) -> Family:
-    """A decoder made an encoder of by its config."""
+    if make is None:
+        return None
+    family = make(network)
+    if not network.looks_ahead:
+        return family
+    # From here on: a decoder that its config makes an encoder.
     isolation = family.isolation
     if network.model_type in _MASKS_STAY_CAUSAL and not network.masks_both_ways:
         return replace(family, causal=False, isolation=NOT_AT_ALL)
-    # Masks of encoders are made without regard to positions, and ours would take the place of windows.
+    # transformers makes the masks of encoders without regard to positions, and our mask would replace a window's.
     if network.masks_both_ways and isolation == BY_POSITIONS:
         isolation = NOT_AT_ALL if network.has_window else BY_MASK
     return replace(family, causal=False, isolation=isolation)
+
+
+# In these model types attention looks both ways only in a pass that needs no mask.
+_MASKS_STAY_CAUSAL = frozenset({"gemma", "gemma2"})
 
 
 def _plain(family: Family) -> Callable[[Network], Family]:
@@ -170,7 +170,8 @@ def _opt(network: Network) -> Family:
 
 
 def _bloom(network: Network) -> Family:
-    # Its modules add the residual stream themselves; what they add to it leaves their last projections.
+    # Its attention and MLP add the residual stream themselves; the terms added are the outputs of their last
+    # projections.
     block = _FUSED_BLOCK | {"hook_attn_out": "self_attention.dense:out", "hook_mlp_out": "mlp.dense_4h_to_h:out"}
     family = Family(
         blocks="h",
@@ -201,7 +202,7 @@ def _falcon(network: Network) -> Family:
         family = replace(family, isolation=NOT_AT_ALL)
     if fields.get("new_decoder_architecture") or fields.get("parallel_attn", True):
         family = _without(family, PARALLEL, "hook_resid_mid")
-        takes = takes | {"hook_mlp_out": Copied()}  # The block adds the attention's output to it in place.
+        takes = takes | {"hook_mlp_out": Copied()}  # The block adds the attention's output to this tensor in place.
     return replace(family, takes=takes)
 
 
@@ -266,7 +267,7 @@ _FAMILIES: Mapping[str, Callable[[Network], Family]] = {
 
 
 def _joined(network: Network) -> dict[str, Take]:
-    """Queries, keys and values side by side, each head after head."""
+    """Takes of a fused projection with all queries, then all keys, then all values, each head after head."""
     n_heads, n_kv = network.n_heads, network.n_kv_heads
     slots = n_heads + 2 * n_kv
     return {
@@ -277,12 +278,12 @@ def _joined(network: Network) -> dict[str, Take]:
 
 
 def _interleaved(network: Network) -> dict[str, Take]:
-    """Query, key and value of a head side by side, head after head."""
+    """Takes of a fused projection that holds query, key and value of the first head, then of the next."""
     return _grouped(network.n_heads, 1)
 
 
 def _grouped(n_groups: int, n_queries: int) -> dict[str, Take]:
-    """Queries of a group, its key and its value side by side, group after group."""
+    """Takes of a fused projection that holds queries, key and value of the first group of heads, then of the next."""
     slots = n_queries + 2
     return {
         "attn.hook_q": Cut(groups=n_groups, slots=slots, first=0, last=n_queries),

@@ -1,9 +1,9 @@
-"""Hookpoints of a model from its config alone: their names, shapes, places, and why one can't be captured.
+"""The hookpoints of a model from its config alone: names, shapes, places, and why a hookpoint can't be captured.
 
 A name is `hook_embed`, `blocks.<layer>.<site>` or `ln_final.hook_normalized` in TransformerLens spelling, or a module
-of the base model with `:in` or `:out`. `hook_attn_out` and `hook_mlp_out` are what is added to the residual stream: in
-every block `resid_pre + attn_out + mlp_out == resid_post`. Whatever else a request may say (`hookpoint_names.py`)
-becomes one of these names before anything depends on it.
+of the base model with `:in` or `:out`. `hook_attn_out` and `hook_mlp_out` are the terms added to the residual stream:
+in every block `resid_pre + attn_out + mlp_out == resid_post`. All other spellings of a request (`names.py`) are
+replaced by one of these names before identity or log depend on it.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from headrace_models.json_files import read_object
 __all__ = ["EMBED", "FINAL", "SITES", "Catalogue", "Hookpoint", "catalogue_of", "forward_order", "layer_of"]
 
 MAX_NEAREST = 5
-# A request names no more; wildcards over the largest models stay below it.
+# Most hookpoints in a request; wildcards over the largest models stay below.
 MAX_HOOKPOINTS = 4096
-MAX_WILDCARDS = 64  # Each is compared with every name.
+MAX_WILDCARDS = 64  # Each is compared with every name of the model.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hookpoint:
-    """A named place; `shape` is that of one row, `unavailable` says why it can't be captured."""
+    """A named place; `shape` is the shape of a row, `unavailable` says why the hookpoint can't be captured."""
 
     name: str
     shape: tuple[int, ...]
-    module: str = ""  # `<path>:in` or `:out` below the base model; empty where only loading tells.
+    module: str = ""  # `<path>:in` or `:out` below the base model; empty if only loading tells it
     take: Take = WHOLE
     unavailable: str = ""
 
@@ -72,7 +72,7 @@ class Hookpoint:
 
 
 class Catalogue:
-    """What a model offers, in forward order."""
+    """The hookpoints of a model, in forward order."""
 
     def __init__(self, network: Network, files_path: str = "") -> None:
         self.network = network
@@ -81,7 +81,7 @@ class Catalogue:
 
     @cached_property
     def offered(self) -> tuple[Hookpoint, ...]:
-        """All named sites, those that can't be captured with the reason."""
+        """All named sites; a site that can't be captured has the reason in `unavailable`."""
         layers = range(self.network.n_layers)
         blocks = [self._hookpoint(f"blocks.{layer}.{site}", site, layer) for layer in layers for site in SITES]
         if not blocks:
@@ -89,10 +89,10 @@ class Catalogue:
         return (self._hookpoint(EMBED, EMBED), *blocks, self._hookpoint(FINAL, FINAL))
 
     def resolve(self, names: Iterable[str]) -> tuple[Hookpoint, ...]:
-        """Returns what the names, wildcards, ranges, aliases and module paths stand for, each once, in forward order.
+        """Returns the hookpoints of names, wildcards, ranges, aliases and module paths, each once, in forward order.
 
-        Raises FieldInvalid for none at all, HookpointNotFound with the nearest names, and for one that can't be
-        captured.
+        Raises FieldInvalid for no names or too many, and HookpointNotFound for an unknown name, with the nearest names,
+        and for a hookpoint that can't be captured.
         """
         asked = tuple(dict.fromkeys(names))
         if len(asked) > MAX_HOOKPOINTS:
@@ -107,43 +107,35 @@ class Catalogue:
         return tuple(sorted(found.values(), key=lambda point: forward_order(point.name)))
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of a row by hookpoint; raises as `resolve` does."""
+        """Returns the shape of a row by hookpoint; raises the errors of `resolve`."""
         return {point.name: point.shape for point in self.resolve(names)}
 
     def named(self, name: str, known: Hookpoint | None = None) -> Hookpoint:
-        """Returns one hookpoint by its own name, or as `known`; raises HookpointNotFound if it can't be captured."""
+        """Returns `known`, else the hookpoint of that name; raises HookpointNotFound if it can't be captured."""
         point = known or self._by_name.get(name)
         if point is None:
             raise self._not_found(name)
         return _available(point)
 
     def _resolve_one(self, name: str) -> list[Hookpoint]:
+        n_layers = self.network.n_layers
         if name in self._by_name:
             return [_available(self._by_name[name])]
-        if split_path(name):
-            return self._resolve_path(name)
-        known = [
-            self._of_target(self._names[spelled]) for spelled in expand_layers(name, self._names, self.network.n_layers)
-        ]
+        if split := split_path(name):
+            paths = relative_path(split[0], self.family, n_layers)
+            if not paths:
+                raise self._not_found(name)
+            return [self._of_module(path, split[1], name) for path in paths]
+        known = []
+        for spelled in expand_layers(name, self._names, n_layers):
+            target = self._names[spelled]
+            path, side = split_path(target) or ("", "")
+            known.append(self._by_name.get(target) or self._of_module(path, side, target))
         if not known:
             raise self._not_found(name)
-        # A wildcard takes what there is: hook_pre of the layers that are not sparse.
-        there = [point for point in known if not point.unavailable]
-        return there or [_available(known[0])]
-
-    def _resolve_path(self, name: str) -> list[Hookpoint]:
-        """A module path, whose layer may be a wildcard or a range."""
-        path, side = split_path(name) or ("", "")
-        paths = relative_path(path, self.family, self.network.n_layers)
-        if not paths:
-            raise self._not_found(name)
-        return [self._of_module(path, side, name) for path in paths]
-
-    def _of_target(self, target: str) -> Hookpoint:
-        if target in self._by_name:
-            return self._by_name[target]
-        path, side = split_path(target) or ("", "")
-        return self._of_module(path, side, target)
+        # A wildcard leaves out hookpoints that can't be captured, such as hook_pre of the sparse layers.
+        available = [point for point in known if not point.unavailable]
+        return available or [_available(known[0])]
 
     def _of_module(self, path: str, side: str, asked: str) -> Hookpoint:
         module = f"{path}:{side}"
@@ -152,11 +144,14 @@ class Catalogue:
         shape = module_shape(path, side, self.network, WeightShapes.of_folder(self._files_path))
         if isinstance(shape, str):
             raise self._not_found(asked, shape)
-        # Nobody knows what the network does to the tensor of just any module.
+        # A copy: the network may change the tensor of an arbitrary module in place.
         return Hookpoint(name=module, shape=shape, module=module, take=Copied())
 
     def _hookpoint(self, name: str, site: str, layer: int = 0) -> Hookpoint:
-        place = self._place(site, layer)
+        if self.family is None:
+            place = place_unknown(self.network, site)
+        else:
+            place = place_of(self.family, self.network, site, layer)
         return Hookpoint(
             name=name, shape=place.shape, module=place.module, take=place.take, unavailable=place.unavailable
         )
@@ -172,13 +167,13 @@ class Catalogue:
 
     @cached_property
     def _by_module(self) -> Mapping[str, Hookpoint]:
-        """Sites that are a module's tensor as it is: the module's path is another name of theirs."""
+        """Sites by their module, if they are the module's whole tensor: its path is another name for the site."""
         whole = [point for point in self.offered if point.module and point.take in (WHOLE, Copied())]
         return {point.module: point for point in whole}
 
     @cached_property
     def _names(self) -> Aliases:
-        """What each spelling stands for: a name of `offered`, or a module path."""
+        """Maps each spelling to a name of `offered`, or to a module path."""
         own = {point.name: point.name for point in self.offered}
         return own | aliases_of(self.family, self.network.n_layers) if self.family else own
 
@@ -198,7 +193,7 @@ class Catalogue:
         return HookpointNotFound(f"No hookpoint {shown!r}: {hint}.", metadata=metadata, resource=("hookpoint", shown))
 
     def _nearest(self, name: str, names: Sequence[str]) -> list[str]:
-        """Returns close names, best first; sites of the layer that the name mentions, if it mentions a valid one."""
+        """Returns close names, best first; from the layer that the name mentions, if the model has that layer."""
         if (match := BLOCK_SITE.fullmatch(name)) and int(match[1]) >= self.network.n_layers:
             return [f"blocks.{self.network.n_layers - 1}.{match[2]}"]
         number = re.search(r"[0-9]+", name)
@@ -217,7 +212,7 @@ class Catalogue:
 
 
 def catalogue_of(model: ModelInfo) -> Catalogue:
-    """Reads what a model offers from its config; its weights' headers are looked at for modules alone."""
+    """Reads a model's config; headers of its weight files are only read for names that are module paths."""
     return Catalogue(network_of(model), model.files_path)
 
 
@@ -230,14 +225,14 @@ def network_of(model: ModelInfo) -> Network:
 
 
 def check_isolation(recipe: Recipe, catalogue: Catalogue) -> None:
-    """Raises FieldInvalid for a recipe that keeps packed documents apart where a family of models can't."""
+    """Raises FieldInvalid if the recipe keeps packed documents apart and the model's family can't."""
     apart = recipe.packing == PACKED and not recipe.attend_across_documents
     if apart and catalogue.family and catalogue.family.isolation == NOT_AT_ALL:
         raise cannot_isolate(catalogue.network.model_type)
 
 
 def cannot_isolate(model_type: str) -> FieldInvalid:
-    """The error of a recipe that packs documents of a model which can't keep them apart."""
+    """Returns the error for a recipe that packs documents which the model can't keep apart."""
     return FieldInvalid(
         f"Documents in one sequence of a {model_type} model can't be kept apart; use packing one_document, or let them "
         "attend to one another.",
@@ -246,7 +241,7 @@ def cannot_isolate(model_type: str) -> FieldInvalid:
 
 
 def attention_of(model: ModelInfo) -> str:
-    """The attention implementation that a family needs; empty for the usual one."""
+    """Returns the attention implementation that a model's family needs; empty for the usual one, sdpa."""
     family = family_of(network_of(model))
     return family.attention if family and family.attention != "sdpa" else ""
 

@@ -1,9 +1,9 @@
-"""What a request may call a hookpoint, beside its own name.
+"""The spellings that a request may use for a hookpoint, beside its own name.
 
 - the names of TransformerLens' bridge: `blocks.4.hook_out`, `blocks.4.attn.q.hook_out`, `embed.hook_out`;
-- `*` for any run of characters, `a-b` for a range of layers (both ends taken), a negative layer counted from the end:
-  `blocks.*.hook_resid_post`, `blocks.4-7.hook_out`, `blocks.-1.hook_resid_post`;
-- module paths as transformers spells them, with `:in` or `:out`, with or without what stands before the base model:
+- `*` for any run of characters, `a-b` for a range of layers (both ends included), a negative layer to count from the
+  end: `blocks.*.hook_resid_post`, `blocks.4-7.hook_out`, `blocks.-1.hook_resid_post`;
+- module paths in transformers' spelling, with `:in` or `:out`, with or without the prefix of the base model:
   `model.layers.4.mlp:out`, `transformer.h.0-3.attn:out`.
 """
 
@@ -24,11 +24,11 @@ _LAYER_PART = re.compile(r"\.([0-9]{1,6})(?=[.:]|$)")
 _PATH = re.compile(r"([A-Za-z_*][A-Za-z0-9_.*-]*):(in|out)")
 _PATH_ONLY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_*-]+)*")
 _ATTENTIONS = frozenset({"self_attn:out", "attn:out", "self_attention:out", "attention:out"})
-MAX_NAME = 160  # A column's name, with what is added to it, is a folder's.
+MAX_NAME = 160  # A column's name, with a suffix, becomes the name of a folder, which may have 255 bytes.
 
 
 def forward_order(name: str) -> tuple[int, int, int, str]:
-    """Returns a sort key: by layer, sites in the order of the forward pass, module paths behind them."""
+    """Returns a sort key: by layer, in it the sites in the order of the forward pass, then module paths."""
     if name == EMBED:
         return (0, 0, 0, "")
     if name == FINAL:
@@ -40,7 +40,7 @@ def forward_order(name: str) -> tuple[int, int, int, str]:
 
 
 def layer_of(name: str) -> int | None:
-    """Returns the layer a hookpoint lies in, counted from 0; None for one that lies in none."""
+    """Returns the layer of a hookpoint, counted from 0; None if it lies outside of the layers."""
     match = _LAYER_PART.search(name)
     return int(match[1]) if match else None
 
@@ -67,7 +67,7 @@ def expand_layers(name: str, known: Mapping[str, str], n_layers: int) -> list[st
 
 
 def relative_path(path: str, family: Family | None, n_layers: int) -> list[str]:
-    """Returns the paths below the base model that a module path stands for; one for each layer it names."""
+    """Returns the paths below the base model that a module path stands for, one for each layer it names."""
     if len(path) > MAX_NAME or not _PATH_ONLY.fullmatch(path):
         return []
     parts = path.split(".")
@@ -86,7 +86,7 @@ def relative_path(path: str, family: Family | None, n_layers: int) -> list[str]:
 
 
 def aliases_of(family: Family, n_layers: int) -> Aliases:
-    """Returns what the bridge calls the hookpoints of a family: spelling to name, or to a module path."""
+    """Returns the bridge's spellings of a family's hookpoints: each maps to a name, or to a module path."""
     of_block = _block_aliases(family)
     found = {"embed_ln.hook_out" if "norm" in family.embed else "embed.hook_out": EMBED}
     for layer in range(n_layers):
@@ -99,6 +99,7 @@ def aliases_of(family: Family, n_layers: int) -> Aliases:
 
 
 def _block_aliases(family: Family) -> Aliases:
+    """Returns the bridge's spellings within a block: each maps to a site, or to a module path below the block."""
     block = family.block
     found = {"hook_in": "hook_resid_pre", "hook_out": "hook_resid_post"}
     if "attn.hook_z" not in block:
@@ -114,11 +115,25 @@ def _block_aliases(family: Family) -> Aliases:
     found["mlp.gate.hook_out" if gated else "mlp.in.hook_out"] = "mlp.hook_pre"
     found |= _output_aliases(family, "attn", "hook_attn_out", _ATTENTIONS)
     found |= _output_aliases(family, "mlp", "hook_mlp_out", frozenset({"mlp:out"}))
-    return found | _norm_aliases(block)
+    norm_is_last = block["hook_attn_out"].endswith("norm:out")
+    middle = block["hook_resid_mid"]
+    if norm_is_last and middle == "mlp:in":  # OLMo 2: its two norms come after attention and after the MLP.
+        return found | {
+            "ln1.hook_out": "hook_attn_out",
+            "ln2.hook_out": "hook_mlp_out",
+            "mlp.hook_in": "hook_resid_mid",
+        }
+    found["ln2.hook_in"] = "hook_resid_mid"
+    if norm_is_last:
+        found |= {"ln1_post.hook_out": "hook_attn_out", "ln2_post.hook_out": "hook_mlp_out"}
+    return found
 
 
 def _output_aliases(family: Family, part: str, site: str, own: frozenset[str]) -> Aliases:
-    """`attn.hook_out` is what the module returns, which is not always what is added to the residual stream."""
+    """Returns the spelling for the output of attention or MLP.
+
+    In the bridge `attn.hook_out` is the module's output, which is not always the term added to the residual stream.
+    """
     place, scaled = family.block[site], isinstance(family.takes.get(site), Scaled)
     if place in own and not scaled:
         return {f"{part}.hook_out": site}
@@ -128,24 +143,18 @@ def _output_aliases(family: Family, part: str, site: str, own: frozenset[str]) -
     return {f"{part}.{'o' if part == 'attn' else 'out'}.hook_out": site}
 
 
-def _norm_aliases(block: Mapping[str, str]) -> Aliases:
-    behind = block["hook_attn_out"].endswith("norm:out")
-    middle = block["hook_resid_mid"]
-    if behind and middle == "mlp:in":  # OLMo 2: its two norms are behind attention and MLP.
-        return {"ln1.hook_out": "hook_attn_out", "ln2.hook_out": "hook_mlp_out", "mlp.hook_in": "hook_resid_mid"}
-    found = {"ln2.hook_in": "hook_resid_mid"}
-    return found | ({"ln1_post.hook_out": "hook_attn_out", "ln2_post.hook_out": "hook_mlp_out"} if behind else {})
-
-
 def _matching(pattern: str, known: Mapping[str, str]) -> list[str]:
-    """Known names that fit; spellings of others are tried only where none fits."""
+    """Returns the known names that fit a pattern; aliases only if no hookpoint's own name fits."""
     fitting = [name for name in known if _fits(pattern, name)]
     own = [name for name in fitting if known[name] == name]
     return own or fitting
 
 
 def _fits(pattern: str, name: str) -> bool:
-    """Where `*` is any run of characters; in one pass, since a pattern comes from outside."""
+    """Returns whether a name fits a pattern in which `*` is any run of characters.
+
+    One pass over the name: a pattern comes from outside, and a regular expression could take far longer.
+    """
     first, *others = pattern.split("*")
     if not others:
         return pattern == name
@@ -159,7 +168,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _layers(spec: str, n_layers: int) -> range:
-    """`*`, a number, a negative number from the end, or a range with both ends; empty beyond the model."""
+    """Returns the layers for `*`, a number, a negative number or a range; none if one lies beyond the model."""
     if spec == "*":
         return range(n_layers)
     if "-" in spec[1:]:

@@ -1,7 +1,7 @@
-"""Where hookpoints are in a network, as data: module paths, what becomes of a module's tensor, and row shapes.
+"""The places of hookpoints in a network, as data: module paths, the part taken of a module's tensor, and row shapes.
 
 A place is `<module path>:in` or `:out`, below the base model (without its language-model head); block paths are below
-the block. What a module's tensor still needs (a cut out of a fused projection, a factor) is a declared `Take`.
+the block. If a module's tensor is not yet the activation (a fused projection to cut, a factor), its `Take` says so.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FINAL = "ln_final.hook_normalized"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Take:
-    """What becomes of a module's tensor. The default is the tensor as it is."""
+    """The way from a module's tensor to the activation. This base class takes the tensor as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut(Take):
-    """Slots `first` to `last` (exclusive) of each group, where the last dimension is groups x slots x something."""
+    """Slots `first` to `last` (exclusive) of each group; the last dimension is groups x slots x width of a slot."""
 
     groups: int = 1
     slots: int
@@ -46,19 +46,19 @@ class Cut(Take):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaled(Take):
-    """The tensor times a number of the config, as the block does before adding it."""
+    """The tensor times a number of the config: the block multiplies too, before it adds the tensor."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copied(Take):
-    """A copy: the network goes on to change this tensor in place."""
+    """A copy: the network changes this tensor in place afterwards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalized(Take):
-    """What goes into a norm, normalised, before its weight and bias."""
+    """The input of a norm after normalisation, but before the norm's weight and bias."""
 
 
 WHOLE = Take()
@@ -66,7 +66,7 @@ WHOLE = Take()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a hookpoint is taken, and the shape of one of its rows; `unavailable` says why there is none."""
+    """The module at which a hookpoint is captured, and the shape of a row; `unavailable` says why it can't be."""
 
     path: str = ""
     side: str = "out"
@@ -76,12 +76,12 @@ class Place:
 
     @property
     def module(self) -> str:
-        """`<path>:<side>`, empty without a place."""
+        """`<path>:<side>`; empty if the hookpoint is unavailable or only loading tells its module."""
         return f"{self.path}:{self.side}" if self.path else ""
 
 
 # How documents that share a sequence are kept apart.
-BY_POSITIONS = "positions"  # transformers reads it off `position_ids`.
+BY_POSITIONS = "positions"  # transformers infers the borders from `position_ids`.
 BY_MASK = "mask"  # A mask is passed to the model.
 BY_BLOCK_MASK = "block_mask"  # A mask and restarting ALiBi are passed to each block.
 NOT_AT_ALL = ""
@@ -89,7 +89,7 @@ NOT_AT_ALL = ""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A kind of base model. `block` maps sites to places below the block, `without` others to why they have none."""
+    """A kind of base model. `block` maps sites to places below the block, `without` the others to why they have none."""
 
     blocks: str = "layers"
     embed: str = "embed_tokens:out"
@@ -97,7 +97,7 @@ class Family:
     block: Mapping[str, str]
     without: Mapping[str, str] = field(default_factory=dict)
     takes: Mapping[str, Take] = field(default_factory=dict)
-    attention: str = "sdpa"  # `eager` where transformers' sdpa can't, or leaves out soft-capping.
+    attention: str = "sdpa"  # `eager` where transformers has no sdpa, or one without soft-capping
     isolation: str = BY_POSITIONS
     causal: bool = True
 
@@ -108,23 +108,20 @@ _NO_WIDTH = "the model's config.json does not tell its width"
 
 
 def place_of(family: Family, network: Network, site: str, layer: int = 0) -> Place:
-    """Returns where a site is in a network; `layer` is for those of a block."""
+    """Returns the place of a site in a network; `layer` counts for sites of a block only."""
     shape = _shape(network, site)
-    if why := _why_not(family, network, site, layer):
+    why = family.without.get(site, "")
+    if not why and site in ("mlp.hook_pre", "mlp.hook_post") and is_sparse(network, layer):
+        why = SPARSE
+    if not why and not all(shape):
+        why = _NO_WIDTH
+    if why:
         return Place(shape=shape, unavailable=why)
     if site == FINAL:
         return Place(path=family.final, side="in", take=Normalized(), shape=shape)
     below, _, side = (family.embed if site == EMBED else family.block[site]).partition(":")
     path = below if site == EMBED else ".".join(filter(None, (family.blocks, str(layer), below)))
     return Place(path=path, side=side, take=family.takes.get(site, WHOLE), shape=shape)
-
-
-def _why_not(family: Family, network: Network, site: str, layer: int) -> str:
-    if why := family.without.get(site):
-        return why
-    if site in ("mlp.hook_pre", "mlp.hook_post") and is_sparse(network, layer):
-        return SPARSE
-    return "" if all(_shape(network, site)) else _NO_WIDTH
 
 
 def _shape(network: Network, site: str) -> tuple[int, ...]:
@@ -136,7 +133,7 @@ def _shape(network: Network, site: str) -> tuple[int, ...]:
 
 
 def is_sparse(network: Network, layer: int) -> bool:
-    """True where a block's MLP is a choice of experts."""
+    """Returns whether a block's MLP is a choice of experts."""
     fields = network.fields
     if network.model_type == "mixtral":
         return True
@@ -146,7 +143,7 @@ def is_sparse(network: Network, layer: int) -> bool:
     return layer not in (fields.get("mlp_only_layers") or ()) and (layer + 1) % every == 0
 
 
-# What can be proven of an architecture that is not known, when the model is loaded.
+# Sites that can be found in an unknown architecture, with proof, once the model is loaded.
 PROVABLE = frozenset(
     {
         *("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid"),
@@ -156,7 +153,7 @@ PROVABLE = frozenset(
 
 
 def place_unknown(network: Network, site: str) -> Place:
-    """Returns what can be said of a site of an architecture that is not known."""
+    """Returns the place of a site in an unknown architecture, which has no module before the model is loaded."""
     shape = _shape(network, site)
     if site not in PROVABLE:
         return Place(shape=shape, unavailable=_UNKNOWN.format(network.model_type or "(none named)"))
