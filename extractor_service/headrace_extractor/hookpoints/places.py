@@ -89,7 +89,7 @@ NOT_AT_ALL = ""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A kind of base model. `block` maps sites to places below the block, `without` the others to why they have none."""
+    """A kind of base model. `block` maps sites to places below the block, `without` others to why they have none."""
 
     blocks: str = "layers"
     embed: str = "embed_tokens:out"
