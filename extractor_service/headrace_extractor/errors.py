@@ -1,9 +1,9 @@
-"""Everything the extractor refuses or fails with; `rpc/status.py` gives each a canonical code and a reason.
+"""All errors of the extractor; `rpc/status.py` gives each a canonical code and a reason.
 
 ServiceError                          headrace_chassis.errors
 ├── NotFound
 │   ├── ModelNotFound · HookpointNotFound · CorpusNotFound · SetNotFound · ExtractionNotFound
-│   ├── HubNotFound
+│   └── HubNotFound
 ├── Invalid
 │   ├── FieldInvalid                  `field` names the request field
 │   ├── CorpusMalformed               metadata `line`, `row`, `byte` or `document` where known, `columns`
@@ -15,7 +15,7 @@ ServiceError                          headrace_chassis.errors
 │   ├── ExtraMissing                  an optional package is not installed here; metadata `extra`
 │   └── NotImplementedYet             in the contract, not in this version
 ├── Exhausted
-│   ├── QueueFull · TooManyStreams · CapacityBusy · DiskFull · DeviceOom
+│   └── QueueFull · TooManyStreams · CapacityBusy · DiskFull · DeviceOom
 ├── Ended                             of an extraction or its rows
 │   ├── ExtractionCancelled · ReaderStalled · NonFinite
 │   ├── ExtractionFailed              a bug
@@ -45,7 +45,7 @@ class ExtractorError(ServiceError):
 
 
 class NotFound(ExtractorError):
-    """Base: a name that stands for nothing here."""
+    """Base: no resource with this name on this node or in the registry."""
 
 
 class ModelNotFound(NotFound):
@@ -85,7 +85,7 @@ class ExtractionNotFound(NotFound):
 
 
 class Invalid(ExtractorError):
-    """Base: what was sent can't be used; sending it again won't help."""
+    """Base: the request or its data can't be used; sending it again won't help."""
 
 
 class FieldInvalid(Invalid):
@@ -211,7 +211,7 @@ class DeviceOom(Exhausted):
 
 
 class Ended(ExtractorError):
-    """Base: the extraction is over, or its rows can't be had."""
+    """Base: the extraction is over, or its rows are not available."""
 
 
 class ExtractionCancelled(Ended):
@@ -239,19 +239,19 @@ class ExtractionFailed(Ended):
 
 
 class RowsExpired(Ended):
-    """The row window is gone, or never will exist; metadata `first_available_row`, `n_rows`."""
+    """The rows are dropped, or will never exist; metadata `first_available_row`, `n_rows`."""
 
     reason = "ROWS_EXPIRED"
 
 
 class DigestMismatch(Ended):
-    """A file is not what its digest says."""
+    """A file does not match its digest."""
 
     reason = "DIGEST_MISMATCH"
 
 
 class Lost(ExtractorError):
-    """Base: something this server depends on is not there, or not in time."""
+    """Base: a process or service that this server depends on is lost or too slow."""
 
 
 class RunnerLost(Lost):
@@ -311,7 +311,7 @@ def error_for(
     resource: tuple[str, str] | None = None,
     left_alone_s: float = 0.0,
 ) -> ExtractorError:
-    """Returns the error that `reason` stands for, as a runner, the registry or a record spelled it."""
+    """Returns the error for a reason that a runner, the registry or a record names."""
     kind = _BY_REASON.get(reason, ExtractionFailed)
     error = kind(message, metadata=metadata, retry_after_s=retry_after_s, resource=resource)
     error.left_alone_s = left_alone_s
@@ -319,7 +319,7 @@ def error_for(
 
 
 def reason_of(exc: ServiceError) -> str:
-    """Returns the reason an error leaves with."""
+    """Returns an error's reason, without prefix; INTERNAL for errors that have none."""
     return exc.reason if isinstance(exc, ExtractorError) else ExtractorError.reason
 
 
@@ -333,7 +333,7 @@ _BY_REASON = {kind.reason: kind for kind in _leaves(ExtractorError)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why work ended badly; `reason` is an ErrorReason without prefix."""
+    """The reason why a piece of work failed; `reason` is an ErrorReason without prefix."""
 
     reason: str
     message: str

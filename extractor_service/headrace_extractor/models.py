@@ -1,4 +1,4 @@
-"""A registered model, as the extractor needs it."""
+"""A registered model, as far as the extractor needs to know it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What the extractor needs to know of a registered model."""
+    """The fields of a registered model that extracting depends on."""
 
     id: str
     source: str  # `hub:owner/name`, `folder`, `gguf`

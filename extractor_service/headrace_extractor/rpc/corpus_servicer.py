@@ -1,4 +1,4 @@
-"""CorpusService: check, call the store in a thread, fill the answer."""
+"""CorpusService: checks a request, calls the store in a thread, fills the answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,7 +25,7 @@ from headrace_extractor.rpc.convert import corpora as convert_corpora
 from headrace_extractor.rpc.convert import extractions as convert
 
 MAX_CONTENT_BYTES = 1024 * 1024
-# Ingesting is parsing in threads; more at once would only be slower.
+# An ingest parses in a thread, and Python's threads share one core: more at once would only be slower.
 MAX_INGESTS = 4
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         self._shutdown = shutdown
         self._registrations = Requests()
         self._n_ingests = 0
-        # Datasets take hours: they must not take the threads that everything else shares, heartbeats among it.
+        # Datasets take hours: they must not block the default threads, which heartbeats need too.
         self._threads = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="corpora")
 
     async def UploadCorpus(
@@ -110,7 +110,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         return await self._in_thread(self._remembered, request.request_id, ingest)
 
     def _remembered(self, request_id: str, ingest: Callable[[], Corpus]) -> Corpus:
-        # In the thread, which goes on when the call it works for is cut.
+        # In the thread, since it goes on after its call is cut.
         corpus = ingest()
         self._registrations.remember(request_id, corpus.id)
         return corpus
@@ -121,7 +121,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
 
         def check() -> None:
             self._shutdown.check()
-            if left.is_set():  # Nobody hears of it.
+            if left.is_set():  # The call is over: no answer can be sent any more.
                 raise ShuttingDown
 
         def read() -> Corpus:
@@ -134,7 +134,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         try:
             return await self._in_thread(self._remembered, request.request_id, read)
         finally:
-            left.set()  # A thread is not cancelled with the call it works for.
+            left.set()  # A thread is not cancelled with its call.
 
     async def _receive(
         self, spec: CorpusSpec, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]
@@ -149,10 +149,11 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 await self._in_thread(upload.write, request.content)
             return await self._in_thread(upload.finish)
         finally:
-            await asyncio.to_thread(upload.__exit__, *sys.exc_info())  # It must not wait for a place of its own.
+            # In a default thread: closing must not wait until an ingest's thread is free.
+            await asyncio.to_thread(upload.__exit__, *sys.exc_info())
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Runs a part of an ingest; a thread that goes on when its call is cut keeps the call's place."""
+        """Runs a part of an ingest in a thread; if the call is cut, its place stays taken until the thread is done."""
         thread = self._threads.submit(work, *args)
         try:
             return await asyncio.wrap_future(thread)
@@ -160,7 +161,12 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
             if not thread.done():
                 self._n_ingests += 1
                 loop = asyncio.get_running_loop()
-                thread.add_done_callback(lambda _: _call_soon(loop, self._give_place))
+
+                def done(_: Future[T]) -> None:
+                    with contextlib.suppress(RuntimeError):  # The loop has ended with the server.
+                        loop.call_soon_threadsafe(self._give_place)
+
+                thread.add_done_callback(done)
             raise
 
     def _give_place(self) -> None:
@@ -168,6 +174,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
 
     @contextlib.contextmanager
     def _ingesting(self) -> Iterator[None]:
+        """Takes one of the places for ingests while the block runs; QueueFull if all are taken."""
         self._shutdown.check()
         if self._n_ingests >= MAX_INGESTS:
             raise QueueFull(f"{MAX_INGESTS} corpora are being ingested; try again later.", retry_after_s=2.0)
@@ -176,8 +183,3 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
             yield
         finally:
             self._give_place()
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # The server has ended meanwhile.
-        loop.call_soon_threadsafe(callback)

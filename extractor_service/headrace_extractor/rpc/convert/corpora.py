@@ -1,4 +1,4 @@
-"""Sources of corpora."""
+"""Converts the sources of corpora."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_extractor.hub.job import HubJob
 
 
 def mix_from_pb(message: corpus_service_pb2.MixSource) -> Mix:
-    """Raises FieldInvalid."""
+    """Returns the mixture; raises FieldInvalid."""
     return Mix(
         parts=tuple(MixPart(corpus_id=part.corpus_id, weight=part.weight) for part in message.parts),
         seed=message.seed,
@@ -19,7 +19,7 @@ def mix_from_pb(message: corpus_service_pb2.MixSource) -> Mix:
 
 
 def hub_job_from_pb(spec: CorpusSpec, message: corpus_service_pb2.HubDatasetSource) -> tuple[DocumentKind, HubJob]:
-    """What to read, and what its documents are; raises FieldInvalid."""
+    """Returns the kind of the documents and the order to read them; raises FieldInvalid."""
     if spec.format not in (None, CorpusFormat.TOKEN_IDS):
         raise FieldInvalid(
             "spec.format says how a file is read, and a dataset says that itself; leave it out, or set TOKEN_IDS.",

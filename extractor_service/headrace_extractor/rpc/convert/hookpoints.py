@@ -1,4 +1,4 @@
-"""Hookpoints as messages."""
+"""Converts hookpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from headrace_extractor.hookpoints.catalogue import Hookpoint
 
 
 def hookpoint_to_pb(point: Hookpoint) -> extraction_service_pb2.Hookpoint:
-    """One hookpoint."""
+    """Returns the message for a hookpoint."""
     return extraction_service_pb2.Hookpoint(
         name=point.name,
         width=point.width,

@@ -1,4 +1,4 @@
-"""Parts of recipes that have messages and enums of their own."""
+"""Converts the parts of recipes that have messages and enums of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONG_DOCUMENTS_BACK = {name: number for number, name in _LONG_DOCUMENTS.items()
 
 
 def long_documents_from_pb(number: int) -> str:
-    """Empty for unspecified, which the recipe fills in; raises FieldInvalid."""
+    """Returns the recipe's value; empty for unspecified, for which the recipe has a default. Raises FieldInvalid."""
     for known, name in _LONG_DOCUMENTS.items():
         if known == number:
             return name
@@ -28,7 +28,7 @@ def long_documents_to_pb(name: str) -> extraction_pb2.LongDocuments.ValueType:
 
 
 def window_from_pb(message: extraction_pb2.Recipe) -> TokenWindow | None:
-    """The recipe's window, if it has one; raises FieldInvalid."""
+    """Returns the recipe's window if it has one; raises FieldInvalid."""
     if not message.HasField("window"):
         return None
     return TokenWindow(start=message.window.start, end=message.window.end)
