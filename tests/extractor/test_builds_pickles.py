@@ -1,4 +1,4 @@
-"""Which command a build becomes."""
+"""The command that a build becomes."""
 
 from __future__ import annotations
 

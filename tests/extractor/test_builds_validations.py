@@ -1,4 +1,4 @@
-"""Builds and validations on a node: real runners, a registry that only listens."""
+"""Builds and validations on a node: real runners, and a registry that only keeps reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = ["dry_load", "load", "forward", "finite", "parity", "unload", "memory_ba
 
 
 class Listener:
-    """Hears reports; may refuse them."""
+    """A registry that keeps reports, or refuses them."""
 
     def __init__(self):
         self.builds = []
@@ -110,7 +110,7 @@ async def test_quantizing_reports_progress_and_fidelity_and_leaves_no_runner(
 
 
 class Silent:
-    """A runner that says how far it is, then nothing until it is told to end."""
+    """A runner that reports progress once, then sends nothing until `ending` is set."""
 
     def __init__(self):
         self.ending = asyncio.Event()

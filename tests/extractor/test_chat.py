@@ -1,4 +1,4 @@
-"""Conversations, from the template to the rows' tokens. transformers itself is the reference."""
+"""Conversations, from the template to the tokens of the rows, compared with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids and conversations out of files, and columns within columns."""
+"""Reads token ids and conversations from files, and columns within columns."""
 
 from __future__ import annotations
 

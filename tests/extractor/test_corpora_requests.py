@@ -1,4 +1,4 @@
-"""Calls about corpora that are repeated, since their answer was lost, are answered as the first time."""
+"""A repeated call about a corpus after a lost answer gets the first answer again."""
 
 from __future__ import annotations
 

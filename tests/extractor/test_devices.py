@@ -1,4 +1,4 @@
-"""What a node finds out about its devices, with an nvidia-smi of the tests' own."""
+"""How a node lists its devices, with an nvidia-smi made by the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node does about memory that does not come back: it says so, and goes on with everything else."""
+"""Memory that does not come back after an unload: the node reports it, and goes on with all other work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GB = 10**9
 
 
 class FakeRunner:
-    """A runner without a process: takes `takes_bytes` of its GPU, and gives back what it is told to."""
+    """A runner without a process: takes `takes_bytes` of its GPU, and gives back all but `keeps_bytes`."""
 
     def __init__(self, gpu, *, takes_bytes, keeps_bytes=0, unkillable=False):
         self.gpu = gpu
@@ -50,7 +50,7 @@ class FakeRunner:
 
 
 class Gpu:
-    """A device whose free bytes the runners change."""
+    """A device with free bytes that the runners change."""
 
     def __init__(self, device_id="cuda:0"):
         self.free_bytes = 80 * GB
@@ -159,7 +159,7 @@ async def test_what_is_loaded_after_a_loss_does_not_keep_it_from_ending():
         await unload(registry)
         await load(registry, assignment(gpu, "r2"))
         runners[-1].keeps_bytes = 0
-        gpu.free_bytes += 8 * GB  # 70 GB: less than before the loss, by what is loaded now.
+        gpu.free_bytes += 8 * GB  # 70 GB: less than before the loss, by the model loaded now.
 
         await until(lambda: lost_bytes(registry) == 0)
 
@@ -224,13 +224,13 @@ async def test_a_runner_that_does_not_start_is_a_failure_at_once():
 
 @pytest.mark.parametrize("keeps", [0, 9 * GB])
 async def test_a_runner_that_dies_reports_what_it_kept(keeps):
-    """The driver has its memory back before anybody looks."""
+    """The driver has its memory back before the node asks it."""
     gpu = Gpu()
     async with running_node(gpu, takes_bytes=10 * GB, keeps_bytes=keeps) as (registry, runners):
         await load(registry, assignment(gpu))
         await load(registry, assignment(gpu, "r2"))
         gpu.asked.clear()
-        await until(gpu.asked.is_set)  # By a heartbeat; the levels of both are known.
+        await until(gpu.asked.is_set)  # By a heartbeat; the baselines of both are known.
         runners[0].die()
         await until(lambda: registry.reports[-1].state == "FAILED")
 

@@ -15,7 +15,7 @@ from headrace_extractor.node.values import Assignment, Device
 
 
 class FakeRunner:
-    """A runner without a process, which loads when it is told to."""
+    """A runner without a process; it loads once `may_load` is set."""
 
     def __init__(self):
         self.may_load = asyncio.Event()
@@ -37,7 +37,7 @@ class FakeRunner:
 
 @contextlib.asynccontextmanager
 async def running_node(on_registered=lambda: None):
-    """Yields a node with one residency, which its runner does not load yet, and the registry and the runner."""
+    """Yields a node, its registry and a runner that has not yet loaded the only residency."""
     registry, runner = FakeRegistry([model_info("/nowhere")]), FakeRunner()
     registry.heartbeat_interval_s = 0.02
     started = asyncio.Event()

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_a_lease_of_what_had_died_is_given_back_at_once(start_extractor):
-    """A registry that was away grants a residency as RESIDENT, and hears only then that it had failed."""
+    """A registry that was away grants a residency as RESIDENT, and only then gets the report of its failure."""
     extractor = await start_extractor()
     extractor.add_corpus(documents(50))
     await extractor.read(await extractor.extract())
@@ -33,7 +33,7 @@ async def test_a_lease_of_what_had_died_is_given_back_at_once(start_extractor):
     extractor.add_corpus(documents(50, seed=1))
     job = await extractor.extract()
 
-    async with asyncio.timeout(50):  # Less than the wait for a runner.
+    async with asyncio.timeout(50):  # Less than RUNNER_WAIT_S: the job must not wait for that deadline.
         await extractor.until(lambda: job.value.state.ended, deadline_s=50)
 
     assert granted.is_set()

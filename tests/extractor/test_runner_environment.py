@@ -1,4 +1,4 @@
-"""What a runner's process is started with."""
+"""The environment variables of a runner's process."""
 
 from __future__ import annotations
 
