@@ -50,7 +50,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """The start of a batch: a document, the first of its tokens to pack, and the position of this token."""
+    """The start of a batch: a document, the first of its tokens to pack, and the position of the piece they begin."""
 
     document: int = 0
     token: int = 0

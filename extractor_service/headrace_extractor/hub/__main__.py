@@ -33,7 +33,7 @@ class Output:
 def main() -> None:
     """Carries out the job on standard input."""
     fd = os.dup(1)
-    os.dup2(2, 1)  # Prints of the libraries must not get between the frames.
+    os.dup2(2, 1)  # Output printed by the libraries must not get between the frames.
     output = Output(fd)
     job = HubJob.parse(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_input, name="input", daemon=True).start()

@@ -329,7 +329,7 @@ class Node:
 
 @dataclass(eq=False)
 class Residency:
-    """A residency on this node, from the begin of its load to the end of its runner."""
+    """A residency on this node, from the start of its load to the end of its runner."""
 
     assignment: Assignment
     task: asyncio.Task[None] | None = None  # loads the model and watches its process
@@ -340,5 +340,5 @@ class Residency:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its device: as measured, but no fewer than the registry has reserved."""
+        """Bytes that it takes of its device: as measured, but no fewer than the registry has reserved."""
         return max(self.measured_bytes, self.assignment.reserved_bytes)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reclaimer:
-    """Ends runners and knows the losses of every device of this node."""
+    """Ends runners and keeps the losses of all devices of this node."""
 
     def __init__(self, devices: Callable[[], Sequence[Device]], *, deadline_s: float = BACK_DEADLINE_S) -> None:
         self._devices = devices

@@ -2,5 +2,5 @@
 
 A parser is a generator of documents as bytes: it takes an open, seekable file, reads it once, and holds a few documents
 at a time. `contents` turns the values that a parser finds into such bytes: text, conversations or token ids. A file
-that can't be read raises CorpusMalformed with the place of the error; the document yielded before stays valid.
+that can't be read raises CorpusMalformed with the place of the error; documents yielded before stay valid.
 """
