@@ -108,7 +108,7 @@ def _open(job: HubJob, commit_sha: str) -> Any:
 
 
 def _is_transient(exc: BaseException) -> bool:
-    """Returns whether the first error of the network or the hub in the chain of causes may pass by itself."""
+    """Returns whether an error may pass by itself, judged by the first network or hub error in its chain of causes."""
     for each in _chain(exc):
         if isinstance(each, HfHubHTTPError):
             status = each.response.status_code if each.response is not None else 0
