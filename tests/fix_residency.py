@@ -27,7 +27,7 @@ from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.residency import Residency, ResidencyReport, ResidencyState
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
-from headrace_registry.workers.lease_wait import Attempt
+from headrace_registry.workers.lease_wait import LeaseWait
 
 T = TypeVar("T")
 S = ResidencyState
@@ -234,7 +234,7 @@ class World:
         self.now += seconds
         self.sync.execute("UPDATE test_clock SET now = now + make_interval(secs => %s)", (seconds,))
 
-    def go_on(self, seconds: float, *waiting: Attempt) -> None:
+    def go_on(self, seconds: float, *waiting: LeaseWait) -> None:
         """Lets time pass with nodes heard and callers polling."""
         while seconds > 0:
             self.advance(min(5.0, seconds))
@@ -254,22 +254,22 @@ class World:
 
     def ask(
         self, model: str, *, node: str = "", device: str = "", wait_s: float = 600.0, ttl_s: float = 60.0
-    ) -> Attempt:
+    ) -> LeaseWait:
         """An AcquireLease that has not taken its first step."""
         number = next(self._ids)
         wish = Wish(model_id=model, node_id=node, device_id=device, actor=f"caller-{number}")
         terms = LeaseTerms(holder=f"caller-{number}", ttl_s=ttl_s)
         waiter_id = f"waiter-{number:06d}"
-        return Attempt(self.residencies, wish, terms, waiter_id=waiter_id, deadline=self.now + wait_s)
+        return LeaseWait(self.residencies, wish, terms, waiter_id=waiter_id, deadline=self.now + wait_s)
 
-    def poll(self, attempt: Attempt) -> Lease | None:
+    def poll(self, attempt: LeaseWait) -> Lease | None:
         """One step; the lease once there is one. Raises what the caller would be told."""
         try:
-            admission = self.run(attempt.advance(self.now))
+            progress = self.run(attempt.advance(self.now))
         except ServiceError:
             self.run(attempt.give_up())
             raise
-        return admission.lease if admission is not None else None
+        return progress.lease if progress is not None else None
 
     def acquire(self, model: str, **fields: Any) -> Lease:
         """A lease on what is resident or loads at once on a node that obeys."""

@@ -54,7 +54,6 @@ from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 from headrace_registry.postgres.server.keeper import Keeper
 from headrace_registry.postgres.server.listener import Listener
 from headrace_registry.postgres.server.pool import Database
-from headrace_registry.postgres.upkeep_store import UpkeepStore
 from headrace_registry.residency.policy import POLICY_HELP, Policy
 from headrace_registry.rpc.estimate import MemoryEstimates
 from headrace_registry.rpc.model_servicer import ModelServicer
@@ -65,7 +64,7 @@ from headrace_registry.rpc.status import STATUSES, reason_of
 from headrace_registry.sizing.profiles import Profiles
 from headrace_registry.wakeups import POLL_S, Wakeups
 from headrace_registry.workers.deletion import Deletions
-from headrace_registry.workers.lease_wait import Admissions
+from headrace_registry.workers.lease_wait import LeaseWaits
 from headrace_registry.workers.preparation import Preparer
 from headrace_registry.workers.storekeeper import Storekeeper
 from headrace_registry.workers.upkeep import Upkeep
@@ -156,7 +155,7 @@ class Registry:
         models, nodes = ModelStore(database, wakeups), NodeStore(database, wakeups)
         leases = LeaseStore(database, wakeups, settings.policy)
         residencies = ResidencyStore(database, wakeups, settings.policy, settings.allowances)
-        pins, events = PinStore(database, wakeups), EventStore(database)
+        pins, events, sets = PinStore(database, wakeups), EventStore(database), SetStore(database)
         self._listener = Listener(url, database, wakeups)
         hub, roots = HubClient(settings.environment), ModelRoots(settings.model_roots or (settings.data_dir,))
         folders = ModelFolders(settings.data_dir / "models")
@@ -177,10 +176,10 @@ class Registry:
             leases=leases,
             nodes=nodes,
             residencies=ResidencyUpkeep(database, wakeups, settings.policy, settings.allowances),
-            rows=UpkeepStore(database),
             pins=pins,
             events=events,
             validations=validations,
+            sets=sets,
             heartbeat_interval_s=settings.heartbeat_interval_s,
         )
         profiles = Profiles(hub=HubHeaders(settings.environment), roots=roots)
@@ -203,7 +202,7 @@ class Registry:
             residencies=residencies,
             leases=leases,
             nodes=nodes,
-            admissions=Admissions(residencies=residencies, wakeups=wakeups),
+            lease_waits=LeaseWaits(residencies=residencies, wakeups=wakeups),
             pins=pins,
             events=events,
             wakeups=wakeups,
@@ -218,7 +217,7 @@ class Registry:
             shutdown=shutdown,
             heartbeat_interval_s=settings.heartbeat_interval_s,
         )
-        self._sets = SetServicer(sets=SetStore(database))
+        self._sets = SetServicer(sets=sets)
 
     def add_services(self, server: grpc.aio.Server) -> None:
         """Registers the four services."""

@@ -11,12 +11,10 @@ from fix_hub import SHA
 from fix_registry import until, write_model
 from headrace_registry.models.builds import BuildKind, FilesDoomed
 from headrace_registry.models.files import Reading, inspect_folder
-from headrace_registry.postgres.models import folder_statements as store_queries
-from headrace_registry.postgres.models.models import ModelStore
-from headrace_registry.postgres.models.preparations import PreparationStore
+from headrace_registry.postgres.models.models import FOLDERS_DOOM_OF_MODEL, MODEL_DELETE, ModelStore
+from headrace_registry.postgres.models.preparations import BASE_FIND, BASE_TAKE, PreparationStore
 from headrace_registry.postgres.requests import Request
 from headrace_registry.postgres.server.pool import Database
-from headrace_registry.postgres.statements import MODEL_DELETE
 from headrace_registry.wakeups import Wakeups
 
 BASE = f"/store/owner-{SHA[:12]}"
@@ -84,7 +82,7 @@ async def store(database_url):
 
 
 async def test_files_that_are_being_deleted_are_no_base(store):
-    await store.conn.execute(store_queries.FOLDERS_DOOM_OF_MODEL, {"id": "owner"})
+    await store.conn.execute(FOLDERS_DOOM_OF_MODEL, {"id": "owner"})
     await store.conn.execute(MODEL_DELETE, {"id": "owner"})
     taking = asyncio.create_task(store.take_base())
     await store.until_stopped(taking)
@@ -96,8 +94,8 @@ async def test_files_that_are_being_deleted_are_no_base(store):
 
 async def test_files_that_were_taken_as_a_base_a_moment_ago_are_not_deleted(store):
     model = {"model_id": "guest", "quantization": "NONE", "source_kind": "hub", "location": "owner/tiny"}
-    found = await (await store.conn.execute(store_queries.BASE_FIND, {**model, "commit_sha": SHA})).fetchone()
-    await store.conn.execute(store_queries.BASE_TAKE, {"model_id": "guest", "path": BASE})
+    found = await (await store.conn.execute(BASE_FIND, {**model, "commit_sha": SHA})).fetchone()
+    await store.conn.execute(BASE_TAKE, {"model_id": "guest", "path": BASE})
     deleting = asyncio.create_task(store.delete("owner"))
     await store.until_stopped(deleting)
     await store.conn.commit()

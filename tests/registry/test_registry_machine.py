@@ -19,7 +19,7 @@ from headrace_registry.residency.leases import Lease
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.residency import Residency
 from headrace_registry.sizing.reservation import estimated_bytes
-from headrace_registry.workers.lease_wait import Attempt
+from headrace_registry.workers.lease_wait import LeaseWait
 
 POLICY = Policy(max_queued=3, max_waiters=8, idle_timeout_s=600.0)
 SIZES = {"small": 1_000_000, "medium": 50_000_000, "large": 120_000_000, "huge": 250_000_000}
@@ -43,8 +43,8 @@ class Residencies(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: list[Attempt] = []
-        self.deadlines: dict[Attempt, float] = {}
+        self.waiting: list[LeaseWait] = []
+        self.deadlines: dict[LeaseWait, float] = {}
         self.held: dict[str, Lease] = {}
         self.limits = (0, 0)
         self.begun = False
@@ -268,7 +268,7 @@ class Residencies(RuleBasedStateMachine):
         self.seen.update(row["state"] for row in rows)
         self.seen.update(row["reason"].split(" for ")[0] for row in rows)
 
-    def _poll(self, attempt: Attempt) -> None:
+    def _poll(self, attempt: LeaseWait) -> None:
         """One step of a call; when it ends, it ends with a lease or with a typed error that says what to do."""
         overdue = self.world.now - self.deadlines[attempt]
         try:

@@ -14,7 +14,7 @@ import pytest
 
 from fix_postgres import FAST_SETTINGS
 from headrace_registry.errors import DatabaseUnavailable, ModelNotFound
-from headrace_registry.postgres.residency.statements import RESIDENCIES_OF_MODEL_TO_END
+from headrace_registry.postgres.residency.unloading import RESIDENCIES_OF_MODEL_TO_END
 from headrace_registry.postgres.server.connect import DatabaseUnreachable, migrate_when_reachable
 from headrace_registry.postgres.server.embedded import EmbeddedFailed, EmbeddedPostgres
 from headrace_registry.postgres.server.migrations import Migration, SchemaMismatch, migrate, packaged_migrations

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.server.pool import Connection
+
+REQUEST_READ = "SELECT arguments, response FROM requests WHERE request_id = %(request_id)s AND method = %(method)s"
+REQUEST_WRITE = """
+INSERT INTO requests (request_id, method, arguments, response)
+VALUES (%(request_id)s, %(method)s, %(arguments)s, %(response)s)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +40,8 @@ async def recall(conn: Connection, request: Request) -> str | None:
     if not request.request_id:
         return None
     parameters = {"request_id": request.request_id, "method": request.method}
-    await conn.execute(queries.REQUEST_LOCK, parameters)
-    row = await (await conn.execute(queries.REQUEST_READ, parameters)).fetchone()
+    await conn.execute(statements.REQUEST_LOCK, parameters)
+    row = await (await conn.execute(REQUEST_READ, parameters)).fetchone()
     if row is None:
         return None
     if row["arguments"] != request.digest:
@@ -47,4 +53,4 @@ async def remember(conn: Connection, request: Request, response: str) -> None:
     """Stores the answer in the same transaction as its effect."""
     if request.request_id:
         parameters = {"request_id": request.request_id, "method": request.method}
-        await conn.execute(queries.REQUEST_WRITE, {**parameters, "arguments": request.digest, "response": response})
+        await conn.execute(REQUEST_WRITE, {**parameters, "arguments": request.digest, "response": response})

@@ -19,7 +19,7 @@ class ResidencyEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class EventBatch:
     """Events in order; what comes next has a `seq` larger than `seq`."""
 
     seq: int

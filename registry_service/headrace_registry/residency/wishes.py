@@ -9,7 +9,7 @@ from headrace_registry.models.models import Failure
 from headrace_registry.residency.leases import Lease
 from headrace_registry.residency.residency import Residency
 
-Place = tuple[str, str]
+DeviceKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
+class Placed:
     """The residency that will serve a wish, and whether others should look again."""
 
     residency: Residency
@@ -36,7 +36,7 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
+class LeaseProgress:
     """How a wish stands: a lease, or the residency it waits for and its place in the queue (0 once loading).
 
     `avoid` are the places where it failed on the way.
@@ -45,4 +45,4 @@ class Admission:
     residency: Residency | None = None
     position: int = 0
     lease: Lease | None = None
-    avoid: Mapping[Place, Failure] = field(default_factory=dict)
+    avoid: Mapping[DeviceKey, Failure] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from headrace_registry.postgres.residency.residencies import ResidencyStore
 from headrace_registry.residency.events import ResidencyEvent
 from headrace_registry.residency.leases import LeaseTerms, checked_ttl_s, checked_wait_s
 from headrace_registry.residency.residency import Residency, ResidencyState
-from headrace_registry.residency.wishes import Admission, Wish
+from headrace_registry.residency.wishes import LeaseProgress, Wish
 from headrace_registry.rpc.convert.residencies import (
     lease_to_pb,
     node_to_pb,
@@ -35,7 +35,7 @@ from headrace_registry.rpc.convert.residencies import (
     transfer_to_pb,
 )
 from headrace_registry.wakeups import Wakeups
-from headrace_registry.workers.lease_wait import Admissions
+from headrace_registry.workers.lease_wait import LeaseWaits
 from headrace_registry.workers.watch import ResidencyWatch
 
 _DEFAULT_PAGE = 100
@@ -50,7 +50,7 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         residencies: ResidencyStore,
         leases: LeaseStore,
         nodes: NodeStore,
-        admissions: Admissions,
+        lease_waits: LeaseWaits,
         pins: PinStore,
         events: EventStore,
         wakeups: Wakeups,
@@ -60,7 +60,7 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         self._residencies = residencies
         self._leases = leases
         self._nodes = nodes
-        self._admissions = admissions
+        self._lease_waits = lease_waits
         self._pins = pins
         self._events = events
         self._wakeups = wakeups
@@ -99,10 +99,10 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
             request_id=checked_request_id(request.request_id),
         )
         wait_s = checked_wait_s(request.wait_s)
-        steps = self._admissions.acquire(wish, terms, waiter_id=uuid.uuid4().hex, wait_s=wait_s)
-        async with aclosing(self._shutdown.watching(steps)) as admissions:
-            async for admission in admissions:
-                yield _admission_to_pb(admission)
+        steps = self._lease_waits.acquire(wish, terms, waiter_id=uuid.uuid4().hex, wait_s=wait_s)
+        async with aclosing(self._shutdown.watching(steps)) as lease_waits:
+            async for progress in lease_waits:
+                yield _progress_to_pb(progress)
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Any) -> pb.RenewLeaseResponse:
         """Extends a living lease."""
@@ -205,13 +205,13 @@ async def _messages(events: AsyncGenerator[ResidencyEvent, None]) -> AsyncGenera
             yield residency_event_to_pb(event)
 
 
-def _admission_to_pb(admission: Admission) -> pb.AcquireLeaseResponse:
-    if admission.lease is not None:
-        return pb.AcquireLeaseResponse(granted=pb.LeaseGranted(lease=lease_to_pb(admission.lease)))
-    residency = admission.residency
+def _progress_to_pb(progress: LeaseProgress) -> pb.AcquireLeaseResponse:
+    if progress.lease is not None:
+        return pb.AcquireLeaseResponse(granted=pb.LeaseGranted(lease=lease_to_pb(progress.lease)))
+    residency = progress.residency
     assert residency is not None
     if residency.state is ResidencyState.QUEUED:
-        return pb.AcquireLeaseResponse(queued=pb.LeaseQueued(position=admission.position))
+        return pb.AcquireLeaseResponse(queued=pb.LeaseQueued(position=progress.position))
     transfer = transfer_to_pb(residency.transfer or Transfer())
     return pb.AcquireLeaseResponse(loading=pb.LeaseLoading(residency_id=residency.id, transfer=transfer))
 

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 
 from headrace_registry.errors import DatabaseUnavailable
+from headrace_registry.postgres.models.sets import SetStore
 from headrace_registry.postgres.models.validations import ValidationStore
 from headrace_registry.postgres.residency.events import EventStore
 from headrace_registry.postgres.residency.leases import LeaseStore
 from headrace_registry.postgres.residency.nodes import NodeStore
 from headrace_registry.postgres.residency.pins import PinStore
 from headrace_registry.postgres.residency.upkeep import ResidencyUpkeep
-from headrace_registry.postgres.upkeep_store import UpkeepStore
 from headrace_registry.residency.nodes import MISSED_HEARTBEATS
 
 log = logging.getLogger(__name__)
@@ -51,20 +51,20 @@ class Upkeep:
         leases: LeaseStore,
         nodes: NodeStore,
         residencies: ResidencyUpkeep,
-        rows: UpkeepStore,
         pins: PinStore,
         events: EventStore,
         validations: ValidationStore,
+        sets: SetStore,
         heartbeat_interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leases = leases
         self._nodes = nodes
         self._residencies = residencies
-        self._rows = rows
         self._pins = pins
         self._events = events
         self._validations = validations
+        self._sets = sets
         self._silent_s = heartbeat_interval_s * MISSED_HEARTBEATS
         self._tick_s = min(_TICK_S, heartbeat_interval_s / 2)
         self._listening = Listening(longest_gap_s=self._tick_s + heartbeat_interval_s)
@@ -94,6 +94,7 @@ class Upkeep:
         await self._validations.tidy()
         await self._residencies.tidy()
         if self._clock() - self._purged > _PURGE_EVERY_S:
-            await self._rows.purge()
+            await self._residencies.purge()
+            await self._sets.purge_pins()
             await self._events.trim()
             self._purged = self._clock()

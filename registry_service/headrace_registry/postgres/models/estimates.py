@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from headrace_registry.models.models import Model
-from headrace_registry.postgres.residency import statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.rows import occupant_of
 from headrace_registry.postgres.server.pool import Connection, Database
-from headrace_registry.postgres.statements import DEVICES_PRESENT, NODES_LIVING
 from headrace_registry.residency.leases import MAX_S
 from headrace_registry.residency.nodes import DeviceKind
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.scheduling import DeviceView, NodeView
 from headrace_registry.sizing.advice import Learned, Site, Situation
+
+ALL_LIVING_NODES = "SELECT * FROM nodes WHERE state = 'ALIVE' ORDER BY id"
+DEVICES_PRESENT = "SELECT * FROM devices WHERE present AND node_id = ANY(%(node_ids)s) ORDER BY node_id, ordinal, id"
 
 
 class EstimateStore:
@@ -26,7 +28,7 @@ class EstimateStore:
 
         async def work(conn: Connection) -> Situation:
             parameters = {"model_id": model.id, "quantization": model.quantization}
-            rows = await (await conn.execute(queries.LEARNED, parameters)).fetchall()
+            rows = await (await conn.execute(statements.LEARNED, parameters)).fetchall()
             learned = tuple(
                 Learned(
                     node_id=row["node_id"],
@@ -43,10 +45,12 @@ class EstimateStore:
 
 
 async def _sites(conn: Connection) -> tuple[Site, ...]:
-    living = await (await conn.execute(NODES_LIVING)).fetchall()
+    living = await (await conn.execute(ALL_LIVING_NODES)).fetchall()
     parameters = {"node_ids": [row["id"] for row in living]}
     devices = await (await conn.execute(DEVICES_PRESENT, parameters)).fetchall()
-    occupants = await (await conn.execute(queries.OCCUPANTS_OF_NODES, {**parameters, "for_good_s": MAX_S})).fetchall()
+    occupants = await (
+        await conn.execute(statements.OCCUPANTS_OF_NODES, {**parameters, "for_good_s": MAX_S})
+    ).fetchall()
     views: dict[str, list[DeviceView]] = {row["id"]: [] for row in living}
     for row in devices:
         view = DeviceView(

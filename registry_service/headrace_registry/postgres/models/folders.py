@@ -12,11 +12,87 @@ from pathlib import Path
 from headrace_registry.models.eviction import StoredFolder, plan_eviction
 from headrace_registry.models.folders import ModelFolders
 from headrace_registry.models.models import ModelState
-from headrace_registry.postgres.models import folder_statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import change_model, lock_model
 from headrace_registry.postgres.models.preparations import hold_claim
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.wakeups import Wakeups
+
+FOLDER_UPSERT = """
+INSERT INTO store_folders (path, model_id, reserved_bytes)
+VALUES (%(path)s, %(model_id)s, %(reserved_bytes)s)
+ON CONFLICT (path) DO UPDATE
+SET model_id = excluded.model_id, reserved_bytes = excluded.reserved_bytes, doom_time = NULL
+"""
+FOLDER_IS_DOOMED = "SELECT doom_time IS NOT NULL AS doomed FROM store_folders WHERE path = %(path)s FOR UPDATE"
+FOLDER_DOOM = "UPDATE store_folders SET doom_time = registry_now(), reserved_bytes = 0 WHERE path = %(path)s"
+FOLDER_DOOM_UNUSED = """
+UPDATE store_folders f SET doom_time = registry_now(), reserved_bytes = 0
+WHERE f.path = %(path)s AND f.doom_time IS NULL
+  AND NOT EXISTS (SELECT 1 FROM models m
+                  WHERE m.files_path = f.path OR (m.source_kind = 'folder' AND m.location = f.path))
+  AND NOT EXISTS (SELECT 1 FROM preparations p
+                  WHERE p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path))
+"""
+FOLDERS_DOOM_ORPHANS = """
+UPDATE store_folders SET doom_time = registry_now(), reserved_bytes = 0
+WHERE path IN (
+    SELECT f.path FROM store_folders f
+    WHERE f.doom_time IS NULL AND NOT EXISTS (SELECT 1 FROM models m WHERE m.id = f.model_id)
+      AND NOT EXISTS (SELECT 1 FROM preparations p WHERE p.source_path = f.path)
+      AND NOT EXISTS (SELECT 1 FROM models m
+                      WHERE m.files_path = f.path OR (m.source_kind = 'folder' AND m.location = f.path))
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED)
+RETURNING path
+"""
+FOLDERS_DOOMED = """
+SELECT path FROM store_folders WHERE doom_time IS NOT NULL
+ORDER BY doom_time LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+"""
+# A node may still be making what was given up; its result is removed too if it comes within the hour.
+FOLDERS_FORGET = """
+DELETE FROM store_folders WHERE path = ANY(%(paths)s) AND doom_time < registry_now() - interval '1 hour'
+"""
+FOLDERS_WANTED = "SELECT target_path FROM preparations WHERE target_path <> ''"
+# Used: loaded somewhere or on its way, on a node that may come back, pinned, in preparation, or somebody's own source.
+FOLDERS = """
+SELECT f.path, u.ids AS models, u.gguf,
+       CASE WHEN EXISTS (SELECT 1 FROM preparations p WHERE p.model_id = f.model_id)
+            THEN f.reserved_bytes ELSE 0 END AS reserved_bytes,
+       extract(epoch FROM COALESCE(u.last_used, f.create_time))::float8 AS last_used,
+       EXISTS (SELECT 1 FROM preparations p
+               WHERE p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path)
+                  OR p.model_id = ANY(u.ids))
+    OR EXISTS (SELECT 1 FROM residencies r WHERE r.model_id = ANY(u.ids)
+               AND (r.state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR r.state_when_lost IS NOT NULL))
+    OR EXISTS (SELECT 1 FROM pins p WHERE p.model_id = ANY(u.ids)
+               AND (p.expire_time IS NULL OR p.expire_time > registry_now()))
+    OR EXISTS (SELECT 1 FROM models m WHERE m.source_kind = 'folder' AND m.location = f.path) AS in_use
+FROM store_folders f
+CROSS JOIN LATERAL (
+    SELECT COALESCE(array_agg(m.id ORDER BY m.id), '{}') AS ids,
+           COALESCE(array_agg(m.location) FILTER (WHERE m.source_kind = 'gguf'), '{}') AS gguf,
+           max(GREATEST(m.create_time, m.last_used_time,
+               (SELECT max(r.last_used_time) FROM residencies r WHERE r.model_id = m.id))) AS last_used
+    FROM models m WHERE m.files_path = f.path) u
+WHERE f.doom_time IS NULL AND (%(path)s::text IS NULL OR f.path = %(path)s)
+ORDER BY f.path
+"""
+# Written lazily: a lease must not wait for the model's row.
+MODELS_NOTE_USE = """
+UPDATE models m SET last_used_time = used.time
+FROM (
+    SELECT m.id, r.time FROM models m JOIN (
+        SELECT model_id, max(last_used_time) AS time FROM residencies
+        WHERE last_used_time > registry_now() - make_interval(secs => %(since_s)s) GROUP BY model_id
+    ) r ON r.model_id = m.id
+    WHERE m.last_used_time IS NULL OR m.last_used_time < r.time
+    FOR UPDATE OF m SKIP LOCKED
+) used
+WHERE m.id = used.id
+"""
+
 
 _REMOVED_AT_ONCE = 100
 _ORPHANS_AT_ONCE = 1000
@@ -44,7 +120,7 @@ class FolderStore:
         """Reserves space for a folder; returns the models that lost their files for it. Raises DiskFull, ClaimLost."""
 
         async def work(conn: Connection) -> list[str]:
-            await conn.execute(queries.STORE_LOCK)
+            await conn.execute(statements.STORE_LOCK)
             await hold_claim(conn, model_id, worker)
             await self._take_over(conn, path)
             victims = plan_eviction(
@@ -58,7 +134,7 @@ class FolderStore:
             for victim in victims:
                 await _take_away(conn, victim, f"files removed to make room for {model_id}")
             values = {"path": path, "model_id": model_id, "reserved_bytes": total_bytes}
-            await conn.execute(queries.FOLDER_UPSERT, values)
+            await conn.execute(FOLDER_UPSERT, values)
             if make:
                 await asyncio.to_thread(self._folders.make, path)
             return [each for victim in victims for each in victim.models]
@@ -74,11 +150,11 @@ class FolderStore:
         """Takes out of use what nothing refers to any more."""
 
         async def work(conn: Connection) -> None:
-            rows = await (await conn.execute(queries.FOLDERS_DOOMED, {"limit": _REMOVED_AT_ONCE})).fetchall()
+            rows = await (await conn.execute(FOLDERS_DOOMED, {"limit": _REMOVED_AT_ONCE})).fetchall()
             paths = [row["path"] for row in rows if self._folders.owns(row["path"])]
             for path in paths:
                 await asyncio.to_thread(self._folders.discard, path)
-            await conn.execute(queries.FOLDERS_FORGET, {"paths": paths})
+            await conn.execute(FOLDERS_FORGET, {"paths": paths})
 
         await self._database.run(work)
 
@@ -86,7 +162,7 @@ class FolderStore:
         """Takes out of use what killed attempts left of folders that nobody makes any more."""
 
         async def work(conn: Connection) -> list[str]:
-            rows = await (await conn.execute(queries.FOLDERS_WANTED)).fetchall()
+            rows = await (await conn.execute(FOLDERS_WANTED)).fetchall()
             return [row["target_path"] for row in rows]
 
         wanted = await self._database.run(work)
@@ -96,8 +172,8 @@ class FolderStore:
         """Marks a folder that nobody loads from, or is about to; others stay."""
 
         async def work(conn: Connection) -> None:
-            await conn.execute(queries.STORE_LOCK)
-            await conn.execute(queries.FOLDER_DOOM_UNUSED, {"path": path})
+            await conn.execute(statements.STORE_LOCK)
+            await conn.execute(FOLDER_DOOM_UNUSED, {"path": path})
 
         await self._database.run(work)
 
@@ -105,8 +181,8 @@ class FolderStore:
         """Marks folders whose model is gone, as after a kill; returns them."""
 
         async def work(conn: Connection) -> list[str]:
-            await conn.execute(queries.STORE_LOCK)
-            rows = await conn.execute(queries.FOLDERS_DOOM_ORPHANS, {"limit": _ORPHANS_AT_ONCE})
+            await conn.execute(statements.STORE_LOCK)
+            rows = await conn.execute(FOLDERS_DOOM_ORPHANS, {"limit": _ORPHANS_AT_ONCE})
             return [row["path"] for row in await rows.fetchall()]
 
         return await self._database.run(work)
@@ -115,7 +191,7 @@ class FolderStore:
         """Writes into each model when it was used last."""
 
         async def work(conn: Connection) -> None:
-            await conn.execute(queries.MODELS_NOTE_USE, {"since_s": since_s})
+            await conn.execute(MODELS_NOTE_USE, {"since_s": since_s})
 
         await self._database.run(work)
 
@@ -126,13 +202,13 @@ class FolderStore:
 
     async def _take_over(self, conn: Connection, path: str) -> None:
         """A folder that was to be removed goes first, whole: it may be half gone."""
-        row = await (await conn.execute(queries.FOLDER_IS_DOOMED, {"path": path})).fetchone()
+        row = await (await conn.execute(FOLDER_IS_DOOMED, {"path": path})).fetchone()
         if row is not None and row["doomed"]:
             await asyncio.to_thread(self._folders.discard, path)
 
 
 async def _folders(conn: Connection, path: str | None = None) -> list[StoredFolder]:
-    rows = await (await conn.execute(queries.FOLDERS, {"path": path})).fetchall()
+    rows = await (await conn.execute(FOLDERS, {"path": path})).fetchall()
     return [
         StoredFolder(
             path=row["path"],
@@ -152,7 +228,7 @@ async def _take_away(conn: Connection, victim: StoredFolder, reason: str) -> Non
         raise _Changed
     for model_id in victim.models:
         await change_model(conn, model_id, reason, {"state": ModelState.REGISTERED, "files_path": "", "store_bytes": 0})
-    await conn.execute(queries.FOLDER_DOOM, {"path": victim.path})
+    await conn.execute(FOLDER_DOOM, {"path": victim.path})
 
 
 def _are_files(locations: list[str]) -> bool:

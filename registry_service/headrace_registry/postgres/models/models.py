@@ -13,14 +13,68 @@ from headrace_registry.models.filters import Match, Term
 from headrace_registry.models.identifiers import derived_ids
 from headrace_registry.models.models import Model, ModelEvent, NewModel
 from headrace_registry.paging import Page
-from headrace_registry.postgres import statements as queries
-from headrace_registry.postgres.models import folder_statements as store_queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.requests import Request, recall, remember
 from headrace_registry.postgres.residency.pins import pin_owners
-from headrace_registry.postgres.residency.unloading import send_off, use_of
+from headrace_registry.postgres.residency.unloading import order_unload, use_of
 from headrace_registry.postgres.rows import json_of, model_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.wakeups import Wakeups
+
+MODEL_READ = "SELECT * FROM models WHERE id = %(id)s"
+# Longer than a deletion waits for memory.
+MODEL_DELETING = "UPDATE models SET deleting_until = registry_now() + interval '30 s' WHERE id = %(id)s"
+IDENTITY_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(identity)s, 1))"
+MODEL_OF_IDENTITY = "SELECT * FROM models WHERE identity = %(identity)s ORDER BY create_time, id LIMIT 1"
+MODEL_INSERT = """
+INSERT INTO models (id, identity, source_kind, location, source_revision, quantization, load_options, labels)
+VALUES (%(id)s, %(identity)s, %(source_kind)s, %(location)s, %(source_revision)s, %(quantization)s,
+        %(load_options)s, %(labels)s)
+ON CONFLICT (id) DO NOTHING
+RETURNING id
+"""
+MODEL_DELETE = "DELETE FROM models WHERE id = %(id)s"
+MODEL_TOUCH = """
+WITH touched AS (
+    UPDATE models
+    SET event_seq = event_seq + 1, revision = revision + 1, update_time = registry_now()
+    WHERE id = %(id)s
+    RETURNING *
+), recorded AS (
+    INSERT INTO model_events (model_id, seq, time, message, model)
+    SELECT id, event_seq, update_time, %(message)s, to_jsonb(touched) FROM touched
+), trimmed AS (
+    DELETE FROM model_events e USING touched t WHERE e.model_id = t.id AND e.seq <= t.event_seq - %(keep)s
+)
+SELECT * FROM touched
+"""
+MODEL_SNAPSHOT = "SELECT *, registry_now() AS now FROM models WHERE id = %(id)s"
+MODEL_EVENTS = """
+SELECT seq, time, message, model FROM model_events
+WHERE model_id = %(id)s AND seq > %(after_seq)s
+ORDER BY seq LIMIT %(limit)s
+"""
+RESIDENCIES_ACTIVE_OF_MODEL = """
+SELECT id, node_id, device_id, state FROM residencies
+WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)
+  AND state NOT IN ('UNLOADED', 'FAILED', 'LOST')
+ORDER BY node_id, device_id, id FOR UPDATE
+"""
+# Before the statement that dooms them: what others decided about them while this waited is seen by that one only.
+FOLDERS_LOCK_OF_MODEL = """
+SELECT path FROM store_folders f
+WHERE f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)
+ORDER BY path FOR UPDATE
+"""
+FOLDERS_DOOM_OF_MODEL = """
+UPDATE store_folders f SET doom_time = registry_now(), reserved_bytes = 0
+WHERE (f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)) AND f.doom_time IS NULL
+  AND NOT EXISTS (SELECT 1 FROM models o WHERE o.id <> %(id)s
+                  AND (o.files_path = f.path OR (o.source_kind = 'folder' AND o.location = f.path)))
+  AND NOT EXISTS (SELECT 1 FROM preparations p WHERE p.model_id <> %(id)s
+                  AND (p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path)))
+"""
+
 
 # Events kept per model: hours of progress at one a second. The snapshot tells a late watcher the rest.
 _KEEP_EVENTS = 10_000
@@ -49,7 +103,7 @@ class ModelStore:
             answered = await recall(conn, request)
             if answered is not None:
                 return await read_model(conn, answered)
-            await conn.execute(queries.IDENTITY_LOCK, {"identity": new.identity()})
+            await conn.execute(IDENTITY_LOCK, {"identity": new.identity()})
             model = await _existing(conn, new) or await _insert(conn, new)
             await remember(conn, request, model.id)
             return model
@@ -131,9 +185,9 @@ class ModelStore:
             await check_unused(conn, model_id, "delete")
             if not force:
                 await _check_unpinned(conn, model_id)
-            await conn.execute(store_queries.FOLDERS_LOCK_OF_MODEL, {"id": model_id})
-            await conn.execute(store_queries.FOLDERS_DOOM_OF_MODEL, {"id": model_id})
-            await conn.execute(queries.MODEL_DELETE, {"id": model_id})
+            await conn.execute(FOLDERS_LOCK_OF_MODEL, {"id": model_id})
+            await conn.execute(FOLDERS_DOOM_OF_MODEL, {"id": model_id})
+            await conn.execute(MODEL_DELETE, {"id": model_id})
             await remember(conn, request, model_id)
             return ()
 
@@ -145,7 +199,7 @@ class ModelStore:
         """Returns the model as it stands, as an event."""
 
         async def work(conn: Connection) -> ModelEvent:
-            row = await (await conn.execute(queries.MODEL_SNAPSHOT, {"id": model_id})).fetchone()
+            row = await (await conn.execute(MODEL_SNAPSHOT, {"id": model_id})).fetchone()
             if row is None:
                 raise ModelNotFound(model_id)
             now: datetime = row["now"]
@@ -158,7 +212,7 @@ class ModelStore:
 
         async def work(conn: Connection) -> list[ModelEvent]:
             parameters = {"id": model_id, "after_seq": after_seq, "limit": _EVENTS_PER_READ}
-            rows = await (await conn.execute(queries.MODEL_EVENTS, parameters)).fetchall()
+            rows = await (await conn.execute(MODEL_EVENTS, parameters)).fetchall()
             if not rows:
                 await read_model(conn, model_id)
             return [
@@ -171,7 +225,7 @@ class ModelStore:
 
 async def read_model(conn: Connection, model_id: str) -> Model:
     """Raises ModelNotFound."""
-    row = await (await conn.execute(queries.MODEL_READ, {"id": model_id})).fetchone()
+    row = await (await conn.execute(MODEL_READ, {"id": model_id})).fetchone()
     if row is None:
         raise ModelNotFound(model_id)
     return model_of(row)
@@ -179,7 +233,7 @@ async def read_model(conn: Connection, model_id: str) -> Model:
 
 async def lock_model(conn: Connection, model_id: str) -> Model:
     """Like `read_model`, and nobody else changes it until the transaction ends."""
-    row = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
+    row = await (await conn.execute(statements.MODEL_LOCK, {"id": model_id})).fetchone()
     if row is None:
         raise ModelNotFound(model_id)
     return model_of(row)
@@ -191,7 +245,7 @@ async def change_model(conn: Connection, model_id: str, message: str, columns: M
         sets = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(n), sql.Placeholder(n)) for n in columns)
         await conn.execute(sql.SQL("UPDATE models SET {} WHERE id = %(id)s").format(sets), {**columns, "id": model_id})
     parameters = {"id": model_id, "message": message, "keep": _KEEP_EVENTS}
-    row = await (await conn.execute(queries.MODEL_TOUCH, parameters)).fetchone()
+    row = await (await conn.execute(MODEL_TOUCH, parameters)).fetchone()
     if row is None:
         raise ModelNotFound(model_id)
     return model_of(row)
@@ -200,7 +254,7 @@ async def change_model(conn: Connection, model_id: str, message: str, columns: M
 async def check_unused(conn: Connection, model_id: str, verb: str) -> None:
     """Raises ModelInUse while the model is on a device or on its way there."""
     parameters = {"model_id": model_id, "node_id": ""}
-    active = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
+    active = await (await conn.execute(RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
     if active:
         places = ", ".join(f"{row['node_id']}/{row['device_id']}" for row in active)
         await _refuse_use(conn, model_id, verb, places)
@@ -224,19 +278,19 @@ async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -
 
 async def _sent_off(conn: Connection, model_id: str, actor: str) -> tuple[str, ...]:
     """Unloads the model everywhere and keeps others from loading it; returns the places that still hold its memory."""
-    await conn.execute(queries.MODEL_DELETING, {"id": model_id})
-    await send_off(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
+    await conn.execute(MODEL_DELETING, {"id": model_id})
+    await order_unload(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
     parameters = {"model_id": model_id, "node_id": ""}
-    rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
+    rows = await (await conn.execute(RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
     return tuple(f"{row['node_id']}/{row['device_id']}" for row in rows)
 
 
 async def _existing(conn: Connection, new: NewModel) -> Model | None:
     """Returns the model this registration names already; an id that names another one is AlreadyExists."""
     if not new.id:
-        row = await (await conn.execute(queries.MODEL_OF_IDENTITY, {"identity": new.identity()})).fetchone()
+        row = await (await conn.execute(MODEL_OF_IDENTITY, {"identity": new.identity()})).fetchone()
         return model_of(row) if row is not None else None
-    row = await (await conn.execute(queries.MODEL_READ, {"id": new.id})).fetchone()
+    row = await (await conn.execute(MODEL_READ, {"id": new.id})).fetchone()
     if row is None:
         return None
     if row["identity"] != new.identity():
@@ -258,7 +312,7 @@ async def _insert(conn: Connection, new: NewModel) -> Model:
         "labels": json_of(new.labels),
     }
     for candidate in [new.id] if new.id else derived_ids(new):
-        row = await (await conn.execute(queries.MODEL_INSERT, {**values, "id": candidate})).fetchone()
+        row = await (await conn.execute(MODEL_INSERT, {**values, "id": candidate})).fetchone()
         if row is not None:
             return await change_model(conn, candidate, "registered", {"commit_sha": new.commit_sha})
     existing = await _existing(conn, new)  # Somebody took the id at the same moment.

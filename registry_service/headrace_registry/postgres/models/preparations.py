@@ -12,14 +12,88 @@ from headrace_registry.errors import StateConflict
 from headrace_registry.models.builds import BuildKind, BuildState, ClaimLost, FilesDoomed
 from headrace_registry.models.files import Inspection
 from headrace_registry.models.models import Failure, Fidelity, Model, ModelState, SourceKind, Transfer
-from headrace_registry.postgres import statements as queries
-from headrace_registry.postgres.models import folder_statements as store_queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import change_model, lock_model, read_model
 from headrace_registry.postgres.requests import Request, recall, remember
 from headrace_registry.postgres.residency.nodes import hear
 from headrace_registry.postgres.rows import failure_of, fidelity_of, json_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.wakeups import Wakeups
+
+PREPARATION_INSERT = """
+INSERT INTO preparations (model_id, claimed_by, claim_expire_time)
+VALUES (%(model_id)s, %(worker)s, registry_now() + make_interval(secs => %(claim_s)s))
+ON CONFLICT (model_id) DO NOTHING
+"""
+PREPARATION_DELETE = "DELETE FROM preparations WHERE model_id = %(model_id)s RETURNING model_id"
+PREPARATION_HOLD = """
+SELECT * FROM preparations WHERE model_id = %(model_id)s AND claimed_by = %(worker)s FOR UPDATE
+"""
+PREPARATIONS_CLAIM = """
+UPDATE preparations p
+SET claimed_by = %(worker)s, claim_expire_time = registry_now() + make_interval(secs => %(claim_s)s)
+FROM (
+    SELECT model_id FROM preparations
+    WHERE (claimed_by IS NULL OR claimed_by = %(worker)s OR claim_expire_time < registry_now())
+      AND NOT model_id = ANY(%(running)s)
+    ORDER BY create_time LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+) free
+WHERE p.model_id = free.model_id
+RETURNING p.model_id
+"""
+PREPARATIONS_RENEW = """
+UPDATE preparations
+SET claim_expire_time = registry_now() + make_interval(secs => %(claim_s)s)
+WHERE claimed_by = %(worker)s AND model_id = ANY(%(running)s)
+RETURNING model_id
+"""
+PREPARATIONS_RELEASE = """
+UPDATE preparations SET claimed_by = NULL, claim_expire_time = NULL
+WHERE %(worker)s::text IS NULL OR claimed_by = %(worker)s
+"""
+BUILD_ASSIGN = """
+UPDATE preparations
+SET node_id = %(node_id)s, target_path = %(target_path)s, source_path = %(source_path)s, done = false, failure = NULL,
+    fidelity = NULL, report_time = registry_now()
+WHERE model_id = %(model_id)s
+"""
+# What was made is about to go; whoever takes the preparation up again has it made anew.
+BUILD_UNDO = "UPDATE preparations SET node_id = NULL, target_path = '', done = false WHERE model_id = %(model_id)s"
+BUILD_CHOOSE_NODE = """
+SELECT n.id FROM nodes n
+LEFT JOIN preparations p ON p.node_id = n.id AND NOT p.done
+WHERE n.state = 'ALIVE'
+GROUP BY n.id ORDER BY count(p.model_id), n.id LIMIT 1
+"""
+BUILD_READ = """
+SELECT p.*, n.state AS node_state, extract(epoch FROM registry_now() - p.report_time)::float8 AS silent_s
+FROM preparations p LEFT JOIN nodes n ON n.id = p.node_id
+WHERE p.model_id = %(model_id)s AND p.claimed_by = %(worker)s
+"""
+# What is done stays done: a word on progress may come later than the last one.
+BUILD_REPORT = """
+UPDATE preparations
+SET done = done OR %(done)s, failure = COALESCE(%(failure)s, failure), fidelity = COALESCE(%(fidelity)s, fidelity),
+    report_time = registry_now()
+WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND %(target_path)s IN ('', target_path)
+RETURNING model_id
+"""
+# Nobody dooms it until the transaction ends.
+FOLDER_KEEP = "SELECT doom_time IS NOT NULL AS doomed FROM store_folders WHERE path = %(path)s FOR SHARE"
+MODEL_PREPARED = "UPDATE models SET last_used_time = registry_now() WHERE id = %(id)s"
+# Files of the same commit that another model, of another quantization, is loaded or was made from.
+BASE_FIND = """
+SELECT f.path FROM models m
+JOIN store_folders f ON f.path = CASE WHEN m.quantization = 'NONE' THEN m.files_path ELSE m.base_path END
+WHERE m.id <> %(model_id)s AND m.state = 'READY' AND f.doom_time IS NULL
+  AND m.source_kind = %(source_kind)s AND m.commit_sha = %(commit_sha)s
+  AND (m.source_kind = 'gguf' OR m.location = %(location)s)
+  AND (m.quantization <> 'NONE' OR %(quantization)s <> 'NONE')
+ORDER BY m.create_time, m.id LIMIT 1 FOR SHARE OF f
+"""
+BASE_TAKE = "UPDATE preparations SET source_path = %(path)s WHERE model_id = %(model_id)s"
+
 
 T = TypeVar("T")
 
@@ -43,9 +117,7 @@ class PreparationStore:
             if await recall(conn, request) is not None:
                 return model
             if model.state is not ModelState.READY and not model.state.preparing:
-                await conn.execute(
-                    queries.PREPARATION_INSERT, {"model_id": model_id, "worker": worker, "claim_s": CLAIM_S}
-                )
+                await conn.execute(PREPARATION_INSERT, {"model_id": model_id, "worker": worker, "claim_s": CLAIM_S})
                 converting = model.source.kind is SourceKind.GGUF
                 state = ModelState.CONVERTING if converting else ModelState.DOWNLOADING
                 columns = {"state": state, "failure": None, "transfer": json_of(Transfer())}
@@ -68,7 +140,7 @@ class PreparationStore:
                     metadata={"state": model.state},
                     resource=("model", model_id),
                 )
-            await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
+            await conn.execute(PREPARATION_DELETE, {"model_id": model_id})
             columns = {"state": ModelState.REGISTERED, "transfer": None}
             model = await change_model(conn, model_id, "preparation cancelled", columns)
             await remember(conn, request, model_id)
@@ -81,7 +153,7 @@ class PreparationStore:
 
         async def work(conn: Connection) -> list[Model]:
             parameters = {"worker": worker, "claim_s": CLAIM_S, "running": list(running), "limit": limit}
-            rows = await (await conn.execute(queries.PREPARATIONS_CLAIM, parameters)).fetchall()
+            rows = await (await conn.execute(PREPARATIONS_CLAIM, parameters)).fetchall()
             return [await read_model(conn, row["model_id"]) for row in rows]
 
         return await self._database.run(work)
@@ -91,7 +163,7 @@ class PreparationStore:
 
         async def work(conn: Connection) -> set[str]:
             parameters = {"worker": worker, "claim_s": CLAIM_S, "running": list(running)}
-            rows = await (await conn.execute(queries.PREPARATIONS_RENEW, parameters)).fetchall()
+            rows = await (await conn.execute(PREPARATIONS_RENEW, parameters)).fetchall()
             return {row["model_id"] for row in rows}
 
         return await self._database.run(work)
@@ -100,7 +172,7 @@ class PreparationStore:
         """Lets others take over at once; None: whoever had it (only when no other replica can be there)."""
 
         async def work(conn: Connection) -> None:
-            await conn.execute(queries.PREPARATIONS_RELEASE, {"worker": worker})
+            await conn.execute(PREPARATIONS_RELEASE, {"worker": worker})
 
         await self._database.run(work, deadline_s=3.0)
 
@@ -159,7 +231,7 @@ class PreparationStore:
 
         async def work(conn: Connection) -> BuildState:
             parameters = {"model_id": model_id, "worker": worker}
-            row = await (await conn.execute(queries.BUILD_READ, parameters)).fetchone()
+            row = await (await conn.execute(BUILD_READ, parameters)).fetchone()
             if row is None:
                 raise ClaimLost
             return BuildState(
@@ -181,7 +253,7 @@ class PreparationStore:
         """
 
         async def work(conn: Connection) -> str:
-            await conn.execute(store_queries.STORE_LOCK)
+            await conn.execute(statements.STORE_LOCK)
             await hold_claim(conn, model.id, worker)
             parameters = {
                 "model_id": model.id,
@@ -190,10 +262,10 @@ class PreparationStore:
                 "location": model.source.location,
                 "commit_sha": commit_sha,
             }
-            row = await (await conn.execute(store_queries.BASE_FIND, parameters)).fetchone()
+            row = await (await conn.execute(BASE_FIND, parameters)).fetchone()
             if row is None:
                 return ""
-            await conn.execute(store_queries.BASE_TAKE, {"model_id": model.id, "path": row["path"]})
+            await conn.execute(BASE_TAKE, {"model_id": model.id, "path": row["path"]})
             path: str = row["path"]
             return path
 
@@ -206,7 +278,7 @@ class PreparationStore:
 
         async def work(conn: Connection) -> str:
             held = await hold_claim(conn, model_id, worker)
-            row = await (await conn.execute(queries.BUILD_CHOOSE_NODE)).fetchone()
+            row = await (await conn.execute(BUILD_CHOOSE_NODE)).fetchone()
             node_id = row["id"] if row is not None else None
             if node_id is None and held["node_id"] is None and held["target_path"] == target_path:
                 return ""  # It waits already; saying so again would be an event each second.
@@ -216,7 +288,7 @@ class PreparationStore:
                 "target_path": target_path,
                 "source_path": source_path,
             }
-            await conn.execute(queries.BUILD_ASSIGN, parameters)
+            await conn.execute(BUILD_ASSIGN, parameters)
             message = _at_work(node_id, kind.state) if node_id else "waits for a node; start an extractor"
             await change_model(conn, model_id, message, {"state": kind.state, "transfer": json_of(Transfer())})
             return node_id or ""
@@ -242,7 +314,7 @@ class PreparationStore:
 
         async def work(conn: Connection) -> None:
             await hear(conn, node_id, epoch)
-            model = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
+            model = await (await conn.execute(statements.MODEL_LOCK, {"id": model_id})).fetchone()
             parameters = {
                 "model_id": model_id,
                 "node_id": node_id,
@@ -251,7 +323,7 @@ class PreparationStore:
                 "failure": json_of(failure),
                 "fidelity": json_of(fidelity),
             }
-            row = await (await conn.execute(queries.BUILD_REPORT, parameters)).fetchone()
+            row = await (await conn.execute(BUILD_REPORT, parameters)).fetchone()
             if row is not None and model is not None and not done and failure is None:
                 columns = {"transfer": json_of(transfer or Transfer())}
                 await change_model(conn, model_id, _at_work(node_id, model["state"]), columns)
@@ -262,13 +334,13 @@ class PreparationStore:
         async def work(conn: Connection) -> bool:
             await hold_claim(conn, model_id, worker)
             if columns["state"] is ModelState.READY:
-                folder = await conn.execute(store_queries.FOLDER_KEEP, {"path": columns["files_path"]})
+                folder = await conn.execute(FOLDER_KEEP, {"path": columns["files_path"]})
                 row = await folder.fetchone()
                 if row is not None and row["doomed"]:
-                    await conn.execute(queries.BUILD_UNDO, {"model_id": model_id})
+                    await conn.execute(BUILD_UNDO, {"model_id": model_id})
                     return False
-                await conn.execute(store_queries.MODEL_PREPARED, {"id": model_id})
-            await conn.execute(queries.PREPARATION_DELETE, {"model_id": model_id})
+                await conn.execute(MODEL_PREPARED, {"id": model_id})
+            await conn.execute(PREPARATION_DELETE, {"model_id": model_id})
             await change_model(conn, model_id, message, columns)
             return True
 
@@ -287,9 +359,9 @@ def _at_work(node_id: str, state: str) -> str:
 
 async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:
     """Keeps the claim until the transaction ends. Raises ClaimLost. Locks the model first, as all others do."""
-    row = await (await conn.execute(queries.MODEL_LOCK, {"id": model_id})).fetchone()
+    row = await (await conn.execute(statements.MODEL_LOCK, {"id": model_id})).fetchone()
     parameters = {"model_id": model_id, "worker": worker}
-    held = await (await conn.execute(queries.PREPARATION_HOLD, parameters)).fetchone()
+    held = await (await conn.execute(PREPARATION_HOLD, parameters)).fetchone()
     if row is None or held is None:
         raise ClaimLost
     return held

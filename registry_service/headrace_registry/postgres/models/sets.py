@@ -8,11 +8,53 @@ from dataclasses import replace
 from headrace_registry.errors import SetNotFound, StateConflict
 from headrace_registry.models.sets import ActivationSet, SetOrders, SetPin, SetReport
 from headrace_registry.paging import Page
-from headrace_registry.postgres.models import set_statements as set_queries
 from headrace_registry.postgres.requests import Request, recall, remember
 from headrace_registry.postgres.residency.nodes import hear
 from headrace_registry.postgres.rows import Row, set_of, set_pin_of
 from headrace_registry.postgres.server.pool import Connection, Database
+
+SET_UPSERT = """
+INSERT INTO activation_sets
+    (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, retention, path, last_used_time, holders)
+VALUES (%(id)s, %(node_id)s, %(model_id)s, %(corpus_id)s, %(columns)s, %(n_rows)s, %(size_bytes)s, %(complete)s,
+        %(retention)s, %(path)s, least(coalesce(%(last_used_time)s::timestamptz, registry_now()), registry_now()),
+        %(holders)s)
+ON CONFLICT (id, node_id) DO UPDATE
+SET model_id = excluded.model_id, corpus_id = excluded.corpus_id, columns = excluded.columns,
+    n_rows = excluded.n_rows, size_bytes = excluded.size_bytes, complete = excluded.complete,
+    retention = excluded.retention, path = excluded.path, update_time = registry_now(),
+    last_used_time = excluded.last_used_time, holders = excluded.holders
+RETURNING deleting
+"""
+SET_DELETE = "DELETE FROM activation_sets WHERE id = %(id)s AND node_id = %(node_id)s"
+# Taken before pins are looked at in a statement of its own: of a pin and an eviction, one sees the other.
+SET_LOCK = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id FOR UPDATE"
+SET_READ = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id"
+SETS_LIST = """
+SELECT * FROM activation_sets
+WHERE (%(model_id)s = '' OR model_id = %(model_id)s) AND (%(node_id)s = '' OR node_id = %(node_id)s)
+  AND (%(after_time)s::timestamptz IS NULL
+       OR (create_time, id, node_id) < (%(after_time)s::timestamptz, %(after_id)s, %(after_node)s))
+ORDER BY create_time DESC, id DESC, node_id DESC LIMIT %(limit)s
+"""
+# Of nodes that live: what a silent one said of readers is no longer true.
+SET_HOLDERS = """
+SELECT sets.node_id, sets.holders FROM activation_sets sets JOIN nodes ON nodes.id = sets.node_id
+WHERE sets.id = %(id)s AND sets.holders <> '{}' AND nodes.state <> 'LOST' ORDER BY sets.node_id
+"""
+SET_ORDER_DELETION = "UPDATE activation_sets SET deleting = true, update_time = registry_now() WHERE id = %(id)s"
+SET_PINS = """
+SELECT * FROM set_pins WHERE set_id = ANY(%(ids)s) AND (expire_time IS NULL OR expire_time > registry_now())
+ORDER BY set_id, owner
+"""
+SET_PIN_UPSERT = """
+INSERT INTO set_pins (set_id, owner, reason, expire_time)
+VALUES (%(set_id)s, %(owner)s, %(reason)s, %(expire_time)s)
+ON CONFLICT (set_id, owner) DO UPDATE SET reason = excluded.reason, expire_time = excluded.expire_time
+"""
+SET_PIN_DELETE = "DELETE FROM set_pins WHERE set_id = %(set_id)s AND owner = %(owner)s"
+IS_PAST = "SELECT %(expire_time)s::timestamptz <= registry_now() AS is_past"
+SET_PINS_PURGE = "DELETE FROM set_pins WHERE expire_time < registry_now() - interval '1 day'"
 
 
 class SetStore:
@@ -27,9 +69,9 @@ class SetStore:
         async def work(conn: Connection) -> SetOrders:
             await hear(conn, report.node_id, epoch)
             if deleted:
-                await conn.execute(set_queries.DELETE, {"id": report.id, "node_id": report.node_id})
+                await conn.execute(SET_DELETE, {"id": report.id, "node_id": report.node_id})
                 return SetOrders()
-            row = await (await conn.execute(set_queries.UPSERT, _values(report))).fetchone()
+            row = await (await conn.execute(SET_UPSERT, _values(report))).fetchone()
             assert row is not None
             return SetOrders.of(await _pins(conn, [report.id]), delete=row["deleting"])
 
@@ -40,10 +82,10 @@ class SetStore:
 
         async def work(conn: Connection) -> SetOrders:
             await hear(conn, node_id, epoch)
-            await conn.execute(set_queries.LOCK, {"id": set_id})
+            await conn.execute(SET_LOCK, {"id": set_id})
             orders = SetOrders.of(await _pins(conn, [set_id]), delete=False)
             if not orders.pinned:
-                await conn.execute(set_queries.DELETE, {"id": set_id, "node_id": node_id})
+                await conn.execute(SET_DELETE, {"id": set_id, "node_id": node_id})
             return orders
 
         return await self._database.run(work)
@@ -61,12 +103,12 @@ class SetStore:
                 "reason": pin.reason,
                 "expire_time": pin.expire_time,
             }
-            past = await (await conn.execute(set_queries.IS_PAST, {"expire_time": pin.expire_time})).fetchone()
+            past = await (await conn.execute(IS_PAST, {"expire_time": pin.expire_time})).fetchone()
             if past is not None and past["is_past"]:
-                await conn.execute(set_queries.UNPIN, values)
+                await conn.execute(SET_PIN_DELETE, values)
             else:
                 _check_kept(pin.set_id, rows)
-                await conn.execute(set_queries.PIN, values)
+                await conn.execute(SET_PIN_UPSERT, values)
             await remember(conn, request, "pinned")
 
         await self._database.run(work)
@@ -80,8 +122,8 @@ class SetStore:
             rows = await _locked(conn, set_id)
             _check_retained(set_id, rows)
             _check_unpinned(set_id, await _pins(conn, [set_id]))
-            _check_unheld(set_id, await (await conn.execute(set_queries.HELD, {"id": set_id})).fetchall())
-            await conn.execute(set_queries.ORDER_DELETION, {"id": set_id})
+            _check_unheld(set_id, await (await conn.execute(SET_HOLDERS, {"id": set_id})).fetchall())
+            await conn.execute(SET_ORDER_DELETION, {"id": set_id})
             await remember(conn, request, "ordered")
 
         await self._database.run(work)
@@ -90,7 +132,7 @@ class SetStore:
         """Returns what each node holds of the set. Raises SetNotFound."""
 
         async def work(conn: Connection) -> list[ActivationSet]:
-            return await _with_pins(conn, await (await conn.execute(set_queries.READ, {"id": set_id})).fetchall())
+            return await _with_pins(conn, await (await conn.execute(SET_READ, {"id": set_id})).fetchall())
 
         found = await self._database.run(work)
         if not found:
@@ -104,7 +146,7 @@ class SetStore:
             after = page.after or ("", "", "")
             keys = {"after_time": page.time_after(), "after_id": after[1], "after_node": after[2]}
             parameters = {"model_id": model_id, "node_id": node_id, "limit": page.size + 1, **keys}
-            return await _with_pins(conn, await (await conn.execute(set_queries.LIST, parameters)).fetchall())
+            return await _with_pins(conn, await (await conn.execute(SETS_LIST, parameters)).fetchall())
 
         found = await self._database.run(work)
         more = len(found) > page.size
@@ -114,16 +156,20 @@ class SetStore:
         last = found[-1]
         return found, page.token_after((last.create_time.isoformat(), last.report.id, last.report.node_id))
 
+    async def purge_pins(self) -> None:
+        """Removes pins that expired a day ago or earlier."""
+        await self._database.run(lambda conn: conn.execute(SET_PINS_PURGE))
+
 
 async def _locked(conn: Connection, set_id: str) -> Sequence[Row]:
-    rows = await (await conn.execute(set_queries.LOCK, {"id": set_id})).fetchall()
+    rows = await (await conn.execute(SET_LOCK, {"id": set_id})).fetchall()
     if not rows:
         raise SetNotFound(set_id)
     return rows
 
 
 async def _pins(conn: Connection, set_ids: Sequence[str]) -> list[SetPin]:
-    return [set_pin_of(row) for row in await (await conn.execute(set_queries.PINS, {"ids": list(set_ids)})).fetchall()]
+    return [set_pin_of(row) for row in await (await conn.execute(SET_PINS, {"ids": list(set_ids)})).fetchall()]
 
 
 async def _with_pins(conn: Connection, rows: Sequence[Row]) -> list[ActivationSet]:

@@ -13,11 +13,10 @@ from headrace_registry.errors import CapacityBusy, NodeNotFound, StateConflict
 from headrace_registry.models.models import Failure, Model, Quantization
 from headrace_registry.models.validations import Attempt, Step, StepState, ValidationReport, closed, passed
 from headrace_registry.paging import Page
-from headrace_registry.postgres.models import validation_statements as attempts
 from headrace_registry.postgres.models.models import read_model
-from headrace_registry.postgres.residency.admit import lock_living, read_spaces, ready_model
 from headrace_registry.postgres.residency.node_views import lock_nodes
 from headrace_registry.postgres.residency.nodes import hear
+from headrace_registry.postgres.residency.placing import lock_living, read_spaces, ready_model
 from headrace_registry.postgres.rows import Row, failure_of, json_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.placement import Action, Space, decide_placement
@@ -25,6 +24,42 @@ from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.refusals import refusal
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
+
+ATTEMPT_INSERT = """
+INSERT INTO validation_attempts (id, model_id, node_id, device_id, node_epoch, load_options, quantization,
+                                 reserved_bytes, expire_time)
+VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, %(node_epoch)s, %(load_options)s, %(quantization)s,
+        %(reserved_bytes)s, registry_now() + make_interval(secs => %(ttl_s)s))
+"""
+ATTEMPT_READ = "SELECT * FROM validation_attempts WHERE id = %(id)s"
+ATTEMPT_LOCK = "SELECT * FROM validation_attempts WHERE id = %(id)s FOR UPDATE"
+ATTEMPT_RENEW = """
+UPDATE validation_attempts SET expire_time = registry_now() + make_interval(secs => %(ttl_s)s)
+WHERE id = %(id)s AND NOT done
+"""
+ATTEMPT_REPORT = """
+UPDATE validation_attempts
+SET steps = %(steps)s, done = %(done)s, passed = %(passed)s, failure = %(failure)s, versions = %(versions)s,
+    update_time = registry_now()
+WHERE id = %(id)s
+"""
+# Nobody waits for it any more, or its node's epoch is over, or its node is silent.
+ATTEMPTS_OVER = """
+SELECT a.id, a.node_id, a.device_id,
+       a.expire_time <= registry_now() AS unwatched,
+       n.id IS NULL OR n.epoch <> a.node_epoch AS restarted
+FROM validation_attempts a LEFT JOIN nodes n ON n.id = a.node_id
+WHERE NOT a.done
+  AND (a.expire_time <= registry_now() OR n.id IS NULL OR n.epoch <> a.node_epoch OR n.state = 'LOST')
+ORDER BY a.node_id, a.id
+"""
+ATTEMPTS_LIST = """
+SELECT * FROM validation_attempts
+WHERE model_id = %(model_id)s AND (NOT %(passed_only)s OR passed)
+  AND (%(after_time)s::timestamptz IS NULL OR (create_time, id) < (%(after_time)s::timestamptz, %(after_id)s))
+ORDER BY create_time DESC, id DESC LIMIT %(limit)s
+"""
+
 
 # A call that waits renews the attempt at each poll; one that dies is noticed after this.
 _TTL_S = 15.0
@@ -74,8 +109,8 @@ class ValidationStore:
         """Reads the attempt and tells that somebody waits for it. Raises StateConflict if it is not kept any more."""
 
         async def work(conn: Connection) -> Attempt:
-            await conn.execute(attempts.ATTEMPT_RENEW, {"id": attempt_id, "ttl_s": _TTL_S})
-            row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": attempt_id})).fetchone()
+            await conn.execute(ATTEMPT_RENEW, {"id": attempt_id, "ttl_s": _TTL_S})
+            row = await (await conn.execute(ATTEMPT_READ, {"id": attempt_id})).fetchone()
             if row is None:
                 raise StateConflict("the model was deleted while it was validated", resource=("attempt", attempt_id))
             return attempt_of(row)
@@ -96,10 +131,10 @@ class ValidationStore:
 
         async def work(conn: Connection) -> None:
             await hear(conn, report.node_id, report.epoch)
-            row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": report.attempt_id})).fetchone()
+            row = await (await conn.execute(ATTEMPT_READ, {"id": report.attempt_id})).fetchone()
             if row is not None:
                 await lock_nodes(conn, [row["node_id"]])
-                row = await (await conn.execute(attempts.ATTEMPT_LOCK, {"id": report.attempt_id})).fetchone()
+                row = await (await conn.execute(ATTEMPT_LOCK, {"id": report.attempt_id})).fetchone()
             if row is None or row["done"] or (row["node_id"], row["node_epoch"]) != (report.node_id, report.epoch):
                 raise StateConflict(
                     f"attempt {report.attempt_id!r} is over, or not of this node and epoch; stop it",
@@ -115,7 +150,7 @@ class ValidationStore:
         """Ends attempts that nobody waits for or whose node is gone; any replica may, any time."""
 
         async def work(conn: Connection) -> bool:
-            rows = await (await conn.execute(attempts.ATTEMPTS_OVER)).fetchall()
+            rows = await (await conn.execute(ATTEMPTS_OVER)).fetchall()
             for row in rows:
                 await _end(conn, row["id"], _reason(row))
             return bool(rows)
@@ -135,9 +170,7 @@ class ValidationStore:
                 "after_id": (page.after or ("", ""))[1],
                 "limit": page.size + 1,
             }
-            return [
-                attempt_of(row) for row in await (await conn.execute(attempts.ATTEMPTS_LIST, parameters)).fetchall()
-            ]
+            return [attempt_of(row) for row in await (await conn.execute(ATTEMPTS_LIST, parameters)).fetchall()]
 
         found = await self._database.run(work)
         more = len(found) > page.size
@@ -198,19 +231,19 @@ async def _begin(conn: Connection, model: Model, space: Space, epoch: int) -> At
         "node_id": space.node.id,
         "device_id": space.device.id,
     }
-    await conn.execute(attempts.ATTEMPT_INSERT, values)
-    row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": values["id"]})).fetchone()
+    await conn.execute(ATTEMPT_INSERT, values)
+    row = await (await conn.execute(ATTEMPT_READ, {"id": values["id"]})).fetchone()
     assert row is not None
     return attempt_of(row)
 
 
 async def _end(conn: Connection, attempt_id: str, failure: Failure) -> bool:
     """Returns False if it had ended."""
-    row = await (await conn.execute(attempts.ATTEMPT_READ, {"id": attempt_id})).fetchone()
+    row = await (await conn.execute(ATTEMPT_READ, {"id": attempt_id})).fetchone()
     if row is None or row["done"]:
         return False
     await lock_nodes(conn, [row["node_id"]])
-    row = await (await conn.execute(attempts.ATTEMPT_LOCK, {"id": attempt_id})).fetchone()
+    row = await (await conn.execute(ATTEMPT_LOCK, {"id": attempt_id})).fetchone()
     if row is None or row["done"]:
         return False
     steps = closed(attempt_of(row).steps)
@@ -236,7 +269,7 @@ async def _write(
         "failure": json_of(failure),
         "versions": json_of(versions),
     }
-    await conn.execute(attempts.ATTEMPT_REPORT, values)
+    await conn.execute(ATTEMPT_REPORT, values)
 
 
 def _reason(row: Row) -> Failure:

@@ -7,11 +7,43 @@ nothing appears any more, however transactions overlap.
 
 from __future__ import annotations
 
-from headrace_registry.postgres import statements as queries
-from headrace_registry.postgres.residency import event_statements as event_queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.rows import Row, residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
-from headrace_registry.residency.events import Reading, ResidencyEvent
+from headrace_registry.residency.events import EventBatch, ResidencyEvent
+
+# Conflicts with other publishers only, and takes no snapshot: what is read after it is of after the wait.
+LOG_LOCK = "LOCK TABLE residency_log IN EXCLUSIVE MODE"
+# For a snapshot and its `seq` of one moment; before any other statement.
+ONE_MOMENT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"
+LOG_HEAD = """
+SELECT head, EXISTS (SELECT 1 FROM residency_events WHERE seq IS NULL) AS unpublished,
+       (SELECT COALESCE(min(seq), head + 1) FROM residency_events) AS first, registry_now() AS now
+FROM residency_log
+"""
+EVENTS_PUBLISH = """
+WITH numbered AS (
+    SELECT e.id, l.head + row_number() OVER (ORDER BY e.id) AS seq
+    FROM residency_events e CROSS JOIN residency_log l WHERE e.seq IS NULL
+), published AS (
+    UPDATE residency_events e SET seq = n.seq FROM numbered n WHERE e.id = n.id
+)
+UPDATE residency_log SET head = head + (SELECT count(*) FROM numbered)
+"""
+EVENTS_AFTER = """
+SELECT seq, time, residency FROM residency_events
+WHERE seq > %(after_seq)s AND seq <= %(upto_seq)s AND (%(model_id)s = '' OR model_id = %(model_id)s)
+ORDER BY seq LIMIT %(limit)s
+"""
+EVENTS_TRIM = "DELETE FROM residency_events WHERE seq <= (SELECT head FROM residency_log) - %(keep)s"
+RESIDENCIES_ACTIVE = (
+    statements.RESIDENCY_IN_FULL
+    + """
+WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND r.state NOT IN ('UNLOADED', 'FAILED', 'LOST')
+ORDER BY r.create_time, r.id
+"""
+)
+
 
 # Hours of a busy cluster. A watcher that was away for longer begins with a snapshot again.
 KEEP_EVENTS = 20_000
@@ -27,30 +59,30 @@ class EventStore:
         self._database = database
         self._keep = keep
 
-    async def snapshot(self, model_id: str) -> Reading:
+    async def snapshot(self, model_id: str) -> EventBatch:
         """Reads the active residencies (of one model, or all) and the log's head of the same moment.
 
         Only the last event carries that head: who has not seen it has not seen the snapshot, and begins anew.
         """
 
-        async def work(conn: Connection) -> Reading:
-            await conn.execute(event_queries.ONE_MOMENT)
+        async def work(conn: Connection) -> EventBatch:
+            await conn.execute(ONE_MOMENT)
             await _publish(conn)
             head = await _head(conn)
-            rows = await (await conn.execute(queries.RESIDENCIES_ACTIVE, {"model_id": model_id})).fetchall()
+            rows = await (await conn.execute(RESIDENCIES_ACTIVE, {"model_id": model_id})).fetchall()
             numbers = [*(0 for _ in rows[1:]), head["head"]]
             events = (
                 ResidencyEvent(seq=seq, time=head["now"], residency=residency_of(row), snapshot=True)
                 for seq, row in zip(numbers, rows, strict=False)
             )
-            return Reading(seq=head["head"], events=tuple(events))
+            return EventBatch(seq=head["head"], events=tuple(events))
 
         return await self._database.run(work)
 
-    async def after(self, seq: int, model_id: str) -> Reading | None:
+    async def after(self, seq: int, model_id: str) -> EventBatch | None:
         """Returns the next events, perhaps none; None if what came behind `seq` is not kept any more."""
 
-        async def work(conn: Connection) -> Reading | None:
+        async def work(conn: Connection) -> EventBatch | None:
             head = await _head(conn)
             if head["unpublished"]:
                 await _publish(conn)
@@ -58,12 +90,12 @@ class EventStore:
             if not head["first"] <= seq + 1 <= head["head"] + 1:
                 return None
             parameters = {"after_seq": seq, "upto_seq": head["head"], "model_id": model_id, "limit": _EVENTS_PER_READ}
-            rows = await (await conn.execute(event_queries.EVENTS_AFTER, parameters)).fetchall()
+            rows = await (await conn.execute(EVENTS_AFTER, parameters)).fetchall()
             events = tuple(
                 ResidencyEvent(seq=row["seq"], time=row["time"], residency=residency_of(row["residency"]))
                 for row in rows
             )
-            return Reading(seq=events[-1].seq if len(events) == _EVENTS_PER_READ else head["head"], events=events)
+            return EventBatch(seq=events[-1].seq if len(events) == _EVENTS_PER_READ else head["head"], events=events)
 
         return await self._database.run(work)
 
@@ -72,17 +104,17 @@ class EventStore:
 
         async def work(conn: Connection) -> None:
             await _publish(conn)
-            await conn.execute(event_queries.TRIM, {"keep": self._keep})
+            await conn.execute(EVENTS_TRIM, {"keep": self._keep})
 
         await self._database.run(work)
 
 
 async def _publish(conn: Connection) -> None:
-    await conn.execute(event_queries.LOG_LOCK)
-    await conn.execute(event_queries.PUBLISH)
+    await conn.execute(LOG_LOCK)
+    await conn.execute(EVENTS_PUBLISH)
 
 
 async def _head(conn: Connection) -> Row:
-    row = await (await conn.execute(event_queries.LOG_HEAD)).fetchone()
+    row = await (await conn.execute(LOG_HEAD)).fetchone()
     assert row is not None
     return row

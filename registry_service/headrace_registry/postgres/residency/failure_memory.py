@@ -5,19 +5,60 @@ from __future__ import annotations
 from typing import Any
 
 from headrace_registry.models.models import Failure, Model
-from headrace_registry.postgres.residency import statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.rows import failure_of, json_of
 from headrace_registry.postgres.server.pool import Connection
 from headrace_registry.residency.placement import Backoff
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.scheduling import DeviceView
 
+BACKOFFS = """
+SELECT f.node_id, f.device_id, f.failure, extract(epoch FROM f.retry_time - registry_now())::float8 AS left_s
+FROM load_failures f JOIN models m ON m.id = f.model_id
+WHERE f.model_id = %(model_id)s AND f.retry_time > registry_now() AND f.load_options = m.load_options
+"""
+FAILURE_READ = """
+SELECT f.n_failures, f.n_deaths,
+       extract(epoch FROM registry_now() - f.retry_time)::float8 AS since_retry_s,
+       extract(epoch FROM registry_now() - f.death_time)::float8 AS since_death_s
+FROM load_failures f JOIN models m ON m.id = f.model_id
+WHERE f.model_id = %(model_id)s AND f.node_id = %(node_id)s AND f.device_id = %(device_id)s
+  AND f.load_options = m.load_options
+"""
+FAILURE_WRITE = """
+INSERT INTO load_failures (model_id, node_id, device_id, load_options, n_failures, n_deaths, failure, retry_time,
+                           death_time)
+SELECT id, %(node_id)s, %(device_id)s, load_options, %(n_failures)s, %(n_deaths)s, %(failure)s,
+       registry_now() + make_interval(secs => %(backoff_s)s), CASE WHEN %(died)s THEN registry_now() END
+FROM models WHERE id = %(model_id)s
+ON CONFLICT (model_id, node_id, device_id) DO UPDATE
+SET load_options = excluded.load_options, n_failures = excluded.n_failures, n_deaths = excluded.n_deaths,
+    failure = excluded.failure, retry_time = excluded.retry_time, fail_time = registry_now(),
+    death_time = COALESCE(excluded.death_time, load_failures.death_time)
+"""
+# Deaths are remembered over a success: one that loads and dies in turns is no success.
+FAILURE_CLEAR = """
+UPDATE load_failures SET n_failures = 0, retry_time = registry_now()
+WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND device_id = %(device_id)s
+"""
+LEARN = """
+INSERT INTO learned_sizes (model_id, load_dtype, quantization, node_id, device_id, device_kind, estimated_bytes,
+                           measured_bytes)
+SELECT r.model_id, r.load_dtype, m.quantization, r.node_id, r.device_id, d.kind, r.estimated_bytes, r.measured_bytes
+FROM residencies r JOIN models m ON m.id = r.model_id JOIN devices d ON d.node_id = r.node_id AND d.id = r.device_id
+WHERE r.id = %(id)s AND r.measured_bytes > 0 AND r.estimated_bytes > 0
+ON CONFLICT (model_id, load_dtype, quantization, node_id, device_id) DO UPDATE
+SET device_kind = excluded.device_kind, estimated_bytes = excluded.estimated_bytes,
+    measured_bytes = excluded.measured_bytes, time = registry_now()
+"""
+
+
 Row = dict[str, Any]
 
 
 async def read_backoffs(conn: Connection, model_id: str) -> dict[tuple[str, str], Backoff]:
     """Where the model is not to be tried now, by (node, device)."""
-    rows = await (await conn.execute(queries.BACKOFFS, {"model_id": model_id})).fetchall()
+    rows = await (await conn.execute(BACKOFFS, {"model_id": model_id})).fetchall()
     found = {}
     for row in rows:
         failure = failure_of(row["failure"])
@@ -49,8 +90,8 @@ async def note_death(conn: Connection, residency: Row, failure: Failure, policy:
 
 async def note_success(conn: Connection, residency: Row) -> None:
     """A load succeeded: its failures there are forgotten, its size is remembered."""
-    await conn.execute(queries.FAILURE_CLEAR, _place(residency))
-    await conn.execute(queries.LEARN, {"id": residency["id"]})
+    await conn.execute(FAILURE_CLEAR, _place(residency))
+    await conn.execute(LEARN, {"id": residency["id"]})
 
 
 class LearnedSizes:
@@ -63,7 +104,7 @@ class LearnedSizes:
     async def read(cls, conn: Connection, model: Model) -> LearnedSizes:
         """Reads those of this quantization."""
         parameters = {"model_id": model.id, "quantization": model.quantization}
-        return cls(await (await conn.execute(queries.LEARNED, parameters)).fetchall())
+        return cls(await (await conn.execute(statements.LEARNED, parameters)).fetchall())
 
     def required_bytes(self, estimate: int, *, node_id: str, device: DeviceView, dtype: str) -> int:
         """The measured size on this device; else the estimate, corrected by the ratio learned on one of its kind."""
@@ -77,7 +118,7 @@ class LearnedSizes:
 
 
 async def _read(conn: Connection, residency: Row) -> Row | None:
-    return await (await conn.execute(queries.FAILURE_READ, _place(residency))).fetchone()
+    return await (await conn.execute(FAILURE_READ, _place(residency))).fetchone()
 
 
 async def _write(
@@ -98,7 +139,7 @@ async def _write(
         "backoff_s": backoff_s,
         "died": died,
     }
-    await conn.execute(queries.FAILURE_WRITE, values)
+    await conn.execute(FAILURE_WRITE, values)
 
 
 def _place(residency: Row) -> Row:

@@ -5,15 +5,79 @@ from __future__ import annotations
 from typing import Any
 
 from headrace_registry.errors import FieldInvalid, LeaseLost, LeaseNotFound
-from headrace_registry.postgres import statements as queries
-from headrace_registry.postgres.residency import statements as admission
-from headrace_registry.postgres.residency.transitions import settle_if_awaited
+from headrace_registry.postgres import statements
+from headrace_registry.postgres.residency.transitions import plan_and_carry_out_if_awaited
 from headrace_registry.postgres.rows import lease_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.leases import Lease, LeaseTerms
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
+
+# The whole of AcquireLease on a resident model. The residency's lock is what eviction takes too.
+LEASE_GRANT_RESIDENT = """
+WITH chosen AS (
+    SELECT r.id FROM residencies r
+    WHERE r.model_id = %(model_id)s AND r.state = 'RESIDENT'
+      AND (%(node_id)s = '' OR r.node_id = %(node_id)s) AND (%(device_id)s = '' OR r.device_id = %(device_id)s)
+    ORDER BY r.queue_seq LIMIT 1 FOR UPDATE
+), granted AS (
+    UPDATE residencies r SET lease_fence = r.lease_fence + 1, last_used_time = registry_now()
+    FROM chosen WHERE r.id = chosen.id RETURNING r.id, r.model_id, r.node_id, r.lease_fence
+), leased AS (
+    INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s, expire_time)
+    SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
+           registry_now() + make_interval(secs => %(ttl_s)s)
+    FROM granted
+    ON CONFLICT (id) DO UPDATE SET fence = excluded.fence, expire_time = excluded.expire_time
+    RETURNING id, residency_id, model_id, holder, fence, ttl_s, expire_time
+)
+SELECT l.*, g.node_id, n.address AS node_address FROM leased l, granted g JOIN nodes n ON n.id = g.node_id
+"""
+_LEASE = """
+SELECT l.*, r.node_id, n.address AS node_address, r.state AS residency_state,
+       l.expire_time > registry_now() AS current
+FROM leases l JOIN residencies r ON r.id = l.residency_id JOIN nodes n ON n.id = r.node_id
+"""
+LEASE_READ = _LEASE + "WHERE l.id = %(id)s"
+LEASE_OF_REQUEST = (
+    _LEASE
+    + """
+WHERE l.request_id = %(request_id)s AND l.state = 'HELD' AND l.expire_time > registry_now() AND r.state = 'RESIDENT'
+"""
+)
+LEASE_STALE_REQUEST = """
+UPDATE leases SET state = 'LOST', end_time = registry_now() WHERE request_id = %(request_id)s AND state = 'HELD'
+"""
+LEASE_GRANT = """
+WITH granted AS (
+    UPDATE residencies SET lease_fence = lease_fence + 1, last_used_time = registry_now()
+    WHERE id = %(residency_id)s RETURNING id, model_id, lease_fence
+)
+INSERT INTO leases (id, residency_id, model_id, holder, request_id, fence, ttl_s, expire_time)
+SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
+       registry_now() + make_interval(secs => %(ttl_s)s)
+FROM granted
+ON CONFLICT (id) DO UPDATE SET fence = excluded.fence, expire_time = excluded.expire_time
+"""
+LEASE_RENEW = """
+UPDATE leases l SET expire_time = registry_now() + make_interval(secs => l.ttl_s)
+FROM residencies r
+WHERE l.id = %(id)s AND l.fence = %(fence)s AND l.state = 'HELD' AND l.expire_time > registry_now()
+  AND r.id = l.residency_id AND r.state IN ('RESIDENT', 'DRAINING')
+RETURNING l.id
+"""
+LEASE_RELEASE = """
+UPDATE leases SET state = 'RELEASED', end_time = registry_now()
+WHERE id = %(id)s AND fence = %(fence)s AND state = 'HELD'
+"""
+LEASES_EXPIRE = """
+WITH expired AS (
+    UPDATE leases SET state = 'EXPIRED', end_time = registry_now()
+    WHERE state = 'HELD' AND expire_time <= registry_now() RETURNING residency_id
+)
+SELECT count(*)::int AS n FROM expired
+"""
 
 
 class LeaseStore:
@@ -28,8 +92,8 @@ class LeaseStore:
         """Extends a living lease by its time to live. Raises LeaseLost, LeaseNotFound."""
 
         async def work(conn: Connection) -> Lease:
-            renewed = await (await conn.execute(queries.LEASE_RENEW, {"id": lease_id, "fence": fence})).fetchone()
-            row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
+            renewed = await (await conn.execute(LEASE_RENEW, {"id": lease_id, "fence": fence})).fetchone()
+            row = await (await conn.execute(LEASE_READ, {"id": lease_id})).fetchone()
             if row is None:
                 raise LeaseNotFound(lease_id)
             if renewed is None:
@@ -51,7 +115,7 @@ class LeaseStore:
         """Ends a lease; one that has ended is no error. Raises LeaseLost if a living one has another fence."""
 
         async def work(conn: Connection) -> str:
-            row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
+            row = await (await conn.execute(LEASE_READ, {"id": lease_id})).fetchone()
             if row is None or row["state"] != "HELD":
                 return ""
             if row["fence"] != fence:
@@ -60,19 +124,19 @@ class LeaseStore:
                     resource=("lease", lease_id),
                 )
             # The residency first, as whoever ends it does.
-            await conn.execute(queries.RESIDENCY_USED, {"id": row["residency_id"]})
-            await conn.execute(queries.LEASE_RELEASE, {"id": lease_id, "fence": fence})
+            await conn.execute(statements.RESIDENCY_USED, {"id": row["residency_id"]})
+            await conn.execute(LEASE_RELEASE, {"id": lease_id, "fence": fence})
             return str(row["node_id"])
 
         node_id = await self._database.run(work)
-        if node_id and await settle_if_awaited(self._database, node_id, self._policy):
+        if node_id and await plan_and_carry_out_if_awaited(self._database, node_id, self._policy):
             self._wakeups.wake()
 
     async def expire(self) -> int:
         """Ends the leases whose time is over; returns how many."""
 
         async def work(conn: Connection) -> int:
-            row = await (await conn.execute(queries.LEASES_EXPIRE)).fetchone()
+            row = await (await conn.execute(LEASES_EXPIRE)).fetchone()
             assert row is not None
             return int(row["n"])
 
@@ -89,8 +153,8 @@ async def grant_resident(conn: Connection, wish: Wish, terms: LeaseTerms, *, lea
     """
     values = {"model_id": wish.model_id, "node_id": wish.node_id, "device_id": wish.device_id}
     if terms.request_id:
-        await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": terms.request_id})
-    granted = await conn.execute(admission.LEASE_GRANT_RESIDENT, {**values, **_terms(terms, lease_id)})
+        await conn.execute(LEASE_STALE_REQUEST, {"request_id": terms.request_id})
+    granted = await conn.execute(LEASE_GRANT_RESIDENT, {**values, **_terms(terms, lease_id)})
     row = await granted.fetchone()
     return lease_of(row) if row is not None else None
 
@@ -98,8 +162,8 @@ async def grant_resident(conn: Connection, wish: Wish, terms: LeaseTerms, *, lea
 async def grant_lease(conn: Connection, residency_id: str, terms: LeaseTerms, *, lease_id: str) -> Lease:
     """Grants within the caller's transaction, which holds the device's lock and has seen RESIDENT."""
     if terms.request_id:
-        await conn.execute(queries.LEASE_STALE_REQUEST, {"request_id": terms.request_id})
-    await conn.execute(queries.LEASE_GRANT, {"residency_id": residency_id, **_terms(terms, lease_id)})
+        await conn.execute(LEASE_STALE_REQUEST, {"request_id": terms.request_id})
+    await conn.execute(LEASE_GRANT, {"residency_id": residency_id, **_terms(terms, lease_id)})
     return await _read(conn, lease_id)
 
 
@@ -108,7 +172,7 @@ def _terms(terms: LeaseTerms, lease_id: str) -> dict[str, Any]:
 
 
 async def _read(conn: Connection, lease_id: str) -> Lease:
-    row = await (await conn.execute(queries.LEASE_READ, {"id": lease_id})).fetchone()
+    row = await (await conn.execute(LEASE_READ, {"id": lease_id})).fetchone()
     assert row is not None
     return lease_of(row)
 
@@ -117,8 +181,8 @@ async def lease_of_request(conn: Connection, request_id: str, model_id: str) -> 
     """Returns the living lease that a call with this id was granted before."""
     if not request_id:
         return None
-    await conn.execute(queries.REQUEST_LOCK, {"request_id": request_id})
-    row = await (await conn.execute(queries.LEASE_OF_REQUEST, {"request_id": request_id})).fetchone()
+    await conn.execute(statements.REQUEST_LOCK, {"request_id": request_id})
+    row = await (await conn.execute(LEASE_OF_REQUEST, {"request_id": request_id})).fetchone()
     if row is None:
         return None
     if row["model_id"] != model_id:

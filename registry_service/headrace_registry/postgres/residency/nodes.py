@@ -15,13 +15,106 @@ from collections.abc import Sequence
 from headrace_registry.errors import EpochStale
 from headrace_registry.models.builds import build_kind
 from headrace_registry.paging import Page
-from headrace_registry.postgres import statements as queries
-from headrace_registry.postgres.models import validation_statements as validation_queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.rows import Row, device_of, model_of, node_of, residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.desired import Build, DesiredState, Validation
 from headrace_registry.residency.nodes import Announcement, Device, Node, NodeState, Pulse
 from headrace_registry.wakeups import Wakeups
+
+# Node and residencies must be of one moment: half a LOST node would be told to drop what it holds.
+NODE_KEEP = "SELECT * FROM nodes WHERE id = %(id)s FOR SHARE"
+NODE_LOCK = "SELECT * FROM nodes WHERE id = %(id)s FOR UPDATE"
+NODE_INSERT = """
+INSERT INTO nodes (id, address, epoch, boot_nonce, state, version)
+VALUES (%(id)s, %(address)s, 0, '', 'ALIVE', %(version)s)
+ON CONFLICT (id) DO NOTHING
+"""
+NODE_ANNOUNCE = """
+UPDATE nodes
+SET address = %(address)s, epoch = %(epoch)s, boot_nonce = %(boot_nonce)s, version = %(version)s,
+    memory_bytes = %(memory_bytes)s, runtime_bytes = %(runtime_bytes)s, max_loads = %(max_loads)s,
+    max_residents = %(max_residents)s
+WHERE id = %(id)s
+"""
+NODE_MEMORY = """
+UPDATE nodes SET memory_free_bytes = %(memory_free_bytes)s,
+    runtime_bytes = CASE WHEN %(runtime_bytes)s > 0 THEN %(runtime_bytes)s ELSE runtime_bytes END
+WHERE id = %(id)s
+"""
+NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = registry_now() WHERE id = %(id)s"
+NODES_SILENT = """
+SELECT id FROM nodes
+WHERE state = 'ALIVE' AND heartbeat_time < registry_now() - make_interval(secs => %(silent_s)s)
+ORDER BY id FOR UPDATE SKIP LOCKED
+"""
+NODE_LOST = "UPDATE nodes SET state = 'LOST' WHERE id = %(id)s"
+NODES_LIST = """
+SELECT * FROM nodes WHERE %(after)s::text IS NULL OR id > %(after)s ORDER BY id LIMIT %(limit)s
+"""
+DEVICES_ABSENT = "UPDATE devices SET present = false WHERE node_id = %(node_id)s"
+DEVICE_UPSERT = """
+INSERT INTO devices (node_id, id, kind, name, capacity_bytes, free_bytes, total_bytes, lost_bytes, capability,
+                     flash_attention, ordinal)
+VALUES (%(node_id)s, %(id)s, %(kind)s, %(name)s, %(capacity_bytes)s, %(free_bytes)s, %(total_bytes)s, %(lost_bytes)s,
+        %(capability)s, %(flash_attention)s, %(ordinal)s)
+ON CONFLICT (node_id, id) DO UPDATE
+SET kind = excluded.kind, name = excluded.name, capacity_bytes = excluded.capacity_bytes,
+    free_bytes = excluded.free_bytes, total_bytes = excluded.total_bytes, lost_bytes = excluded.lost_bytes,
+    capability = excluded.capability, flash_attention = excluded.flash_attention, ordinal = excluded.ordinal,
+    present = true
+"""
+# `was` is the row before the update.
+DEVICE_PULSE = """
+UPDATE devices d SET free_bytes = %(free_bytes)s, lost_bytes = %(lost_bytes)s
+FROM devices was
+WHERE d.node_id = %(node_id)s AND d.id = %(id)s AND was.node_id = d.node_id AND was.id = d.id
+RETURNING d.lost_bytes <> was.lost_bytes AS lost_changed
+"""
+DEVICES_OF_NODES = """
+SELECT d.*, COALESCE((
+    SELECT sum(r.reserved_bytes) FROM residencies r
+    WHERE r.node_id = d.node_id AND r.device_id = d.id
+      AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')), 0)::bigint AS reserved_bytes
+FROM devices d WHERE d.node_id = ANY(%(node_ids)s) AND d.present ORDER BY d.node_id, d.ordinal, d.id
+"""
+DEVICES_OF_NODE_LOCK = "SELECT id FROM devices WHERE node_id = %(node_id)s ORDER BY id FOR UPDATE"
+RESIDENCIES_ASSIGNED = (
+    statements.RESIDENCY_BRIEF
+    + """
+WHERE r.node_id = %(node_id)s AND r.node_epoch = %(epoch)s
+  AND r.state IN ('LOADING', 'RESIDENT', 'DRAINING', 'UNLOADING')
+ORDER BY r.create_time, r.id
+"""
+)
+MODELS_OF_IDS = "SELECT * FROM models WHERE id = ANY(%(ids)s)"
+BUILDS_OF_NODE = """
+SELECT m.*, p.target_path, p.source_path FROM preparations p JOIN models m ON m.id = p.model_id
+WHERE p.node_id = %(node_id)s AND p.target_path <> '' AND NOT p.done AND p.failure IS NULL
+ORDER BY p.create_time, m.id
+"""
+ATTEMPTS_OF_NODE = """
+SELECT a.id AS attempt_id, a.device_id AS attempt_device_id, a.load_options AS attempt_options, m.*
+FROM validation_attempts a JOIN models m ON m.id = a.model_id
+WHERE a.node_id = %(node_id)s AND a.node_epoch = %(epoch)s AND NOT a.done AND a.expire_time > registry_now()
+ORDER BY a.create_time, a.id
+"""
+RESIDENCIES_LOSE = """
+UPDATE residencies
+SET state = CASE WHEN %(silent)s AND state = 'QUEUED' THEN 'UNLOADED' ELSE 'LOST' END,
+    state_when_lost = CASE WHEN %(silent)s AND state <> 'QUEUED' THEN state END,
+    reason = %(reason)s, actor = 'registry', update_time = registry_now()
+WHERE node_id = %(node_id)s
+  AND (state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR (NOT %(silent)s AND state_when_lost IS NOT NULL))
+RETURNING id
+"""
+RESIDENCIES_REVIVE = """
+UPDATE residencies
+SET state = state_when_lost, state_when_lost = NULL, reason = %(reason)s, actor = 'registry',
+    update_time = registry_now()
+WHERE node_id = %(node_id)s AND node_epoch = %(epoch)s AND state = 'LOST' AND state_when_lost IS NOT NULL
+RETURNING id
+"""
 
 
 class NodeStore:
@@ -37,8 +130,8 @@ class NodeStore:
         async def work(conn: Connection) -> int:
             node_id = announcement.node_id
             parameters = {"id": node_id, "address": announcement.address, "version": announcement.version}
-            await conn.execute(queries.NODE_INSERT, parameters)
-            row = await (await conn.execute(queries.NODE_LOCK, {"id": node_id})).fetchone()
+            await conn.execute(NODE_INSERT, parameters)
+            row = await (await conn.execute(NODE_LOCK, {"id": node_id})).fetchone()
             assert row is not None
             epoch: int = row["epoch"]
             if row["boot_nonce"] != announcement.boot_nonce:
@@ -55,8 +148,8 @@ class NodeStore:
                 "max_loads": announcement.max_loads,
                 "max_residents": announcement.max_residents,
             }
-            await conn.execute(queries.NODE_ANNOUNCE, announced)
-            await conn.execute(queries.NODE_HEARD, {"id": node_id})
+            await conn.execute(NODE_ANNOUNCE, announced)
+            await conn.execute(NODE_HEARD, {"id": node_id})
             await _replace_devices(conn, node_id, announcement.devices)
             return epoch
 
@@ -70,10 +163,10 @@ class NodeStore:
         async def work(conn: Connection) -> bool:
             changed = await hear(conn, node_id, epoch)
             memory = {"memory_free_bytes": pulse.memory_free_bytes, "runtime_bytes": pulse.runtime_bytes}
-            await conn.execute(queries.NODE_MEMORY, {"id": node_id, **memory})
+            await conn.execute(NODE_MEMORY, {"id": node_id, **memory})
             for device_id, free_bytes, lost_bytes in sorted(pulse.devices):
                 values = {"node_id": node_id, "id": device_id, "free_bytes": max(0, free_bytes)}
-                cursor = await conn.execute(queries.DEVICE_PULSE, {**values, "lost_bytes": lost_bytes})
+                cursor = await conn.execute(DEVICE_PULSE, {**values, "lost_bytes": lost_bytes})
                 row = await cursor.fetchone()
                 changed |= row is not None and row["lost_changed"]
             return changed
@@ -90,20 +183,18 @@ class NodeStore:
         """Reads what the node shall hold; None while it is silent: it keeps what it has. Raises EpochStale."""
 
         async def work(conn: Connection) -> DesiredState | None:
-            row = await (await conn.execute(queries.NODE_KEEP, {"id": node_id})).fetchone()
+            row = await (await conn.execute(NODE_KEEP, {"id": node_id})).fetchone()
             _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
             if row is None or NodeState(row["state"]) is NodeState.LOST:
                 return None
-            rows = await (
-                await conn.execute(queries.RESIDENCIES_ASSIGNED, {"node_id": node_id, "epoch": epoch})
-            ).fetchall()
+            rows = await (await conn.execute(RESIDENCIES_ASSIGNED, {"node_id": node_id, "epoch": epoch})).fetchall()
             residencies = [residency_of(row) for row in rows]
             ids = sorted({residency.model_id for residency in residencies})
-            found = await (await conn.execute(queries.MODELS_OF_IDS, {"ids": ids})).fetchall()
+            found = await (await conn.execute(MODELS_OF_IDS, {"ids": ids})).fetchall()
             models = {row["id"]: model_of(row) for row in found}
-            builds = await (await conn.execute(queries.BUILDS_OF_NODE, {"node_id": node_id})).fetchall()
+            builds = await (await conn.execute(BUILDS_OF_NODE, {"node_id": node_id})).fetchall()
             parameters = {"node_id": node_id, "epoch": epoch}
-            trials = await (await conn.execute(validation_queries.ATTEMPTS_OF_NODE, parameters)).fetchall()
+            trials = await (await conn.execute(ATTEMPTS_OF_NODE, parameters)).fetchall()
             return DesiredState(
                 assignments=tuple((r, models[r.model_id]) for r in residencies if r.model_id in models),
                 builds=tuple(_build_of(row) for row in builds),
@@ -117,9 +208,9 @@ class NodeStore:
 
         async def work(conn: Connection) -> list[Node]:
             after = page.after[0] if page.after is not None else None
-            rows = await (await conn.execute(queries.NODES_LIST, {"after": after, "limit": page.size + 1})).fetchall()
+            rows = await (await conn.execute(NODES_LIST, {"after": after, "limit": page.size + 1})).fetchall()
             ids = [row["id"] for row in rows]
-            found = await (await conn.execute(queries.DEVICES_OF_NODES, {"node_ids": ids})).fetchall()
+            found = await (await conn.execute(DEVICES_OF_NODES, {"node_ids": ids})).fetchall()
             devices: dict[str, list[Device]] = {node_id: [] for node_id in ids}
             for row in found:
                 devices[row["node_id"]].append(device_of(row))
@@ -134,9 +225,9 @@ class NodeStore:
         """Marks nodes LOST that were not heard for so long; returns their ids."""
 
         async def work(conn: Connection) -> list[str]:
-            rows = await (await conn.execute(queries.NODES_SILENT, {"silent_s": silent_s})).fetchall()
+            rows = await (await conn.execute(NODES_SILENT, {"silent_s": silent_s})).fetchall()
             for row in rows:
-                await conn.execute(queries.NODE_LOST, {"id": row["id"]})
+                await conn.execute(NODE_LOST, {"id": row["id"]})
                 await lose_residencies(conn, row["id"], silent=True, reason="the node is silent")
             return [row["id"] for row in rows]
 
@@ -148,39 +239,39 @@ class NodeStore:
 
 async def hear(conn: Connection, node_id: str, epoch: int) -> bool:
     """Checks the epoch and notes that the node lives. Returns True if that brought it back."""
-    row = await (await conn.execute(queries.NODE_LOCK, {"id": node_id})).fetchone()
+    row = await (await conn.execute(NODE_LOCK, {"id": node_id})).fetchone()
     _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
     assert row is not None
     lost = NodeState(row["state"]) is NodeState.LOST
     if lost:
         await _revive(conn, node_id, epoch)
-    await conn.execute(queries.NODE_HEARD, {"id": node_id})
+    await conn.execute(NODE_HEARD, {"id": node_id})
     return lost
 
 
 async def lose_residencies(conn: Connection, node_id: str, *, silent: bool, reason: str) -> None:
     """Ends the node's residencies; their leases too, unless the node is only silent."""
-    await conn.execute(queries.DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+    await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
     parameters = {"node_id": node_id, "silent": silent, "reason": reason}
-    rows = await (await conn.execute(queries.RESIDENCIES_LOSE, parameters)).fetchall()
+    rows = await (await conn.execute(RESIDENCIES_LOSE, parameters)).fetchall()
     ids = [row["id"] for row in rows]
     if not silent:
-        await conn.execute(queries.LEASES_END, {"residency_ids": ids})
+        await conn.execute(statements.LEASES_END, {"residency_ids": ids})
     for residency_id in ids:
-        await conn.execute(queries.RESIDENCY_EVENT, {"id": residency_id})
+        await conn.execute(statements.RESIDENCY_EVENT, {"id": residency_id})
 
 
 async def _revive(conn: Connection, node_id: str, epoch: int) -> None:
-    await conn.execute(queries.DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+    await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
     parameters = {"node_id": node_id, "epoch": epoch, "reason": "the node is back"}
-    rows = await (await conn.execute(queries.RESIDENCIES_REVIVE, parameters)).fetchall()
+    rows = await (await conn.execute(RESIDENCIES_REVIVE, parameters)).fetchall()
     for row in rows:
-        await conn.execute(queries.RESIDENCY_EVENT, {"id": row["id"]})
+        await conn.execute(statements.RESIDENCY_EVENT, {"id": row["id"]})
 
 
 async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Device]) -> None:
-    await conn.execute(queries.DEVICES_OF_NODE_LOCK, {"node_id": node_id})
-    await conn.execute(queries.DEVICES_ABSENT, {"node_id": node_id})
+    await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+    await conn.execute(DEVICES_ABSENT, {"node_id": node_id})
     for ordinal, device in enumerate(devices):
         values = {
             "node_id": node_id,
@@ -195,7 +286,7 @@ async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Dev
             "flash_attention": device.flash_attention,
             "ordinal": ordinal,
         }
-        await conn.execute(queries.DEVICE_UPSERT, values)
+        await conn.execute(DEVICE_UPSERT, values)
 
 
 def _build_of(row: Row) -> Build:

@@ -6,15 +6,57 @@ from datetime import datetime
 
 from headrace_registry.errors import FieldInvalid, ModelNotFound, NodeNotFound
 from headrace_registry.paging import Page
-from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.requests import Request, recall, remember
-from headrace_registry.postgres.residency import event_statements as event_queries
-from headrace_registry.postgres.residency import pin_statements as pin_queries
 from headrace_registry.postgres.residency.node_views import lock_place
 from headrace_registry.postgres.rows import pin_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.pins import Pin
 from headrace_registry.wakeups import Wakeups
+
+IS_IN_FUTURE = "SELECT %(expire_time)s::timestamptz > registry_now() AS in_future"
+PIN_UPSERT = """
+INSERT INTO pins (model_id, node_id, owner, reason, expire_time)
+VALUES (%(model_id)s, %(node_id)s, %(owner)s, %(reason)s, %(expire_time)s)
+ON CONFLICT (model_id, node_id, owner) DO UPDATE
+SET reason = excluded.reason, expire_time = excluded.expire_time,
+    create_time = CASE WHEN pins.expire_time <= registry_now() THEN registry_now() ELSE pins.create_time END
+RETURNING *
+"""
+PIN_READ = "SELECT * FROM pins WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND owner = %(owner)s"
+PIN_DELETE = """
+DELETE FROM pins WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND owner = %(owner)s
+RETURNING expire_time IS NULL OR expire_time > registry_now() AS living
+"""
+PINS_LIST = """
+SELECT * FROM pins
+WHERE (%(model_id)s = '' OR model_id = %(model_id)s) AND (expire_time IS NULL OR expire_time > registry_now())
+  AND (%(after_model)s::text IS NULL
+       OR (model_id, node_id, owner) > (%(after_model)s, %(after_node)s, %(after_owner)s))
+ORDER BY model_id, node_id, owner LIMIT %(limit)s
+"""
+PIN_OWNERS = """
+SELECT DISTINCT owner FROM pins
+WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id IN ('', %(node_id)s))
+  AND (expire_time IS NULL OR expire_time > registry_now())
+ORDER BY owner LIMIT 20
+"""
+PINS_PURGE = "DELETE FROM pins WHERE expire_time <= registry_now() RETURNING model_id, node_id, owner"
+NODE_IS_KNOWN = "SELECT 1 FROM nodes WHERE id = %(node_id)s"
+# What did not change the state: the row keeps the reason of its last transition.
+NOTE_OF_MODEL = (
+    """
+INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)
+SELECT r.id, r.model_id, r.state, %(reason)s, %(actor)s,
+       to_jsonb(r) || jsonb_build_object('reason', %(reason)s::text, 'actor', %(actor)s::text)
+FROM ("""
+    + statements.RESIDENCY_IN_FULL
+    + """
+    WHERE r.model_id = %(model_id)s AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
+      AND r.state NOT IN ('UNLOADED', 'FAILED', 'LOST')) r
+ORDER BY r.create_time, r.id
+"""
+)
 
 
 class PinStore:
@@ -28,17 +70,17 @@ class PinStore:
         """Sets or changes a pin. Raises ModelNotFound, NodeNotFound, FieldInvalid for an end that is past."""
 
         async def work(conn: Connection) -> Pin:
-            if await (await conn.execute(queries.MODEL_KEEP, {"id": pin.model_id})).fetchone() is None:
+            if await (await conn.execute(statements.MODEL_KEEP, {"id": pin.model_id})).fetchone() is None:
                 raise ModelNotFound(pin.model_id)
             key = _key(pin.model_id, pin.node_id, pin.owner)
             if await recall(conn, request) is not None:
-                row = await (await conn.execute(pin_queries.READ, key)).fetchone()
+                row = await (await conn.execute(PIN_READ, key)).fetchone()
                 return pin_of(row) if row is not None else pin
             await _check_node(conn, pin.node_id)
             await _check_end(conn, pin.expire_time)
             await lock_place(conn, pin.node_id)
             values = {**key, "reason": pin.reason, "expire_time": pin.expire_time}
-            row = await (await conn.execute(pin_queries.UPSERT, values)).fetchone()
+            row = await (await conn.execute(PIN_UPSERT, values)).fetchone()
             assert row is not None
             await _note(conn, pin.model_id, pin.node_id, reason=pin.words, actor=pin.owner)
             await remember(conn, request, "pinned")
@@ -54,7 +96,7 @@ class PinStore:
         async def work(conn: Connection) -> None:
             if await recall(conn, request) is not None:
                 return
-            row = await (await conn.execute(pin_queries.DELETE, _key(model_id, node_id, owner))).fetchone()
+            row = await (await conn.execute(PIN_DELETE, _key(model_id, node_id, owner))).fetchone()
             if row is not None and row["living"]:
                 await _note(conn, model_id, node_id, reason=f"the pin of {owner} was removed", actor=actor)
             await remember(conn, request, "unpinned")
@@ -74,7 +116,7 @@ class PinStore:
                 "after_owner": after[2],
                 "limit": page.size + 1,
             }
-            return [pin_of(row) for row in await (await conn.execute(pin_queries.LIST, parameters)).fetchall()]
+            return [pin_of(row) for row in await (await conn.execute(PINS_LIST, parameters)).fetchall()]
 
         found = await self._database.run(work)
         more = len(found) > page.size
@@ -85,7 +127,7 @@ class PinStore:
         """Removes expired pins, and tells in the events of what they held; returns how many."""
 
         async def work(conn: Connection) -> int:
-            rows = await (await conn.execute(pin_queries.PURGE_EXPIRED)).fetchall()
+            rows = await (await conn.execute(PINS_PURGE)).fetchall()
             for row in rows:
                 reason = f"the pin of {row['owner']} expired"
                 await _note(conn, row["model_id"], row["node_id"], reason=reason, actor="registry")
@@ -100,23 +142,23 @@ class PinStore:
 async def pin_owners(conn: Connection, model_id: str, node_id: str) -> list[str]:
     """Returns who pins the model on the node (empty: on any), 20 at most."""
     parameters = {"model_id": model_id, "node_id": node_id}
-    return [row["owner"] for row in await (await conn.execute(pin_queries.OWNERS, parameters)).fetchall()]
+    return [row["owner"] for row in await (await conn.execute(PIN_OWNERS, parameters)).fetchall()]
 
 
 async def _note(conn: Connection, model_id: str, node_id: str, *, reason: str, actor: str) -> None:
     values = {"model_id": model_id, "node_id": node_id, "reason": reason, "actor": actor}
-    await conn.execute(event_queries.NOTE_OF_MODEL, values)
+    await conn.execute(NOTE_OF_MODEL, values)
 
 
 async def _check_node(conn: Connection, node_id: str) -> None:
-    if node_id and await (await conn.execute(pin_queries.NODE_KNOWN, {"node_id": node_id})).fetchone() is None:
+    if node_id and await (await conn.execute(NODE_IS_KNOWN, {"node_id": node_id})).fetchone() is None:
         raise NodeNotFound(node_id)
 
 
 async def _check_end(conn: Connection, expire_time: datetime | None) -> None:
     if expire_time is None:
         return
-    row = await (await conn.execute(pin_queries.IN_FUTURE, {"expire_time": expire_time})).fetchone()
+    row = await (await conn.execute(IS_IN_FUTURE, {"expire_time": expire_time})).fetchone()
     if row is None or not row["in_future"]:
         raise FieldInvalid("pin.expire_time", f"{expire_time.isoformat()} is past; give a later one, or none")
 

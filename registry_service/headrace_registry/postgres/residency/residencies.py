@@ -13,17 +13,21 @@ from headrace_registry.errors import LeaseLost, LoadFailed
 from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
 from headrace_registry.models.models import Failure
 from headrace_registry.paging import Page
-from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import read_model
 from headrace_registry.postgres.requests import Request, recall, remember
-from headrace_registry.postgres.residency import statements as admission
-from headrace_registry.postgres.residency.admit import admit
 from headrace_registry.postgres.residency.failure_memory import note_death, note_failure, note_success
 from headrace_registry.postgres.residency.leases import grant_lease, grant_resident, lease_of_request
 from headrace_registry.postgres.residency.node_views import lock_nodes
 from headrace_registry.postgres.residency.nodes import hear
-from headrace_registry.postgres.residency.transitions import move, read_residency, settle, settle_if_awaited
-from headrace_registry.postgres.residency.unloading import send_off
+from headrace_registry.postgres.residency.placing import place
+from headrace_registry.postgres.residency.transitions import (
+    move,
+    plan_and_carry_out,
+    plan_and_carry_out_if_awaited,
+    read_residency,
+)
+from headrace_registry.postgres.residency.unloading import order_unload
 from headrace_registry.postgres.residency.waiting import Waiter, wait_in_line
 from headrace_registry.postgres.rows import json_of, occupant_of, residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
@@ -31,8 +35,45 @@ from headrace_registry.residency.leases import LeaseTerms
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.refusals import holders_of, load_error, same_everywhere
 from headrace_registry.residency.residency import Residency, ResidencyReport, ResidencyState, follow_report
-from headrace_registry.residency.wishes import Admission, Admitted, Place, Wish
+from headrace_registry.residency.wishes import DeviceKey, LeaseProgress, Placed, Wish
 from headrace_registry.wakeups import Wakeups
+
+RESIDENCIES_OF_IDS = statements.RESIDENCY_IN_FULL + "WHERE r.id = ANY(%(ids)s)"
+RESIDENCIES_LIST = (
+    statements.RESIDENCY_IN_FULL
+    + """
+WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
+  AND (%(include_ended)s OR r.state NOT IN ('UNLOADED', 'FAILED', 'LOST'))
+  AND (%(after_time)s::timestamptz IS NULL OR (r.create_time, r.id) < (%(after_time)s::timestamptz, %(after_id)s))
+ORDER BY r.create_time DESC, r.id DESC LIMIT %(limit)s
+"""
+)
+RESIDENCY_LOCK = """
+SELECT *, extract(epoch FROM registry_now() - state_time)::float8 AS age_s
+FROM residencies WHERE id = %(id)s FOR UPDATE
+"""
+RESIDENCY_PROGRESS = """
+UPDATE residencies SET transfer = %(transfer)s, update_time = registry_now() WHERE id = %(id)s
+"""
+RESIDENCY_MEASURED = """
+UPDATE residencies
+SET measured_bytes = %(measured_bytes)s, transfer = NULL,
+    reserved_bytes = CASE WHEN %(measured_bytes)s > 0 THEN %(measured_bytes)s ELSE reserved_bytes END
+WHERE id = %(id)s
+"""
+RESIDENCY_LOST_BYTES = """
+UPDATE devices SET lost_bytes = lost_bytes + %(lost_bytes)s WHERE node_id = %(node_id)s AND id = %(device_id)s
+"""
+POSITION = """
+SELECT count(*)::int AS position FROM residencies o JOIN residencies r
+    ON r.node_id = o.node_id AND r.device_id = o.device_id
+WHERE r.id = %(id)s AND r.state = 'QUEUED' AND o.state = 'QUEUED' AND o.queue_seq <= r.queue_seq
+"""
+LEASE_TAKE_BACK = """
+UPDATE leases SET state = 'RELEASED', end_time = registry_now() WHERE id = %(id)s AND state = 'HELD'
+RETURNING residency_id
+"""
+
 
 T = TypeVar("T")
 
@@ -58,10 +99,10 @@ class ResidencyStore:
         async def work(conn: Connection) -> Residency:
             answered = await recall(conn, request)
             if answered is not None:
-                known = await (await conn.execute(queries.RESIDENCY_READ, {"id": answered})).fetchone()
+                known = await (await conn.execute(statements.RESIDENCY_READ, {"id": answered})).fetchone()
                 if known is not None:
                     return residency_of(known)
-            residency = (await admit(conn, wish, self._policy, self._allowances)).residency
+            residency = (await place(conn, wish, self._policy, self._allowances)).residency
             if residency.state is ResidencyState.QUEUED:
                 place_kept = Waiter.standing_for(residency.id, wish)
                 await wait_in_line(conn, place_kept, residency.id, self._policy)
@@ -71,54 +112,56 @@ class ResidencyStore:
 
         return await self._change(work)
 
-    async def step(self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, last: Admission | None = None) -> Admission:
+    async def step(
+        self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, last: LeaseProgress | None = None
+    ) -> LeaseProgress:
         """One step of AcquireLease: admits, grants, or renews the waiter's place. Repeat it until there is a lease.
 
         `last` is the step before; if what it waited for has FAILED, the wish goes on to a place where it has not, or
         the failure is raised.
         """
 
-        async def work(conn: Connection) -> tuple[Admission, bool]:
+        async def work(conn: Connection) -> tuple[LeaseProgress, bool]:
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
             if known is not None:
-                return Admission(lease=known), False
+                return LeaseProgress(lease=known), False
             lease = await grant_resident(conn, wish, terms, lease_id=waiter_id)
             if lease is not None:
                 if last is not None:
-                    await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
-                return Admission(lease=lease), False
+                    await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})
+                return LeaseProgress(lease=lease), False
             admitted, avoid = await self._admit(conn, wish, last)
             residency = admitted.residency
             if residency.state is ResidencyState.RESIDENT:
                 lease = await grant_lease(conn, residency.id, terms, lease_id=waiter_id)
-                await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})
-                return Admission(lease=lease), admitted.changed
+                await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})
+                return LeaseProgress(lease=lease), admitted.changed
             await wait_in_line(conn, Waiter.calling(waiter_id, wish), residency.id, self._policy)
             position = await _position(conn, residency)
-            return Admission(residency=residency, position=position, avoid=avoid), admitted.changed
+            return LeaseProgress(residency=residency, position=position, avoid=avoid), admitted.changed
 
         if last is None and not terms.request_id:
             lease = await self._database.single(lambda conn: grant_resident(conn, wish, terms, lease_id=waiter_id))
             if lease is not None:
-                return Admission(lease=lease)
+                return LeaseProgress(lease=lease)
         answer, changed = await self._database.run(work)
         if changed:
             self._wakeups.wake()
         return answer
 
     async def _admit(
-        self, conn: Connection, wish: Wish, last: Admission | None
-    ) -> tuple[Admitted, Mapping[Place, Failure]]:
+        self, conn: Connection, wish: Wish, last: LeaseProgress | None
+    ) -> tuple[Placed, Mapping[DeviceKey, Failure]]:
         failed = await _failed(conn, last.residency.id) if last is not None and last.residency is not None else None
         avoid = dict(last.avoid) if last is not None else {}
         if failed is None:
-            return await admit(conn, wish, self._policy, self._allowances, avoid), avoid
+            return await place(conn, wish, self._policy, self._allowances, avoid), avoid
         if same_everywhere(failed):
             raise load_error(failed)
         assert failed.failure is not None
         avoid[failed.node_id, failed.device_id] = failed.failure
         try:
-            return await admit(conn, wish, self._policy, self._allowances, avoid), avoid
+            return await place(conn, wish, self._policy, self._allowances, avoid), avoid
         except LoadFailed:
             raise load_error(failed) from None
 
@@ -126,26 +169,26 @@ class ResidencyStore:
         """Forgets a waiter and its lease; a queued residency nobody else waits for ends with it."""
 
         async def work(conn: Connection) -> str:
-            taken = await (await conn.execute(queries.LEASE_TAKE_BACK, {"id": waiter_id})).fetchone()
-            row = await (await conn.execute(admission.WAITER_DELETE, {"id": waiter_id})).fetchone()
+            taken = await (await conn.execute(LEASE_TAKE_BACK, {"id": waiter_id})).fetchone()
+            row = await (await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})).fetchone()
             left = taken or row
             if left is None:
                 return ""
-            residency = await (await conn.execute(queries.RESIDENCY_READ, {"id": left["residency_id"]})).fetchone()
+            residency = await (await conn.execute(statements.RESIDENCY_READ, {"id": left["residency_id"]})).fetchone()
             return residency["node_id"] if residency is not None else ""
 
         node_id = await self._database.run(work)
         if node_id:
-            await settle_if_awaited(self._database, node_id, self._policy)
+            await plan_and_carry_out_if_awaited(self._database, node_id, self._policy)
             self._wakeups.wake()
 
-    async def in_the_way(self, residency_id: str) -> tuple[str, ...]:
+    async def memory_holders(self, residency_id: str) -> tuple[str, ...]:
         """Who keeps the memory that a residency waits for, for people."""
 
         async def work(conn: Connection) -> tuple[str, ...]:
             wanted = await read_residency(conn, residency_id)
             parameters = {"node_ids": [wanted.node_id], "for_good_s": 0.0}
-            rows = await (await conn.execute(admission.OCCUPANTS_OF_NODES, parameters)).fetchall()
+            rows = await (await conn.execute(statements.OCCUPANTS_OF_NODES, parameters)).fetchall()
             occupants = [occupant_of(row) for row in rows if row["device_id"] == wanted.device_id]
             return holders_of(o for o in occupants if o.state.holds_memory and o.residency_id != residency_id)
 
@@ -161,9 +204,9 @@ class ResidencyStore:
             answered = await recall(conn, request)
             if answered is not None:
                 return [await read_residency(conn, each) for each in answered.split(",") if each]
-            ids = await send_off(conn, model_id, node_id=node_id, force=force, actor=actor, why="unload asked for")
+            ids = await order_unload(conn, model_id, node_id=node_id, force=force, actor=actor, why="unload asked for")
             for each in sorted({(await read_residency(conn, each)).node_id for each in ids}):
-                await settle(conn, each, self._policy)
+                await plan_and_carry_out(conn, each, self._policy)
             await remember(conn, request, ",".join(ids))
             return [await read_residency(conn, each) for each in ids]
 
@@ -174,7 +217,7 @@ class ResidencyStore:
 
         async def work(conn: Connection) -> bool:
             await hear(conn, report.node_id, report.epoch)
-            row = await (await conn.execute(queries.RESIDENCY_READ, {"id": report.residency_id})).fetchone()
+            row = await (await conn.execute(statements.RESIDENCY_READ, {"id": report.residency_id})).fetchone()
             if row is None or row["node_id"] != report.node_id or row["node_epoch"] != report.epoch:
                 raise LeaseLost(
                     f"residency {report.residency_id!r} is not of this node and epoch; drop it",
@@ -185,7 +228,7 @@ class ResidencyStore:
             await lock_nodes(conn, (report.node_id,))
             changed = await _follow(conn, report, self._policy)
             if changed:
-                await settle(conn, report.node_id, self._policy)
+                await plan_and_carry_out(conn, report.node_id, self._policy)
             return changed
 
         if await self._database.run(work):
@@ -206,7 +249,7 @@ class ResidencyStore:
                 "after_id": after[1],
                 "limit": page.size + 1,
             }
-            rows = await (await conn.execute(queries.RESIDENCIES_LIST, parameters)).fetchall()
+            rows = await (await conn.execute(RESIDENCIES_LIST, parameters)).fetchall()
             return [residency_of(row) for row in rows]
 
         found = await self._database.run(work)
@@ -219,7 +262,7 @@ class ResidencyStore:
         """Reads residencies with their place in line, pins and holders; those not kept any more are left out."""
 
         async def work(conn: Connection) -> dict[str, Residency]:
-            rows = await (await conn.execute(queries.RESIDENCIES_OF_IDS, {"ids": list(ids)})).fetchall()
+            rows = await (await conn.execute(RESIDENCIES_OF_IDS, {"ids": list(ids)})).fetchall()
             return {row["id"]: residency_of(row) for row in rows}
 
         return await self._database.run(work)
@@ -232,7 +275,7 @@ class ResidencyStore:
 
 async def _failed(conn: Connection, residency_id: str) -> Residency | None:
     """The residency if its load has failed; its memory may still be on its way back."""
-    row = await (await conn.execute(queries.RESIDENCY_READ, {"id": residency_id})).fetchone()
+    row = await (await conn.execute(statements.RESIDENCY_READ, {"id": residency_id})).fetchone()
     if row is None or row["failure"] is None:
         return None
     over = row["state"] in (ResidencyState.FAILED, ResidencyState.UNLOADING)
@@ -241,7 +284,7 @@ async def _failed(conn: Connection, residency_id: str) -> Residency | None:
 
 async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> bool:
     """Returns True if others should look again."""
-    row = await (await conn.execute(queries.RESIDENCY_LOCK, {"id": report.residency_id})).fetchone()
+    row = await (await conn.execute(RESIDENCY_LOCK, {"id": report.residency_id})).fetchone()
     assert row is not None
     current = ResidencyState(row["state"])
     # That the memory is back is true whichever assignment the report answers; everything else needs the fence.
@@ -254,7 +297,7 @@ async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> 
             resource=("residency", report.residency_id),
         )
     if report.state is ResidencyState.LOADING and current is ResidencyState.LOADING:
-        await conn.execute(queries.RESIDENCY_PROGRESS, {"id": row["id"], "transfer": json_of(report.transfer)})
+        await conn.execute(RESIDENCY_PROGRESS, {"id": row["id"], "transfer": json_of(report.transfer)})
         return True
     if followed is current:
         return False
@@ -262,10 +305,10 @@ async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> 
         await _note_end(conn, report, row, policy)
     else:
         values = {"id": report.residency_id, "measured_bytes": max(0, report.measured_bytes)}
-        await conn.execute(queries.RESIDENCY_MEASURED, values)
-        await conn.execute(queries.RESIDENCY_USED, {"id": report.residency_id})
+        await conn.execute(RESIDENCY_MEASURED, values)
+        await conn.execute(statements.RESIDENCY_USED, {"id": report.residency_id})
         await note_success(conn, row)
-    await conn.execute(admission.WAITERS_STANDING_END, {"residency_id": row["id"]})
+    await conn.execute(statements.WAITERS_STANDING_END, {"residency_id": row["id"]})
     reason = report.failure.message if report.failure is not None else f"reported {followed.lower()}"
     await move(conn, report.residency_id, followed, reason=reason, actor=f"node {report.node_id}")
     return True
@@ -273,12 +316,12 @@ async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> 
 
 async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, Any], policy: Policy) -> None:
     """What an end leaves behind: lost leases, memory that did not come back, a place to be left alone."""
-    await conn.execute(queries.LEASES_END, {"residency_ids": [report.residency_id]})
+    await conn.execute(statements.LEASES_END, {"residency_ids": [report.residency_id]})
     if report.lost_bytes > 0:
         place = {"node_id": row["node_id"], "device_id": row["device_id"], "lost_bytes": report.lost_bytes}
-        await conn.execute(admission.RESIDENCY_LOST_BYTES, place)
+        await conn.execute(RESIDENCY_LOST_BYTES, place)
     if report.failure is not None:
-        await conn.execute(queries.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
+        await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
     failure = report.failure or Failure(reason="LOAD_FAILED", message="the node gave no reason; see its log")
     if report.state is ResidencyState.FAILED and row["state"] == ResidencyState.LOADING:
         await note_failure(conn, row, failure, policy)
@@ -287,6 +330,6 @@ async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, An
 
 
 async def _position(conn: Connection, residency: Residency) -> int:
-    row = await (await conn.execute(admission.POSITION, {"id": residency.id})).fetchone()
+    row = await (await conn.execute(POSITION, {"id": residency.id})).fetchone()
     assert row is not None
     return int(row["position"])

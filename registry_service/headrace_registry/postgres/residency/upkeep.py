@@ -9,18 +9,57 @@ from headrace_chassis.errors import ServiceError
 from headrace_registry.errors import DatabaseUnavailable
 from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
 from headrace_registry.models.models import Failure
-from headrace_registry.postgres import statements as queries
-from headrace_registry.postgres.residency import statements as admission
-from headrace_registry.postgres.residency.admit import admit
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.residency.failure_memory import note_failure
 from headrace_registry.postgres.residency.node_views import lock_nodes
-from headrace_registry.postgres.residency.transitions import move, settle
+from headrace_registry.postgres.residency.placing import place
+from headrace_registry.postgres.residency.transitions import move, plan_and_carry_out
 from headrace_registry.postgres.rows import json_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.residency import ResidencyState
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
+
+# Living nodes where time may have changed what is due.
+NODES_DUE = """
+SELECT DISTINCT r.node_id FROM residencies r JOIN nodes n ON n.id = r.node_id
+WHERE n.state = 'ALIVE' AND (
+    r.state IN ('QUEUED', 'DRAINING')
+    OR (r.state = 'RESIDENT' AND %(idle_timeout_s)s > 0
+        AND GREATEST(r.last_used_time, r.state_time) <= registry_now() - make_interval(secs => %(idle_timeout_s)s))
+)
+ORDER BY r.node_id
+"""
+RESIDENCIES_SILENT = """
+SELECT r.id, r.node_id, r.device_id, r.model_id, r.state,
+       extract(epoch FROM registry_now() - r.state_time)::float8 AS age_s
+FROM residencies r JOIN nodes n ON n.id = r.node_id
+WHERE n.state = 'ALIVE' AND (%(node_id)s = '' OR r.node_id = %(node_id)s) AND (
+    (r.state = 'LOADING' AND r.update_time <= registry_now() - make_interval(secs => %(load_silence_s)s))
+    OR (r.state = 'LOADING' AND r.state_time <= registry_now() - make_interval(secs => %(load_deadline_s)s))
+    OR (r.state = 'UNLOADING' AND r.update_time <= registry_now() - make_interval(secs => %(unload_silence_s)s)))
+ORDER BY r.node_id, r.id
+"""
+WAITERS_STANDING = """
+SELECT w.id, w.node_id, w.device_id, w.actor, r.model_id, r.id AS residency_id
+FROM waiters w JOIN residencies r ON r.id = w.residency_id
+WHERE w.standing AND r.state = 'QUEUED' AND w.expire_time > registry_now()
+ORDER BY r.queue_seq, w.id
+"""
+WAITER_MOVE = "UPDATE waiters SET residency_id = %(residency_id)s WHERE id = %(id)s"
+WAITERS_EXPIRE = "DELETE FROM waiters WHERE expire_time <= registry_now()"
+PURGE = (
+    # A day is longer than any client retries one request.
+    "DELETE FROM requests WHERE create_time < registry_now() - interval '1 day'",
+    "DELETE FROM leases WHERE state <> 'HELD' AND end_time < registry_now() - interval '1 day'",
+    # A week of ended residencies answers "what happened".
+    """
+DELETE FROM residencies
+WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < registry_now() - interval '7 days'
+""",
+)
+
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +81,30 @@ class ResidencyUpkeep:
     async def tidy(self) -> None:
         """Does what is due on every living node."""
         changed = False
-        for row in await self._read(admission.NODES_DUE, {"idle_timeout_s": self._policy.idle_timeout_s}):
+        for row in await self._read(NODES_DUE, {"idle_timeout_s": self._policy.idle_timeout_s}):
             changed |= await self._settle(row["node_id"])
-        for row in (await self._read(admission.WAITERS_STANDING, {}))[:_MAX_STANDING]:
+        for row in (await self._read(WAITERS_STANDING, {}))[:_MAX_STANDING]:
             changed |= await self._look_elsewhere(row)
-        silent = await self._read(admission.RESIDENCIES_SILENT, self._silence(""))
+        silent = await self._read(RESIDENCIES_SILENT, self._silence(""))
         for node_id in sorted({row["node_id"] for row in silent}):
             changed |= await self._ask_again(node_id)
-        await self._database.run(lambda conn: conn.execute(admission.WAITERS_EXPIRE))
+        await self._database.run(lambda conn: conn.execute(WAITERS_EXPIRE))
         if changed:
             self._wakeups.wake()
+
+    async def purge(self) -> None:
+        """Removes old rows: answered requests, ended leases and ended residencies."""
+
+        async def work(conn: Connection) -> None:
+            for statement in PURGE:
+                await conn.execute(statement)
+
+        await self._database.run(work)
 
     async def _settle(self, node_id: str) -> bool:
         async def work(conn: Connection) -> bool:
             await lock_nodes(conn, (node_id,))
-            return await settle(conn, node_id, self._policy)
+            return await plan_and_carry_out(conn, node_id, self._policy)
 
         return await self._database.run(work)
 
@@ -65,12 +113,12 @@ class ResidencyUpkeep:
         wish = Wish(model_id=row["model_id"], node_id=row["node_id"], device_id=row["device_id"], actor=row["actor"])
 
         async def work(conn: Connection) -> bool:
-            residency = (await admit(conn, wish, self._policy, self._allowances)).residency
+            residency = (await place(conn, wish, self._policy, self._allowances)).residency
             if residency.id == row["residency_id"]:
                 return False
-            await conn.execute(admission.WAITER_MOVE, {"id": row["id"], "residency_id": residency.id})
+            await conn.execute(WAITER_MOVE, {"id": row["id"], "residency_id": residency.id})
             if residency.state is ResidencyState.RESIDENT:
-                await conn.execute(admission.WAITER_DELETE, {"id": row["id"]})
+                await conn.execute(statements.WAITER_DELETE, {"id": row["id"]})
             return True
 
         try:
@@ -79,13 +127,13 @@ class ResidencyUpkeep:
             raise
         except ServiceError as exc:
             log.info("a load of %s is given up: %s", wish.model_id, exc.message)
-            await self._database.run(lambda conn: conn.execute(admission.WAITER_DELETE, {"id": row["id"]}))
+            await self._database.run(lambda conn: conn.execute(statements.WAITER_DELETE, {"id": row["id"]}))
             return True
 
     async def _ask_again(self, node_id: str) -> bool:
         async def work(conn: Connection) -> bool:
             await lock_nodes(conn, (node_id,))
-            rows = await (await conn.execute(admission.RESIDENCIES_SILENT, self._silence(node_id))).fetchall()
+            rows = await (await conn.execute(RESIDENCIES_SILENT, self._silence(node_id))).fetchall()
             for row in rows:
                 await self._watch_over(conn, row)
             return bool(rows)
@@ -97,7 +145,7 @@ class ResidencyUpkeep:
         if state is ResidencyState.LOADING and row["age_s"] >= policy.load_deadline_s:
             message = f"loading took longer than {policy.load_deadline_s:g} s; look at the node's disk and log"
             failure = Failure(reason="LOAD_FAILED", message=message)
-            await conn.execute(queries.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(failure)})
+            await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(failure)})
             await note_failure(conn, row, failure, policy)
             # The node may hold some of it still; the memory counts until it says otherwise.
             await move(conn, row["id"], ResidencyState.UNLOADING, reason=message, actor="registry")

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from headrace_registry.postgres.residency import statements as queries
 from headrace_registry.postgres.server.pool import Connection
 from headrace_registry.residency.leases import DEFAULT_WAIT_S
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.refusals import queue_full
 from headrace_registry.residency.wishes import Wish
+
+# Counting and adding are one step; taken last, so that it waits for nobody who waits for it.
+WAITERS_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('headrace waiters', 2))"
+WAITERS_COUNT = "SELECT count(*)::int AS n FROM waiters WHERE expire_time > registry_now()"
+WAITER_RENEW = """
+UPDATE waiters
+SET residency_id = %(residency_id)s, expire_time = registry_now() + make_interval(secs => %(ttl_s)s)
+WHERE id = %(id)s AND expire_time > registry_now()
+RETURNING id
+"""
+WAITER_UPSERT = """
+INSERT INTO waiters (id, residency_id, expire_time, node_id, device_id, standing, actor)
+VALUES (%(id)s, %(residency_id)s, registry_now() + make_interval(secs => %(ttl_s)s), %(node_id)s, %(device_id)s,
+        %(standing)s, %(actor)s)
+ON CONFLICT (id) DO UPDATE SET residency_id = excluded.residency_id, expire_time = excluded.expire_time
+"""
+
 
 # A call that waits renews itself at each poll; one that dies is forgotten after this.
 _CALL_TTL_S = 10.0
@@ -40,15 +56,15 @@ class Waiter:
 async def wait_in_line(conn: Connection, waiter: Waiter, residency_id: str, policy: Policy) -> None:
     """Takes or renews a place. Raises QueueFull, upon which the whole transaction has not happened."""
     values = {**asdict(waiter), "residency_id": residency_id}
-    renewed = await conn.execute(queries.WAITER_RENEW, values)
+    renewed = await conn.execute(WAITER_RENEW, values)
     if renewed.rowcount:
         return
-    await conn.execute(queries.WAITERS_LOCK)
-    row = await (await conn.execute(queries.WAITERS_COUNT)).fetchone()
+    await conn.execute(WAITERS_LOCK)
+    row = await (await conn.execute(WAITERS_COUNT)).fetchone()
     assert row is not None
     if row["n"] >= policy.max_waiters:
         raise queue_full(f"{row['n']} calls wait for a model already")
-    await conn.execute(queries.WAITER_UPSERT, values)
+    await conn.execute(WAITER_UPSERT, values)
 
 
 def _waiter(waiter_id: str, wish: Wish, *, ttl_s: float, standing: bool) -> Waiter:

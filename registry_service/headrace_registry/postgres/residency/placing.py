@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from headrace_registry.errors import ModelNotReady, NodeLost, NodeNotFound
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.models import Failure, Model, ModelState
-from headrace_registry.postgres import statements as queries
+from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import read_model
-from headrace_registry.postgres.residency import statements as admission
 from headrace_registry.postgres.residency.failure_memory import LearnedSizes, read_backoffs
 from headrace_registry.postgres.residency.node_views import LockedNode, lock_nodes, read_nodes
-from headrace_registry.postgres.residency.transitions import read_residency, settle
+from headrace_registry.postgres.residency.transitions import plan_and_carry_out, read_residency
 from headrace_registry.postgres.rows import model_of
 from headrace_registry.postgres.server.pool import Connection
 from headrace_registry.residency.nodes import DeviceKind
@@ -22,17 +21,24 @@ from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.refusals import refusal
 from headrace_registry.residency.residency import Residency, ResidencyState
 from headrace_registry.residency.scheduling import DeviceView
-from headrace_registry.residency.wishes import Admitted, Place, Wish
+from headrace_registry.residency.wishes import DeviceKey, Placed, Wish
 from headrace_registry.sizing.reservation import estimated_bytes, load_dtype
 
+RESIDENCY_INSERT = """
+INSERT INTO residencies (id, model_id, node_id, device_id, state, reserved_bytes, admitted_bytes, estimated_bytes,
+                         load_dtype, fence, node_epoch, reason, actor)
+VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, 'QUEUED', %(reserved_bytes)s, %(reserved_bytes)s,
+        %(estimated_bytes)s, %(load_dtype)s, nextval('residency_fences'), %(node_epoch)s, %(reason)s, %(actor)s)
+"""
 
-async def admit(
+
+async def place(
     conn: Connection,
     wish: Wish,
     policy: Policy,
     allowances: Allowances,
-    avoid: Mapping[Place, Failure] | None = None,
-) -> Admitted:
+    avoid: Mapping[DeviceKey, Failure] | None = None,
+) -> Placed:
     """Finds the residency that will serve the wish; the caller then makes itself one of its waiters.
 
     Raises what refuses it, NotAllowed if code that its load would run is not allowed any more. `avoid` are the places
@@ -50,12 +56,12 @@ async def admit(
         raise refusal(model.id, decision, spaces)
     if decision.joined:
         queued = decision.action is not Action.JOIN
-        changed = queued and await settle(conn, decision.space.node.id, policy, awaited=decision.joined)
-        return Admitted(residency=await read_residency(conn, decision.joined), changed=changed)
+        changed = queued and await plan_and_carry_out(conn, decision.space.node.id, policy, awaited=decision.joined)
+        return Placed(residency=await read_residency(conn, decision.joined), changed=changed)
     allowances.check(model.source, model.load_options)
     node = nodes[decision.space.node.id]
     residency = await _line_up(conn, model, decision.space, actor=wish.actor, node=node, policy=policy)
-    return Admitted(residency=residency, changed=True)
+    return Placed(residency=residency, changed=True)
 
 
 async def _line_up(
@@ -75,14 +81,14 @@ async def _line_up(
         "reason": "asked for",
         "actor": actor,
     }
-    await conn.execute(admission.RESIDENCY_INSERT, values)
-    await settle(conn, space.node.id, policy, awaited=residency_id, fresh=True)
+    await conn.execute(RESIDENCY_INSERT, values)
+    await plan_and_carry_out(conn, space.node.id, policy, awaited=residency_id, fresh=True)
     return await read_residency(conn, residency_id)
 
 
 async def ready_model(conn: Connection, model_id: str) -> Model:
     """Reads a model and keeps it until the transaction ends. Raises ModelNotFound and ModelNotReady."""
-    row = await (await conn.execute(queries.MODEL_KEEP, {"id": model_id})).fetchone()
+    row = await (await conn.execute(statements.MODEL_KEEP, {"id": model_id})).fetchone()
     model = model_of(row) if row is not None else await read_model(conn, model_id)
     if row is not None and row["deleting"]:
         raise ModelNotReady(f"model {model_id!r} is being deleted; use another one", resource=("model", model_id))
@@ -109,7 +115,7 @@ async def _check_resident(conn: Connection, wish: Wish, decision: Decision) -> N
 async def lock_living(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
     """Locks the nodes that the wish allows; returns those that live."""
     place = {"node_id": wish.node_id, "device_id": wish.device_id}
-    rows = await (await conn.execute(admission.NODES_OF_PLACE, place)).fetchall()
+    rows = await (await conn.execute(statements.NODES_OF_PLACE, place)).fetchall()
     name = "/".join(part for part in (wish.node_id, wish.device_id) if part)
     if name and not rows:
         raise NodeNotFound(name)
@@ -129,7 +135,7 @@ async def read_spaces(
     model: Model,
     wish: Wish,
     nodes: Mapping[str, LockedNode],
-    avoid: Mapping[Place, Failure],
+    avoid: Mapping[DeviceKey, Failure],
 ) -> Sequence[Space]:
     """The devices that the wish allows, with what the model would take there."""
     learned = await LearnedSizes.read(conn, model)
