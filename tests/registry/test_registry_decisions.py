@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from fix_scheduling import POLICY, S, node, occupant, queued, states
 from headrace_registry.models.models import Failure
 from headrace_registry.residency.nodes import DeviceKind
-from headrace_registry.residency.placement import Action, Backoff, Space, decide_on_device, decide_placement
+from headrace_registry.residency.placement import (
+    Action,
+    Backoff,
+    Space,
+    decide_on_device,
+    decide_placement,
+    plan_with_candidate,
+)
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.residency import Occupant, ResidencyState, follow_report
 from headrace_registry.residency.scheduling import DeviceView, Outcome, choose_victims, plan
@@ -138,6 +145,25 @@ def test_a_refusal_names_the_device_that_could_hold_it():
     pinned = space(occupant("p", 80, pinned=True, pinned_for_good=True), node_id="b")
 
     assert decide_placement("m", [small, pinned], POLICY).action is Action.BUSY
+
+
+def test_a_decision_brings_the_plan_by_which_the_new_residency_loads_or_others_leave_for_it():
+    held = space(occupant("idle", 80))
+    free = decide_on_device("m", space(), POLICY, residency_id="new", actor="anna")
+    evicting = decide_placement("m", [held], POLICY, residency_id="new", actor="anna")
+
+    assert [(step.residency_id, step.state) for step in free.plan.steps] == [("new", S.LOADING)]
+    assert [(step.residency_id, step.state, step.actor) for step in evicting.plan.steps] == [
+        ("idle", S.UNLOADING, "anna")
+    ]
+    assert evicting.plan.outcomes == {"new": Outcome.EVICT}
+
+
+def test_joining_and_refusals_bring_no_plan():
+    resident = space(occupant("r", 10, model_id="m"), occupant("leaving", 80, S.DRAINING))
+
+    assert decide_on_device("m", resident, POLICY).plan is None
+    assert decide_on_device("m", space(needed=101), POLICY).plan is None
 
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -319,6 +345,18 @@ def test_a_plan_taken_twice_does_nothing_more(found, capacity):
     again = states(replace(view, occupants=tuple(o for o in settled if not o.state.ended)))
 
     assert not set(again.values()) & {S.LOADING, S.UNLOADED, S.RESIDENT}
+
+
+@given(OCCUPANTS, st.integers(1, 150), st.booleans())
+def test_the_plan_before_a_residency_is_stored_is_the_plan_after(found, capacity, pinned):
+    """The stored row has no waiter yet, and may be pinned already; the queue number is larger than all."""
+    where = space(*found, capacity=capacity)
+    before = plan_with_candidate("x", where, POLICY, residency_id="new", actor="anna")
+    stored = occupant("new", 40, S.QUEUED, model_id="x", actor="anna", queue_seq=99, n_waiters=0, age_s=0.0)
+    stored = replace(stored, pinned=pinned, pinned_for_good=pinned, idle_s=0.0)
+    after = plan(replace(where.node, occupants=(*found, stored)), POLICY, awaited="new")
+
+    assert before == after
 
 
 @given(OCCUPANTS, st.integers(1, 120))

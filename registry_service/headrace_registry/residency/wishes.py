@@ -1,4 +1,4 @@
-"""What a caller wants of residency, and how that stands."""
+"""A caller's wish for a model on a device, the residency that serves it, and how the wait for its lease stands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from headrace_registry.models.models import Failure
 from headrace_registry.residency.leases import Lease
 from headrace_registry.residency.residency import Residency
 
+# A node's id and the id of one of its devices.
 DeviceKey = tuple[str, str]
 
 
@@ -23,13 +24,13 @@ class Wish:
     if_resident_only: bool = False
 
     def allows(self, node_id: str, device_id: str) -> bool:
-        """Whether the model may be there."""
+        """True if the model may go to this device."""
         return self.node_id in ("", node_id) and self.device_id in ("", device_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """The residency that will serve a wish, and whether others should look again."""
+    """The residency that will serve a wish; `changed` if placing it changed any residency."""
 
     residency: Residency
     changed: bool
@@ -37,12 +38,11 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseProgress:
-    """How a wish stands: a lease, or the residency it waits for and its place in the queue (0 once loading).
-
-    `avoid` are the places where it failed on the way.
-    """
+    """How an AcquireLease stands: it has its lease, or waits for a residency at a position in the queue."""
 
     residency: Residency | None = None
+    # 1 for the first in the device's queue; 0 once the residency has left the queue.
     position: int = 0
     lease: Lease | None = None
+    # Devices where this call has seen the load fail: it is not placed there again while another one is left.
     avoid: Mapping[DeviceKey, Failure] = field(default_factory=dict)

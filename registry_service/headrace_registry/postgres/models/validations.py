@@ -16,7 +16,7 @@ from headrace_registry.paging import Page
 from headrace_registry.postgres.models.models import read_model
 from headrace_registry.postgres.residency.node_views import lock_nodes
 from headrace_registry.postgres.residency.nodes import hear
-from headrace_registry.postgres.residency.placing import lock_living, read_spaces, ready_model
+from headrace_registry.postgres.residency.placing import lock_living_nodes, read_spaces, ready_model
 from headrace_registry.postgres.rows import Row, failure_of, json_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.placement import Action, Space, decide_placement
@@ -94,7 +94,7 @@ class ValidationStore:
             if load_options is not None:
                 model = replace(model, load_options=load_options)
             wish = Wish(model_id=model_id, node_id=node_id, device_id=device_id, actor="validation")
-            nodes = await lock_living(conn, wish)
+            nodes = await lock_living_nodes(conn, wish)
             spaces = await read_spaces(conn, model, wish, nodes, {})
             if not spaces:
                 raise NodeNotFound("/".join(part for part in (node_id, device_id) if part))

@@ -1,9 +1,10 @@
-"""Admission in one transaction: locks the devices, reads what is on them, calls the decision, writes it."""
+"""Places a model on a device in one transaction: locks the devices, reads them, decides, carries the plan out."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from headrace_registry.errors import ModelNotReady, NodeLost, NodeNotFound
 from headrace_registry.models.allowances import Allowances
@@ -12,15 +13,15 @@ from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import read_model
 from headrace_registry.postgres.residency.failure_memory import LearnedSizes, read_backoffs
 from headrace_registry.postgres.residency.node_views import LockedNode, lock_nodes, read_nodes
-from headrace_registry.postgres.residency.transitions import plan_and_carry_out, read_residency
+from headrace_registry.postgres.residency.transitions import carry_out_plan, move, read_residency
 from headrace_registry.postgres.rows import model_of
 from headrace_registry.postgres.server.pool import Connection
 from headrace_registry.residency.nodes import DeviceKind
-from headrace_registry.residency.placement import Action, Backoff, Decision, Space, decide_placement
+from headrace_registry.residency.placement import Backoff, Decision, Space, decide_placement
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.refusals import refusal
-from headrace_registry.residency.residency import Residency, ResidencyState
-from headrace_registry.residency.scheduling import DeviceView
+from headrace_registry.residency.residency import ResidencyState
+from headrace_registry.residency.scheduling import DeviceView, Outcome
 from headrace_registry.residency.wishes import DeviceKey, Placed, Wish
 from headrace_registry.sizing.reservation import estimated_bytes, load_dtype
 
@@ -32,6 +33,14 @@ VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, 'QUEUED', %(reserved_b
 """
 
 
+# Recorded as the reason of a new residency that has to wait.
+_WHY_QUEUED = {
+    Outcome.WAIT: "waits for memory on its way back",
+    Outcome.EVICT: "waits for what is evicted for it",
+    Outcome.QUEUE: "waits for what others hold",
+}
+
+
 async def place(
     conn: Connection,
     wish: Wish,
@@ -39,36 +48,41 @@ async def place(
     allowances: Allowances,
     avoid: Mapping[DeviceKey, Failure] | None = None,
 ) -> Placed:
-    """Finds the residency that will serve the wish; the caller then makes itself one of its waiters.
+    """Finds or makes the residency that will serve the wish; the caller then adds its waiter.
 
-    Raises what refuses it, NotAllowed if code that its load would run is not allowed any more. `avoid` are the places
-    where the caller has seen it fail.
+    `avoid` are devices where the caller has seen the load fail. Raises the error of a decision that refuses, and
+    NotAllowed if the load would run code that is not allowed any more.
     """
     model = await ready_model(conn, wish.model_id)
-    nodes = await lock_living(conn, wish)
+    nodes = await lock_living_nodes(conn, wish)
     spaces = await read_spaces(conn, model, wish, nodes, avoid or {})
     if not spaces:
         raise NodeNotFound("/".join(part for part in (wish.node_id, wish.device_id) if part))
-    decision = decide_placement(model.id, spaces, policy)
+    new_id = uuid.uuid4().hex
+    decision = decide_placement(model.id, spaces, policy, residency_id=new_id, actor=wish.actor)
     if wish.if_resident_only:
-        await _check_resident(conn, wish, decision)
+        joined = await read_residency(conn, decision.joined) if decision.joined else None
+        if joined is None or joined.state is not ResidencyState.RESIDENT:
+            raise ModelNotReady(
+                f"model {wish.model_id!r} is not resident; LoadModel first, or leave if_resident_only out",
+                resource=("model", wish.model_id),
+            )
     if decision.action.refuses:
         raise refusal(model.id, decision, spaces)
     if decision.joined:
-        queued = decision.action is not Action.JOIN
-        changed = queued and await plan_and_carry_out(conn, decision.space.node.id, policy, awaited=decision.joined)
+        changed = decision.plan is not None and await carry_out_plan(conn, decision.plan)
         return Placed(residency=await read_residency(conn, decision.joined), changed=changed)
     allowances.check(model.source, model.load_options)
-    node = nodes[decision.space.node.id]
-    residency = await _line_up(conn, model, decision.space, actor=wish.actor, node=node, policy=policy)
-    return Placed(residency=residency, changed=True)
+    await _line_up(conn, model, decision, new_id, actor=wish.actor, node=nodes[decision.space.node.id])
+    return Placed(residency=await read_residency(conn, new_id), changed=True)
 
 
 async def _line_up(
-    conn: Connection, model: Model, space: Space, *, actor: str, node: LockedNode, policy: Policy
-) -> Residency:
-    """Puts the model last in the device's queue and does what is due; if it is its turn, it loads."""
-    residency_id = uuid.uuid4().hex
+    conn: Connection, model: Model, decision: Decision, residency_id: str, *, actor: str, node: LockedNode
+) -> None:
+    """Puts the model last in the device's queue and carries the plan out, by which it may load at once."""
+    space, due = decision.space, decision.plan
+    assert due is not None
     values = {
         "id": residency_id,
         "model_id": model.id,
@@ -82,8 +96,12 @@ async def _line_up(
         "actor": actor,
     }
     await conn.execute(RESIDENCY_INSERT, values)
-    await plan_and_carry_out(conn, space.node.id, policy, awaited=residency_id, fresh=True)
-    return await read_residency(conn, residency_id)
+    # A load that did not wait for memory says why it began, not that there was room.
+    steps = [replace(step, reason="asked for") if step.residency_id == residency_id else step for step in due.steps]
+    await carry_out_plan(conn, replace(due, steps=tuple(steps)))
+    outcome = due.outcomes[residency_id]
+    if outcome is not Outcome.LOAD:  # The insertion is no event: this transition into QUEUED is the first one.
+        await move(conn, residency_id, ResidencyState.QUEUED, reason=_WHY_QUEUED[outcome], actor=actor)
 
 
 async def ready_model(conn: Connection, model_id: str) -> Model:
@@ -101,18 +119,7 @@ async def ready_model(conn: Connection, model_id: str) -> Model:
     return model
 
 
-async def _check_resident(conn: Connection, wish: Wish, decision: Decision) -> None:
-    if decision.joined:
-        joined = await read_residency(conn, decision.joined)
-        if joined.state is ResidencyState.RESIDENT:
-            return
-    raise ModelNotReady(
-        f"model {wish.model_id!r} is not resident; LoadModel first, or leave if_resident_only out",
-        resource=("model", wish.model_id),
-    )
-
-
-async def lock_living(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
+async def lock_living_nodes(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
     """Locks the nodes that the wish allows; returns those that live."""
     place = {"node_id": wish.node_id, "device_id": wish.device_id}
     rows = await (await conn.execute(statements.NODES_OF_PLACE, place)).fetchall()

@@ -1,4 +1,8 @@
-"""Transitions of residencies, each with reason, actor and event; the caller holds the locks of the node's devices."""
+"""Transitions of residencies, each stored with reason, actor and event.
+
+`carry_out_plan` is the one place that loads from the queues, drains and evicts. The caller holds the locks of the
+node's devices.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from headrace_registry.postgres.rows import residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.residency import Residency, ResidencyState
-from headrace_registry.residency.scheduling import Outcome, Step, plan
+from headrace_registry.residency.scheduling import Plan, plan
 
 RESIDENCY_MOVE = """
 UPDATE residencies
@@ -23,15 +27,43 @@ NODE_IS_AWAITED = """
 SELECT EXISTS (SELECT 1 FROM residencies WHERE node_id = %(node_id)s AND state IN ('QUEUED', 'DRAINING')) AS awaited
 """
 
+# With these states a node gets a new assignment, and reports under its fence: it has to load or to end something.
+_NEEDS_NEW_FENCE = (ResidencyState.LOADING, ResidencyState.UNLOADING)
 
-# A node follows an assignment anew, and reports under its fence, when it shall load or end something.
-_ASSIGNED_ANEW = (ResidencyState.LOADING, ResidencyState.UNLOADING)
 
-_WHY_QUEUED = {
-    Outcome.WAIT: "waits for memory on its way back",
-    Outcome.EVICT: "waits for what is evicted for it",
-    Outcome.QUEUE: "waits for what others hold",
-}
+async def carry_out_plan(conn: Connection, due: Plan) -> bool:
+    """Loads, drains, evicts and ends residencies as planned. Returns True if the plan had any step.
+
+    The caller read the node and planned in this transaction, so that the plan is of now.
+    """
+    for step in due.steps:
+        await move(conn, step.residency_id, step.state, reason=step.reason, actor=step.actor)
+        if step.state.ended:
+            await conn.execute(statements.WAITERS_STANDING_END, {"residency_id": step.residency_id})
+    return bool(due.steps)
+
+
+async def plan_and_carry_out(conn: Connection, node_id: str, policy: Policy) -> bool:
+    """Reads a node, plans it and carries the plan out. Returns True if anything changed; False also if it is silent."""
+    nodes = await read_nodes(conn, (node_id,))
+    return node_id in nodes and await carry_out_plan(conn, plan(nodes[node_id].view, policy))
+
+
+async def plan_and_carry_out_if_awaited(database: Database, node_id: str, policy: Policy) -> bool:
+    """Plans a node with queued or draining residencies; any other can wait for the next round of upkeep.
+
+    Call it after the commit of a change that may make a transition due. Returns True if anything changed.
+    """
+
+    async def is_awaited(conn: Connection) -> bool:
+        row = await (await conn.execute(NODE_IS_AWAITED, {"node_id": node_id})).fetchone()
+        return row is not None and bool(row["awaited"])
+
+    async def work(conn: Connection) -> bool:
+        await lock_nodes(conn, (node_id,))
+        return await plan_and_carry_out(conn, node_id, policy)
+
+    return await database.single(is_awaited) and await database.run(work)
 
 
 async def move(
@@ -42,61 +74,16 @@ async def move(
     reason: str,
     actor: str,
 ) -> None:
-    """One transition: state, reason, actor and its event."""
-    new_fence = state in _ASSIGNED_ANEW
+    """Stores one transition and its event."""
+    new_fence = state in _NEEDS_NEW_FENCE
     values = {"id": residency_id, "state": state, "reason": reason, "actor": actor, "new_fence": new_fence}
     await conn.execute(RESIDENCY_MOVE, values)
     await conn.execute(statements.RESIDENCY_EVENT, {"id": residency_id})
 
 
-async def plan_and_carry_out(
-    conn: Connection, node_id: str, policy: Policy, *, awaited: str = "", fresh: bool = False
-) -> bool:
-    """Does everything that is due on a node. Returns True if something changed.
-
-    `awaited` has a waiter who is not in the tables yet; if `fresh`, it was made by this transaction.
-    """
-    found = await read_nodes(conn, (node_id,))
-    if node_id not in found:
-        return False
-    due = plan(found[node_id].view, policy, awaited=awaited)
-    for step in due.steps:
-        await _take(conn, step, first=fresh and step.residency_id == awaited)
-    outcome = due.outcomes.get(awaited)
-    if fresh and outcome is not None and outcome is not Outcome.LOAD:
-        state, why = ResidencyState.QUEUED, _WHY_QUEUED[outcome]
-        actor = next(o.actor for o in found[node_id].view.occupants if o.residency_id == awaited)
-        await move(conn, awaited, state, reason=why, actor=actor)
-    return bool(due.steps)
-
-
-async def plan_and_carry_out_if_awaited(database: Database, node_id: str, policy: Policy) -> bool:
-    """Does what is due on a node where somebody waits for memory; elsewhere the next round of upkeep is soon enough.
-
-    Call it after the commit of what may make it due. Returns True if anything changed.
-    """
-
-    async def look(conn: Connection) -> bool:
-        row = await (await conn.execute(NODE_IS_AWAITED, {"node_id": node_id})).fetchone()
-        return row is not None and bool(row["awaited"])
-
-    async def work(conn: Connection) -> bool:
-        await lock_nodes(conn, (node_id,))
-        return await plan_and_carry_out(conn, node_id, policy)
-
-    return await database.single(look) and await database.run(work)
-
-
 async def read_residency(conn: Connection, residency_id: str) -> Residency:
-    """Raises LeaseLost if it is not kept any more."""
+    """Raises LeaseLost if the residency was purged."""
     row = await (await conn.execute(statements.RESIDENCY_READ, {"id": residency_id})).fetchone()
     if row is None:
         raise LeaseLost(f"residency {residency_id!r} is not kept any more", resource=("residency", residency_id))
     return residency_of(row)
-
-
-async def _take(conn: Connection, step: Step, *, first: bool) -> None:
-    reason = "asked for" if first and step.state is ResidencyState.LOADING else step.reason
-    await move(conn, step.residency_id, step.state, reason=reason, actor=step.actor)
-    if step.state.ended:
-        await conn.execute(statements.WAITERS_STANDING_END, {"residency_id": step.residency_id})
