@@ -1,4 +1,4 @@
-"""Remembers what a request_id was answered with, so that repeating a call repeats its answer, not its effect."""
+"""Remembers the answer to each request_id, so that repeating a call repeats its answer and not its effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ VALUES (%(request_id)s, %(method)s, %(arguments)s, %(response)s)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One mutating call. `request_id` is empty or a checked UUID4; `arguments` tell a repetition from a mistake."""
+    """One mutating call. `request_id` is empty or a checked UUID4.
+
+    By the `arguments` a repeated call is told from another call that uses the same id by mistake.
+    """
 
     request_id: str
     method: str
@@ -28,14 +31,14 @@ class Request:
 
     @property
     def digest(self) -> str:
-        """Of the arguments, hex."""
+        """SHA-256 of the arguments, hex."""
         return hashlib.sha256(json.dumps(self.arguments, sort_keys=True, default=str).encode()).hexdigest()
 
 
 async def recall(conn: Connection, request: Request) -> str | None:
-    """Returns what the first call answered, or None. Holds the id until the transaction ends.
+    """Returns the answer of the first call with this id, or None. Holds the id until the transaction ends.
 
-    Raises FieldInvalid if the id came with other arguments.
+    Raises FieldInvalid if that call had other arguments.
     """
     if not request.request_id:
         return None

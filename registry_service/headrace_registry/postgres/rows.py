@@ -1,4 +1,4 @@
-"""From rows to values, and back for JSON columns. A stored event's model is the row as JSON: times are text there."""
+"""Turns rows into values, and values into JSON columns. Events store rows as JSON, where times are text."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from headrace_registry.residency.residency import Occupant, Residency, Residency
 
 Row = Mapping[str, Any]
 
-# Looked up, not called: that shows in pages of a thousand models.
+# A dictionary is faster than a call of the enum, which shows in pages of a thousand models.
 _SOURCE_KINDS = {str(kind): kind for kind in SourceKind}
 _QUANTIZATIONS = {str(quantization): quantization for quantization in Quantization}
 _MODEL_STATES = {str(state): state for state in ModelState}
 
 
 def model_of(row: Row) -> Model:
-    """A row of `models`, or its JSON."""
+    """Reads a row of `models`, or its JSON in an event."""
     return Model(
         id=row["id"],
         source=Source(
@@ -56,8 +56,8 @@ def model_of(row: Row) -> Model:
         files_path=row["files_path"],
         tokenizer_digest=row["tokenizer_digest"],
         fidelity=fidelity_of(row.get("fidelity")),
-        store_bytes=row.get("store_bytes", 0),  # Events of earlier versions lack it and the next.
-        last_used_time=_optional_time(row.get("last_used_time")),
+        store_bytes=row.get("store_bytes", 0),  # Events of earlier versions lack this column and the next.
+        last_used_time=_time(row["last_used_time"]) if row.get("last_used_time") is not None else None,
         revision=row["revision"],
         event_seq=row["event_seq"],
         create_time=_time(row["create_time"]),
@@ -66,7 +66,7 @@ def model_of(row: Row) -> Model:
 
 
 def node_of(row: Row, devices: tuple[Device, ...]) -> Node:
-    """A row of `nodes`."""
+    """Reads a row of `nodes`."""
     return Node(
         id=row["id"],
         address=row["address"],
@@ -84,7 +84,7 @@ def node_of(row: Row, devices: tuple[Device, ...]) -> Node:
 
 
 def device_of(row: Row) -> Device:
-    """A row of `devices` with `reserved_bytes`."""
+    """Reads a row of `devices` with `reserved_bytes`."""
     return Device(
         id=row["id"],
         kind=DeviceKind(row["kind"]),
@@ -100,7 +100,7 @@ def device_of(row: Row) -> Device:
 
 
 def residency_of(row: Row) -> Residency:
-    """A row of `residencies` with `n_leases`, or the JSON of an event."""
+    """Reads a row of `residencies` with `n_leases`, or its JSON in an event."""
     return Residency(
         id=row["id"],
         model_id=row["model_id"],
@@ -111,7 +111,7 @@ def residency_of(row: Row) -> Residency:
         measured_bytes=row["measured_bytes"],
         fence=row["fence"],
         node_epoch=row["node_epoch"],
-        n_leases=row.get("n_leases", 0),  # Events of the first version lack it.
+        n_leases=row.get("n_leases", 0),  # Events of the first version lack this column.
         reason=row["reason"],
         actor=row["actor"],
         transfer=transfer_of(row["transfer"]),
@@ -119,14 +119,14 @@ def residency_of(row: Row) -> Residency:
         create_time=_time(row["create_time"]),
         update_time=_time(row["update_time"]),
         last_used_time=_time(row["last_used_time"]),
-        queue_position=row.get("queue_position", 0),  # Only of residencies in full, as the next two.
+        queue_position=row.get("queue_position", 0),  # RESIDENCY_IN_FULL alone has this column and the next two.
         pinned=row.get("pinned", False),
         holders=tuple(row.get("holders") or ()),
     )
 
 
 def occupant_of(row: Row) -> Occupant:
-    """A row of OCCUPANTS_OF_NODES."""
+    """Reads a row of OCCUPANTS_OF_NODES."""
     return Occupant(
         residency_id=row["id"],
         model_id=row["model_id"],
@@ -146,7 +146,7 @@ def occupant_of(row: Row) -> Occupant:
 
 
 def lease_of(row: Row) -> Lease:
-    """A row of `leases` with its node."""
+    """Reads a row of `leases` with its node."""
     return Lease(
         id=row["id"],
         residency_id=row["residency_id"],
@@ -161,13 +161,13 @@ def lease_of(row: Row) -> Lease:
 
 
 def pin_of(row: Row) -> Pin:
-    """A row of `pins`."""
+    """Reads a row of `pins`."""
     names = ("model_id", "node_id", "owner", "reason", "expire_time", "create_time")
     return Pin(**{name: row[name] for name in names})
 
 
 def set_of(row: Row) -> ActivationSet:
-    """A row of `activation_sets`."""
+    """Reads a row of `activation_sets`."""
     names = ("id", "node_id", "model_id", "corpus_id", "n_rows", "size_bytes", "complete", "retention", "path")
     report = SetReport(
         columns=tuple(row["columns"]),
@@ -181,36 +181,32 @@ def set_of(row: Row) -> ActivationSet:
 
 
 def set_pin_of(row: Row) -> SetPin:
-    """A row of `set_pins`."""
+    """Reads a row of `set_pins`."""
     return SetPin(set_id=row["set_id"], owner=row["owner"], reason=row["reason"], expire_time=row["expire_time"])
 
 
 def transfer_of(value: dict[str, Any] | None) -> Transfer | None:
-    """A JSON column."""
+    """Reads a JSON column."""
     return Transfer(**value) if value else None
 
 
 def failure_of(value: dict[str, Any] | None) -> Failure | None:
-    """A JSON column."""
+    """Reads a JSON column."""
     return Failure(**value) if value else None
 
 
 def fidelity_of(value: dict[str, Any] | None) -> Fidelity | None:
-    """A JSON column."""
+    """Reads a JSON column."""
     if not value:
         return None
     return Fidelity(**{**value, "layers": tuple(LayerFidelity(**layer) for layer in value["layers"])})
 
 
 def json_of(value: Transfer | Failure | Architecture | Fidelity | Mapping[str, Any] | None) -> Jsonb | None:
-    """For a JSON column."""
+    """Makes the parameter for a JSON column."""
     if value is None:
         return None
     return Jsonb(dict(value) if isinstance(value, Mapping) else asdict(value))
-
-
-def _optional_time(value: datetime | str | None) -> datetime | None:
-    return None if value is None else _time(value)
 
 
 def _time(value: datetime | str) -> datetime:

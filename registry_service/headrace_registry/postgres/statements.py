@@ -1,6 +1,6 @@
-"""Statements that several modules execute; a statement of one module stands on top of it.
+"""Statements that several modules execute. A statement that one module executes stands on top of that module.
 
-Times come from registry_now() of the database; parameters are bound.
+Everywhere times come from registry_now() of the database, and parameters are bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR UPDATE"
 MODEL_KEEP = """
 SELECT *, COALESCE(deleting_until > registry_now(), false) AS deleting FROM models WHERE id = %(id)s FOR SHARE
 """
-# One decision at a time about what has room.
+# One decision at a time about the room in the model store.
 STORE_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('the model store', 2))"
 LEARNED = """
 SELECT node_id, device_id, device_kind, load_dtype, estimated_bytes, measured_bytes FROM learned_sizes
@@ -25,7 +25,7 @@ ORDER BY time DESC, node_id, device_id
 
 # Nodes ----------------------------------------------------------------------------------------------------------------
 
-NODES_OF_PLACE = """
+NODES_WITH_DEVICE = """
 SELECT DISTINCT node_id FROM devices
 WHERE present AND (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s = '' OR id = %(device_id)s)
 """
@@ -58,7 +58,7 @@ SELECT r.*, (
     WHERE l.residency_id = r.id AND l.state = 'HELD' AND l.expire_time > registry_now())::int AS n_leases
 FROM residencies r
 """
-# As people see it: with its place in line, its pins and who holds it (20 at most).
+# As people see it: with its queue position, whether it is pinned, and the holders of its leases (20 at most).
 RESIDENCY_IN_FULL = """
 SELECT r.*, held.n_leases, held.holders,
        EXISTS (SELECT 1 FROM pins p WHERE p.model_id = r.model_id AND p.node_id IN ('', r.node_id)
@@ -91,5 +91,5 @@ UPDATE leases SET state = 'LOST', end_time = registry_now()
 WHERE residency_id = ANY(%(residency_ids)s) AND state = 'HELD'
 """
 WAITER_DELETE = "DELETE FROM waiters WHERE id = %(id)s RETURNING residency_id"
-# A residency that loaded or ended needs no place in line any more.
+# LoadModel's waiters are done once the residency has loaded or ended.
 WAITERS_STANDING_END = "DELETE FROM waiters WHERE residency_id = %(residency_id)s AND standing"

@@ -1,4 +1,4 @@
-"""What a node shall hold, build and try."""
+"""The desired state of a node: models to hold in memory, files to build, models to try."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """A model a node shall try, with load options that may differ from the model's own."""
+    """A model that a node shall try to load and run, with load options that may differ from the model's own."""
 
     attempt_id: str
     model: Model
@@ -33,14 +33,14 @@ class Validation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
-    """All a node shall hold, build and try."""
+    """Everything a node shall hold, build and try."""
 
     assignments: tuple[tuple[Residency, Model], ...]
     builds: tuple[Build, ...] = ()
     validations: tuple[Validation, ...] = ()
 
     def key(self) -> tuple[object, ...]:
-        """Equal keys ask the same of the node."""
+        """Returns a value that is equal for states that ask the same of the node; progress of loads is not in it."""
         held = tuple((residency.id, residency.fence, residency.state) for residency, _ in self.assignments)
         builds = tuple((build.kind, build.model.id, build.target_path, build.source_path) for build in self.builds)
         return held, builds, tuple(validation.attempt_id for validation in self.validations)

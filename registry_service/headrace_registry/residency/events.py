@@ -1,4 +1,4 @@
-"""What happened to residencies, as watchers are told."""
+"""Events of residencies, as watchers receive them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_registry.residency.residency import Residency
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyEvent:
-    """A residency as it was after something happened to it. `seq` is 0 in a snapshot, but for its last event."""
+    """A residency as it was after a change. In a snapshot `seq` is 0 in every event but the last."""
 
     seq: int
     time: datetime
@@ -20,7 +20,7 @@ class ResidencyEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventBatch:
-    """Events in order; what comes next has a `seq` larger than `seq`."""
+    """Consecutive events; the next ones have numbers larger than `seq`."""
 
     seq: int
     events: tuple[ResidencyEvent, ...]

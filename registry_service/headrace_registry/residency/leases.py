@@ -9,14 +9,17 @@ from datetime import datetime
 from headrace_registry.errors import FieldInvalid
 
 DEFAULT_TTL_S = 60.0
+# Loading a large model from a cold disk takes minutes.
 DEFAULT_WAIT_S = 600.0
+# Longest time to live and longest wait.
 MAX_S = 3600.0
+# Leases are renewed at a third of their life: a shorter one would need a call in less than two seconds.
 MIN_TTL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """One grant; ends at `expire_time` by the database's clock unless renewed."""
+    """One granted lease. It ends at `expire_time`, by the database's clock, unless it is renewed."""
 
     id: str
     residency_id: str
@@ -31,7 +34,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTerms:
-    """What to grant once the model is resident."""
+    """The lease to grant once the model is resident."""
 
     holder: str
     ttl_s: float
@@ -39,7 +42,7 @@ class LeaseTerms:
 
 
 def checked_ttl_s(ttl_s: float) -> float:
-    """5 to 3600 seconds; 0 means 60."""
+    """Checks a time to live: 5 to 3600 seconds, 0 for 60."""
     if ttl_s == 0:
         return DEFAULT_TTL_S
     if not math.isfinite(ttl_s) or not MIN_TTL_S <= ttl_s <= MAX_S:
@@ -48,7 +51,7 @@ def checked_ttl_s(ttl_s: float) -> float:
 
 
 def checked_wait_s(wait_s: float) -> float:
-    """Up to 3600 seconds; 0 means 600."""
+    """Checks how long a call may wait: up to 3600 seconds, 0 for 600."""
     if wait_s == 0:
         return DEFAULT_WAIT_S
     if not math.isfinite(wait_s) or not 0 < wait_s <= MAX_S:

@@ -1,4 +1,4 @@
-"""Nodes and their devices: who is there, which epoch counts."""
+"""Nodes and their devices, and the announcements and heartbeats by which nodes describe themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_LIMIT = 10_000
 
 
 class DeviceKind(StrEnum):
-    """The sort of memory a model sits in."""
+    """The kind of memory a model is loaded into."""
 
     CPU = "CPU"
     CUDA = "CUDA"
@@ -24,7 +24,7 @@ class DeviceKind(StrEnum):
 
 
 class NodeState(StrEnum):
-    """Whether the registry hears from a node."""
+    """LOST once the registry has not heard from a node for too long."""
 
     ALIVE = "ALIVE"
     LOST = "LOST"
@@ -41,7 +41,7 @@ class Device:
     free_bytes: int = 0
     reserved_bytes: int = 0
     total_bytes: int = 0
-    # Not given back by unloads; counts as held until the node finds it free.
+    # Not given back by unloads; counts as held until the node reports it free.
     lost_bytes: int = 0
     capability: str = ""
     flash_attention: bool = False
@@ -49,7 +49,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A machine running one extractor."""
+    """A machine that runs one extractor."""
 
     id: str
     address: str
@@ -60,7 +60,7 @@ class Node:
     devices: tuple[Device, ...] = ()
     memory_bytes: int = 0
     memory_free_bytes: int = 0
-    # What a runner takes on a device before it holds weights; 0 while not measured.
+    # Bytes a runner takes on a device before it holds weights; 0 while not measured.
     runtime_bytes: int = 0
     # 0: no limit.
     max_loads: int = 0
@@ -69,7 +69,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """What RegisterNode brings, checked."""
+    """The contents of a RegisterNode, checked."""
 
     node_id: str
     address: str
@@ -103,8 +103,9 @@ class Announcement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
-    """What Heartbeat brings, checked: of each device its id and the bytes free and lost, and the machine's memory."""
+    """The contents of a Heartbeat, checked."""
 
+    # Of each device its id, its free bytes and its lost bytes.
     devices: tuple[tuple[str, int, int], ...]
     memory_free_bytes: int = 0
     runtime_bytes: int = 0
@@ -118,14 +119,14 @@ class Pulse:
 
 
 def checked_bytes(n_bytes: int, *, field: str) -> int:
-    """Not negative."""
+    """Checks that a number of bytes is not negative."""
     if n_bytes < 0:
         raise FieldInvalid(field, "must not be negative")
     return n_bytes
 
 
 def checked_address(address: str) -> str:
-    """A `host:port` that clients can dial."""
+    """Checks that an address is a `host:port` that clients can dial."""
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or len(address) > 255:
         raise FieldInvalid("address", f"{address[:80]!r} is no host:port")

@@ -10,7 +10,7 @@ from headrace_registry.inputs import checked_id, checked_owner, checked_text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """One for each model, node and owner. An empty `node_id` means every node; no `expire_time`, for ever."""
+    """One pin for each model, node and owner. An empty `node_id` means every node; no `expire_time` means for ever."""
 
     model_id: str
     node_id: str = ""
@@ -28,5 +28,5 @@ class Pin:
 
     @property
     def words(self) -> str:
-        """What the events of the residencies it touches say."""
+        """Describes the pin for the events of the residencies that it keeps."""
         return f"pinned by {self.owner}" + (f": {self.reason}" if self.reason else "")

@@ -1,4 +1,4 @@
-"""The numbers by which residency is decided, all in one place."""
+"""Every number by which residency is decided."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Seconds and counts; 0 seconds means never or at once, as the field says."""
+    """Seconds and counts; 0 seconds means never or at once, as the comment of the field says."""
 
-    # Nothing is evicted for another model sooner: two models that do not fit together would take turns for ever.
+    # A model is not evicted for another one sooner: two models that do not fit together would take turns for ever.
     min_residency_s: float = 20.0
-    # The first in a queue waits no longer for idle victims; then models in use are drained for it.
+    # After this the first in a queue no longer waits for idle victims: models in use are drained for it.
     max_wait_s: float = 30.0
-    # A model without lease, pin or waiter is unloaded after this; 0: never.
+    # A model without lease, pin or waiter is unloaded after this; 0 for never.
     idle_timeout_s: float = 1800.0
-    # Residencies that wait on one device, and calls that wait in all.
+    # Most residencies that wait for one device, and most calls that wait for any.
     max_queued: int = 64
     max_waiters: int = 512
-    # A place where a load failed is left alone for the first, doubling up to the second.
+    # After a failed load the model is not tried on that device for the first, doubled each time up to the second.
     backoff_s: float = 1.0
     max_backoff_s: float = 900.0
-    # A model that dies so soon after its last death or its last load is dying again.
+    # A runner that dies this soon after its last death or its last load counts as dying again.
     death_window_s: float = 60.0
-    # A node that says nothing of a load or an unload for so long is asked again.
+    # A node that reports nothing about a load or an unload for this long is asked again.
     load_silence_s: float = 120.0
     unload_silence_s: float = 60.0
-    # A load that takes longer has failed. Longer than the nodes' own limit, so that theirs speaks first.
+    # A load that takes longer has failed. Longer than the nodes' own limit, whose error says more about the cause.
     load_deadline_s: float = 3700.0
 
     def __post_init__(self) -> None:
@@ -39,13 +39,14 @@ class Policy:
             raise ValueError("max_queued and max_waiters must be at least 1")
 
     def failure_backoff_s(self, n_failures: int) -> float:
-        """How long to leave a place alone after so many failures in a row; none after none."""
+        """Seconds not to try a device after `n_failures` failed loads in a row."""
         if n_failures < 1:
             return 0.0
+        # 60 doublings pass any limit; without a bound the power overflows.
         return min(self.max_backoff_s, self.backoff_s * 2.0 ** min(n_failures - 1, 60))
 
 
-# What each number does, for the command line.
+# One line on each number, for the command line's help.
 POLICY_HELP = {
     "min_residency_s": "a loaded model is not evicted for another sooner",
     "max_wait_s": "after this, models in use are drained for the first in the queue",

@@ -1,4 +1,4 @@
-"""Says no in a way that helps: what would be needed, what there is, who holds it, when to come back."""
+"""Errors that help: the bytes needed, the bytes there are, the holders of the memory, when to try again."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from headrace_registry.residency.residency import Occupant, Residency, Residency
 
 _RETRY_AFTER_S = 5.0
 _MAX_HOLDERS = 20
-# Loading the same files elsewhere ends the same way.
+# Loading the same files on another device ends the same way.
 _EVERYWHERE = ("MODEL_UNSUPPORTED", "DIGEST_MISMATCH", "NOT_ALLOWED", "MODEL_NOT_READY")
 
 
 def refusal(model_id: str, decision: Decision, spaces: Sequence[Space]) -> ServiceError:
-    """Turns a decision that refuses into its error."""
+    """Returns the error of a decision that refuses."""
     space = decision.space
     if decision.action is Action.TOO_LARGE:
-        return _too_large(model_id, space.required_bytes, spaces)
+        largest_bytes = max(space.device.capacity_bytes for space in spaces)
+        return ModelTooLarge(
+            f"model {model_id!r} needs {space.required_bytes} bytes, the largest device offers {largest_bytes}; "
+            "add a device, raise its budget, or load in a smaller dtype",
+            metadata={"required_bytes": str(space.required_bytes), "largest_bytes": str(largest_bytes)},
+            resource=("model", model_id),
+        )
     if decision.action is Action.BACKOFF:
         assert space.backoff is not None
         return backoff_error(model_id, space.backoff, space.required_bytes)
@@ -37,12 +43,12 @@ def refusal(model_id: str, decision: Decision, spaces: Sequence[Space]) -> Servi
 
 
 def queue_full(what: str) -> QueueFull:
-    """The error of whoever would have to wait where too many do."""
+    """Returns the error for a call that would have to wait where too many wait; `what` begins the message."""
     return QueueFull(f"{what}; try again later", retry_after_s=_RETRY_AFTER_S)
 
 
 def load_error(residency: Residency) -> LoadFailed:
-    """Turns what a node reported of a load into the error of the call that waited for it."""
+    """Returns the error for a call that waited for a load which the node reported as failed."""
     failure = residency.failure or Failure(reason="LOAD_FAILED", message="the node gave no reason; see its log")
     kind = _kind_of(failure)
     return kind(
@@ -58,7 +64,7 @@ def load_error(residency: Residency) -> LoadFailed:
 
 
 def backoff_error(model_id: str, backoff: Backoff, required_bytes: int) -> LoadFailed:
-    """The last failure's error, for a call that comes while its places are left alone."""
+    """Returns the last failure's error, for a call that comes while no load is tried."""
     failure = backoff.failure
     return _kind_of(failure)(
         f"model {model_id!r} could not be loaded a moment ago: {failure.message}; "
@@ -80,28 +86,19 @@ def same_everywhere(residency: Residency) -> bool:
 
 
 def holders_of(occupants: Iterable[Occupant]) -> tuple[str, ...]:
-    """Who keeps memory, for people: names with their models; states where nobody holds a lease."""
-    return tuple(who for occupant in occupants for who in _holders(occupant))[:_MAX_HOLDERS]
-
-
-def _holders(occupant: Occupant) -> list[str]:
-    if occupant.holders:
-        return [f"{holder or 'someone'} ({occupant.model_id})" for holder in occupant.holders]
-    if occupant.pinned:
-        return [f"a pin ({occupant.model_id})"]
-    if occupant.state is ResidencyState.RESIDENT:
-        return [f"idle {occupant.model_id}"]
-    return [f"{occupant.state.lower()} {occupant.model_id}"]
-
-
-def _too_large(model_id: str, required: int, spaces: Sequence[Space]) -> ModelTooLarge:
-    largest = max(space.device.capacity_bytes for space in spaces)
-    return ModelTooLarge(
-        f"model {model_id!r} needs {required} bytes, the largest device offers {largest}; "
-        "add a device, raise its budget, or load in a smaller dtype",
-        metadata={"required_bytes": str(required), "largest_bytes": str(largest)},
-        resource=("model", model_id),
-    )
+    """Says, for people, what keeps memory: holders of leases with their models, else a pin or the residency's state."""
+    held: list[str] = []
+    for occupant in occupants:
+        model_id = occupant.model_id
+        if occupant.holders:
+            held += [f"{holder or 'someone'} ({model_id})" for holder in occupant.holders]
+        elif occupant.pinned:
+            held.append(f"a pin ({model_id})")
+        elif occupant.state is ResidencyState.RESIDENT:
+            held.append(f"idle {model_id}")
+        else:
+            held.append(f"{occupant.state.lower()} {model_id}")
+    return tuple(held[:_MAX_HOLDERS])
 
 
 def _kind_of(failure: Failure) -> type[LoadFailed]:

@@ -1,9 +1,9 @@
-"""Residency: what is in which device's memory.
+"""Residency: which model is in the memory of which device.
 
     QUEUED → LOADING → RESIDENT → DRAINING → UNLOADING → UNLOADED      FAILED · LOST end a residency from any state
 
-Bytes of LOADING, RESIDENT, DRAINING and UNLOADING are held: they count against the device until the node says that the
-memory is back. What happens next is decided in `scheduling.py`, where a model goes in `placement.py`.
+LOADING, RESIDENT, DRAINING and UNLOADING hold their bytes: they count against the device until the node reports that
+the memory is back. The next transitions are decided in `scheduling.py`, the device of a model in `placement.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headrace_registry.models.models import Failure, Transfer
 
 
 class ResidencyState(StrEnum):
-    """Where one model on one device stands."""
+    """The stage of one model on one device."""
 
     QUEUED = "QUEUED"
     LOADING = "LOADING"
@@ -29,7 +29,7 @@ class ResidencyState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """True once nothing more happens to it."""
+        """True once the residency is over and never changes again."""
         return self in (ResidencyState.UNLOADED, ResidencyState.FAILED, ResidencyState.LOST)
 
     @property
@@ -74,7 +74,7 @@ class Residency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occupant:
-    """What decisions need to know of an active residency."""
+    """An active residency as decisions see it."""
 
     residency_id: str
     model_id: str
@@ -95,15 +95,15 @@ class Occupant:
 
     @property
     def in_use(self) -> bool:
-        """True while somebody relies on it or is about to."""
+        """True while a lease is held on it or a call waits for it."""
         return bool(self.n_leases or self.n_waiters)
 
 
 def follow_report(current: ResidencyState, reported: ResidencyState, *, failed: bool = False) -> ResidencyState | None:
-    """The state after a node's report, or None where the report contradicts what has ended.
+    """Returns the state after a node's report, or None if the report contradicts a residency that has ended.
 
-    `failed`: its load was given up, and it only unloads what is left. Late reports do no harm: progress of a load that
-    is done, and anything but an end while unloading, change nothing.
+    `failed`: the registry gave its load up, and the node only unloads the rest. Late reports do no harm: progress of a
+    load that is done changes nothing, nor does any report but that of an end while the residency is unloading.
     """
     ends = (ResidencyState.UNLOADED, ResidencyState.FAILED)
     if current.ended:
@@ -121,7 +121,7 @@ def follow_report(current: ResidencyState, reported: ResidencyState, *, failed: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidencyReport:
-    """A node's word on one of its residencies."""
+    """A node's report on one of its residencies."""
 
     node_id: str
     epoch: int

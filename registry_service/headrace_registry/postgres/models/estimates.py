@@ -1,4 +1,4 @@
-"""What EstimateMemory reads: devices of living nodes with all that is on them, and what loads measured. No locks."""
+"""Reads for EstimateMemory, without locks: living nodes with their residencies, and the sizes that loads measured."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DEVICES_PRESENT = "SELECT * FROM devices WHERE present AND node_id = ANY(%(node_
 
 
 class EstimateStore:
-    """A look at all devices, for advice; nothing is decided by it."""
+    """Reads the state of all devices for advice: by the time of a load it may have changed."""
 
     def __init__(self, database: Database, policy: Policy) -> None:
         self._database = database
         self._policy = policy
 
     async def situation(self, model: Model) -> Situation:
-        """Reads what advice about a model depends on."""
+        """Reads everything that advice about a model depends on."""
 
         async def work(conn: Connection) -> Situation:
             parameters = {"model_id": model.id, "quantization": model.quantization}

@@ -1,7 +1,8 @@
-"""The folders of the model store in Postgres: who needs which, what has to go, what is to be removed.
+"""Folders of the model store in Postgres: which models need each, and which are to be removed.
 
-A folder's row is written before the folder is made, and a model forgets its files before they are removed: whatever is
-killed in between, the rows tell what to do.
+A folder is doomed once it is to be removed: no model becomes READY with it, and its files go at the next chance. Its
+row is written before the folder is made, and a model forgets its files before they are removed: after a kill at any
+moment the rows tell what is left to do.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ FOLDERS_DOOMED = """
 SELECT path FROM store_folders WHERE doom_time IS NOT NULL
 ORDER BY doom_time LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 """
-# A node may still be making what was given up; its result is removed too if it comes within the hour.
+# A node may still be writing a folder that was given up: its files are removed too if they come within the hour.
 FOLDERS_FORGET = """
 DELETE FROM store_folders WHERE path = ANY(%(paths)s) AND doom_time < registry_now() - interval '1 hour'
 """
 FOLDERS_WANTED = "SELECT target_path FROM preparations WHERE target_path <> ''"
-# Used: loaded somewhere or on its way, on a node that may come back, pinned, in preparation, or somebody's own source.
+# In use: loaded or on its way to a device, also on a node that may come back, pinned, in preparation, or registered as
+# a source itself.
 FOLDERS = """
 SELECT f.path, u.ids AS models, u.gguf,
        CASE WHEN EXISTS (SELECT 1 FROM preparations p WHERE p.model_id = f.model_id)
@@ -96,17 +98,17 @@ WHERE m.id = used.id
 
 _REMOVED_AT_ONCE = 100
 _ORPHANS_AT_ONCE = 1000
-_DECISIONS = 5
-# As long as a folder given up is kept in mind: a node may still be at it, and rests no longer between two writes.
+_MAX_DECISIONS = 5
+# As long as FOLDERS_FORGET keeps a doomed folder: a node may still write to it, with pauses shorter than this.
 _LEFTOVER_S = 3600.0
 
 
-class _Changed(Exception):
-    """A folder chosen to go came into use before it could be locked."""
+class _VictimInUse(Exception):
+    """A folder chosen for removal came into use before it could be locked."""
 
 
 class FolderStore:
-    """What the storekeeper needs of the tables."""
+    """Reads and writes for the storekeeper, and the removals on the disk that belong to them."""
 
     def __init__(self, database: Database, wakeups: Wakeups, folders: ModelFolders, *, quota_bytes: int) -> None:
         self._database = database
@@ -117,12 +119,17 @@ class FolderStore:
     async def evict_and_reserve(
         self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool
     ) -> list[str]:
-        """Reserves space for a folder; returns the models that lost their files for it. Raises DiskFull, ClaimLost."""
+        """Reserves space for a folder, and makes it if told.
+
+        Returns the models that lost their files for it. Raises DiskFull, ClaimLost.
+        """
 
         async def work(conn: Connection) -> list[str]:
             await conn.execute(statements.STORE_LOCK)
             await hold_claim(conn, model_id, worker)
-            await self._take_over(conn, path)
+            row = await (await conn.execute(FOLDER_IS_DOOMED, {"path": path})).fetchone()
+            if row is not None and row["doomed"]:  # It may be half removed: the rest goes before it is made anew.
+                await asyncio.to_thread(self._folders.discard, path)
             victims = plan_eviction(
                 await _folders(conn),
                 await asyncio.to_thread(self._folders.sizes),
@@ -139,15 +146,18 @@ class FolderStore:
                 await asyncio.to_thread(self._folders.make, path)
             return [each for victim in victims for each in victim.models]
 
-        for _ in range(_DECISIONS - 1):
+        for n_left in reversed(range(_MAX_DECISIONS)):
             try:
-                return await self._decided(work)
-            except _Changed:
-                continue
-        return await self._decided(work)
+                removed = await self._database.run(work)
+                break
+            except _VictimInUse:
+                if not n_left:
+                    raise
+        self._wakeups.wake()
+        return removed
 
     async def remove_doomed(self) -> None:
-        """Takes out of use what nothing refers to any more."""
+        """Removes doomed folders from the disk, and forgets those doomed an hour ago."""
 
         async def work(conn: Connection) -> None:
             rows = await (await conn.execute(FOLDERS_DOOMED, {"limit": _REMOVED_AT_ONCE})).fetchall()
@@ -159,7 +169,7 @@ class FolderStore:
         await self._database.run(work)
 
     async def discard_leftovers(self) -> None:
-        """Takes out of use what killed attempts left of folders that nobody makes any more."""
+        """Removes what killed builds left on the disk of folders that no preparation wants any more."""
 
         async def work(conn: Connection) -> list[str]:
             rows = await (await conn.execute(FOLDERS_WANTED)).fetchall()
@@ -169,7 +179,7 @@ class FolderStore:
         await asyncio.to_thread(self._folders.discard_leftovers, wanted, untouched_s=_LEFTOVER_S)
 
     async def doom_unused(self, path: str) -> None:
-        """Marks a folder that nobody loads from, or is about to; others stay."""
+        """Dooms a folder unless a model loads from it or a preparation needs it."""
 
         async def work(conn: Connection) -> None:
             await conn.execute(statements.STORE_LOCK)
@@ -178,7 +188,7 @@ class FolderStore:
         await self._database.run(work)
 
     async def doom_orphans(self) -> list[str]:
-        """Marks folders whose model is gone, as after a kill; returns them."""
+        """Dooms folders whose model is gone, as after a kill; returns their paths."""
 
         async def work(conn: Connection) -> list[str]:
             await conn.execute(statements.STORE_LOCK)
@@ -188,23 +198,12 @@ class FolderStore:
         return await self._database.run(work)
 
     async def note_use(self, *, since_s: float) -> None:
-        """Writes into each model when it was used last."""
+        """Copies into the models when they were last used, from residencies used in the last `since_s` seconds."""
 
         async def work(conn: Connection) -> None:
             await conn.execute(MODELS_NOTE_USE, {"since_s": since_s})
 
         await self._database.run(work)
-
-    async def _decided(self, work: object) -> list[str]:
-        result: list[str] = await self._database.run(work)  # type: ignore[arg-type]
-        self._wakeups.wake()
-        return result
-
-    async def _take_over(self, conn: Connection, path: str) -> None:
-        """A folder that was to be removed goes first, whole: it may be half gone."""
-        row = await (await conn.execute(FOLDER_IS_DOOMED, {"path": path})).fetchone()
-        if row is not None and row["doomed"]:
-            await asyncio.to_thread(self._folders.discard, path)
 
 
 async def _folders(conn: Connection, path: str | None = None) -> list[StoredFolder]:
@@ -222,15 +221,16 @@ async def _folders(conn: Connection, path: str | None = None) -> list[StoredFold
 
 
 async def _take_away(conn: Connection, victim: StoredFolder, reason: str) -> None:
+    """Makes a folder's models REGISTERED again and dooms the folder. Raises _VictimInUse if it came into use."""
     for model_id in victim.models:
         await lock_model(conn, model_id)
     if [(each.models, each.in_use) for each in await _folders(conn, victim.path)] != [(victim.models, False)]:
-        raise _Changed
+        raise _VictimInUse
     for model_id in victim.models:
         await change_model(conn, model_id, reason, {"state": ModelState.REGISTERED, "files_path": "", "store_bytes": 0})
     await conn.execute(FOLDER_DOOM, {"path": victim.path})
 
 
 def _are_files(locations: list[str]) -> bool:
-    """What was converted from a file that is gone could not be made again."""
+    """True if all GGUF sources are there: without its source, a converted folder could not be made again."""
     return all(Path(location).is_file() for location in locations)

@@ -60,7 +60,7 @@ WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)
   AND state NOT IN ('UNLOADED', 'FAILED', 'LOST')
 ORDER BY node_id, device_id, id FOR UPDATE
 """
-# Before the statement that dooms them: what others decided about them while this waited is seen by that one only.
+# Comes before the statement that dooms them: only a second statement sees decisions made while this one waited.
 FOLDERS_LOCK_OF_MODEL = """
 SELECT path FROM store_folders f
 WHERE f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id = %(id)s)
@@ -76,7 +76,7 @@ WHERE (f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id =
 """
 
 
-# Events kept per model: hours of progress at one a second. The snapshot tells a late watcher the rest.
+# Events kept per model: hours of progress at one a second. A watcher that comes later gets a snapshot.
 _KEEP_EVENTS = 10_000
 _EVENTS_PER_READ = 200
 
@@ -90,14 +90,14 @@ _COLUMNS = {
 
 
 class ModelStore:
-    """What ModelService needs of the tables."""
+    """Reads and writes for ModelService."""
 
     def __init__(self, database: Database, wakeups: Wakeups) -> None:
         self._database = database
         self._wakeups = wakeups
 
     async def register(self, new: NewModel, request: Request) -> Model:
-        """Returns the new model, or the one that is the same already. Raises AlreadyExists."""
+        """Stores a new model, or returns the registered one with the same identity. Raises AlreadyExists."""
 
         async def work(conn: Connection) -> Model:
             answered = await recall(conn, request)
@@ -113,7 +113,7 @@ class ModelStore:
         return model
 
     async def registered(self, new: NewModel) -> Model | None:
-        """Returns the model that is the same already, if there is one. Raises AlreadyExists."""
+        """Returns the registered model with the same identity, if there is one. Raises AlreadyExists."""
         return await self._database.run(lambda conn: _existing(conn, new))
 
     async def get(self, model_id: str) -> Model:
@@ -128,10 +128,7 @@ class ModelStore:
             cursor = await conn.execute(query, parameters)
             return [model_of(row) for row in await cursor.fetchall()]
 
-        models = await self._database.single(work)
-        more = len(models) > page.size
-        models = models[: page.size]
-        return models, page.token_after((models[-1].id,)) if more else ""
+        return page.cut(await self._database.single(work), lambda model: (model.id,))
 
     async def update(
         self,
@@ -142,7 +139,10 @@ class ModelStore:
         etag: str,
         request: Request,
     ) -> Model:
-        """Replaces what is not None. Raises EtagMismatch; ModelInUse if load options change under a residency."""
+        """Replaces labels and load options that are not None.
+
+        Raises EtagMismatch, and ModelInUse if load options would change under a residency.
+        """
 
         async def work(conn: Connection) -> Model:
             model = await lock_model(conn, model_id)
@@ -168,10 +168,10 @@ class ModelStore:
         return model
 
     async def delete(self, model_id: str, *, force: bool, etag: str, actor: str, request: Request) -> tuple[str, ...]:
-        """Forgets a model and its history; its files in the store go. Raises EtagMismatch, ModelInUse unless forced.
+        """Deletes a model with its history and its files in the store. Raises EtagMismatch, ModelInUse unless forced.
 
-        With `force` it is sent off its devices first; what is returned are the places that still hold its memory. Call
-        it again until there is none.
+        With `force` the model is unloaded first: returns the devices that still hold its memory, and nothing is deleted
+        as long as there are any. Call it again until there is none.
         """
 
         async def work(conn: Connection) -> tuple[str, ...]:
@@ -179,24 +179,26 @@ class ModelStore:
                 return ()
             model = await lock_model(conn, model_id)
             _check_etag(model, etag)
-            places = await _sent_off(conn, model_id, actor) if force else ()
-            if places:
-                return places
+            if force:
+                await conn.execute(MODEL_DELETING, {"id": model_id})  # Until it is gone, no call may load it again.
+                await order_unload(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
+                if devices := await _active_devices(conn, model_id):
+                    return devices
             await check_unused(conn, model_id, "delete")
-            if not force:
-                await _check_unpinned(conn, model_id)
+            if not force and await pin_owners(conn, model_id, ""):
+                await _refuse_use(conn, model_id, "delete", "")
             await conn.execute(FOLDERS_LOCK_OF_MODEL, {"id": model_id})
             await conn.execute(FOLDERS_DOOM_OF_MODEL, {"id": model_id})
             await conn.execute(MODEL_DELETE, {"id": model_id})
             await remember(conn, request, model_id)
             return ()
 
-        places = await self._database.run(work)
+        devices = await self._database.run(work)
         self._wakeups.wake()
-        return places
+        return devices
 
     async def snapshot(self, model_id: str) -> ModelEvent:
-        """Returns the model as it stands, as an event."""
+        """Returns the model as it is now, as an event."""
 
         async def work(conn: Connection) -> ModelEvent:
             row = await (await conn.execute(MODEL_SNAPSHOT, {"id": model_id})).fetchone()
@@ -208,7 +210,7 @@ class ModelStore:
         return await self._database.run(work)
 
     async def events_after(self, model_id: str, after_seq: int) -> list[ModelEvent]:
-        """Returns the next events in order, none if there is nothing new. Raises ModelNotFound once deleted."""
+        """Returns the next events in order, perhaps none. Raises ModelNotFound once the model is deleted."""
 
         async def work(conn: Connection) -> list[ModelEvent]:
             parameters = {"id": model_id, "after_seq": after_seq, "limit": _EVENTS_PER_READ}
@@ -232,7 +234,7 @@ async def read_model(conn: Connection, model_id: str) -> Model:
 
 
 async def lock_model(conn: Connection, model_id: str) -> Model:
-    """Like `read_model`, and nobody else changes it until the transaction ends."""
+    """Reads a model and locks it until the transaction ends. Raises ModelNotFound."""
     row = await (await conn.execute(statements.MODEL_LOCK, {"id": model_id})).fetchone()
     if row is None:
         raise ModelNotFound(model_id)
@@ -240,7 +242,7 @@ async def lock_model(conn: Connection, model_id: str) -> Model:
 
 
 async def change_model(conn: Connection, model_id: str, message: str, columns: Mapping[str, Any]) -> Model:
-    """Sets columns and appends the event, both or neither."""
+    """Sets columns and appends the event with this message, both or neither."""
     if columns:
         sets = sql.SQL(", ").join(sql.SQL("{} = {}").format(sql.Identifier(n), sql.Placeholder(n)) for n in columns)
         await conn.execute(sql.SQL("UPDATE models SET {} WHERE id = %(id)s").format(sets), {**columns, "id": model_id})
@@ -253,16 +255,8 @@ async def change_model(conn: Connection, model_id: str, message: str, columns: M
 
 async def check_unused(conn: Connection, model_id: str, verb: str) -> None:
     """Raises ModelInUse while the model is on a device or on its way there."""
-    parameters = {"model_id": model_id, "node_id": ""}
-    active = await (await conn.execute(RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
-    if active:
-        places = ", ".join(f"{row['node_id']}/{row['device_id']}" for row in active)
-        await _refuse_use(conn, model_id, verb, places)
-
-
-async def _check_unpinned(conn: Connection, model_id: str) -> None:
-    if await pin_owners(conn, model_id, ""):
-        await _refuse_use(conn, model_id, "delete", "")
+    if devices := await _active_devices(conn, model_id):
+        await _refuse_use(conn, model_id, verb, ", ".join(devices))
 
 
 async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -> None:
@@ -276,17 +270,15 @@ async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -
     )
 
 
-async def _sent_off(conn: Connection, model_id: str, actor: str) -> tuple[str, ...]:
-    """Unloads the model everywhere and keeps others from loading it; returns the places that still hold its memory."""
-    await conn.execute(MODEL_DELETING, {"id": model_id})
-    await order_unload(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
+async def _active_devices(conn: Connection, model_id: str) -> tuple[str, ...]:
+    """Locks the model's active residencies; returns their devices as `node/device`."""
     parameters = {"model_id": model_id, "node_id": ""}
     rows = await (await conn.execute(RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
     return tuple(f"{row['node_id']}/{row['device_id']}" for row in rows)
 
 
 async def _existing(conn: Connection, new: NewModel) -> Model | None:
-    """Returns the model this registration names already; an id that names another one is AlreadyExists."""
+    """Returns the registered model with the same identity. Raises AlreadyExists if the id names a different one."""
     if not new.id:
         row = await (await conn.execute(MODEL_OF_IDENTITY, {"identity": new.identity()})).fetchone()
         return model_of(row) if row is not None else None
@@ -315,7 +307,7 @@ async def _insert(conn: Connection, new: NewModel) -> Model:
         row = await (await conn.execute(MODEL_INSERT, {**values, "id": candidate})).fetchone()
         if row is not None:
             return await change_model(conn, candidate, "registered", {"commit_sha": new.commit_sha})
-    existing = await _existing(conn, new)  # Somebody took the id at the same moment.
+    existing = await _existing(conn, new)  # Another call took the id at the same moment.
     if existing is None:
         raise AlreadyExists("every id derived from the source is taken; give an id")
     return existing
@@ -350,7 +342,7 @@ def _listing(terms: Sequence[Term], page: Page) -> tuple[sql.Composed, dict[str,
 
 
 def require_update(mask: Sequence[str]) -> set[str]:
-    """Checks an update mask."""
+    """Checks an update mask and returns the fields it names."""
     wanted = set(mask)
     unknown = wanted - {"labels", "load_options"}
     if unknown or not wanted:

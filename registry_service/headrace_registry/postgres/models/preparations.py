@@ -1,6 +1,6 @@
-"""Preparations in Postgres: who works on which model's files, and what nodes report of builds.
+"""Preparations in Postgres: which worker prepares which model's files, and the reports of nodes on builds.
 
-Every write of a worker is guarded by its claim: one whose claim ran out changes nothing.
+Every write of a worker is guarded by its claim: a worker whose claim ran out changes nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SET node_id = %(node_id)s, target_path = %(target_path)s, source_path = %(source
     fidelity = NULL, report_time = registry_now()
 WHERE model_id = %(model_id)s
 """
-# What was made is about to go; whoever takes the preparation up again has it made anew.
+# For files that are about to be removed: the next worker on this preparation has them made anew.
 BUILD_UNDO = "UPDATE preparations SET node_id = NULL, target_path = '', done = false WHERE model_id = %(model_id)s"
 BUILD_CHOOSE_NODE = """
 SELECT n.id FROM nodes n
@@ -71,7 +71,7 @@ SELECT p.*, n.state AS node_state, extract(epoch FROM registry_now() - p.report_
 FROM preparations p LEFT JOIN nodes n ON n.id = p.node_id
 WHERE p.model_id = %(model_id)s AND p.claimed_by = %(worker)s
 """
-# What is done stays done: a word on progress may come later than the last one.
+# A done build stays done: a report of progress may arrive after the last one.
 BUILD_REPORT = """
 UPDATE preparations
 SET done = done OR %(done)s, failure = COALESCE(%(failure)s, failure), fidelity = COALESCE(%(fidelity)s, fidelity),
@@ -79,10 +79,10 @@ SET done = done OR %(done)s, failure = COALESCE(%(failure)s, failure), fidelity 
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND %(target_path)s IN ('', target_path)
 RETURNING model_id
 """
-# Nobody dooms it until the transaction ends.
+# Keeps the folder from being doomed until the transaction ends.
 FOLDER_KEEP = "SELECT doom_time IS NOT NULL AS doomed FROM store_folders WHERE path = %(path)s FOR SHARE"
 MODEL_PREPARED = "UPDATE models SET last_used_time = registry_now() WHERE id = %(id)s"
-# Files of the same commit that another model, of another quantization, is loaded or was made from.
+# Unquantized files of the same commit, from which a model of another quantization is loaded or was made.
 BASE_FIND = """
 SELECT f.path FROM models m
 JOIN store_folders f ON f.path = CASE WHEN m.quantization = 'NONE' THEN m.files_path ELSE m.base_path END
@@ -97,20 +97,19 @@ BASE_TAKE = "UPDATE preparations SET source_path = %(path)s WHERE model_id = %(m
 
 T = TypeVar("T")
 
-
-# A worker that dies is replaced after this; it renews at a third.
+# A dead worker is replaced after this. A worker renews its claims at a third of it.
 CLAIM_S = 6.0
 
 
 class PreparationStore:
-    """What PrepareModel, its workers and ReportBuild need of the tables."""
+    """Reads and writes for PrepareModel, its workers and ReportBuild."""
 
     def __init__(self, database: Database, wakeups: Wakeups) -> None:
         self._database = database
         self._wakeups = wakeups
 
     async def start(self, model_id: str, *, worker: str, request: Request) -> Model:
-        """Claims a new preparation for `worker`. A READY model, or one in preparation, is returned as it is."""
+        """Starts a preparation, claimed for `worker`. A model that is READY or in preparation is returned as it is."""
 
         async def work(conn: Connection) -> Model:
             model = await lock_model(conn, model_id)
@@ -128,7 +127,7 @@ class PreparationStore:
         return await self._change(work)
 
     async def cancel(self, model_id: str, *, request: Request) -> Model:
-        """Takes the preparation away from whoever works on it. Raises StateConflict if there is none."""
+        """Ends a preparation; its worker loses its claim. Raises StateConflict if the model is not in preparation."""
 
         async def work(conn: Connection) -> Model:
             model = await lock_model(conn, model_id)
@@ -149,7 +148,7 @@ class PreparationStore:
         return await self._change(work)
 
     async def claim(self, worker: str, *, running: Collection[str], limit: int) -> list[Model]:
-        """Takes preparations nobody works on."""
+        """Claims up to `limit` preparations that no living worker has claimed; returns their models."""
 
         async def work(conn: Connection) -> list[Model]:
             parameters = {"worker": worker, "claim_s": CLAIM_S, "running": list(running), "limit": limit}
@@ -159,7 +158,7 @@ class PreparationStore:
         return await self._database.run(work)
 
     async def renew(self, worker: str, *, running: Collection[str]) -> set[str]:
-        """Returns the ids that are still this worker's."""
+        """Renews the worker's claims; returns the ids of the models that it still has."""
 
         async def work(conn: Connection) -> set[str]:
             parameters = {"worker": worker, "claim_s": CLAIM_S, "running": list(running)}
@@ -169,7 +168,10 @@ class PreparationStore:
         return await self._database.run(work)
 
     async def release(self, worker: str | None) -> None:
-        """Lets others take over at once; None: whoever had it (only when no other replica can be there)."""
+        """Gives up a worker's claims, so that others take over at once.
+
+        None gives up every worker's, which is right only while no other replica can run.
+        """
 
         async def work(conn: Connection) -> None:
             await conn.execute(PREPARATIONS_RELEASE, {"worker": worker})
@@ -179,7 +181,7 @@ class PreparationStore:
     async def progress(
         self, model_id: str, worker: str, *, message: str, transfer: Transfer, commit_sha: str = ""
     ) -> None:
-        """Tells how far the preparation is, and the commit once it is known. Raises ClaimLost."""
+        """Stores the progress of a preparation, and the commit once it is known. Raises ClaimLost."""
         columns: dict[str, Any] = {"transfer": json_of(transfer)}
         if commit_sha:
             columns["commit_sha"] = commit_sha
@@ -227,7 +229,7 @@ class PreparationStore:
         await self._end(model_id, worker, f"failed: {failure.message}", columns)
 
     async def build_state(self, model_id: str, worker: str) -> BuildState:
-        """Raises ClaimLost."""
+        """Reads how the preparation's build stands. Raises ClaimLost."""
 
         async def work(conn: Connection) -> BuildState:
             parameters = {"model_id": model_id, "worker": worker}
@@ -247,9 +249,9 @@ class PreparationStore:
         return await self._database.run(work)
 
     async def take_base(self, model: Model, worker: str, *, commit_sha: str) -> str:
-        """Returns a folder with the same unquantized files that another model brought, kept until the end; or nothing.
+        """Returns a folder where another model has the same unquantized files, or an empty string.
 
-        Raises ClaimLost.
+        The folder is kept until this preparation ends. Raises ClaimLost.
         """
 
         async def work(conn: Connection) -> str:
@@ -274,14 +276,14 @@ class PreparationStore:
     async def assign_build(
         self, model_id: str, worker: str, *, kind: BuildKind, target_path: str, source_path: str = ""
     ) -> str:
-        """Gives the build to the living node with the fewest; returns its id, or nothing if none lives."""
+        """Gives the build to the living node with the fewest builds; returns its id, empty if no node lives."""
 
         async def work(conn: Connection) -> str:
             held = await hold_claim(conn, model_id, worker)
             row = await (await conn.execute(BUILD_CHOOSE_NODE)).fetchone()
             node_id = row["id"] if row is not None else None
             if node_id is None and held["node_id"] is None and held["target_path"] == target_path:
-                return ""  # It waits already; saying so again would be an event each second.
+                return ""  # It waits already; a message that it still does would be an event each second.
             parameters = {
                 "model_id": model_id,
                 "node_id": node_id,
@@ -310,7 +312,7 @@ class PreparationStore:
         failure: Failure | None,
         fidelity: Fidelity | None = None,
     ) -> None:
-        """Stores a node's word on its build. One that is no longer its build is ignored: there is nothing to undo."""
+        """Stores a node's report on its build. A report on a build that was taken from the node is ignored."""
 
         async def work(conn: Connection) -> None:
             await hear(conn, node_id, epoch)
@@ -358,7 +360,7 @@ def _at_work(node_id: str, state: str) -> str:
 
 
 async def hold_claim(conn: Connection, model_id: str, worker: str) -> dict[str, Any]:
-    """Keeps the claim until the transaction ends. Raises ClaimLost. Locks the model first, as all others do."""
+    """Locks the model and then the claim until the transaction ends; returns the claim's row. Raises ClaimLost."""
     row = await (await conn.execute(statements.MODEL_LOCK, {"id": model_id})).fetchone()
     parameters = {"model_id": model_id, "worker": worker}
     held = await (await conn.execute(PREPARATION_HOLD, parameters)).fetchone()

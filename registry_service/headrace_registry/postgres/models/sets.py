@@ -1,9 +1,9 @@
-"""Activation sets in Postgres: what nodes report of them, who pins them, which shall go."""
+"""Activation sets in Postgres: the reports of nodes on them, their pins, and orders to delete them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from headrace_registry.errors import SetNotFound, StateConflict
 from headrace_registry.models.sets import ActivationSet, SetOrders, SetPin, SetReport
@@ -27,7 +27,7 @@ SET model_id = excluded.model_id, corpus_id = excluded.corpus_id, columns = excl
 RETURNING deleting
 """
 SET_DELETE = "DELETE FROM activation_sets WHERE id = %(id)s AND node_id = %(node_id)s"
-# Taken before pins are looked at in a statement of its own: of a pin and an eviction, one sees the other.
+# Comes before pins are read, in a statement of its own: of a pin and an eviction at the same time, one sees the other.
 SET_LOCK = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id FOR UPDATE"
 SET_READ = "SELECT * FROM activation_sets WHERE id = %(id)s ORDER BY node_id"
 SETS_LIST = """
@@ -37,7 +37,7 @@ WHERE (%(model_id)s = '' OR model_id = %(model_id)s) AND (%(node_id)s = '' OR no
        OR (create_time, id, node_id) < (%(after_time)s::timestamptz, %(after_id)s, %(after_node)s))
 ORDER BY create_time DESC, id DESC, node_id DESC LIMIT %(limit)s
 """
-# Of nodes that live: what a silent one said of readers is no longer true.
+# Living nodes only: a silent node's last report on its readers may no longer be true.
 SET_HOLDERS = """
 SELECT sets.node_id, sets.holders FROM activation_sets sets JOIN nodes ON nodes.id = sets.node_id
 WHERE sets.id = %(id)s AND sets.holders <> '{}' AND nodes.state <> 'LOST' ORDER BY sets.node_id
@@ -58,27 +58,28 @@ SET_PINS_PURGE = "DELETE FROM set_pins WHERE expire_time < registry_now() - inte
 
 
 class SetStore:
-    """What ActivationSetService needs of the tables."""
+    """Reads and writes for ActivationSetService."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def report(self, report: SetReport, *, epoch: int, deleted: bool) -> SetOrders:
-        """Replaces what the node said of the set before; returns what it must know. Raises EpochStale."""
+        """Replaces the node's last report on the set; returns the pins and orders for the node. Raises EpochStale."""
 
         async def work(conn: Connection) -> SetOrders:
             await hear(conn, report.node_id, epoch)
             if deleted:
                 await conn.execute(SET_DELETE, {"id": report.id, "node_id": report.node_id})
                 return SetOrders()
-            row = await (await conn.execute(SET_UPSERT, _values(report))).fetchone()
+            values = {**asdict(report), "columns": list(report.columns), "holders": list(report.holders)}
+            row = await (await conn.execute(SET_UPSERT, values)).fetchone()
             assert row is not None
             return SetOrders.of(await _pins(conn, [report.id]), delete=row["deleting"])
 
         return await self._database.run(work)
 
     async def evict(self, set_id: str, *, node_id: str, epoch: int) -> SetOrders:
-        """Takes a node's set off the list unless it is pinned. Raises EpochStale."""
+        """Removes a node's set from the list unless it is pinned: the node may delete it. Raises EpochStale."""
 
         async def work(conn: Connection) -> SetOrders:
             await hear(conn, node_id, epoch)
@@ -97,17 +98,17 @@ class SetStore:
             if await recall(conn, request) is not None:
                 return
             rows = await _locked(conn, pin.set_id)
-            values = {
-                "set_id": pin.set_id,
-                "owner": pin.owner,
-                "reason": pin.reason,
-                "expire_time": pin.expire_time,
-            }
+            values = asdict(pin)
             past = await (await conn.execute(IS_PAST, {"expire_time": pin.expire_time})).fetchone()
             if past is not None and past["is_past"]:
                 await conn.execute(SET_PIN_DELETE, values)
             else:
-                _check_kept(pin.set_id, rows)
+                _check_retained(pin.set_id, rows)
+                if all(row["deleting"] for row in rows):
+                    raise StateConflict(
+                        f"activation set {pin.set_id} is being deleted; extract it again to pin it",
+                        resource=("ActivationSet", pin.set_id),
+                    )
                 await conn.execute(SET_PIN_UPSERT, values)
             await remember(conn, request, "pinned")
 
@@ -129,7 +130,7 @@ class SetStore:
         await self._database.run(work)
 
     async def get(self, set_id: str) -> list[ActivationSet]:
-        """Returns what each node holds of the set. Raises SetNotFound."""
+        """Returns the set as each node holds it. Raises SetNotFound."""
 
         async def work(conn: Connection) -> list[ActivationSet]:
             return await _with_pins(conn, await (await conn.execute(SET_READ, {"id": set_id})).fetchall())
@@ -148,13 +149,10 @@ class SetStore:
             parameters = {"model_id": model_id, "node_id": node_id, "limit": page.size + 1, **keys}
             return await _with_pins(conn, await (await conn.execute(SETS_LIST, parameters)).fetchall())
 
-        found = await self._database.run(work)
-        more = len(found) > page.size
-        found = found[: page.size]
-        if not more:
-            return found, ""
-        last = found[-1]
-        return found, page.token_after((last.create_time.isoformat(), last.report.id, last.report.node_id))
+        return page.cut(
+            await self._database.run(work),
+            lambda each: (each.create_time.isoformat(), each.report.id, each.report.node_id),
+        )
 
     async def purge_pins(self) -> None:
         """Removes pins that expired a day ago or earlier."""
@@ -178,15 +176,6 @@ async def _with_pins(conn: Connection, rows: Sequence[Row]) -> list[ActivationSe
         replace(set_of(row), pins=tuple(pin for pin in pins if pin.set_id == row["id"])) if pins else set_of(row)
         for row in rows
     ]
-
-
-def _check_kept(set_id: str, rows: Sequence[Row]) -> None:
-    _check_retained(set_id, rows)
-    if all(row["deleting"] for row in rows):
-        raise StateConflict(
-            f"activation set {set_id} is being deleted; extract it again to pin it",
-            resource=("ActivationSet", set_id),
-        )
 
 
 def _check_retained(set_id: str, rows: Sequence[Row]) -> None:
@@ -216,20 +205,3 @@ def _check_unheld(set_id: str, rows: Sequence[Row]) -> None:
             metadata={"holders": holders},
             resource=("ActivationSet", set_id),
         )
-
-
-def _values(report: SetReport) -> dict[str, object]:
-    return {
-        "id": report.id,
-        "node_id": report.node_id,
-        "model_id": report.model_id,
-        "corpus_id": report.corpus_id,
-        "columns": list(report.columns),
-        "n_rows": report.n_rows,
-        "size_bytes": report.size_bytes,
-        "complete": report.complete,
-        "retention": report.retention,
-        "path": report.path,
-        "last_used_time": report.last_used_time,
-        "holders": list(report.holders),
-    }

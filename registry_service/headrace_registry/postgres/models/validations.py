@@ -1,4 +1,8 @@
-"""Attempts in Postgres. One under way holds bytes of its device, in one transaction with the decision that has them."""
+"""Validation attempts in Postgres.
+
+A running attempt holds bytes of its device: they are reserved in the transaction that decides that there is room.
+Attempts begin and end under the locks of their node's devices.
+"""
 
 from __future__ import annotations
 
@@ -61,19 +65,15 @@ ORDER BY create_time DESC, id DESC LIMIT %(limit)s
 """
 
 
-# A call that waits renews the attempt at each poll; one that dies is noticed after this.
+# A waiting call renews its attempt at each poll; the attempt of a call that died ends after this.
 _TTL_S = 15.0
-
-
 _RETRY_AFTER_S = 5.0
-
-
-# No model has this id: the trial is a load of its own, also where the model is resident.
+# No model has this id: an attempt is a load of its own, even where the model is resident.
 _TRIAL = "(validation)"
 
 
 class ValidationStore:
-    """What ValidateModel, ListAttempts and ReportValidation need of the tables."""
+    """Reads and writes for ValidateModel, ListAttempts and ReportValidation."""
 
     def __init__(self, database: Database, wakeups: Wakeups, policy: Policy) -> None:
         self._database = database
@@ -83,10 +83,10 @@ class ValidationStore:
     async def start(
         self, model_id: str, *, node_id: str, device_id: str, load_options: Mapping[str, Any] | None
     ) -> Attempt:
-        """Chooses a device with room, holds the room and has the node begin.
+        """Chooses a device with enough free bytes, reserves them and has its node begin.
 
-        Raises ModelNotReady, NodeNotFound, NodeLost, ModelTooLarge, and CapacityBusy where others would have to go: a
-        trial evicts nobody.
+        Raises ModelNotReady, NodeNotFound, NodeLost, ModelTooLarge, and CapacityBusy where other models would have to
+        leave: an attempt evicts none.
         """
 
         async def work(conn: Connection) -> Attempt:
@@ -106,7 +106,7 @@ class ValidationStore:
         return attempt
 
     async def follow(self, attempt_id: str) -> Attempt:
-        """Reads the attempt and tells that somebody waits for it. Raises StateConflict if it is not kept any more."""
+        """Reads the attempt and renews its life. Raises StateConflict if it was deleted with its model."""
 
         async def work(conn: Connection) -> Attempt:
             await conn.execute(ATTEMPT_RENEW, {"id": attempt_id, "ttl_s": _TTL_S})
@@ -118,16 +118,12 @@ class ValidationStore:
         return await self._database.run(work)
 
     async def stop(self, attempt_id: str, failure: Failure) -> None:
-        """Ends it, unless it has ended."""
-
-        async def work(conn: Connection) -> bool:
-            return await _end(conn, attempt_id, failure)
-
-        if await self._database.run(work):
+        """Ends an attempt with a failure, unless it has ended."""
+        if await self._database.run(lambda conn: _end(conn, attempt_id, failure)):
             self._wakeups.wake()
 
     async def report(self, report: ValidationReport) -> None:
-        """Stores a node's word. Raises EpochStale; StateConflict once the attempt is over."""
+        """Stores a node's report. Raises EpochStale, and StateConflict once the attempt is over."""
 
         async def work(conn: Connection) -> None:
             await hear(conn, report.node_id, report.epoch)
@@ -147,12 +143,18 @@ class ValidationStore:
         self._wakeups.wake()
 
     async def tidy(self) -> None:
-        """Ends attempts that nobody waits for or whose node is gone; any replica may, any time."""
+        """Ends attempts that no call waits for and those on nodes that are gone. Any replica may, at any time."""
 
         async def work(conn: Connection) -> bool:
             rows = await (await conn.execute(ATTEMPTS_OVER)).fetchall()
             for row in rows:
-                await _end(conn, row["id"], _reason(row))
+                if row["unwatched"]:
+                    failure = Failure(reason="WAIT_TIMEOUT", message="nobody waited for it any more; validate again")
+                else:
+                    why = "started anew" if row["restarted"] else "fell silent"
+                    message = f"node {row['node_id']} {why} while it was at work; validate again"
+                    failure = Failure(reason="NODE_LOST", message=message)
+                await _end(conn, row["id"], failure)
             return bool(rows)
 
         if await self._database.run(work):
@@ -172,15 +174,11 @@ class ValidationStore:
             }
             return [attempt_of(row) for row in await (await conn.execute(ATTEMPTS_LIST, parameters)).fetchall()]
 
-        found = await self._database.run(work)
-        more = len(found) > page.size
-        found = found[: page.size]
-        token = page.token_after((found[-1].create_time.isoformat(), found[-1].id)) if more else ""
-        return found, token
+        return page.cut(await self._database.run(work), lambda each: (each.create_time.isoformat(), each.id))
 
 
 def attempt_of(row: Row) -> Attempt:
-    """A row of `validation_attempts`."""
+    """Reads a row of `validation_attempts`."""
     return Attempt(
         id=row["id"],
         model_id=row["model_id"],
@@ -199,9 +197,9 @@ def attempt_of(row: Row) -> Attempt:
 
 
 def _choose(model: Model, spaces: Sequence[Space], policy: Policy) -> Space:
-    """The best place with room for the trial now.
+    """Returns the best device with enough free bytes now; raises the refusal of the best one otherwise.
 
-    That the model failed somewhere is a reason to try it there, and how many may be resident is no matter.
+    Backoffs are ignored, since a failed load is a reason to validate there; so are the node's limits of models.
     """
     trials = [replace(s, backoff=None, node=replace(s.node, max_loads=0, max_residents=0)) for s in spaces]
     best = decide_placement(_TRIAL, trials, policy)
@@ -238,7 +236,7 @@ async def _begin(conn: Connection, model: Model, space: Space, epoch: int) -> At
 
 
 async def _end(conn: Connection, attempt_id: str, failure: Failure) -> bool:
-    """Returns False if it had ended."""
+    """Ends an attempt with a failure. Returns False if it had ended before."""
     row = await (await conn.execute(ATTEMPT_READ, {"id": attempt_id})).fetchone()
     if row is None or row["done"]:
         return False
@@ -260,7 +258,7 @@ async def _write(
     failure: Failure | None,
     versions: Mapping[str, str],
 ) -> None:
-    """The caller has locked the node and the attempt, which has not ended."""
+    """Stores the steps and the result. The caller has locked the node and the attempt, which has not ended."""
     values = {
         "id": row["id"],
         "steps": Jsonb([asdict(step) for step in steps]),
@@ -270,10 +268,3 @@ async def _write(
         "versions": json_of(versions),
     }
     await conn.execute(ATTEMPT_REPORT, values)
-
-
-def _reason(row: Row) -> Failure:
-    if row["unwatched"]:
-        return Failure(reason="WAIT_TIMEOUT", message="nobody waited for it any more; validate again")
-    what = "started anew" if row["restarted"] else "fell silent"
-    return Failure(reason="NODE_LOST", message=f"node {row['node_id']} {what} while it was at work; validate again")

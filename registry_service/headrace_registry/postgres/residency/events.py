@@ -1,8 +1,8 @@
-"""Residency events in Postgres: a log that a reader can resume by `seq` without missing one.
+"""Residency events in Postgres: a log that a reader can resume by `seq` without missing an event.
 
-Events are written within the transactions that move residencies, and numbered by the first reader that sees them, under
-the log's lock. So `seq` grows in the order in which events become readable: behind a `seq` that somebody has read,
-nothing appears any more, however transactions overlap.
+Events are written in the transactions that move residencies, and numbered by the first reader that sees them, under the
+log's lock. So `seq` grows in the order in which events become readable: once a reader has read up to a `seq`, no event
+with a smaller one appears any more, however transactions overlap.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from headrace_registry.postgres.rows import Row, residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.events import EventBatch, ResidencyEvent
 
-# Conflicts with other publishers only, and takes no snapshot: what is read after it is of after the wait.
+# Conflicts with other publishers only. It takes no snapshot, so the next statement sees the tables as after the wait.
 LOG_LOCK = "LOCK TABLE residency_log IN EXCLUSIVE MODE"
-# For a snapshot and its `seq` of one moment; before any other statement.
+# Makes a snapshot and its `seq` be of one moment; must come before any other statement.
 ONE_MOMENT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"
 LOG_HEAD = """
 SELECT head, EXISTS (SELECT 1 FROM residency_events WHERE seq IS NULL) AS unpublished,
@@ -44,16 +44,13 @@ ORDER BY r.create_time, r.id
 """
 )
 
-
 # Hours of a busy cluster. A watcher that was away for longer begins with a snapshot again.
 KEEP_EVENTS = 20_000
-
-
 _EVENTS_PER_READ = 200
 
 
 class EventStore:
-    """What WatchResidencies needs of the tables."""
+    """Reads for WatchResidencies, and the numbering and trimming of the log."""
 
     def __init__(self, database: Database, *, keep: int = KEEP_EVENTS) -> None:
         self._database = database
@@ -62,7 +59,7 @@ class EventStore:
     async def snapshot(self, model_id: str) -> EventBatch:
         """Reads the active residencies (of one model, or all) and the log's head of the same moment.
 
-        Only the last event carries that head: who has not seen it has not seen the snapshot, and begins anew.
+        Only the last event carries that head: a watcher cut off before it has not seen the snapshot, and begins anew.
         """
 
         async def work(conn: Connection) -> EventBatch:
@@ -80,7 +77,7 @@ class EventStore:
         return await self._database.run(work)
 
     async def after(self, seq: int, model_id: str) -> EventBatch | None:
-        """Returns the next events, perhaps none; None if what came behind `seq` is not kept any more."""
+        """Returns the next events, perhaps none; None if the log was trimmed beyond `seq`."""
 
         async def work(conn: Connection) -> EventBatch | None:
             head = await _head(conn)
@@ -100,7 +97,7 @@ class EventStore:
         return await self._database.run(work)
 
     async def trim(self) -> None:
-        """Drops the oldest events beyond those kept."""
+        """Deletes the oldest events beyond the number to keep."""
 
         async def work(conn: Connection) -> None:
             await _publish(conn)

@@ -1,4 +1,4 @@
-"""What loads taught: places to leave alone for a while, and how large a model really is."""
+"""Memory of past loads: devices where a model is not tried for a while, and the bytes it really took."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from headrace_registry.postgres.server.pool import Connection
 from headrace_registry.residency.placement import Backoff
 from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.scheduling import DeviceView
+from headrace_registry.residency.wishes import DeviceKey
 
 BACKOFFS = """
 SELECT f.node_id, f.device_id, f.failure, extract(epoch FROM f.retry_time - registry_now())::float8 AS left_s
@@ -36,7 +37,7 @@ SET load_options = excluded.load_options, n_failures = excluded.n_failures, n_de
     failure = excluded.failure, retry_time = excluded.retry_time, fail_time = registry_now(),
     death_time = COALESCE(excluded.death_time, load_failures.death_time)
 """
-# Deaths are remembered over a success: one that loads and dies in turns is no success.
+# A success does not forget deaths: a model that loads and dies in turns has not recovered.
 FAILURE_CLEAR = """
 UPDATE load_failures SET n_failures = 0, retry_time = registry_now()
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND device_id = %(device_id)s
@@ -56,8 +57,8 @@ SET device_kind = excluded.device_kind, estimated_bytes = excluded.estimated_byt
 Row = dict[str, Any]
 
 
-async def read_backoffs(conn: Connection, model_id: str) -> dict[tuple[str, str], Backoff]:
-    """Where the model is not to be tried now, by (node, device)."""
+async def read_backoffs(conn: Connection, model_id: str) -> dict[DeviceKey, Backoff]:
+    """Returns the devices where the model is not to be tried now, by node and device id."""
     rows = await (await conn.execute(BACKOFFS, {"model_id": model_id})).fetchall()
     found = {}
     for row in rows:
@@ -68,46 +69,52 @@ async def read_backoffs(conn: Connection, model_id: str) -> dict[tuple[str, str]
 
 
 async def note_failure(conn: Connection, residency: Row, failure: Failure, policy: Policy) -> None:
-    """A load failed: the place is left alone, each time twice as long."""
-    before = await _read(conn, residency)
+    """Notes that a load failed: the model is not tried on that device for a time that doubles with each failure."""
+    before = await _read_failure(conn, residency)
     recent = before is not None and before["since_retry_s"] < policy.max_backoff_s
     n_failures = (before["n_failures"] if before is not None and recent else 0) + 1
     n_deaths = before["n_deaths"] if before is not None and recent else 0
     backoff_s = policy.failure_backoff_s(n_failures)
-    await _write(conn, residency, failure, n_failures=n_failures, n_deaths=n_deaths, backoff_s=backoff_s, died=False)
+    await _write_failure(
+        conn, residency, failure, n_failures=n_failures, n_deaths=n_deaths, backoff_s=backoff_s, died=False
+    )
 
 
 async def note_death(conn: Connection, residency: Row, failure: Failure, policy: Policy) -> None:
-    """A loaded model's process died. It may load again at once, unless it did so before a moment ago."""
-    before = await _read(conn, residency)
+    """Notes that the runner of a loaded model died.
+
+    The model may load again at once, unless it died before and that death, or this load, was less than
+    `death_window_s` ago.
+    """
+    before = await _read_failure(conn, residency)
     n_deaths = 0
     if before is not None and before["since_death_s"] is not None:
         again = min(before["since_death_s"], residency["age_s"]) < policy.death_window_s
         n_deaths = before["n_deaths"] if again else 0
     backoff_s = policy.failure_backoff_s(n_deaths)
-    await _write(conn, residency, failure, n_failures=0, n_deaths=n_deaths + 1, backoff_s=backoff_s, died=True)
+    await _write_failure(conn, residency, failure, n_failures=0, n_deaths=n_deaths + 1, backoff_s=backoff_s, died=True)
 
 
 async def note_success(conn: Connection, residency: Row) -> None:
-    """A load succeeded: its failures there are forgotten, its size is remembered."""
-    await conn.execute(FAILURE_CLEAR, _place(residency))
+    """Notes that a load succeeded: forgets the model's failures on the device and remembers its measured size."""
+    await conn.execute(FAILURE_CLEAR, _key(residency))
     await conn.execute(LEARN, {"id": residency["id"]})
 
 
 class LearnedSizes:
-    """What a model took where it was loaded before."""
+    """The sizes measured when a model was loaded before."""
 
     def __init__(self, rows: list[Row]) -> None:
         self._rows = rows  # The latest first.
 
     @classmethod
     async def read(cls, conn: Connection, model: Model) -> LearnedSizes:
-        """Reads those of this quantization."""
+        """Reads the sizes of the model in its quantization."""
         parameters = {"model_id": model.id, "quantization": model.quantization}
         return cls(await (await conn.execute(statements.LEARNED, parameters)).fetchall())
 
     def required_bytes(self, estimate: int, *, node_id: str, device: DeviceView, dtype: str) -> int:
-        """The measured size on this device; else the estimate, corrected by the ratio learned on one of its kind."""
+        """Returns the size measured on this device, else the estimate times the ratio measured on one of its kind."""
         alike = [row for row in self._rows if row["device_kind"] == device.kind and row["load_dtype"] == dtype]
         for row in alike:
             if row["node_id"] == node_id and row["device_id"] == device.id:
@@ -117,11 +124,11 @@ class LearnedSizes:
         return estimate
 
 
-async def _read(conn: Connection, residency: Row) -> Row | None:
-    return await (await conn.execute(FAILURE_READ, _place(residency))).fetchone()
+async def _read_failure(conn: Connection, residency: Row) -> Row | None:
+    return await (await conn.execute(FAILURE_READ, _key(residency))).fetchone()
 
 
-async def _write(
+async def _write_failure(
     conn: Connection,
     residency: Row,
     failure: Failure,
@@ -132,7 +139,7 @@ async def _write(
     died: bool,
 ) -> None:
     values = {
-        **_place(residency),
+        **_key(residency),
         "n_failures": n_failures,
         "n_deaths": n_deaths,
         "failure": json_of(failure),
@@ -142,5 +149,5 @@ async def _write(
     await conn.execute(FAILURE_WRITE, values)
 
 
-def _place(residency: Row) -> Row:
+def _key(residency: Row) -> Row:
     return {name: residency[name] for name in ("model_id", "node_id", "device_id")}

@@ -1,4 +1,4 @@
-"""Leases in Postgres: granted in the admission's transaction, renewed and ended by the database's clock."""
+"""Leases in Postgres: granted in the transaction that places the model, renewed and ended by the database's clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
 
-# The whole of AcquireLease on a resident model. The residency's lock is what eviction takes too.
+# The whole of AcquireLease on a resident model. Eviction takes the residency's lock too: one of them sees the other.
 LEASE_GRANT_RESIDENT = """
 WITH chosen AS (
     SELECT r.id FROM residencies r
@@ -81,7 +81,7 @@ SELECT count(*)::int AS n FROM expired
 
 
 class LeaseStore:
-    """What RenewLease, ReleaseLease and the reaper need of the tables."""
+    """Reads and writes for RenewLease, ReleaseLease and the expiry of leases."""
 
     def __init__(self, database: Database, wakeups: Wakeups, policy: Policy | None = None) -> None:
         self._database = database
@@ -123,7 +123,7 @@ class LeaseStore:
                     f"fence {fence} is not that of lease {lease_id!r}; release with the fence it was granted with",
                     resource=("lease", lease_id),
                 )
-            # The residency first, as whoever ends it does.
+            # Residency before lease: ending a residency takes its locks in this order.
             await conn.execute(statements.RESIDENCY_USED, {"id": row["residency_id"]})
             await conn.execute(LEASE_RELEASE, {"id": lease_id, "fence": fence})
             return str(row["node_id"])
@@ -133,7 +133,7 @@ class LeaseStore:
             self._wakeups.wake()
 
     async def expire(self) -> int:
-        """Ends the leases whose time is over; returns how many."""
+        """Ends the leases that ran out; returns how many."""
 
         async def work(conn: Connection) -> int:
             row = await (await conn.execute(LEASES_EXPIRE)).fetchone()
@@ -147,9 +147,9 @@ class LeaseStore:
 
 
 async def grant_resident(conn: Connection, wish: Wish, terms: LeaseTerms, *, lease_id: str) -> Lease | None:
-    """Grants at once if the model is resident where the wish allows it; takes no lock but the residency's.
+    """Grants at once if the model is resident where the wish allows it, else returns None.
 
-    One statement, unless the terms name a request.
+    Takes no lock but the residency's. It is one statement, unless the terms name a request.
     """
     values = {"model_id": wish.model_id, "node_id": wish.node_id, "device_id": wish.device_id}
     if terms.request_id:
@@ -160,25 +160,20 @@ async def grant_resident(conn: Connection, wish: Wish, terms: LeaseTerms, *, lea
 
 
 async def grant_lease(conn: Connection, residency_id: str, terms: LeaseTerms, *, lease_id: str) -> Lease:
-    """Grants within the caller's transaction, which holds the device's lock and has seen RESIDENT."""
+    """Grants in the caller's transaction, which holds the device's lock and has read the state RESIDENT."""
     if terms.request_id:
         await conn.execute(LEASE_STALE_REQUEST, {"request_id": terms.request_id})
     await conn.execute(LEASE_GRANT, {"residency_id": residency_id, **_terms(terms, lease_id)})
-    return await _read(conn, lease_id)
-
-
-def _terms(terms: LeaseTerms, lease_id: str) -> dict[str, Any]:
-    return {"id": lease_id, "holder": terms.holder, "ttl_s": terms.ttl_s, "request_id": terms.request_id}
-
-
-async def _read(conn: Connection, lease_id: str) -> Lease:
     row = await (await conn.execute(LEASE_READ, {"id": lease_id})).fetchone()
     assert row is not None
     return lease_of(row)
 
 
 async def lease_of_request(conn: Connection, request_id: str, model_id: str) -> Lease | None:
-    """Returns the living lease that a call with this id was granted before."""
+    """Returns the living lease that an earlier call with this request id was granted. Raises FieldInvalid.
+
+    Holds the request id until the transaction ends, so that two calls with one id do not both get a lease.
+    """
     if not request_id:
         return None
     await conn.execute(statements.REQUEST_LOCK, {"request_id": request_id})
@@ -188,3 +183,7 @@ async def lease_of_request(conn: Connection, request_id: str, model_id: str) -> 
     if row["model_id"] != model_id:
         raise FieldInvalid("request_id", "was used for a call with other arguments; send a fresh UUID4")
     return lease_of(row)
+
+
+def _terms(terms: LeaseTerms, lease_id: str) -> dict[str, Any]:
+    return {"id": lease_id, "holder": terms.holder, "ttl_s": terms.ttl_s, "request_id": terms.request_id}

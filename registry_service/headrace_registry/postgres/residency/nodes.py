@@ -1,16 +1,14 @@
-"""Nodes in Postgres: epochs, heartbeats, what each node shall hold.
+"""Nodes in Postgres: epochs, heartbeats, and the desired state of each node.
 
-An epoch is one run of an extractor, told apart by its boot nonce. A new epoch ends everything of the one before: that
-memory is gone. Silence is weaker: the node is LOST and so are its residencies, but whether their memory is free nobody
-knows. So nothing is admitted to a silent node, and the first call it makes with the epoch unchanged brings node and
-residencies back as they were; its reports then correct them. Leases on a silent node run out by their own time.
+An epoch is one run of an extractor, told apart by its boot nonce. A new epoch ends all residencies of the one before:
+their memory is gone. Silence is weaker: the node and its residencies are LOST, but their memory may still be held. So
+no model is placed on a silent node, and its first call with the epoch unchanged brings node and residencies back as
+they were; its reports then correct them. Leases on a silent node run out by their own time.
 
 Locks are taken in the order node, device, residency.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from headrace_registry.errors import EpochStale
 from headrace_registry.models.builds import build_kind
@@ -116,16 +114,29 @@ WHERE node_id = %(node_id)s AND node_epoch = %(epoch)s AND state = 'LOST' AND st
 RETURNING id
 """
 
+# Columns of `devices` that a node announces.
+_ANNOUNCED = (
+    "id",
+    "kind",
+    "name",
+    "capacity_bytes",
+    "free_bytes",
+    "total_bytes",
+    "lost_bytes",
+    "capability",
+    "flash_attention",
+)
+
 
 class NodeStore:
-    """What NodeService and ListNodes need of the tables."""
+    """Reads and writes for NodeService and ListNodes."""
 
     def __init__(self, database: Database, wakeups: Wakeups) -> None:
         self._database = database
         self._wakeups = wakeups
 
     async def register(self, announcement: Announcement) -> int:
-        """Returns the epoch: the current one for a known boot nonce, else a new one."""
+        """Stores an announcement. Returns the epoch: the current one for a known boot nonce, else a new one."""
 
         async def work(conn: Connection) -> int:
             node_id = announcement.node_id
@@ -150,7 +161,11 @@ class NodeStore:
             }
             await conn.execute(NODE_ANNOUNCE, announced)
             await conn.execute(NODE_HEARD, {"id": node_id})
-            await _replace_devices(conn, node_id, announcement.devices)
+            await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
+            await conn.execute(DEVICES_ABSENT, {"node_id": node_id})
+            for ordinal, device in enumerate(announcement.devices):
+                values = {name: getattr(device, name) for name in _ANNOUNCED}
+                await conn.execute(DEVICE_UPSERT, {**values, "node_id": node_id, "ordinal": ordinal})
             return epoch
 
         epoch = await self._database.run(work)
@@ -158,7 +173,7 @@ class NodeStore:
         return epoch
 
     async def heartbeat(self, node_id: str, epoch: int, pulse: Pulse) -> None:
-        """Notes that the node lives and what it has. Raises EpochStale."""
+        """Notes that the node lives, and its free and lost bytes. Raises EpochStale."""
 
         async def work(conn: Connection) -> bool:
             changed = await hear(conn, node_id, epoch)
@@ -175,12 +190,12 @@ class NodeStore:
             self._wakeups.wake()
 
     async def hear(self, node_id: str, epoch: int) -> None:
-        """Any call of a node tells that it lives. Raises EpochStale."""
+        """Notes that the node lives, as any call from it shows. Raises EpochStale."""
         if await self._database.run(lambda conn: hear(conn, node_id, epoch)):
             self._wakeups.wake()
 
     async def desired(self, node_id: str, epoch: int) -> DesiredState | None:
-        """Reads what the node shall hold; None while it is silent: it keeps what it has. Raises EpochStale."""
+        """Reads the node's desired state; None while it is LOST: it keeps its models. Raises EpochStale."""
 
         async def work(conn: Connection) -> DesiredState | None:
             row = await (await conn.execute(NODE_KEEP, {"id": node_id})).fetchone()
@@ -194,11 +209,19 @@ class NodeStore:
             models = {row["id"]: model_of(row) for row in found}
             builds = await (await conn.execute(BUILDS_OF_NODE, {"node_id": node_id})).fetchall()
             parameters = {"node_id": node_id, "epoch": epoch}
-            trials = await (await conn.execute(ATTEMPTS_OF_NODE, parameters)).fetchall()
+            attempts = await (await conn.execute(ATTEMPTS_OF_NODE, parameters)).fetchall()
             return DesiredState(
                 assignments=tuple((r, models[r.model_id]) for r in residencies if r.model_id in models),
                 builds=tuple(_build_of(row) for row in builds),
-                validations=tuple(_validation_of(row) for row in trials),
+                validations=tuple(
+                    Validation(
+                        attempt_id=row["attempt_id"],
+                        model=model_of(row),
+                        device_id=row["attempt_device_id"],
+                        load_options=row["attempt_options"],
+                    )
+                    for row in attempts
+                ),
             )
 
         return await self._database.run(work)
@@ -216,13 +239,10 @@ class NodeStore:
                 devices[row["node_id"]].append(device_of(row))
             return [node_of(row, tuple(devices[row["id"]])) for row in rows]
 
-        nodes = await self._database.run(work)
-        more = len(nodes) > page.size
-        nodes = nodes[: page.size]
-        return nodes, page.token_after((nodes[-1].id,)) if more else ""
+        return page.cut(await self._database.run(work), lambda node: (node.id,))
 
     async def lose_silent(self, silent_s: float) -> list[str]:
-        """Marks nodes LOST that were not heard for so long; returns their ids."""
+        """Marks nodes LOST that were not heard for `silent_s` seconds; returns their ids."""
 
         async def work(conn: Connection) -> list[str]:
             rows = await (await conn.execute(NODES_SILENT, {"silent_s": silent_s})).fetchall()
@@ -238,7 +258,7 @@ class NodeStore:
 
 
 async def hear(conn: Connection, node_id: str, epoch: int) -> bool:
-    """Checks the epoch and notes that the node lives. Returns True if that brought it back."""
+    """Checks the epoch and notes that the node lives. Returns True if the node was LOST and is back."""
     row = await (await conn.execute(NODE_LOCK, {"id": node_id})).fetchone()
     _check_epoch(node_id, epoch, row["epoch"] if row is not None else None)
     assert row is not None
@@ -250,7 +270,7 @@ async def hear(conn: Connection, node_id: str, epoch: int) -> bool:
 
 
 async def lose_residencies(conn: Connection, node_id: str, *, silent: bool, reason: str) -> None:
-    """Ends the node's residencies; their leases too, unless the node is only silent."""
+    """Makes the node's residencies LOST, and ends their leases unless the node is only silent."""
     await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
     parameters = {"node_id": node_id, "silent": silent, "reason": reason}
     rows = await (await conn.execute(RESIDENCIES_LOSE, parameters)).fetchall()
@@ -269,38 +289,9 @@ async def _revive(conn: Connection, node_id: str, epoch: int) -> None:
         await conn.execute(statements.RESIDENCY_EVENT, {"id": row["id"]})
 
 
-async def _replace_devices(conn: Connection, node_id: str, devices: Sequence[Device]) -> None:
-    await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
-    await conn.execute(DEVICES_ABSENT, {"node_id": node_id})
-    for ordinal, device in enumerate(devices):
-        values = {
-            "node_id": node_id,
-            "id": device.id,
-            "kind": device.kind,
-            "name": device.name,
-            "capacity_bytes": device.capacity_bytes,
-            "free_bytes": device.free_bytes,
-            "total_bytes": device.total_bytes,
-            "lost_bytes": device.lost_bytes,
-            "capability": device.capability,
-            "flash_attention": device.flash_attention,
-            "ordinal": ordinal,
-        }
-        await conn.execute(DEVICE_UPSERT, values)
-
-
 def _build_of(row: Row) -> Build:
     model = model_of(row)
     return Build(kind=build_kind(model), model=model, target_path=row["target_path"], source_path=row["source_path"])
-
-
-def _validation_of(row: Row) -> Validation:
-    return Validation(
-        attempt_id=row["attempt_id"],
-        model=model_of(row),
-        device_id=row["attempt_device_id"],
-        load_options=row["attempt_options"],
-    )
 
 
 def _check_epoch(node_id: str, epoch: int, current: int | None) -> None:

@@ -1,14 +1,12 @@
-"""Pins in Postgres. Set under the devices' locks, so that nothing pinned is evicted once the call has answered."""
+"""Pins in Postgres. They are set under the devices' locks: once the call has answered, the model is not evicted."""
 
 from __future__ import annotations
-
-from datetime import datetime
 
 from headrace_registry.errors import FieldInvalid, ModelNotFound, NodeNotFound
 from headrace_registry.paging import Page
 from headrace_registry.postgres import statements
 from headrace_registry.postgres.requests import Request, recall, remember
-from headrace_registry.postgres.residency.node_views import lock_place
+from headrace_registry.postgres.residency.node_views import lock_one_or_all
 from headrace_registry.postgres.rows import pin_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.pins import Pin
@@ -60,7 +58,7 @@ ORDER BY r.create_time, r.id
 
 
 class PinStore:
-    """What PinModel, UnpinModel, ListPins and upkeep need of the tables."""
+    """Reads and writes for PinModel, UnpinModel, ListPins and the expiry of pins."""
 
     def __init__(self, database: Database, wakeups: Wakeups) -> None:
         self._database = database
@@ -76,9 +74,13 @@ class PinStore:
             if await recall(conn, request) is not None:
                 row = await (await conn.execute(PIN_READ, key)).fetchone()
                 return pin_of(row) if row is not None else pin
-            await _check_node(conn, pin.node_id)
-            await _check_end(conn, pin.expire_time)
-            await lock_place(conn, pin.node_id)
+            if pin.node_id and await (await conn.execute(NODE_IS_KNOWN, {"node_id": pin.node_id})).fetchone() is None:
+                raise NodeNotFound(pin.node_id)
+            if (end := pin.expire_time) is not None:
+                row = await (await conn.execute(IS_IN_FUTURE, {"expire_time": end})).fetchone()
+                if row is None or not row["in_future"]:
+                    raise FieldInvalid("pin.expire_time", f"{end.isoformat()} is past; give a later one, or none")
+            await lock_one_or_all(conn, pin.node_id)
             values = {**key, "reason": pin.reason, "expire_time": pin.expire_time}
             row = await (await conn.execute(PIN_UPSERT, values)).fetchone()
             assert row is not None
@@ -91,7 +93,7 @@ class PinStore:
         return pinned
 
     async def unpin(self, model_id: str, *, node_id: str, owner: str, actor: str, request: Request) -> None:
-        """Removes a pin; one that is not there is no error."""
+        """Removes a pin; it is no error if there is no such pin."""
 
         async def work(conn: Connection) -> None:
             if await recall(conn, request) is not None:
@@ -118,13 +120,10 @@ class PinStore:
             }
             return [pin_of(row) for row in await (await conn.execute(PINS_LIST, parameters)).fetchall()]
 
-        found = await self._database.run(work)
-        more = len(found) > page.size
-        found = found[: page.size]
-        return found, page.token_after((found[-1].model_id, found[-1].node_id, found[-1].owner)) if more else ""
+        return page.cut(await self._database.run(work), lambda pin: (pin.model_id, pin.node_id, pin.owner))
 
     async def purge(self) -> int:
-        """Removes expired pins, and tells in the events of what they held; returns how many."""
+        """Removes expired pins, with an event for each residency they kept; returns how many."""
 
         async def work(conn: Connection) -> int:
             rows = await (await conn.execute(PINS_PURGE)).fetchall()
@@ -140,7 +139,7 @@ class PinStore:
 
 
 async def pin_owners(conn: Connection, model_id: str, node_id: str) -> list[str]:
-    """Returns who pins the model on the node (empty: on any), 20 at most."""
+    """Returns the owners of the model's pins on the node (empty: on any), 20 at most."""
     parameters = {"model_id": model_id, "node_id": node_id}
     return [row["owner"] for row in await (await conn.execute(PIN_OWNERS, parameters)).fetchall()]
 
@@ -148,19 +147,6 @@ async def pin_owners(conn: Connection, model_id: str, node_id: str) -> list[str]
 async def _note(conn: Connection, model_id: str, node_id: str, *, reason: str, actor: str) -> None:
     values = {"model_id": model_id, "node_id": node_id, "reason": reason, "actor": actor}
     await conn.execute(NOTE_OF_MODEL, values)
-
-
-async def _check_node(conn: Connection, node_id: str) -> None:
-    if node_id and await (await conn.execute(NODE_IS_KNOWN, {"node_id": node_id})).fetchone() is None:
-        raise NodeNotFound(node_id)
-
-
-async def _check_end(conn: Connection, expire_time: datetime | None) -> None:
-    if expire_time is None:
-        return
-    row = await (await conn.execute(IS_IN_FUTURE, {"expire_time": expire_time})).fetchone()
-    if row is None or not row["in_future"]:
-        raise FieldInvalid("pin.expire_time", f"{expire_time.isoformat()} is past; give a later one, or none")
 
 
 def _key(model_id: str, node_id: str, owner: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, 'QUEUED', %(reserved_b
 """
 
 
-# Recorded as the reason of a new residency that has to wait.
+# The reason of a new residency that has to wait.
 _WHY_QUEUED = {
     Outcome.WAIT: "waits for memory on its way back",
     Outcome.EVICT: "waits for what is evicted for it",
@@ -105,7 +105,7 @@ async def _line_up(
 
 
 async def ready_model(conn: Connection, model_id: str) -> Model:
-    """Reads a model and keeps it until the transaction ends. Raises ModelNotFound and ModelNotReady."""
+    """Reads a READY model and keeps it unchanged until the transaction ends. Raises ModelNotFound, ModelNotReady."""
     row = await (await conn.execute(statements.MODEL_KEEP, {"id": model_id})).fetchone()
     model = model_of(row) if row is not None else await read_model(conn, model_id)
     if row is not None and row["deleting"]:
@@ -120,9 +120,9 @@ async def ready_model(conn: Connection, model_id: str) -> Model:
 
 
 async def lock_living_nodes(conn: Connection, wish: Wish) -> dict[str, LockedNode]:
-    """Locks the nodes that the wish allows; returns those that live."""
-    place = {"node_id": wish.node_id, "device_id": wish.device_id}
-    rows = await (await conn.execute(statements.NODES_OF_PLACE, place)).fetchall()
+    """Locks the nodes that the wish allows; returns the living ones. Raises NodeNotFound, NodeLost if none lives."""
+    allowed = {"node_id": wish.node_id, "device_id": wish.device_id}
+    rows = await (await conn.execute(statements.NODES_WITH_DEVICE, allowed)).fetchall()
     name = "/".join(part for part in (wish.node_id, wish.device_id) if part)
     if name and not rows:
         raise NodeNotFound(name)
@@ -144,9 +144,10 @@ async def read_spaces(
     nodes: Mapping[str, LockedNode],
     avoid: Mapping[DeviceKey, Failure],
 ) -> Sequence[Space]:
-    """The devices that the wish allows, with what the model would take there."""
+    """Returns the devices that the wish allows, with the bytes the model would take there and its backoff."""
     learned = await LearnedSizes.read(conn, model)
-    backoffs = {place: Backoff(left_s=0.0, failure=failure) for place, failure in avoid.items()}
+    # A device is avoided by this call even after its stored backoff is over.
+    backoffs = {key: Backoff(left_s=0.0, failure=failure) for key, failure in avoid.items()}
     backoffs |= await read_backoffs(conn, model.id)
 
     def required_bytes(node: LockedNode, device: DeviceView) -> int:

@@ -1,4 +1,4 @@
-"""Residencies in Postgres: reads under the devices' locks, calls the decision, writes it with reason and actor.
+"""Residencies in Postgres: loads, unloads, the steps of AcquireLease, and the reports of nodes.
 
 Every decision about a device's memory holds that device's row FOR UPDATE, so reserving, choosing victims and granting
 are one step. Locks are taken in the order model, node, device, residency.
@@ -79,7 +79,7 @@ T = TypeVar("T")
 
 
 class ResidencyStore:
-    """What ResidencyService and ReportResidency need of the tables."""
+    """Reads and writes for ResidencyService and ReportResidency."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class ResidencyStore:
         self._allowances = allowances
 
     async def load(self, wish: Wish, request: Request) -> Residency:
-        """Makes the model resident or sees to it that it will be; idempotent."""
+        """Starts or queues the load of the model where it is not loaded already; idempotent."""
 
         async def work(conn: Connection) -> Residency:
             answered = await recall(conn, request)
@@ -104,8 +104,7 @@ class ResidencyStore:
                     return residency_of(known)
             residency = (await place(conn, wish, self._policy, self._allowances)).residency
             if residency.state is ResidencyState.QUEUED:
-                place_kept = Waiter.standing_for(residency.id, wish)
-                await wait_in_line(conn, place_kept, residency.id, self._policy)
+                await wait_in_line(conn, Waiter.standing_for(residency.id, wish), residency.id, self._policy)
             if answered is None:
                 await remember(conn, request, residency.id)
             return residency
@@ -115,10 +114,10 @@ class ResidencyStore:
     async def step(
         self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, last: LeaseProgress | None = None
     ) -> LeaseProgress:
-        """One step of AcquireLease: admits, grants, or renews the waiter's place. Repeat it until there is a lease.
+        """Takes one step of AcquireLease: grants, or places the model and renews the waiter. Repeat it until granted.
 
-        `last` is the step before; if what it waited for has FAILED, the wish goes on to a place where it has not, or
-        the failure is raised.
+        `last` is the result of the step before. If the residency it waited for has failed, the model is placed on a
+        device where it has not, or the failure is raised.
         """
 
         async def work(conn: Connection) -> tuple[LeaseProgress, bool]:
@@ -130,17 +129,18 @@ class ResidencyStore:
                 if last is not None:
                     await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})
                 return LeaseProgress(lease=lease), False
-            admitted, avoid = await self._admit(conn, wish, last)
-            residency = admitted.residency
+            placed, avoid = await self._place(conn, wish, last)
+            residency = placed.residency
             if residency.state is ResidencyState.RESIDENT:
                 lease = await grant_lease(conn, residency.id, terms, lease_id=waiter_id)
                 await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})
-                return LeaseProgress(lease=lease), admitted.changed
+                return LeaseProgress(lease=lease), placed.changed
             await wait_in_line(conn, Waiter.calling(waiter_id, wish), residency.id, self._policy)
-            position = await _position(conn, residency)
-            return LeaseProgress(residency=residency, position=position, avoid=avoid), admitted.changed
+            row = await (await conn.execute(POSITION, {"id": residency.id})).fetchone()
+            assert row is not None
+            return LeaseProgress(residency=residency, position=row["position"], avoid=avoid), placed.changed
 
-        if last is None and not terms.request_id:
+        if last is None and not terms.request_id:  # For a resident model one statement is enough.
             lease = await self._database.single(lambda conn: grant_resident(conn, wish, terms, lease_id=waiter_id))
             if lease is not None:
                 return LeaseProgress(lease=lease)
@@ -149,24 +149,30 @@ class ResidencyStore:
             self._wakeups.wake()
         return answer
 
-    async def _admit(
+    async def _place(
         self, conn: Connection, wish: Wish, last: LeaseProgress | None
     ) -> tuple[Placed, Mapping[DeviceKey, Failure]]:
-        failed = await _failed(conn, last.residency.id) if last is not None and last.residency is not None else None
+        """Places the wish; returns the devices to avoid too, to which a load that failed since `last` adds its own."""
         avoid = dict(last.avoid) if last is not None else {}
-        if failed is None:
+        row = None
+        if last is not None and last.residency is not None:
+            row = await (await conn.execute(statements.RESIDENCY_READ, {"id": last.residency.id})).fetchone()
+        # A load that the registry gave up is UNLOADING until its memory is back.
+        over = (ResidencyState.FAILED, ResidencyState.UNLOADING)
+        if row is None or row["failure"] is None or row["state"] not in over:
             return await place(conn, wish, self._policy, self._allowances, avoid), avoid
+        failed = residency_of(row)
         if same_everywhere(failed):
             raise load_error(failed)
         assert failed.failure is not None
         avoid[failed.node_id, failed.device_id] = failed.failure
         try:
             return await place(conn, wish, self._policy, self._allowances, avoid), avoid
-        except LoadFailed:
+        except LoadFailed:  # Every other device is avoided too: the caller's own failure says more.
             raise load_error(failed) from None
 
     async def abandon(self, waiter_id: str) -> None:
-        """Forgets a waiter and its lease; a queued residency nobody else waits for ends with it."""
+        """Removes a waiter and its lease; a queued residency without another waiter ends with it."""
 
         async def work(conn: Connection) -> str:
             taken = await (await conn.execute(LEASE_TAKE_BACK, {"id": waiter_id})).fetchone()
@@ -183,7 +189,7 @@ class ResidencyStore:
             self._wakeups.wake()
 
     async def memory_holders(self, residency_id: str) -> tuple[str, ...]:
-        """Who keeps the memory that a residency waits for, for people."""
+        """Says, for people, what holds the memory that a queued residency waits for."""
 
         async def work(conn: Connection) -> tuple[str, ...]:
             wanted = await read_residency(conn, residency_id)
@@ -197,7 +203,7 @@ class ResidencyStore:
     async def unload(
         self, model_id: str, *, node_id: str, force: bool, actor: str, request: Request
     ) -> list[Residency]:
-        """Sends the model off its devices. Raises ModelInUse while leased or pinned, unless forced."""
+        """Unloads the model from its devices. Raises ModelInUse while it is leased or pinned, unless forced."""
 
         async def work(conn: Connection) -> list[Residency]:
             await read_model(conn, model_id)
@@ -213,7 +219,7 @@ class ResidencyStore:
         return await self._change(work)
 
     async def report(self, report: ResidencyReport) -> None:
-        """Follows a node's report. Raises EpochStale; LeaseLost where it answers an assignment long over."""
+        """Follows a node's report. Raises EpochStale, and LeaseLost if the report answers an older assignment."""
 
         async def work(conn: Connection) -> bool:
             await hear(conn, report.node_id, report.epoch)
@@ -223,11 +229,12 @@ class ResidencyStore:
                     f"residency {report.residency_id!r} is not of this node and epoch; drop it",
                     resource=("residency", report.residency_id),
                 )
-            if report.state is ResidencyState.LOADING:  # Progress changes no memory.
-                return await _follow(conn, report, self._policy)
-            await lock_nodes(conn, (report.node_id,))
+            # Progress of a load changes no memory, so it needs no locks and makes no transition due.
+            is_progress = report.state is ResidencyState.LOADING
+            if not is_progress:
+                await lock_nodes(conn, (report.node_id,))
             changed = await _follow(conn, report, self._policy)
-            if changed:
+            if changed and not is_progress:
                 await plan_and_carry_out(conn, report.node_id, self._policy)
             return changed
 
@@ -252,14 +259,10 @@ class ResidencyStore:
             rows = await (await conn.execute(RESIDENCIES_LIST, parameters)).fetchall()
             return [residency_of(row) for row in rows]
 
-        found = await self._database.run(work)
-        more = len(found) > page.size
-        found = found[: page.size]
-        token = page.token_after((found[-1].create_time.isoformat(), found[-1].id)) if more else ""
-        return found, token
+        return page.cut(await self._database.run(work), lambda each: (each.create_time.isoformat(), each.id))
 
     async def details(self, ids: Sequence[str]) -> dict[str, Residency]:
-        """Reads residencies with their place in line, pins and holders; those not kept any more are left out."""
+        """Reads residencies with queue position, pins and holders, by id; purged ones are missing."""
 
         async def work(conn: Connection) -> dict[str, Residency]:
             rows = await (await conn.execute(RESIDENCIES_OF_IDS, {"ids": list(ids)})).fetchall()
@@ -273,21 +276,12 @@ class ResidencyStore:
         return result
 
 
-async def _failed(conn: Connection, residency_id: str) -> Residency | None:
-    """The residency if its load has failed; its memory may still be on its way back."""
-    row = await (await conn.execute(statements.RESIDENCY_READ, {"id": residency_id})).fetchone()
-    if row is None or row["failure"] is None:
-        return None
-    over = row["state"] in (ResidencyState.FAILED, ResidencyState.UNLOADING)
-    return residency_of(row) if over else None
-
-
 async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> bool:
-    """Returns True if others should look again."""
+    """Moves the residency as the node reports. Returns True if anything changed."""
     row = await (await conn.execute(RESIDENCY_LOCK, {"id": report.residency_id})).fetchone()
     assert row is not None
     current = ResidencyState(row["state"])
-    # That the memory is back is true whichever assignment the report answers; everything else needs the fence.
+    # An end means that the memory is back, whichever assignment the report answers; all other reports need the fence.
     ends = report.state in (ResidencyState.UNLOADED, ResidencyState.FAILED)
     followed = follow_report(current, report.state, failed=row["failure"] is not None)
     if followed is None or (report.fence != row["fence"] and not ends):
@@ -315,11 +309,11 @@ async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> 
 
 
 async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, Any], policy: Policy) -> None:
-    """What an end leaves behind: lost leases, memory that did not come back, a place to be left alone."""
+    """Stores the consequences of an end: leases that are lost, memory not given back, a failure to remember."""
     await conn.execute(statements.LEASES_END, {"residency_ids": [report.residency_id]})
     if report.lost_bytes > 0:
-        place = {"node_id": row["node_id"], "device_id": row["device_id"], "lost_bytes": report.lost_bytes}
-        await conn.execute(RESIDENCY_LOST_BYTES, place)
+        values = {"node_id": row["node_id"], "device_id": row["device_id"], "lost_bytes": report.lost_bytes}
+        await conn.execute(RESIDENCY_LOST_BYTES, values)
     if report.failure is not None:
         await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
     failure = report.failure or Failure(reason="LOAD_FAILED", message="the node gave no reason; see its log")
@@ -327,9 +321,3 @@ async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, An
         await note_failure(conn, row, failure, policy)
     if report.state is ResidencyState.FAILED and row["state"] == ResidencyState.RESIDENT:
         await note_death(conn, row, failure, policy)
-
-
-async def _position(conn: Connection, residency: Residency) -> int:
-    row = await (await conn.execute(POSITION, {"id": residency.id})).fetchone()
-    assert row is not None
-    return int(row["position"])

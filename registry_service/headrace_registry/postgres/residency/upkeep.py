@@ -1,4 +1,7 @@
-"""What time brings to residencies: queues move on, idle ones go, silent nodes are asked again. Any replica may."""
+"""Changes that time alone brings to residencies. Any replica may make them, at any time.
+
+Queues move on, idle models are unloaded, waiters expire, and nodes that report nothing about a load are asked again.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from headrace_registry.residency.residency import ResidencyState
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
 
-# Living nodes where time may have changed what is due.
+# Living nodes where a transition may be due by now.
 NODES_DUE = """
 SELECT DISTINCT r.node_id FROM residencies r JOIN nodes n ON n.id = r.node_id
 WHERE n.state = 'ALIVE' AND (
@@ -60,15 +63,14 @@ WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < registry_now() -
 """,
 )
 
-
 log = logging.getLogger(__name__)
 
-# Places in line looked after in one round; the rest comes in the next.
+# Waiters of LoadModel placed anew in one round, so that a round stays short; the others have their turn as these end.
 _MAX_STANDING = 64
 
 
 class ResidencyUpkeep:
-    """One round at a time, each node in a transaction of its own."""
+    """The upkeep of residencies, each node in a transaction of its own."""
 
     def __init__(
         self, database: Database, wakeups: Wakeups, policy: Policy, allowances: Allowances = NOTHING_ALLOWED
@@ -79,12 +81,12 @@ class ResidencyUpkeep:
         self._allowances = allowances
 
     async def tidy(self) -> None:
-        """Does what is due on every living node."""
+        """Does one round: makes the transitions that are due on every living node."""
         changed = False
         for row in await self._read(NODES_DUE, {"idle_timeout_s": self._policy.idle_timeout_s}):
-            changed |= await self._settle(row["node_id"])
+            changed |= await self._plan_node(row["node_id"])
         for row in (await self._read(WAITERS_STANDING, {}))[:_MAX_STANDING]:
-            changed |= await self._look_elsewhere(row)
+            changed |= await self._place_again(row)
         silent = await self._read(RESIDENCIES_SILENT, self._silence(""))
         for node_id in sorted({row["node_id"] for row in silent}):
             changed |= await self._ask_again(node_id)
@@ -101,15 +103,15 @@ class ResidencyUpkeep:
 
         await self._database.run(work)
 
-    async def _settle(self, node_id: str) -> bool:
+    async def _plan_node(self, node_id: str) -> bool:
         async def work(conn: Connection) -> bool:
             await lock_nodes(conn, (node_id,))
             return await plan_and_carry_out(conn, node_id, self._policy)
 
         return await self._database.run(work)
 
-    async def _look_elsewhere(self, row: dict[str, Any]) -> bool:
-        """LoadModel's callers do not poll: their models may fit elsewhere by now, or never."""
+    async def _place_again(self, row: dict[str, Any]) -> bool:
+        """Places a LoadModel's model again, as no caller polls for it: it may fit elsewhere by now, or nowhere."""
         wish = Wish(model_id=row["model_id"], node_id=row["node_id"], device_id=row["device_id"], actor=row["actor"])
 
         async def work(conn: Connection) -> bool:
@@ -131,28 +133,29 @@ class ResidencyUpkeep:
             return True
 
     async def _ask_again(self, node_id: str) -> bool:
+        """Gives up loads past their deadline, and has the node follow its other overdue assignments anew."""
+        policy = self._policy
+
         async def work(conn: Connection) -> bool:
             await lock_nodes(conn, (node_id,))
             rows = await (await conn.execute(RESIDENCIES_SILENT, self._silence(node_id))).fetchall()
             for row in rows:
-                await self._watch_over(conn, row)
+                state = ResidencyState(row["state"])
+                if state is ResidencyState.LOADING and row["age_s"] >= policy.load_deadline_s:
+                    reason = f"loading took longer than {policy.load_deadline_s:g} s; look at the node's disk and log"
+                    failure = Failure(reason="LOAD_FAILED", message=reason)
+                    await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(failure)})
+                    await note_failure(conn, row, failure, policy)
+                    # The node may still hold a part of the model: its bytes count until the node reports the end.
+                    state = ResidencyState.UNLOADING
+                else:
+                    limit_s = policy.load_silence_s if state is ResidencyState.LOADING else policy.unload_silence_s
+                    reason = f"the node has not reported for {limit_s:g} s and is asked again"
+                # A move into the same state gives the assignment a new fence, which the node follows anew.
+                await move(conn, row["id"], state, reason=reason, actor="registry")
             return bool(rows)
 
         return await self._database.run(work)
-
-    async def _watch_over(self, conn: Connection, row: dict[str, Any]) -> None:
-        state, policy = ResidencyState(row["state"]), self._policy
-        if state is ResidencyState.LOADING and row["age_s"] >= policy.load_deadline_s:
-            message = f"loading took longer than {policy.load_deadline_s:g} s; look at the node's disk and log"
-            failure = Failure(reason="LOAD_FAILED", message=message)
-            await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(failure)})
-            await note_failure(conn, row, failure, policy)
-            # The node may hold some of it still; the memory counts until it says otherwise.
-            await move(conn, row["id"], ResidencyState.UNLOADING, reason=message, actor="registry")
-            return
-        limit_s = policy.load_silence_s if state is ResidencyState.LOADING else policy.unload_silence_s
-        why = f"the node has not reported for {limit_s:g} s and is asked again"
-        await move(conn, row["id"], state, reason=why, actor="registry")
 
     async def _read(self, statement: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         async def work(conn: Connection) -> list[dict[str, Any]]:

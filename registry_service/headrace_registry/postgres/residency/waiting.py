@@ -1,4 +1,4 @@
-"""Places in line: calls that renew themselves at each poll, and those LoadModel keeps for callers who went away."""
+"""Waiters: AcquireLease renews its own at each poll; LoadModel leaves one behind for a caller that does not wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.refusals import queue_full
 from headrace_registry.residency.wishes import Wish
 
-# Counting and adding are one step; taken last, so that it waits for nobody who waits for it.
+# Makes counting and adding one step. It is the last lock that a transaction takes, so that it causes no deadlock.
 WAITERS_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('headrace waiters', 2))"
 WAITERS_COUNT = "SELECT count(*)::int AS n FROM waiters WHERE expire_time > registry_now()"
 WAITER_RENEW = """
@@ -26,14 +26,13 @@ VALUES (%(id)s, %(residency_id)s, registry_now() + make_interval(secs => %(ttl_s
 ON CONFLICT (id) DO UPDATE SET residency_id = excluded.residency_id, expire_time = excluded.expire_time
 """
 
-
-# A call that waits renews itself at each poll; one that dies is forgotten after this.
+# A waiting call renews its waiter at each poll; the waiter of a call that died expires after this.
 _CALL_TTL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiter:
-    """Who waits, and where the model may be."""
+    """One call's interest in a residency, and the devices its wish allows."""
 
     id: str
     node_id: str
@@ -44,17 +43,17 @@ class Waiter:
 
     @staticmethod
     def calling(waiter_id: str, wish: Wish) -> Waiter:
-        """A call that polls."""
+        """The waiter of a call that polls."""
         return _waiter(waiter_id, wish, ttl_s=_CALL_TTL_S, standing=False)
 
     @staticmethod
     def standing_for(residency_id: str, wish: Wish) -> Waiter:
-        """LoadModel answers at once; its place is kept for as long as AcquireLease waits."""
+        """The waiter that LoadModel leaves behind: it lasts as long as AcquireLease waits by default."""
         return _waiter(f"load-{residency_id}", wish, ttl_s=DEFAULT_WAIT_S, standing=True)
 
 
 async def wait_in_line(conn: Connection, waiter: Waiter, residency_id: str, policy: Policy) -> None:
-    """Takes or renews a place. Raises QueueFull, upon which the whole transaction has not happened."""
+    """Stores or renews a waiter. Raises QueueFull, which rolls back the whole transaction."""
     values = {**asdict(waiter), "residency_id": residency_id}
     renewed = await conn.execute(WAITER_RENEW, values)
     if renewed.rowcount:
