@@ -1,9 +1,9 @@
-"""Everything the registry refuses or fails at, as plain data.
+"""The errors of the registry, as plain data.
 
 ServiceError
 ├── FieldInvalid                      a request field is missing, out of range or malformed
 ├── PathNotAllowed                    a path outside the model roots
-├── NotAllowed                        what only the operator may allow, and has not
+├── NotAllowed                        needs the operator's permission, which is not given
 ├── NotFound                          ModelNotFound · NodeNotFound · LeaseNotFound · SetNotFound
 ├── AlreadyExists                     the id names a different model
 ├── StateConflict                     the state does not allow the call
@@ -12,7 +12,7 @@ ServiceError
 ├── ModelTooLarge · CapacityBusy      fits nowhere ever; fits, but pins leave no room
 ├── QueueFull · AdmissionTimeout      too many wait; waited for memory past the limit
 ├── LeaseLost · EpochStale · NodeLost fences, epochs, silence
-├── LoadFailed · DeviceOom            what a node reported about a load
+├── LoadFailed · DeviceOom            a node reported that a load failed
 ├── RunnerLost                        the model's process died while it loaded
 ├── HubGated · HubUnavailable · HubNotFound
 ├── DigestMismatch · DiskFull         files
@@ -37,11 +37,11 @@ class PathNotAllowed(ServiceError):
 
 
 class NotAllowed(ServiceError):
-    """Only who runs the registry may allow this."""
+    """Only the operator of the registry may allow this, by a flag."""
 
 
 class NotFound(ServiceError):
-    """Base of the lookups that failed."""
+    """Base of failed lookups; NOUN names the kind of resource."""
 
     NOUN = "resource"
 
@@ -94,7 +94,7 @@ class StateConflict(ServiceError):
 
 
 class ModelNotReady(ServiceError):
-    """The model's files are not ready, or it is not resident where only that was asked for."""
+    """The model's files are not ready, or it is not resident and the call asked for a resident model only."""
 
 
 class ModelUnsupported(ServiceError):
@@ -102,7 +102,7 @@ class ModelUnsupported(ServiceError):
 
 
 class ModelInUse(ServiceError):
-    """Delete, unload or change while somebody relies on it."""
+    """The model can't be deleted, unloaded or changed while it is leased, pinned or on a device."""
 
 
 class EtagMismatch(ServiceError):
@@ -110,19 +110,19 @@ class EtagMismatch(ServiceError):
 
 
 class ModelTooLarge(ServiceError):
-    """Fits on no device, ever."""
+    """The model fits on no device, ever."""
 
 
 class CapacityBusy(ServiceError):
-    """Fits, but pins leave no room for it."""
+    """The model fits, but pins leave no room for it."""
 
 
 class QueueFull(ServiceError):
-    """As many wait as may."""
+    """The most calls, or models, that may wait are waiting already."""
 
 
 class AdmissionTimeout(ServiceError):
-    """Waited past the limit for memory or for the load."""
+    """The call waited past its limit for memory or for the load."""
 
 
 class LeaseLost(ServiceError):
@@ -134,7 +134,7 @@ class EpochStale(ServiceError):
 
 
 class NodeLost(ServiceError):
-    """The node is silent, or none is there."""
+    """The node is silent, or no node is alive."""
 
 
 class LoadFailed(ServiceError):
@@ -162,7 +162,7 @@ class HubNotFound(ServiceError):
 
 
 class DigestMismatch(ServiceError):
-    """A file is not what its header or digest says."""
+    """A file does not match its header or digest."""
 
 
 class DiskFull(ServiceError):

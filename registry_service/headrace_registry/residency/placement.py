@@ -1,4 +1,7 @@
-"""Decides where a model goes: where it is, else where it fits, else where it fits once others left. Pure functions."""
+"""Decides on which device a model goes: one that has it, else one with room, else one with room after evictions.
+
+Pure functions of nodes and policy.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,13 @@ class Space:
 class Action(IntEnum):
     """The answer to a request for a model, the best first."""
 
-    JOIN = 0  # An active residency of this model is there: use it.
+    JOIN = 0  # An active residency of this model is on the device: use it.
     LOAD = 1  # It fits now.
     WAIT = 2  # It fits once memory on its way back has come.
-    EVICT = 3  # It fits once others have left for it.
-    QUEUE = 4  # It fits once others are done with the memory they hold.
+    EVICT = 3  # It fits once other models have left for it.
+    QUEUE = 4  # It fits once other models are done with the memory they hold.
     FULL = 5  # It would have to wait, and too many do.
-    BACKOFF = 6  # It failed there a moment ago.
+    BACKOFF = 6  # It failed on the device a moment ago.
     BUSY = 7  # Pins leave no room for it.
     TOO_LARGE = 8  # It never fits.
 
@@ -55,12 +58,12 @@ class Action(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do, and where."""
+    """An action on a device, and the plan that carries it out."""
 
     action: Action
     # The best device even if the action refuses: the error tells about it.
     space: Space
-    # Id of the model's residency to join; empty if none is active there.
+    # Id of the model's residency to join; empty if none is active on the device.
     joined: str = ""
     # Everything then due on the node, this model's own load and the evictions for it included. None for JOIN and
     # refusals: nothing is carried out.
@@ -92,9 +95,9 @@ def decide_placement(
 def decide_on_device(
     model_id: str, space: Space, policy: Policy, *, residency_id: str = _CANDIDATE, actor: str = ""
 ) -> Decision:
-    """Decides for one device: JOIN a model that loads or is resident there, else how a queued residency would stand.
+    """Decides for one device: JOINs a residency that loads or is loaded, else tells how a queued one would stand.
 
-    That residency is the model's own if it is queued there already, else a new one, last in line.
+    The queued one is the model's own residency if it has one in the device's queue, else a new one, last in line.
     """
     occupants = (o for o in space.node.occupants if o.model_id == model_id and o.device_id == space.device.id)
     active = next((o for o in occupants if o.state in _JOINABLE), None)

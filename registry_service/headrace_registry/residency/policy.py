@@ -27,7 +27,7 @@ class Policy:
     # A node that reports nothing about a load or an unload for this long is asked again.
     load_silence_s: float = 120.0
     unload_silence_s: float = 60.0
-    # A load that takes longer has failed. Longer than the nodes' own limit, whose error says more about the cause.
+    # A load that takes longer has failed. Longer than the nodes' own limit: a node's error says more about the cause.
     load_deadline_s: float = 3700.0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Errors that help: the bytes needed, the bytes there are, the holders of the memory, when to try again."""
+"""Errors that say what to do: bytes needed, bytes offered, holders of the memory, when to try again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(model_id: str, decision: Decision, spaces: Sequence[Space]) -> Servi
 
 
 def queue_full(what: str) -> QueueFull:
-    """Returns the error for a call that would have to wait where too many wait; `what` begins the message."""
+    """Returns the error for a call that would be one too many to wait; `what` begins the message."""
     return QueueFull(f"{what}; try again later", retry_after_s=_RETRY_AFTER_S)
 
 

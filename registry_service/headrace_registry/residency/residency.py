@@ -103,7 +103,7 @@ def follow_report(current: ResidencyState, reported: ResidencyState, *, failed: 
     """Returns the state after a node's report, or None if the report contradicts a residency that has ended.
 
     `failed`: the registry gave its load up, and the node only unloads the rest. Late reports do no harm: progress of a
-    load that is done changes nothing, nor does any report but that of an end while the residency is unloading.
+    load that is done changes nothing, and while the residency unloads only the report of its end counts.
     """
     ends = (ResidencyState.UNLOADED, ResidencyState.FAILED)
     if current.ended:

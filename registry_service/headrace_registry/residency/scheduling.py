@@ -117,7 +117,7 @@ def choose_victims(candidates: Sequence[Occupant], missing_bytes: int) -> tuple[
 
 
 def pinned_bytes(node: NodeView, device_id: str) -> int:
-    """Bytes on a device whose pins outlast every wait."""
+    """Returns the bytes on a device that are pinned for longer than any call may wait."""
     return sum(
         o.reserved_bytes
         for o in node.occupants
@@ -127,7 +127,7 @@ def pinned_bytes(node: NodeView, device_id: str) -> int:
 
 @dataclass
 class _Claims:
-    """What the residencies first in line were promised of the memory that comes back.
+    """Memory that will come back, promised to the residencies first in line.
 
     `held_up`: devices where a residency was promised nothing, so that all behind it wait; `node_held_up`: the same for
     the node's number of models.
@@ -158,13 +158,13 @@ class _Planner:
                 self._step(occupant, _S.UNLOADED, "nobody waits any more")
 
     def end_needless(self, needless: Collection[str]) -> None:
-        """Ends queued residencies whose model stays resident on the device: their waiters join that residency."""
+        """Ends queued residencies of models that stay resident on the device: their waiters join the resident one."""
         for occupant in self._in(_S.QUEUED):
             if occupant.residency_id in needless:
                 self._step(occupant, _S.UNLOADED, "the model stays where it drained; nobody else waits for its memory")
 
     def served_by_resident(self, needless: Collection[str]) -> set[str]:
-        """Returns the ids in `needless` whose model is resident on the device after this plan."""
+        """Returns the ids in `needless` of models that are resident on the device after this plan."""
         resident = {(o.model_id, o.device_id) for o in self._in(_S.RESIDENT)}
         ended = (o for o in self._node.occupants if o.residency_id in needless)
         return {o.residency_id for o in ended if (o.model_id, o.device_id) in resident}
@@ -176,9 +176,9 @@ class _Planner:
                 self._step(occupant, _S.RESIDENT, "pinned")
 
     def end_drains(self) -> None:
-        """Unloads drained residencies without a lease, and keeps those whose memory no queued residency needs.
+        """Unloads drained residencies without a lease; makes RESIDENT again if no queued one needs the memory.
 
-        Keeps leased ones first: each that stays may make another one needed.
+        Leased ones are looked at first: each that stays may make another one needed.
         """
         draining = [o for o in self._in(_S.DRAINING) if o.state is _S.DRAINING]
         for occupant in sorted(draining, key=lambda o: (bool(o.n_leases), *_by_use(o)), reverse=True):

@@ -44,5 +44,5 @@ class LeaseProgress:
     # 1 for the first in the device's queue; 0 once the residency has left the queue.
     position: int = 0
     lease: Lease | None = None
-    # Devices where this call has seen the load fail: it is not placed there again while another one is left.
+    # Devices where this call has seen the load fail: the model is placed on another one if there is any.
     avoid: Mapping[DeviceKey, Failure] = field(default_factory=dict)

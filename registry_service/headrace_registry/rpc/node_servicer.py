@@ -1,4 +1,4 @@
-"""NodeService: what extractors say and are told."""
+"""NodeService: the calls by which extractors register, report and receive their desired state."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from headrace_registry.rpc.convert.residencies import (
 from headrace_registry.rpc.convert.validations import validation_report_from_pb, validation_to_pb
 from headrace_registry.wakeups import Wakeups
 
-# As the contract says; a node that missed a change is right again after it.
+# As the contract says. A node that missed a change has the right state again after this.
 _REPEAT_S = 15.0
 
 
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
-    """Check, call the store, fill the answer."""
+    """Each method checks the request, calls a store and fills the answer."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             await self._wakeups.wait(seen)
 
     async def ReportResidency(self, request: pb.ReportResidencyRequest, context: Any) -> pb.ReportResidencyResponse:
-        """Follows what a node says of a residency."""
+        """Follows a node's report on a residency."""
         report = ResidencyReport(
             node_id=_node_id(request.node_id),
             epoch=request.epoch,
@@ -126,7 +126,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         return pb.ReportResidencyResponse()
 
     async def ReportBuild(self, request: pb.ReportBuildRequest, context: Any) -> pb.ReportBuildResponse:
-        """Stores what a node says of a build."""
+        """Stores a node's report on a build."""
         await self._preparations.report_build(
             node_id=_node_id(request.node_id),
             epoch=request.epoch,
@@ -140,7 +140,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         return pb.ReportBuildResponse()
 
     async def ReportValidation(self, request: pb.ReportValidationRequest, context: Any) -> pb.ReportValidationResponse:
-        """Stores what a node says of a validation."""
+        """Stores a node's report on a validation."""
         await self._validations.report(validation_report_from_pb(request))
         return pb.ReportValidationResponse()
 

@@ -1,4 +1,4 @@
-"""ResidencyService: which model is in which device's memory, and who may rely on it."""
+"""ResidencyService: loads, leases and pins, and lists of nodes and residencies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DEFAULT_PAGE = 100
 
 
 class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
-    """Check, call the store, fill the answer."""
+    """Each method checks the request, calls a store or worker and fills the answer."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         self._heartbeat_s = heartbeat_s
 
     async def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
-        """Makes a model resident; answers at once."""
+        """Starts or queues the load of a model; answers at once."""
         wish = _wish(request, actor=f"LoadModel from {_peer(context)}")
         remembered = _request(request.request_id, "LoadModel", wish.model_id, wish.node_id, wish.device_id)
         (residency,) = await self._in_full([await self._residencies.load(wish, remembered)])
         return pb.LoadModelResponse(residency=residency_to_pb(residency))
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
-        """Sends a model off its devices."""
+        """Unloads a model from its devices."""
         model_id = checked_id(request.model_id, field="model_id")
         node_id = _optional_id(request.node_id, field="node_id")
         residencies = await self._residencies.unload(
@@ -90,7 +90,7 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
     async def AcquireLease(
         self, request: pb.AcquireLeaseRequest, context: Any
     ) -> AsyncGenerator[pb.AcquireLeaseResponse, None]:
-        """Streams the way to a lease."""
+        """Streams the progress of the wait for a lease, the lease last."""
         holder = checked_text(request.holder, field="holder")
         wish = _wish(request, actor=holder or _peer(context), if_resident_only=request.if_resident_only)
         terms = LeaseTerms(
@@ -100,8 +100,8 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         )
         wait_s = checked_wait_s(request.wait_s)
         steps = self._lease_waits.acquire(wish, terms, waiter_id=uuid.uuid4().hex, wait_s=wait_s)
-        async with aclosing(self._shutdown.watching(steps)) as lease_waits:
-            async for progress in lease_waits:
+        async with aclosing(self._shutdown.watching(steps)) as watched:
+            async for progress in watched:
                 yield _progress_to_pb(progress)
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Any) -> pb.RenewLeaseResponse:
@@ -179,7 +179,7 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
     async def WatchResidencies(
         self, request: pb.WatchResidenciesRequest, context: Any
     ) -> AsyncGenerator[pb.WatchResidenciesResponse, None]:
-        """A snapshot or what was missed, then every event; heartbeats say up to where."""
+        """Streams a snapshot, or the events since `after_seq`, then every event; heartbeats carry the last `seq`."""
         model_id = _optional_id(request.model_id, field="model_id")
         if request.after_seq < 0:
             raise FieldInvalid("after_seq", "must not be negative; 0 means from a snapshot on")

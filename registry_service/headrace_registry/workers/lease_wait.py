@@ -1,4 +1,7 @@
-"""The way to a lease: queued, loading, granted. Every wait ends by `wait_s`, and a caller who leaves leaves nothing."""
+"""The wait for a lease: queued, loading, granted.
+
+Every wait ends by `wait_s`, and a call that ends without a lease leaves no waiter and no lease behind.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _RETRY_AFTER_S = 5.0
 
 
 class LeaseWait:
-    """One AcquireLease on its way: `advance` it until it has a lease, then or before `give_up`."""
+    """The wait of one AcquireLease: `advance` it until it has a lease; `give_up` if the lease is not wanted."""
 
     def __init__(
         self, residencies: ResidencyStore, wish: Wish, terms: LeaseTerms, *, waiter_id: str, deadline: float
@@ -31,11 +34,14 @@ class LeaseWait:
         self._last: LeaseProgress | None = None
 
     def left_s(self, now: float) -> float:
-        """Seconds until it may wait no longer."""
+        """Returns the seconds until the deadline; negative after it."""
         return self._deadline - now
 
     async def advance(self, now: float) -> LeaseProgress | None:
-        """One step; returns how the wish stands if that changed. Raises AdmissionTimeout, or what refuses it."""
+        """Takes one step; returns the progress if it changed.
+
+        Raises AdmissionTimeout after the deadline, or the error that refuses the wish.
+        """
         progress = await self._residencies.step(self._wish, self._terms, self._waiter_id, last=self._last)
         if progress.lease is not None:
             return progress
@@ -46,7 +52,7 @@ class LeaseWait:
         return progress if changed else None
 
     async def give_up(self) -> None:
-        """Takes back the lease and the place in line."""
+        """Takes back the lease and the waiter."""
         try:
             await self._residencies.abandon(self._waiter_id)
         except DatabaseUnavailable:
@@ -66,7 +72,7 @@ class LeaseWait:
 
 
 class LeaseWaits:
-    """Carries AcquireLease from its first step to its last."""
+    """Runs AcquireLease calls from their first step to their last."""
 
     def __init__(
         self, *, residencies: ResidencyStore, wakeups: Wakeups, clock: Callable[[], float] = time.monotonic
@@ -78,26 +84,26 @@ class LeaseWaits:
     async def acquire(
         self, wish: Wish, terms: LeaseTerms, *, waiter_id: str, wait_s: float
     ) -> AsyncGenerator[LeaseProgress, None]:
-        """Yields each change on the way, the lease last. Close it to give up.
+        """Yields each change of the progress, the lease last. Close the generator to give up.
 
-        The lease gets the waiter's id. If it is not delivered, because the generator is closed while suspended at that
-        yield or the caller left while it was being granted, it is released.
+        The lease gets the waiter's id. It is released if it is not delivered: if the generator is closed while
+        suspended at that yield, or if the caller leaves while the lease is being granted.
         """
-        attempt = LeaseWait(self._residencies, wish, terms, waiter_id=waiter_id, deadline=self._clock() + wait_s)
+        waiting = LeaseWait(self._residencies, wish, terms, waiter_id=waiter_id, deadline=self._clock() + wait_s)
         delivered = False
         try:
             while not delivered:
                 seen = self._wakeups.generation
-                progress = await attempt.advance(self._clock())
+                progress = await waiting.advance(self._clock())
                 if progress is not None:
                     yield progress
                     delivered = progress.lease is not None
                 if not delivered:
-                    left_s = attempt.left_s(self._clock())
+                    left_s = waiting.left_s(self._clock())
                     await self._wakeups.wait(seen, timeout_s=max(0.0, min(POLL_S, left_s)))
         finally:
             if not delivered:
-                await attempt.give_up()
+                await waiting.give_up()
 
 
 def _differs(progress: LeaseProgress, last: LeaseProgress | None) -> bool:

@@ -1,4 +1,7 @@
-"""What time brings, in every replica, in SQL, idempotent: leases that run out, nodes that fall silent, old rows."""
+"""The changes that time brings: leases run out, nodes fall silent, old rows go.
+
+Every replica runs this loop; each step is idempotent SQL by the database's clock.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,14 @@ from headrace_registry.residency.nodes import MISSED_HEARTBEATS
 log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+# Old rows are deleted after a day or more: a few minutes more do not matter.
 _PURGE_EVERY_S = 600.0
 
 
 class Listening:
-    """For how long this replica has been able to hear nodes without a break.
+    """Measures for how long this replica could hear nodes without a break.
 
-    While the registry or its database was away, heartbeats had nowhere to go: silence in that time says nothing.
+    While the registry or its database was away no heartbeat could arrive: silence in that time tells nothing.
     """
 
     def __init__(self, *, longest_gap_s: float) -> None:
@@ -43,7 +47,7 @@ class Listening:
 
 
 class Upkeep:
-    """The loop beside the server."""
+    """The loop of upkeep, run beside the server."""
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class Upkeep:
             await asyncio.sleep(self._tick_s)
 
     async def tick(self) -> None:
-        """One round."""
+        """Does one round."""
         n_expired = await self._leases.expire()
         if n_expired:
             log.info("%d leases expired", n_expired)

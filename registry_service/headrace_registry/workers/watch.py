@@ -1,4 +1,4 @@
-"""What a watcher of residencies is sent: a snapshot, then each change; never a gap."""
+"""The events for one watcher of residencies: a snapshot, then each change, without a gap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headrace_registry.wakeups import Wakeups
 
 
 class ResidencyWatch:
-    """One watcher's way through the log. `seq`: everything up to it has been sent; 0 while a snapshot is."""
+    """One watcher's position in the log: events up to `seq` have been sent; 0 while a snapshot is being sent."""
 
     def __init__(self, store: EventStore, wakeups: Wakeups, *, model_id: str, after_seq: int) -> None:
         self._store = store
@@ -19,7 +19,7 @@ class ResidencyWatch:
         self.seq = after_seq
 
     async def events(self) -> AsyncGenerator[ResidencyEvent, None]:
-        """Yields events for ever, those behind `seq`; a snapshot first with 0, and wherever these are gone."""
+        """Yields the events behind `seq` for ever. Begins with a snapshot if `seq` is 0, or if the log was trimmed."""
         begins = self.seq == 0
         while True:
             seen = self._wakeups.generation

@@ -157,7 +157,7 @@ class FolderStore:
         return removed
 
     async def remove_doomed(self) -> None:
-        """Removes doomed folders from the disk, and forgets those doomed an hour ago."""
+        """Removes doomed folders from the disk, and forgets a folder an hour after it was doomed."""
 
         async def work(conn: Connection) -> None:
             rows = await (await conn.execute(FOLDERS_DOOMED, {"limit": _REMOVED_AT_ONCE})).fetchall()
@@ -169,7 +169,7 @@ class FolderStore:
         await self._database.run(work)
 
     async def discard_leftovers(self) -> None:
-        """Removes what killed builds left on the disk of folders that no preparation wants any more."""
+        """Removes partial folders that killed builds left on the disk and that no preparation wants."""
 
         async def work(conn: Connection) -> list[str]:
             rows = await (await conn.execute(FOLDERS_WANTED)).fetchall()
@@ -188,7 +188,7 @@ class FolderStore:
         await self._database.run(work)
 
     async def doom_orphans(self) -> list[str]:
-        """Dooms folders whose model is gone, as after a kill; returns their paths."""
+        """Dooms folders of models that were deleted, as after a kill; returns their paths."""
 
         async def work(conn: Connection) -> list[str]:
             await conn.execute(statements.STORE_LOCK)
@@ -232,5 +232,5 @@ async def _take_away(conn: Connection, victim: StoredFolder, reason: str) -> Non
 
 
 def _are_files(locations: list[str]) -> bool:
-    """True if all GGUF sources are there: without its source, a converted folder could not be made again."""
+    """True if all GGUF sources exist: without its source a converted folder could not be made again."""
     return all(Path(location).is_file() for location in locations)

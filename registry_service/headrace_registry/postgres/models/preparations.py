@@ -1,6 +1,6 @@
 """Preparations in Postgres: which worker prepares which model's files, and the reports of nodes on builds.
 
-Every write of a worker is guarded by its claim: a worker whose claim ran out changes nothing.
+Every write of a worker is guarded by its claim: once the claim ran out, the worker changes nothing.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class PreparationStore:
         return await self._database.run(work)
 
     async def release(self, worker: str | None) -> None:
-        """Gives up a worker's claims, so that others take over at once.
+        """Gives up a worker's claims, so that other workers take over at once.
 
         None gives up every worker's, which is right only while no other replica can run.
         """

@@ -1,6 +1,6 @@
 """Validation attempts in Postgres.
 
-A running attempt holds bytes of its device: they are reserved in the transaction that decides that there is room.
+A running attempt holds bytes of its device, reserved in the transaction that found them free.
 Attempts begin and end under the locks of their node's devices.
 """
 
@@ -47,7 +47,7 @@ SET steps = %(steps)s, done = %(done)s, passed = %(passed)s, failure = %(failure
     update_time = registry_now()
 WHERE id = %(id)s
 """
-# Nobody waits for it any more, or its node's epoch is over, or its node is silent.
+# Attempts that no call waits for any more, or that are of an older epoch of their node, or on a silent node.
 ATTEMPTS_OVER = """
 SELECT a.id, a.node_id, a.device_id,
        a.expire_time <= registry_now() AS unwatched,
@@ -143,7 +143,7 @@ class ValidationStore:
         self._wakeups.wake()
 
     async def tidy(self) -> None:
-        """Ends attempts that no call waits for and those on nodes that are gone. Any replica may, at any time."""
+        """Ends attempts that no call waits for or that lost their node. Any replica may, at any time."""
 
         async def work(conn: Connection) -> bool:
             rows = await (await conn.execute(ATTEMPTS_OVER)).fetchall()

@@ -32,7 +32,7 @@ SELECT * FROM nodes WHERE id = ANY(%(node_ids)s) AND state = 'ALIVE' ORDER BY id
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LockedNode:
-    """A living node whose devices this transaction has locked."""
+    """A living node; this transaction has locked its devices."""
 
     view: NodeView
     epoch: int

@@ -20,7 +20,7 @@ from headrace_registry.residency.desired import Build, DesiredState, Validation
 from headrace_registry.residency.nodes import Announcement, Device, Node, NodeState, Pulse
 from headrace_registry.wakeups import Wakeups
 
-# Node and residencies must be of one moment: half a LOST node would be told to drop what it holds.
+# Keeps the node as it is while its residencies are read: a node LOST in between would be told to drop its models.
 NODE_KEEP = "SELECT * FROM nodes WHERE id = %(id)s FOR SHARE"
 NODE_LOCK = "SELECT * FROM nodes WHERE id = %(id)s FOR UPDATE"
 NODE_INSERT = """

@@ -41,7 +41,7 @@ ORDER BY owner LIMIT 20
 """
 PINS_PURGE = "DELETE FROM pins WHERE expire_time <= registry_now() RETURNING model_id, node_id, owner"
 NODE_IS_KNOWN = "SELECT 1 FROM nodes WHERE id = %(node_id)s"
-# What did not change the state: the row keeps the reason of its last transition.
+# An event without a transition: the residency's row keeps the reason of its last transition.
 NOTE_OF_MODEL = (
     """
 INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)

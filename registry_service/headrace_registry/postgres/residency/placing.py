@@ -96,7 +96,7 @@ async def _line_up(
         "actor": actor,
     }
     await conn.execute(RESIDENCY_INSERT, values)
-    # A load that did not wait for memory says why it began, not that there was room.
+    # A load that had to wait for nothing gives the request as its reason, and not the room.
     steps = [replace(step, reason="asked for") if step.residency_id == residency_id else step for step in due.steps]
     await carry_out_plan(conn, replace(due, steps=tuple(steps)))
     outcome = due.outcomes[residency_id]

@@ -189,7 +189,7 @@ class ResidencyStore:
             self._wakeups.wake()
 
     async def memory_holders(self, residency_id: str) -> tuple[str, ...]:
-        """Says, for people, what holds the memory that a queued residency waits for."""
+        """Returns, for people, the holders of the memory that a queued residency waits for."""
 
         async def work(conn: Connection) -> tuple[str, ...]:
             wanted = await read_residency(conn, residency_id)

@@ -1,7 +1,7 @@
 """Transitions of residencies, each stored with reason, actor and event.
 
-`carry_out_plan` is the one place that loads from the queues, drains and evicts. The caller holds the locks of the
-node's devices.
+`carry_out_plan` is the only function that loads from the queues and evicts. The caller holds the locks of the node's
+devices.
 """
 
 from __future__ import annotations

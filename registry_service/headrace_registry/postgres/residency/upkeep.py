@@ -65,7 +65,7 @@ WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < registry_now() -
 
 log = logging.getLogger(__name__)
 
-# Waiters of LoadModel placed anew in one round, so that a round stays short; the others have their turn as these end.
+# Most waiters of LoadModel placed anew in one round, which so stays short.
 _MAX_STANDING = 64
 
 

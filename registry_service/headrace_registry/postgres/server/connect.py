@@ -1,4 +1,4 @@
-"""The first contact with the database: waits a little for it, then migrates."""
+"""The first contact with the database: waits a little for it to start, then migrates."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from headrace_chassis.errors import StartError
 from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
 
-# Compose files and units start the database beside the registry.
+# Compose files and systemd units start the database at the same time as the registry.
 _PATIENCE_S = 30.0
 
 
 class DatabaseUnreachable(StartError):
-    """The database does not answer, or refuses us."""
+    """The database does not answer, or refuses the connection."""
 
 
 async def migrate_when_reachable(url: str, *, patience_s: float = _PATIENCE_S) -> None:

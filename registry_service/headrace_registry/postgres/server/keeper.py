@@ -1,4 +1,4 @@
-"""Keeps the embedded Postgres alive for as long as the registry lives."""
+"""Restarts the embedded Postgres when it dies, as long as the registry runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _LOOK_EVERY_S = 0.5
 
 
 class Keeper:
-    """Restarts a postmaster that died. `look_now` makes it look at once."""
+    """Looks twice a second whether the postmaster lives, and starts it again if not."""
 
     def __init__(self, server: EmbeddedPostgres) -> None:
         self._server = server
         self._asked = asyncio.Event()
 
     def look_now(self) -> None:
-        """A connection failed."""
+        """Looks at once: call it when a connection failed."""
         self._asked.set()
 
     async def run(self) -> None:
-        """Runs until cancelled. A restart that fails is tried again."""
+        """Runs until cancelled. A restart that failed is tried again."""
         while True:
             try:
                 async with asyncio.timeout(_LOOK_EVERY_S):
@@ -34,7 +34,7 @@ class Keeper:
                 pass
             self._asked.clear()
             if await asyncio.to_thread(self._server.running):
-                await asyncio.sleep(0.05)  # Connections may fail for other reasons; then this must not spin.
+                await asyncio.sleep(0.05)  # Connections may fail for other reasons: the loop must not spin then.
                 continue
             log.warning("the embedded Postgres died; starting it again")
             try:

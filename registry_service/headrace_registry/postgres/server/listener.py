@@ -1,7 +1,7 @@
-"""Carries wakeups between replicas over LISTEN and NOTIFY. It only wakes: what changed is in the tables.
+"""Carries wakeups between replicas over LISTEN and NOTIFY. A wakeup has no content: the changes are in the tables.
 
-One connection listens, for nothing else; it is opened again when it is lost, and since nobody knows what was missed
-then, everybody looks again. NOTIFY takes a lock that all committing notifiers share, so a replica sends at most one in
+One connection does nothing but listen. When it is lost it is opened again, and since wakeups may have been missed, all
+waiting calls look again. NOTIFY takes a lock that all committing notifiers share, so a replica sends at most one in
 50 ms, outside of any transaction that did work.
 """
 
@@ -14,7 +14,7 @@ import uuid
 import psycopg
 
 from headrace_registry.errors import DatabaseUnavailable
-from headrace_registry.postgres.server.pool import Connection, Database, connection_arguments
+from headrace_registry.postgres.server.pool import Database, connection_arguments
 from headrace_registry.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -23,19 +23,19 @@ _CHANNEL = "headrace_registry"
 _TELL_EVERY_S = 0.05
 _RECONNECT_S = 0.5
 _STATEMENT_TIMEOUT_S = 10.0
-# A connection that is silent for so long is asked whether it lives.
+# A connection that was silent for this long is tried with a statement.
 _SILENCE_S = 15.0
 _NOTIFY = "SELECT pg_notify(%(channel)s, %(replica)s)"
 
 
 class Listener:
-    """Tells the other replicas of this one's changes and wakes this one's calls for theirs."""
+    """Notifies the other replicas of this one's changes, and wakes this one's calls when another replica notifies."""
 
     def __init__(self, url: str, database: Database, wakeups: Wakeups) -> None:
         self._url = url
         self._database = database
         self._wakeups = wakeups
-        self._replica = uuid.uuid4().hex  # To leave out one's own voice; nothing else depends on it.
+        self._replica = uuid.uuid4().hex  # To leave out this replica's own notifications.
         self.listening = asyncio.Event()
 
     async def run(self) -> None:
@@ -70,13 +70,11 @@ class Listener:
                         await conn.execute("SELECT 1")
 
     async def _tell(self) -> None:
+        parameters = {"channel": _CHANNEL, "replica": self._replica}
         while True:
             await self._wakeups.news()
             try:
-                await self._database.run(self._notify)
+                await self._database.run(lambda conn: conn.execute(_NOTIFY, parameters))
             except DatabaseUnavailable as exc:
                 log.info("the other replicas find out by themselves: %s", exc.message)
             await asyncio.sleep(_TELL_EVERY_S)
-
-    async def _notify(self, conn: Connection) -> None:
-        await conn.execute(_NOTIFY, {"channel": _CHANNEL, "replica": self._replica})

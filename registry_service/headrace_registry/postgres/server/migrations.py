@@ -1,4 +1,8 @@
-"""Numbered SQL files in `postgres/migrations`, forward only, each one transaction, under one advisory lock."""
+"""Numbered SQL files in `postgres/migrations`, forward only, each one transaction, under one advisory lock.
+
+Numbers only grow. A number is never given to another file, and gaps stay: databases record each number with the
+checksum of its file. No version ever had a 0005.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from psycopg.rows import tuple_row
 
 from headrace_chassis.errors import StartError
 
-# Any number that no other program on the same database takes; replicas that start together queue behind it.
+# "headrace" in ASCII, which no other program on the same database locks. Replicas that start together queue behind it.
 _LOCK = 0x68_65_61_64_72_61_63_65
 _LOCK_TIMEOUT_S = 60
 _NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
@@ -31,12 +35,12 @@ _RECORD = "INSERT INTO schema_migrations (version, name, checksum) VALUES (%s, %
 
 
 class SchemaMismatch(StartError):
-    """The database's schema is not one this version can work on."""
+    """This version can't work on the database's schema."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Migration:
-    """One file."""
+    """One SQL file."""
 
     version: int
     name: str
@@ -49,7 +53,7 @@ class Migration:
 
 
 def packaged_migrations() -> tuple[Migration, ...]:
-    """Returns the files that come with this version, in order; no number comes twice."""
+    """Returns the migrations of this version in order."""
     found = []
     for entry in files("headrace_registry.postgres").joinpath("migrations").iterdir():
         matched = _NAME.fullmatch(entry.name)
@@ -62,7 +66,7 @@ def packaged_migrations() -> tuple[Migration, ...]:
 
 
 async def migrate(url: str, migrations: Sequence[Migration]) -> tuple[int, ...]:
-    """Applies what is missing and returns the versions applied. Raises SchemaMismatch, or psycopg errors."""
+    """Applies missing migrations and returns their versions. Raises SchemaMismatch, or psycopg errors."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5) as conn:
         await conn.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT_S}s'")
         await conn.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
@@ -76,7 +80,7 @@ async def _apply(conn: psycopg.AsyncConnection[tuple[object, ...]], migrations: 
     await conn.execute(_CREATE)
     cursor = await conn.cursor(row_factory=tuple_row).execute(_READ)
     applied: dict[int, str] = dict(await cursor.fetchall())
-    _check(applied, migrations)
+    _check_known(applied, migrations)
     missing = [migration for migration in migrations if migration.version not in applied]
     for migration in missing:
         async with conn.transaction():
@@ -85,7 +89,8 @@ async def _apply(conn: psycopg.AsyncConnection[tuple[object, ...]], migrations: 
     return tuple(migration.version for migration in missing)
 
 
-def _check(applied: dict[int, str], migrations: Sequence[Migration]) -> None:
+def _check_known(applied: dict[int, str], migrations: Sequence[Migration]) -> None:
+    """Raises SchemaMismatch if a newer or different version made a change to the database."""
     known = {migration.version: migration for migration in migrations}
     for version, checksum in sorted(applied.items()):
         migration = known.get(version)

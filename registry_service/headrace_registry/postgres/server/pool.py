@@ -1,4 +1,4 @@
-"""One door to Postgres: bounded waits, transactions retried over lost connections, one typed error when it is away."""
+"""Transactions over a pool: bounded waits, retries over lost connections, one typed error when Postgres is away."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Connection = psycopg.AsyncConnection[DictRow]
 
-# Lost connections, a server that starts or stops, deadlocks and serialization failures: all safe to run again, because
-# a transaction either committed or left nothing, and one that may have committed is idempotent or ends by its lease.
+# Lost connections, a server that starts or stops, deadlocks and serialization failures. All are safe to run again: a
+# transaction either committed or left nothing, and one that may have committed is idempotent or ends by its lease.
 TRANSIENT = (psycopg.OperationalError, psycopg.InterfaceError, PoolClosed)
 
 _CALL_DEADLINE_S = 10.0
-# A cancelled statement is told so over a second connection; a server that does not even take that is left behind.
+# Cancelling a statement takes a second connection. A server that does not answer that either is not waited for.
 _CANCEL_GRACE_S = 1.0
 _CHECKOUT_TIMEOUT_S = 2.0
 _MAX_CONNECTIONS = 10
 _MAX_WAITING = 500
 _RETRY_AFTER_S = 1.0
-# One that answered so recently is taken for alive; should it not be, the transaction is run again.
+# A connection that answered this recently counts as alive; if it is dead after all, the transaction is run again.
 _ALIVE_FOR_S = 0.5
 
 
 class Database:
-    """The pool of one process. `open` before use, `close` after."""
+    """The connection pool of one process. `open` before use, `close` after."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Database:
             max_size=max_connections,
             max_waiting=_MAX_WAITING,
             timeout=_CHECKOUT_TIMEOUT_S,
-            # Give up a reconnection soon: the next call starts another one, without the pool's growing back-off.
+            # Gives up a reconnection soon: the next call starts another one, without the pool's growing backoff.
             reconnect_timeout=0.5,
             check=self._check,
             configure=_configure,
@@ -79,11 +79,14 @@ class Database:
         await self._pool.close(timeout=2.0)
 
     async def run(self, work: Callable[[Connection], Awaitable[T]], *, deadline_s: float | None = None) -> T:
-        """Runs `work` in one transaction, again if the connection was lost. Raises DatabaseUnavailable in time."""
+        """Runs `work` in one transaction, again if the connection was lost. Raises DatabaseUnavailable.
+
+        It returns or raises within `deadline_s`, the pool's own deadline at most, and the time to cancel a statement.
+        """
         return await self._run(work, deadline_s, autocommit=False)
 
     async def single(self, work: Callable[[Connection], Awaitable[T]], *, deadline_s: float | None = None) -> T:
-        """Like `run` for one statement, which is a transaction by itself: it saves the two round trips around it."""
+        """Runs one statement, a transaction by itself, like `run`: saves the round trips of BEGIN and COMMIT."""
         return await self._run(work, deadline_s, autocommit=True)
 
     async def _run(
@@ -95,7 +98,11 @@ class Database:
             await asyncio.wait({task}, timeout=limit_s)
         finally:
             if not task.done():
-                await self._give_up(task)
+                task.cancel()
+                await asyncio.wait({task}, timeout=_CANCEL_GRACE_S)
+                if not task.done():  # The set keeps it from being collected while it runs.
+                    self._left_behind.add(task)
+                    task.add_done_callback(self._left_behind.discard)
         if not task.done() or task.cancelled():
             raise _unavailable()
         return task.result()
@@ -120,36 +127,29 @@ class Database:
         try:
             async with self._pool.connection() as conn:
                 if conn.autocommit is not autocommit:
-                    await conn.set_autocommit(autocommit)  # A flag of the client's; the server hears nothing.
+                    await conn.set_autocommit(autocommit)  # A flag of the client alone: no round trip.
                 result = await work(conn)
                 self._used_s[conn] = time.monotonic()
                 return result
         except (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure):
-            raise
+            raise  # Transient, but the connection is fine.
         except TRANSIENT:
             self._on_lost()
             raise
 
     async def _check(self, conn: Connection) -> None:
-        """Asks a connection whether it is alive, unless it was a moment ago: a round trip that every call would pay."""
+        """Tries a connection, unless it answered a moment ago: a round trip that every call would pay otherwise."""
         if time.monotonic() - self._used_s.get(conn, 0.0) > _ALIVE_FOR_S:
             await AsyncConnectionPool.check_connection(conn)
 
-    async def _give_up(self, task: asyncio.Task[T]) -> None:
-        task.cancel()
-        await asyncio.wait({task}, timeout=_CANCEL_GRACE_S)
-        if not task.done():
-            self._left_behind.add(task)
-            task.add_done_callback(self._left_behind.discard)
-
 
 async def _configure(conn: Connection) -> None:
-    """JSON columns are half of what a page of models costs; the standard library's parser takes four times as long."""
+    # JSON columns are half the cost of a page of models, and the standard library's parser takes four times as long.
     set_json_loads(orjson.loads, conn)
 
 
 def connection_arguments(*, statement_timeout_s: float) -> dict[str, object]:
-    """Arguments of every connection: rows as dicts, UTC, no statement or socket that waits for ever."""
+    """Returns the arguments of every connection: rows as dicts, UTC, a limit on each statement and each socket."""
     milliseconds = int(statement_timeout_s * 1000)
     return {
         "row_factory": dict_row,
