@@ -1,6 +1,6 @@
-"""One embedded Postgres a session, a migrated database of its own for every test that asks for `database_url`.
+"""One embedded Postgres a session, and a migrated database of its own for every test that asks for `database_url`.
 
-`registry` is a real registry on a free port in this process; `registry_process` one in a process of its own.
+`registry` is a real registry on a free port in this process; `start_registry` starts one in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
 from headrace_registry.residency.policy import Policy
 
-# What is idle may be evicted at once.
+# Idle models may be evicted at once.
 AT_ONCE = Policy(min_residency_s=0.0)
 
-# Durable is what a test database need not be.
+# A test database need not be durable.
 FAST_SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 @contextlib.contextmanager
 def temporary_data_dir() -> Iterator[Path]:
-    """A folder for an embedded Postgres.
+    """Makes a folder for an embedded Postgres.
 
-    Not below `tmp_path`: every pytest that starts closes the folder above that to other users, Postgres among them.
+    It is not below `tmp_path`: pytest closes the folder above that to other users, and so to the user of Postgres.
     """
     with tempfile.TemporaryDirectory(prefix="headrace-test-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
@@ -59,7 +59,7 @@ def temporary_data_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def initialized() -> Iterator[Path]:
-    """A cluster that was started once and stopped; copying it is faster than making another."""
+    """A cluster that was started once and stopped: copying it is faster than making another one."""
     with temporary_data_dir() as folder:
         server = EmbeddedPostgres(folder)
         server.start()
@@ -198,7 +198,7 @@ async def running_registry(
 
 @pytest_asyncio.fixture
 async def registry(database_url: str, tmp_path: Path) -> AsyncIterator[RunningRegistry]:
-    """A registry whose model root is the test's folder."""
+    """A registry with the test's folder as its model root."""
     async with running_registry(database_url, tmp_path / "data", roots=(tmp_path,)) as started:
         yield started
 
@@ -226,7 +226,7 @@ class RegistryProcess:
 
 @pytest.fixture
 def start_registry(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., RegistryProcess]]:
-    """Starts registries as processes; what a test leaves running is ended."""
+    """Starts registries as processes; ends those that still run after the test."""
     started: list[RegistryProcess] = []
 
     def start(*flags: str, listen: str = "127.0.0.1:0", environment: dict[str, str] | None = None) -> RegistryProcess:
@@ -254,12 +254,12 @@ def start_registry(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Reg
     for each in started:
         if each.process.poll() is None:
             each.terminate()
-    EmbeddedPostgres(data_dir).stop()  # What a killed registry left behind.
+    EmbeddedPostgres(data_dir).stop()  # A killed registry leaves its server running.
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a failed call says."""
+    """The status and details of a failed call."""
 
     code: grpc.StatusCode
     reason: str

@@ -1,4 +1,4 @@
-"""What registry tests need beside a server: tiny models on disk, and a node that speaks NodeService."""
+"""For tests with a registry: tiny models on disk, and a node that speaks NodeService."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LLAMA = {
     "vocab_size": 32,
     "tie_word_embeddings": True,
 }
-# What the model of `write_model` is estimated to take on a CPU, in its own process; a device that holds one of them.
+# Estimated bytes of `write_model`'s model on a CPU, its process included; the size of a device that holds one of them.
 TINY_BYTES = estimated_bytes({"F32": 256, "BF16": 80}, "float32", architecture=architecture_from(LLAMA))
 ROOM_FOR_ONE = TINY_BYTES * 3 // 2
 
@@ -92,7 +92,7 @@ async def ready_model(stubs: RegistryStubs, folder: Path, model_id: str, **optio
 async def until_state(
     stubs: RegistryStubs, model_id: str, state: model_pb2.ModelState.ValueType, *, timeout_s: float = 20.0
 ) -> model_pb2.Model:
-    """Watches a model until it is there."""
+    """Watches a model until it has the state."""
     call = stubs.models.WatchModel(model_service.WatchModelRequest(model_id=model_id), timeout=timeout_s)
     async for event in call:
         if event.model.state == state:

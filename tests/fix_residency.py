@@ -1,4 +1,4 @@
-"""A registry's stores on a real Postgres whose clock is moved by hand, nodes that misbehave, and the invariants."""
+"""A registry's stores on a real Postgres with a clock moved by hand, nodes that misbehave, and the invariants."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EVERYTHING = (
     "load_failures, learned_sizes"
 )
 
-# What the tables must say at every commit; each row found breaks it. Numbers as in the reference.
+# Statements that find nothing at any commit: each row found breaks an invariant.
 INVARIANTS = {
     "1 over-committed": """
         SELECT d.node_id, d.id, sum(LEAST(r.reserved_bytes, r.admitted_bytes)) AS held, d.lost_bytes, d.capacity_bytes
@@ -101,7 +101,7 @@ _BROKEN = " UNION ALL ".join(
 
 
 def broken_invariants(conn: psycopg.Connection[Any], policy: Policy, *, seen: int = 0) -> list[str]:
-    """Names what does not hold; events up to `seen` were looked at before."""
+    """Names the broken invariants; events up to `seen` were looked at before."""
     parameters = {"seen": seen, "min_residency_s": policy.min_residency_s}
     return [f"{row['name']}: {row['row']}" for row in conn.execute(_BROKEN, parameters).fetchall()]
 
@@ -122,7 +122,7 @@ class DirectDatabase:
 
 @dataclass
 class FakeRunners:
-    """A node's memory as it really is, by residency: bytes, and whether the load is through."""
+    """The true use of a device's memory, by residency id: bytes, and which loads are done."""
 
     used: dict[str, int] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
@@ -133,7 +133,7 @@ class FakeRunners:
 
 
 class World:
-    """Stores, a clock, nodes. Not async: each method runs to its end."""
+    """Stores, a clock and nodes. Its methods are not async: each runs to its end."""
 
     def __init__(self, url: str, policy: Policy) -> None:
         self.policy = policy
@@ -178,7 +178,7 @@ class World:
         self.epochs.clear()
         self.sync.execute("INSERT INTO test_clock VALUES ('2030-01-01 00:00:00+00')")
 
-    # What there is ---------------------------------------------------------------------------------------------------
+    # Models, nodes, pins ----------------------------------------------------------------------------------------------
 
     def add_model(self, name: str, n_parameters: int) -> None:
         self.sync.execute(
@@ -188,7 +188,7 @@ class World:
         )
 
     def start_node(self, name: str, devices: dict[str, int], *, max_loads: int = 0, max_residents: int = 0) -> None:
-        """A new epoch: whatever the node held is gone."""
+        """Begins a new epoch: all memory of the node is free."""
         kinds = {"cpu": DeviceKind.CPU, "cuda": DeviceKind.CUDA}
         announcement = Announcement(
             node_id=name,
@@ -223,14 +223,14 @@ class World:
         return self.sync.execute(statement, (model,)).fetchone() is not None
 
     def leased(self, model: str) -> bool:
-        """On silent nodes, too."""
+        """True if a lease on the model is held, on silent nodes too."""
         statement = "SELECT 1 FROM leases WHERE model_id = %s AND state = 'HELD' AND expire_time > registry_now()"
         return self.sync.execute(statement, (model,)).fetchone() is not None
 
     # Time ------------------------------------------------------------------------------------------------------------
 
     def advance(self, seconds: float) -> None:
-        """Moves the clock; nothing else."""
+        """Moves the clock and does nothing else."""
         self.now += seconds
         self.sync.execute("UPDATE test_clock SET now = now + make_interval(secs => %s)", (seconds,))
 
@@ -241,11 +241,11 @@ class World:
             seconds -= 5.0
             for node in self.epochs:
                 self.heartbeat(node)
-            for attempt in waiting:
-                self.poll(attempt)
+            for call in waiting:
+                self.poll(call)
 
     def tick(self) -> None:
-        """A round of upkeep."""
+        """Does a round of upkeep."""
         self.run(self.leases.expire())
         self.run(self.nodes.lose_silent(SILENT_S))
         self.run(self.upkeep.tidy())
@@ -255,32 +255,32 @@ class World:
     def ask(
         self, model: str, *, node: str = "", device: str = "", wait_s: float = 600.0, ttl_s: float = 60.0
     ) -> LeaseWait:
-        """An AcquireLease that has not taken its first step."""
+        """Returns an AcquireLease that has not taken its first step."""
         number = next(self._ids)
         wish = Wish(model_id=model, node_id=node, device_id=device, actor=f"caller-{number}")
         terms = LeaseTerms(holder=f"caller-{number}", ttl_s=ttl_s)
         waiter_id = f"waiter-{number:06d}"
         return LeaseWait(self.residencies, wish, terms, waiter_id=waiter_id, deadline=self.now + wait_s)
 
-    def poll(self, attempt: LeaseWait) -> Lease | None:
-        """One step; the lease once there is one. Raises what the caller would be told."""
+    def poll(self, call: LeaseWait) -> Lease | None:
+        """Takes one step; returns the lease once it is granted. Raises the error that the caller would get."""
         try:
-            progress = self.run(attempt.advance(self.now))
+            progress = self.run(call.advance(self.now))
         except ServiceError:
-            self.run(attempt.give_up())
+            self.run(call.give_up())
             raise
         return progress.lease if progress is not None else None
 
     def acquire(self, model: str, **fields: Any) -> Lease:
-        """A lease on what is resident or loads at once on a node that obeys."""
-        attempt = self.ask(model, **fields)
-        lease = self.poll(attempt)
+        """Acquires a lease on a model that is resident, or that loads at once on a node that obeys."""
+        call = self.ask(model, **fields)
+        lease = self.poll(call)
         for _ in range(20):
             if lease is not None:
                 return lease
             self.obey()
             self.tick()
-            lease = self.poll(attempt)
+            lease = self.poll(call)
         raise AssertionError(f"no lease of {model}: {self.states()}")
 
     def load(self, model: str, *, node: str = "") -> Residency:
@@ -300,7 +300,7 @@ class World:
         self.run(self.nodes.hear(node, self.epochs[node]))
 
     def assignments(self, node: str) -> list[Residency]:
-        """What the node is told to hold or end; it drops what it is not told of any more."""
+        """Returns the node's assignments; the node drops runners whose residency is not among them any more."""
         desired = self.run(self.nodes.desired(node, self.epochs[node]))
         if desired is None:
             return []
@@ -323,7 +323,7 @@ class World:
         )
 
     def starts_loading(self, residency: Residency) -> None:
-        """The runner takes all the memory it will take."""
+        """Begins a load: the runner takes all its memory at once."""
         self._runners(residency).used[residency.id] = residency.reserved_bytes
         self.report(residency, S.LOADING, transfer=Transfer(done_bytes=1, total_bytes=2))
 
@@ -343,7 +343,7 @@ class World:
         self.report(residency, S.UNLOADED, lost_bytes=lost_bytes)
 
     def obey(self, node: str = "") -> None:
-        """Nodes do at once what they are told."""
+        """Lets nodes follow their assignments at once."""
         for name in [node] if node else list(self.epochs):
             self.heartbeat(name)
             for told in self.assignments(name):
@@ -353,7 +353,7 @@ class World:
                     self.loads(told)
 
     def returns_lost(self, node: str) -> None:
-        """The node finds that lost memory is free after all."""
+        """Lets the node find its lost memory free after all."""
         for (name, device), runners in self.runners.items():
             if name == node:
                 runners.lost_bytes = 0
@@ -368,10 +368,10 @@ class World:
     def _runners(self, residency: Residency) -> FakeRunners:
         return self.runners[residency.node_id, residency.device_id]
 
-    # What the tables say ---------------------------------------------------------------------------------------------
+    # The tables -------------------------------------------------------------------------------------------------------
 
     def states(self) -> dict[str, str]:
-        """State by model, of the latest residency of each."""
+        """Returns the state of each model's latest residency."""
         rows = self.sync.execute("SELECT model_id, state FROM residencies ORDER BY queue_seq").fetchall()
         return {row["model_id"]: row["state"] for row in rows}
 
@@ -388,7 +388,7 @@ class World:
         return row
 
     def check(self) -> None:
-        """Raises AssertionError naming what does not hold."""
+        """Raises AssertionError that names the broken invariants."""
         broken = broken_invariants(self.sync, self.policy, seen=self._seen)
         devices = self.sync.execute("SELECT node_id, id, capacity_bytes, lost_bytes FROM devices").fetchall()
         for row in devices:

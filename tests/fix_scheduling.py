@@ -1,4 +1,4 @@
-"""Nodes and what is on them, in a line each, and what a plan does with them."""
+"""Nodes and occupants in a line each, and the states that a plan gives them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OLD = 1000.0
 
 
 def occupant(name: str, n_bytes: int = 10, state: ResidencyState = S.RESIDENT, **fields: object) -> Occupant:
-    """Old enough to go; whoever is queued has a waiter."""
+    """Returns an occupant that is old enough to be evicted; a queued one has a waiter."""
     given = {"model_id": f"model-{name}", "device_id": "cpu", "age_s": OLD, "idle_s": 100.0, **fields}
     if state is S.QUEUED:
         given = {"n_waiters": 1, "age_s": 1.0, **given, **fields}
@@ -30,5 +30,5 @@ def node(*occupants: Occupant, capacity: int = 100, lost: int = 0, **fields: obj
 
 
 def states(view: NodeView, policy: Policy = POLICY) -> dict[str, ResidencyState]:
-    """What a plan does."""
+    """Returns the new states of a plan, by residency id."""
     return {step.residency_id: step.state for step in plan(view, policy).steps}

@@ -1,4 +1,4 @@
-"""Who drains, for whom, and who stays after all."""
+"""Which models drain, for which others, and which stay after all."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_model_asked_for_again_stays_once_nobody_else_waits_for_its_memory(n_l
     other = queued("first", 60, 1, age_s=500)
 
     assert [(s.residency_id, s.state) for s in plan(node(drains, used, again), POLICY).steps] == [
-        ("q", S.UNLOADED),  # First: a model is active once on a device.
+        ("q", S.UNLOADED),  # First, since a model is active only once on a device.
         ("d", S.RESIDENT),
     ]
     assert "q" not in states(node(drains, used, again, other))

@@ -1,4 +1,4 @@
-"""UnloadModel and DeleteModel while somebody relies on the model: refused by name, or forced with a reason."""
+"""UnloadModel and DeleteModel of a model in use: refused with the holders' names, or forced with a reason."""
 
 from __future__ import annotations
 

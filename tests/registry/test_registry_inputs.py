@@ -1,4 +1,4 @@
-"""Values from outside: ids, paths, filters, page tokens, labels."""
+"""Input from outside: ids, paths, filters, page tokens, labels."""
 
 from __future__ import annotations
 

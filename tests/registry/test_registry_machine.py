@@ -30,7 +30,7 @@ NODES = {
     "beta": {"cpu": BYTES["huge"]},
 }
 PICK = st.integers(0, 11)
-# What shall be rare happens at 0.
+# A rule that shall be rare acts at 0.
 DICE = st.integers(0, 4)
 
 
@@ -72,7 +72,7 @@ class Residencies(RuleBasedStateMachine):
 
     @rule(models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3))
     def use(self, models: list[str]) -> None:
-        """Callers who get what they ask for, as far as there is room."""
+        """Calls that are granted, as far as there is room."""
         for model in models:
             self._ask(model, "", 20)
         self._rounds(2)
@@ -85,9 +85,9 @@ class Residencies(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(pick=PICK)
     def cancel(self, pick: int) -> None:
-        attempt = _pick(self.waiting, pick)
-        self.waiting.remove(attempt)
-        self.world.run(attempt.give_up())
+        call = _pick(self.waiting, pick)
+        self.waiting.remove(call)
+        self.world.run(call.give_up())
 
     @precondition(lambda self: self.held)
     @rule(pick=PICK)
@@ -206,15 +206,15 @@ class Residencies(RuleBasedStateMachine):
 
     @rule(rounds=st.integers(1, 5))
     def go_on(self, rounds: int) -> None:
-        """Everybody does what is expected."""
+        """Nodes and callers do what is expected."""
         self._rounds(rounds)
 
     def _rounds(self, rounds: int) -> None:
         for _ in range(rounds):
             self._pass(4.0, heard=sorted(NODES))
             self.world.obey()
-            for attempt in list(self.waiting):
-                self._poll(attempt)
+            for call in list(self.waiting):
+                self._poll(call)
 
     def check_invariants(self, settings: object = None, *args: object, **kwargs: object) -> None:
         super().check_invariants(settings, *args, **kwargs)  # type: ignore[arg-type]
@@ -227,21 +227,21 @@ class Residencies(RuleBasedStateMachine):
         assert not taken, f"leases were taken away: {taken}"
 
     def teardown(self) -> None:
-        """Nobody is lost: once nodes answer and time passes, every call ends."""
+        """No call is lost: once nodes answer and time passes, every one ends."""
         if not self.begun:
             return
         self._count_events()
-        end = max([self.deadlines[attempt] for attempt in self.waiting], default=0.0) + 5.0
-        for attempt in list(self.waiting):
-            self._poll(attempt)
+        end = max([self.deadlines[call] for call in self.waiting], default=0.0) + 5.0
+        for call in list(self.waiting):
+            self._poll(call)
         while self.waiting:
             assert self.world.now <= end, f"{len(self.waiting)} calls wait past their deadline"
             self._pass(9.0, heard=sorted(NODES))
             self.world.obey()
-            for attempt in list(self.waiting):
-                self._poll(attempt)
+            for call in list(self.waiting):
+                self._poll(call)
             self.world.check()
-        # With nobody left, everything on its way arrives; LoadModel's models may still follow each other for a while.
+        # Without a waiting call every transition under way ends; LoadModel's models may still load one after another.
         stuck = self._on_the_way()
         for _ in range(30):
             self._pass(4.0, heard=sorted(NODES))
@@ -258,30 +258,30 @@ class Residencies(RuleBasedStateMachine):
         ).fetchall()
 
     def _ask(self, model: str, node: str, wait_s: float) -> None:
-        attempt = self.world.ask(model, node=node, wait_s=wait_s, ttl_s=40.0)
-        self.waiting.append(attempt)
-        self.deadlines[attempt] = self.world.now + wait_s
-        self._poll(attempt)
+        call = self.world.ask(model, node=node, wait_s=wait_s, ttl_s=40.0)
+        self.waiting.append(call)
+        self.deadlines[call] = self.world.now + wait_s
+        self._poll(call)
 
     def _count_events(self) -> None:
         rows = self.world.sync.execute("SELECT state, reason FROM residency_events").fetchall()
         self.seen.update(row["state"] for row in rows)
         self.seen.update(row["reason"].split(" for ")[0] for row in rows)
 
-    def _poll(self, attempt: LeaseWait) -> None:
-        """One step of a call; when it ends, it ends with a lease or with a typed error that says what to do."""
-        overdue = self.world.now - self.deadlines[attempt]
+    def _poll(self, call: LeaseWait) -> None:
+        """Takes one step of a call, which ends with a lease or with a typed error."""
+        overdue = self.world.now - self.deadlines[call]
         try:
-            lease = self.world.poll(attempt)
+            lease = self.world.poll(call)
         except ServiceError as exc:
-            self.waiting.remove(attempt)
-            self.world.run(attempt.give_up())
+            self.waiting.remove(call)
+            self.world.run(call.give_up())
             self.seen[type(exc).__name__] += 1
             if isinstance(exc, AdmissionTimeout) and overdue < 0:
                 raise
             return
         if lease is not None:
-            self.waiting.remove(attempt)
+            self.waiting.remove(call)
             self.held[lease.id] = lease
             self.seen["granted"] += 1
             assert self.world.residency(lease.residency_id)["state"] == S.RESIDENT

@@ -1,4 +1,4 @@
-"""What nodes say of their machine, as ListNodes answers it."""
+"""Facts that nodes announce about their machine, as ListNodes returns them."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ async def test_a_silent_node_is_lost_and_comes_back_with_its_residencies(databas
         assert (while_lost.reason, nowhere.reason) == ("LEASE_LOST", "NODE_LOST")
         assert (back.state, back.fence, back.n_leases) == (r.RESIDENCY_STATE_RESIDENT, lost.fence, 1)
         assert (await node_of(stubs)).state == r.NODE_STATE_ALIVE
-        # Its stream was open all the time; it was never told to drop what it holds.
+        # Its stream was open all the time, and never told it to drop its models.
         assert all(message.assignments for message in node.messages[1:])
         await node.stop()
 

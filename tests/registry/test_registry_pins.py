@@ -1,4 +1,4 @@
-"""Pins over gRPC: who may set them, what they hold, how they end."""
+"""Pins over gRPC: how they are set, how they keep models, how they end."""
 
 from __future__ import annotations
 

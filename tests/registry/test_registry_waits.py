@@ -77,8 +77,8 @@ def test_two_that_need_the_same_room_are_both_served_and_the_requested_is_not_ev
     one_device(world)
     aged(world, "a")
     waiting = {name: world.ask(name) for name in "bc"}
-    for attempt in waiting.values():
-        assert world.poll(attempt) is None
+    for call in waiting.values():
+        assert world.poll(call) is None
     world.obey()
     world.obey()
     lease = world.poll(waiting["b"])
@@ -105,9 +105,9 @@ def test_a_large_load_takes_no_more_than_it_needs_and_waits_for_the_release(worl
         world.advance(1.0)
     world.advance(POLICY.min_residency_s)
     world.heartbeat("n")
-    attempt = world.ask("large")
+    call = world.ask("large")
     for _ in range(5):
-        world.poll(attempt)
+        world.poll(call)
         world.tick()
 
     assert world.states() == {"a": S.UNLOADING, "b": S.UNLOADING, "c": S.RESIDENT, "d": S.RESIDENT, "large": S.QUEUED}
@@ -120,8 +120,8 @@ def test_the_queue_is_served_in_the_order_of_arrival(world):
     one_device(world)
     lease = world.acquire("a")
     waiting = [world.ask(name) for name in "bc"]
-    for attempt in waiting:
-        world.poll(attempt)
+    for call in waiting:
+        world.poll(call)
     world.release(lease)
     world.go_on(POLICY.min_residency_s, *waiting)
     world.tick()
@@ -149,11 +149,11 @@ def test_only_so_many_models_and_calls_may_wait_and_refusing_changes_nothing(wor
 def test_at_the_deadline_the_call_says_where_it_stood_and_behind_whom(world):
     one_device(world)
     world.acquire("a")
-    attempt = world.ask("b", wait_s=5.0)
-    world.poll(attempt)
+    call = world.ask("b", wait_s=5.0)
+    world.poll(call)
     world.advance(5.0)
     with told(AdmissionTimeout) as found:
-        world.poll(attempt)
+        world.poll(call)
 
     assert found[0].metadata == {"state": "QUEUED", "position": "1", "holders": "caller-1 (a)"}
 
@@ -175,9 +175,9 @@ def test_pins_that_leave_no_room_for_ever_refuse_at_once_others_are_waited_for(w
 def test_a_queued_model_that_nobody_waits_for_never_loads(world):
     one_device(world)
     lease = world.acquire("a")
-    attempt = world.ask("b")
-    world.poll(attempt)
-    world.run(attempt.give_up())
+    call = world.ask("b")
+    world.poll(call)
+    world.run(call.give_up())
     world.release(lease)
     world.advance(POLICY.min_residency_s)
     world.heartbeat("n")
@@ -222,7 +222,7 @@ def test_a_stream_of_new_leases_does_not_starve_who_waits(world):
     assert world.latest("a")["state"] == S.QUEUED
     assert world.residency(lease.residency_id)["state"] == S.DRAINING
     assert world.residency(lease.residency_id)["reason"].startswith("drained for b")
-    world.run(world.leases.renew(lease.id, lease.fence))  # Who holds a lease keeps it.
+    world.run(world.leases.renew(lease.id, lease.fence))  # A lease that is held stays.
     world.release(lease)
     world.obey()
     world.obey()
@@ -275,8 +275,8 @@ def test_two_models_that_do_not_fit_together_take_turns_of_the_minimum(world):
 # Failures -----------------------------------------------------------------------------------------------------------
 
 
-def fail(world: World, attempt: object, reason: str = "DEVICE_OOM") -> None:
-    """The node fails the load that the attempt waits for."""
+def fail(world: World, call: object, reason: str = "DEVICE_OOM") -> None:
+    """Lets the node fail the load that the call waits for."""
     loading = next(each for each in world.assignments("n") if each.state is S.LOADING)
     world.fails(loading, reason)
 
@@ -284,11 +284,11 @@ def fail(world: World, attempt: object, reason: str = "DEVICE_OOM") -> None:
 def test_a_failed_load_is_left_alone_twice_as_long_each_time(world):
     one_device(world)
     for backoff_s in (1.0, 2.0, 4.0):
-        attempt = world.ask("a")
-        world.poll(attempt)
-        fail(world, attempt)
+        call = world.ask("a")
+        world.poll(call)
+        fail(world, call)
         with told(DeviceOom):
-            world.poll(attempt)
+            world.poll(call)
         with told(DeviceOom) as left:
             world.poll(world.ask("a"))
         assert left[0].retry_after_s == pytest.approx(backoff_s)
@@ -317,16 +317,16 @@ def test_a_success_and_other_load_options_clear_the_memory_of_failures(world):
 def test_after_a_failure_another_place_is_tried_and_then_the_failure_told(world):
     world.start_node("m", {"cpu": ONE})
     one_device(world)
-    attempt = world.ask("a")
+    call = world.ask("a")
     for _ in range(2):
-        world.poll(attempt)
+        world.poll(call)
         for node in "mn":
             for loading in world.assignments(node):
                 if loading.state is S.LOADING:
                     world.fails(loading)
-        world.advance(1.5)  # The first place could be tried again; not by this call.
+        world.advance(1.5)  # The first device could be tried again, but not by this call.
     with told(DeviceOom):
-        world.poll(attempt)
+        world.poll(call)
 
     tried = world.sync.execute("SELECT node_id FROM residencies WHERE state = 'FAILED'").fetchall()
     assert sorted(row["node_id"] for row in tried) == ["m", "n"]
@@ -352,8 +352,8 @@ def test_a_runner_that_dies_loads_again_at_once_but_not_if_it_dies_again(world):
 def test_memory_that_an_unload_did_not_give_back_counts_until_the_node_finds_it_free(world):
     one_device(world)
     aged(world, "a")
-    attempt = world.ask("b")
-    world.poll(attempt)
+    call = world.ask("b")
+    world.poll(call)
     leaving = next(each for each in world.assignments("n") if each.state is S.UNLOADING)
     world.unloads(leaving, lost_bytes=TINY)
     world.report(leaving, S.UNLOADED, lost_bytes=TINY)  # The same report again counts once.
@@ -371,9 +371,9 @@ def test_memory_that_an_unload_did_not_give_back_counts_until_the_node_finds_it_
 
 def test_a_node_loads_only_so_many_at_once(world):
     one_device(world, TINY * 4, max_loads=1)
-    attempts = [world.ask(name) for name in "ab"]
-    for attempt in attempts:
-        world.poll(attempt)
+    calls = [world.ask(name) for name in "ab"]
+    for call in calls:
+        world.poll(call)
     before = world.states()
     world.obey()
 
@@ -407,10 +407,10 @@ def test_what_nobody_uses_is_unloaded_after_the_idle_timeout(world):
 def test_the_measured_size_is_taken_there_and_its_ratio_elsewhere(world):
     one_device(world)
     world.start_node("m", {"cpu": ONE})
-    attempt = world.ask("a", node="n")
-    world.poll(attempt)
+    call = world.ask("a", node="n")
+    world.poll(call)
     world.loads(world.assignments("n")[0], measured_bytes=TINY // 2)
-    world.poll(attempt)
+    world.poll(call)
     elsewhere = world.load("a", node="m")
     estimated = world.latest("a")["estimated_bytes"]
 
@@ -422,8 +422,8 @@ def test_the_measured_size_is_taken_there_and_its_ratio_elsewhere(world):
 
 def test_a_node_that_is_silent_about_a_load_is_asked_again_and_at_last_the_load_fails(world):
     one_device(world)
-    attempt = world.ask("a")
-    world.poll(attempt)
+    call = world.ask("a")
+    world.poll(call)
     first = world.assignments("n")[0]
     world.advance(POLICY.load_silence_s)
     world.heartbeat("n")
@@ -436,12 +436,12 @@ def test_a_node_that_is_silent_about_a_load_is_asked_again_and_at_last_the_load_
     world.tick()
     given_up = world.latest("a")
     with told(LoadFailed):
-        world.poll(attempt)
+        world.poll(call)
     world.obey()
 
     assert (again.state, again.reason) == (S.LOADING, "the node has not reported for 120 s and is asked again")
     assert again.fence > first.fence
-    assert given_up["state"] == S.UNLOADING  # What it holds still counts.
+    assert given_up["state"] == S.UNLOADING  # Its memory still counts.
     assert world.residency(first.id)["state"] == S.FAILED
 
 

@@ -95,7 +95,6 @@ FROM (
 WHERE m.id = used.id
 """
 
-
 _REMOVED_AT_ONCE = 100
 _ORPHANS_AT_ONCE = 1000
 _MAX_DECISIONS = 5

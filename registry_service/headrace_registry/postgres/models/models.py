@@ -75,7 +75,6 @@ WHERE (f.model_id = %(id)s OR f.path = (SELECT files_path FROM models WHERE id =
                   AND (p.model_id = f.model_id OR f.path IN (p.target_path, p.source_path)))
 """
 
-
 # Events kept per model: hours of progress at one a second. A watcher that comes later gets a snapshot.
 _KEEP_EVENTS = 10_000
 _EVENTS_PER_READ = 200

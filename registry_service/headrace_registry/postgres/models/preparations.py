@@ -94,7 +94,6 @@ ORDER BY m.create_time, m.id LIMIT 1 FOR SHARE OF f
 """
 BASE_TAKE = "UPDATE preparations SET source_path = %(path)s WHERE model_id = %(model_id)s"
 
-
 T = TypeVar("T")
 
 # A dead worker is replaced after this. A worker renews its claims at a third of it.

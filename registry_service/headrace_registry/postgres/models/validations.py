@@ -64,7 +64,6 @@ WHERE model_id = %(model_id)s AND (NOT %(passed_only)s OR passed)
 ORDER BY create_time DESC, id DESC LIMIT %(limit)s
 """
 
-
 # A waiting call renews its attempt at each poll; the attempt of a call that died ends after this.
 _TTL_S = 15.0
 _RETRY_AFTER_S = 5.0

@@ -32,7 +32,6 @@ VALUES (%(id)s, %(model_id)s, %(node_id)s, %(device_id)s, 'QUEUED', %(reserved_b
         %(estimated_bytes)s, %(load_dtype)s, nextval('residency_fences'), %(node_epoch)s, %(reason)s, %(actor)s)
 """
 
-
 # The reason of a new residency that has to wait.
 _WHY_QUEUED = {
     Outcome.WAIT: "waits for memory on its way back",

@@ -74,7 +74,6 @@ UPDATE leases SET state = 'RELEASED', end_time = registry_now() WHERE id = %(id)
 RETURNING residency_id
 """
 
-
 T = TypeVar("T")
 
 
