@@ -7,11 +7,13 @@ from __future__ import annotations
 
 # Requests -------------------------------------------------------------------------------------------------------------
 
+# Calls with the same id wait for each other: the second one finds the answer of the first.
 REQUEST_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(request_id)s, 0))"
 
 # Models and the model store -------------------------------------------------------------------------------------------
 
 MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR UPDATE"
+# FOR SHARE: loads of a model do not wait for each other, its deletion waits for them.
 MODEL_KEEP = """
 SELECT *, COALESCE(deleting_until > registry_now(), false) AS deleting FROM models WHERE id = %(id)s FOR SHARE
 """
@@ -29,6 +31,7 @@ NODES_WITH_DEVICE = """
 SELECT DISTINCT node_id FROM devices
 WHERE present AND (%(node_id)s = '' OR node_id = %(node_id)s) AND (%(device_id)s = '' OR id = %(device_id)s)
 """
+# A pin that lasts for longer than `for_good_s` counts as one for good.
 OCCUPANTS_OF_NODES = """
 SELECT r.id, r.model_id, r.node_id, r.device_id, r.state, r.reserved_bytes, r.queue_seq, r.actor,
        extract(epoch FROM clock.now - r.state_time)::float8 AS age_s,

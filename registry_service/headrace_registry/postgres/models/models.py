@@ -24,6 +24,7 @@ from headrace_registry.wakeups import Wakeups
 MODEL_READ = "SELECT * FROM models WHERE id = %(id)s"
 # Longer than a deletion waits for memory.
 MODEL_DELETING = "UPDATE models SET deleting_until = registry_now() + interval '30 s' WHERE id = %(id)s"
+# Two registrations of one identity at the same time make one model.
 IDENTITY_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(identity)s, 1))"
 MODEL_OF_IDENTITY = "SELECT * FROM models WHERE identity = %(identity)s ORDER BY create_time, id LIMIT 1"
 MODEL_INSERT = """
@@ -34,6 +35,7 @@ ON CONFLICT (id) DO NOTHING
 RETURNING id
 """
 MODEL_DELETE = "DELETE FROM models WHERE id = %(id)s"
+# One statement, so that a change and its event have the same number and are never seen apart.
 MODEL_TOUCH = """
 WITH touched AS (
     UPDATE models

@@ -29,6 +29,7 @@ PREPARATION_DELETE = "DELETE FROM preparations WHERE model_id = %(model_id)s RET
 PREPARATION_HOLD = """
 SELECT * FROM preparations WHERE model_id = %(model_id)s AND claimed_by = %(worker)s FOR UPDATE
 """
+# SKIP LOCKED: workers that claim at the same time get different preparations.
 PREPARATIONS_CLAIM = """
 UPDATE preparations p
 SET claimed_by = %(worker)s, claim_expire_time = registry_now() + make_interval(secs => %(claim_s)s)

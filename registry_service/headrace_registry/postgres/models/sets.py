@@ -13,6 +13,7 @@ from headrace_registry.postgres.residency.nodes import hear
 from headrace_registry.postgres.rows import Row, set_of, set_pin_of
 from headrace_registry.postgres.server.pool import Connection, Database
 
+# `least`: a node's clock may be ahead, and no set was last used in the future.
 SET_UPSERT = """
 INSERT INTO activation_sets
     (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, retention, path, last_used_time, holders)

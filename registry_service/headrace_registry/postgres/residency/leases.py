@@ -49,6 +49,7 @@ WHERE l.request_id = %(request_id)s AND l.state = 'HELD' AND l.expire_time > reg
 LEASE_STALE_REQUEST = """
 UPDATE leases SET state = 'LOST', end_time = registry_now() WHERE request_id = %(request_id)s AND state = 'HELD'
 """
+# ON CONFLICT: a transaction that is run again after a lost connection may have granted the lease already.
 LEASE_GRANT = """
 WITH granted AS (
     UPDATE residencies SET lease_fence = lease_fence + 1, last_used_time = registry_now()
@@ -60,6 +61,7 @@ SELECT %(id)s, id, model_id, %(holder)s, %(request_id)s, lease_fence, %(ttl_s)s,
 FROM granted
 ON CONFLICT (id) DO UPDATE SET fence = excluded.fence, expire_time = excluded.expire_time
 """
+# DRAINING too: the model stays until its leases end.
 LEASE_RENEW = """
 UPDATE leases l SET expire_time = registry_now() + make_interval(secs => l.ttl_s)
 FROM residencies r

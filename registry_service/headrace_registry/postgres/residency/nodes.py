@@ -41,6 +41,7 @@ UPDATE nodes SET memory_free_bytes = %(memory_free_bytes)s,
 WHERE id = %(id)s
 """
 NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = registry_now() WHERE id = %(id)s"
+# SKIP LOCKED: a node in a call at this moment is not silent, and another replica may be at the same work.
 NODES_SILENT = """
 SELECT id FROM nodes
 WHERE state = 'ALIVE' AND heartbeat_time < registry_now() - make_interval(secs => %(silent_s)s)
@@ -97,6 +98,8 @@ FROM validation_attempts a JOIN models m ON m.id = a.model_id
 WHERE a.node_id = %(node_id)s AND a.node_epoch = %(epoch)s AND NOT a.done AND a.expire_time > registry_now()
 ORDER BY a.create_time, a.id
 """
+# Residencies of a silent node remember their state, so that RESIDENCIES_REVIVE can bring them back. QUEUED ones hold no
+# memory there: they end, and their waiters are placed elsewhere.
 RESIDENCIES_LOSE = """
 UPDATE residencies
 SET state = CASE WHEN %(silent)s AND state = 'QUEUED' THEN 'UNLOADED' ELSE 'LOST' END,

@@ -120,6 +120,7 @@ class ResidencyStore:
         """
 
         async def work(conn: Connection) -> tuple[LeaseProgress, bool]:
+            # A call that is repeated after its answer got lost has its lease already.
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
             if known is not None:
                 return LeaseProgress(lease=known), False
@@ -130,6 +131,7 @@ class ResidencyStore:
                 return LeaseProgress(lease=lease), False
             placed, avoid = await self._place(conn, wish, last)
             residency = placed.residency
+            # It may have become resident between the attempt to grant and the locks that placing takes.
             if residency.state is ResidencyState.RESIDENT:
                 lease = await grant_lease(conn, residency.id, terms, lease_id=waiter_id)
                 await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})

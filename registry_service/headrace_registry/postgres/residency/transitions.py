@@ -15,6 +15,7 @@ from headrace_registry.residency.policy import Policy
 from headrace_registry.residency.residency import Residency, ResidencyState
 from headrace_registry.residency.scheduling import Plan, plan
 
+# A move into the same state, which only gives a new reason or fence, does not make its age begin anew.
 RESIDENCY_MOVE = """
 UPDATE residencies
 SET state_time = CASE WHEN state = %(state)s THEN state_time ELSE registry_now() END,
