@@ -135,9 +135,16 @@ async def _decode_tokens(files_path: str, token_ids: Sequence[int]) -> list[str]
     return await asyncio.to_thread(lambda: _tokenizer(files_path).decode_each(token_ids))
 
 
-def _node_id(given: str) -> str:
-    name = given or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")
-    return name if re.match(r"^[a-z]", name) else f"node-{name}"[:63]
+def _registry_client(args: argparse.Namespace) -> RegistryClient:
+    name = args.node_id or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")
+    return RegistryClient(
+        args.registry,
+        node_id=name if re.match(r"^[a-z]", name) else f"node-{name}"[:63],
+        version=version("headrace"),
+        boot_nonce=uuid.uuid4().hex,
+        token=args.registry_token_file.read_text().strip() if args.registry_token_file else "",
+        root_certificates=args.registry_ca.read_bytes() if args.registry_ca else None,
+    )
 
 
 async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
@@ -145,14 +152,7 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     data_dir: Path = args.data_dir
     shutdown, metrics = Shutdown(), Metrics()
     devices = device_lister(args.device, args.cpu_bytes)
-    registry = RegistryClient(
-        args.registry,
-        node_id=_node_id(args.node_id),
-        version=version("headrace"),
-        boot_nonce=uuid.uuid4().hex,
-        token=args.registry_token_file.read_text().strip() if args.registry_token_file else "",
-        root_certificates=args.registry_ca.read_bytes() if args.registry_ca else None,
-    )
+    registry = _registry_client(args)
     corpora = CorpusStore(data_dir / "corpora", allowed_roots=args.corpus_root)
     machine = machine_reader(devices(), max_loads=args.max_loads, max_residents=args.max_residents)
     node = Node(registry, RunnerProcess.start, devices, environment=environment, machine=machine)
