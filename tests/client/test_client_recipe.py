@@ -7,7 +7,7 @@ from headrace_client import LongDocuments, Recipe, TokenWindow, errors
 from headrace_client.rpc.convert.recipes import recipe_from_pb, recipe_to_pb
 from headrace_extractor.corpora.recipe import Recipe as ServerRecipe
 from headrace_extractor.corpora.recipe import TokenWindow as ServerWindow
-from headrace_extractor.rpc.convert import extractions as server
+from headrace_extractor.rpc.convert import recipes as server
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import FieldInvalid, QueueFull, StateConflict
 from headrace_extractor.hub.client import HubDatasets
 from headrace_extractor.requests import Requests, checked_request_id
-from headrace_extractor.rpc.convert import corpora as convert_corpora
-from headrace_extractor.rpc.convert import extractions as convert
+from headrace_extractor.rpc.convert import corpora as convert
 
 MAX_CONTENT_BYTES = 1024 * 1024
 # An ingest parses in a thread, and Python's threads share one core: more at once would only be slower.
@@ -104,7 +103,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
             documents = [document.token_ids for document in request.token_ids.documents]
             ingest = partial(self._store.ingest_tokens, spec.id, documents)
         elif source == "mix":
-            ingest = partial(self._store.ingest_mix, spec.id, convert_corpora.mix_from_pb(request.mix))
+            ingest = partial(self._store.ingest_mix, spec.id, convert.mix_from_pb(request.mix))
         else:
             raise FieldInvalid("Set one of `path`, `token_ids`, `hub` and `mix`.", field="source")
         return await self._in_thread(self._remembered, request.request_id, ingest)
@@ -116,7 +115,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
         return corpus
 
     async def _read_hub(self, spec: CorpusSpec, request: corpus_service_pb2.RegisterCorpusRequest) -> Corpus:
-        kind, job = convert_corpora.hub_job_from_pb(spec, request.hub)
+        kind, job = convert.hub_job_from_pb(spec, request.hub)
         left = threading.Event()
 
         def check() -> None:

@@ -34,8 +34,9 @@ from headrace_extractor.node.values import (
     ResidencyReport,
     ValidationReport,
 )
-from headrace_extractor.rpc.convert import extractions as convert
+from headrace_extractor.rpc.convert import nodes as convert
 from headrace_extractor.rpc.convert import sets as set_convert
+from headrace_extractor.rpc.convert.common import transfer_from_pb, transfer_to_pb
 from headrace_extractor.sets.notes import HeldSet, SetOrders
 
 CALL_DEADLINE_S = 15.0
@@ -157,7 +158,7 @@ class RegistryClient:
             model_id=build.model.id,
             target_path=build.target_path,
             done=done,
-            transfer=convert.transfer_to_pb(transfer),
+            transfer=transfer_to_pb(transfer),
             failure=convert.failure_to_pb(failure),
             fidelity=convert.fidelity_to_pb(fidelity),
         )
@@ -223,7 +224,7 @@ class RegistryClient:
                         # Kept to the end of the stream: a call cancelled before that is a lease given back.
                         lease = convert.lease_from_pb(event.granted.lease)
                     elif kind == "loading":
-                        yield convert.transfer_from_pb(event.loading.transfer)
+                        yield transfer_from_pb(event.loading.transfer)
                     elif kind == "queued":
                         yield QueuePosition(event.queued.position)
         finally:

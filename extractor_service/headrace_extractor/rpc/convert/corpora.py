@@ -1,12 +1,13 @@
-"""Converts the sources of corpora."""
+"""Converts corpora and their sources."""
 
 from __future__ import annotations
 
 from headrace.extractor.v1 import corpus_service_pb2
 from headrace_extractor.corpora.mixing import Mix, MixPart
-from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, DocumentKind
+from headrace_extractor.corpora.spec import Corpus, CorpusFormat, CorpusSpec, DocumentKind, TextSplit
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.hub.job import HubJob
+from headrace_extractor.rpc.convert.common import timestamp
 
 
 def mix_from_pb(message: corpus_service_pb2.MixSource) -> Mix:
@@ -39,3 +40,50 @@ def hub_job_from_pb(spec: CorpusSpec, message: corpus_service_pb2.HubDatasetSour
         token=message.hub_token,
     )
     return kind, job
+
+
+_FORMATS = {
+    corpus_service_pb2.CORPUS_FORMAT_UNSPECIFIED: None,
+    corpus_service_pb2.CORPUS_FORMAT_TXT: CorpusFormat.TXT,
+    corpus_service_pb2.CORPUS_FORMAT_JSONL: CorpusFormat.JSONL,
+    corpus_service_pb2.CORPUS_FORMAT_CSV: CorpusFormat.CSV,
+    corpus_service_pb2.CORPUS_FORMAT_PARQUET: CorpusFormat.PARQUET,
+    corpus_service_pb2.CORPUS_FORMAT_TOKEN_IDS: CorpusFormat.TOKEN_IDS,
+}
+
+
+_SPLITS = {
+    corpus_service_pb2.TEXT_SPLIT_UNSPECIFIED: TextSplit.BLANK_LINES,
+    corpus_service_pb2.TEXT_SPLIT_BLANK_LINES: TextSplit.BLANK_LINES,
+    corpus_service_pb2.TEXT_SPLIT_LINES: TextSplit.LINES,
+    corpus_service_pb2.TEXT_SPLIT_NONE: TextSplit.NONE,
+    corpus_service_pb2.TEXT_SPLIT_FORM_FEEDS: TextSplit.FORM_FEEDS,
+}
+
+
+def corpus_spec_from_pb(message: corpus_service_pb2.CorpusSpec) -> CorpusSpec:
+    """Raises FieldInvalid."""
+    if message.format not in _FORMATS or message.text_split not in _SPLITS:
+        raise FieldInvalid("spec.format or spec.text_split is a value this version does not know.", field="spec.format")
+    return CorpusSpec(
+        id=message.id,
+        format=_FORMATS[message.format],
+        text_column=message.text_column or "text",
+        text_split=_SPLITS[message.text_split],
+        file_name=message.file_name,
+        chat=message.chat,
+    )
+
+
+def corpus_to_pb(corpus: Corpus) -> corpus_service_pb2.Corpus:
+    """One corpus."""
+    return corpus_service_pb2.Corpus(
+        id=corpus.id,
+        digest=corpus.digest,
+        n_documents=corpus.n_documents,
+        size_bytes=corpus.size_bytes,
+        tokenized=corpus.tokenized,
+        origin=corpus.origin,
+        create_time=timestamp(corpus.create_time),
+        chat=corpus.chat,
+    )

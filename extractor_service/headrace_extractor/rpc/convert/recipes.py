@@ -1,10 +1,12 @@
-"""Converts the parts of recipes that have messages and enums of their own."""
+"""Converts recipes, and the dtypes of columns."""
 
 from __future__ import annotations
 
+from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_pb2
-from headrace_extractor.corpora.recipe import SPLIT, TRUNCATE, TokenWindow
+from headrace_extractor.corpora.recipe import ONE_DOCUMENT, PACKED, SPLIT, TRUNCATE, Recipe, TokenWindow
 from headrace_extractor.errors import FieldInvalid
+from headrace_log.layout import Dtype
 
 _LONG_DOCUMENTS = {
     extraction_pb2.LONG_DOCUMENTS_UNSPECIFIED: "",
@@ -37,3 +39,56 @@ def window_from_pb(message: extraction_pb2.Recipe) -> TokenWindow | None:
 def window_to_pb(window: TokenWindow | None) -> extraction_pb2.TokenWindow | None:
     """Inverse of `window_from_pb`."""
     return None if window is None else extraction_pb2.TokenWindow(start=window.start, end=window.end)
+
+
+DTYPES = {
+    Dtype.FLOAT32: dtype_pb2.DTYPE_FLOAT32,
+    Dtype.FLOAT16: dtype_pb2.DTYPE_FLOAT16,
+    Dtype.BFLOAT16: dtype_pb2.DTYPE_BFLOAT16,
+    Dtype.INT32: dtype_pb2.DTYPE_INT32,
+    Dtype.INT8: dtype_pb2.DTYPE_INT8,
+    Dtype.FLOAT8_E4M3: dtype_pb2.DTYPE_FLOAT8_E4M3,
+}
+
+
+_DTYPES_BACK = {value: key for key, value in DTYPES.items()} | {dtype_pb2.DTYPE_UNSPECIFIED: Dtype.FLOAT32}
+
+
+def recipe_from_pb(message: extraction_pb2.Recipe) -> Recipe:
+    """Zero and unspecified take the contract's defaults; raises FieldInvalid."""
+    defaults = Recipe()
+    if message.storage_dtype not in _DTYPES_BACK:
+        raise FieldInvalid("spec.recipe.storage_dtype is unknown.", field="spec.recipe.storage_dtype")
+    return Recipe(
+        context_size=message.context_size or defaults.context_size,
+        packing=ONE_DOCUMENT if message.packing == extraction_pb2.PACKING_ONE_DOCUMENT else PACKED,
+        attend_across_documents=message.attend_across_documents,
+        bos="none" if message.bos == extraction_pb2.BOS_POLICY_NONE else "document",
+        eos="document" if message.eos == extraction_pb2.EOS_POLICY_DOCUMENT else "none",
+        drop_special_tokens=message.drop_special_tokens,
+        drop_first_positions=message.drop_first_positions,
+        batch_size=message.batch_size or defaults.batch_size,
+        storage_dtype=str(_DTYPES_BACK[message.storage_dtype]),
+        long_documents=long_documents_from_pb(message.long_documents),
+        window=window_from_pb(message),
+        chat_template=message.chat_template,
+    )
+
+
+def recipe_to_pb(recipe: Recipe) -> extraction_pb2.Recipe:
+    """Every field filled in."""
+    one = recipe.packing == ONE_DOCUMENT
+    return extraction_pb2.Recipe(
+        context_size=recipe.context_size,
+        packing=extraction_pb2.PACKING_ONE_DOCUMENT if one else extraction_pb2.PACKING_PACKED,
+        attend_across_documents=recipe.attend_across_documents,
+        bos=extraction_pb2.BOS_POLICY_NONE if recipe.bos == "none" else extraction_pb2.BOS_POLICY_DOCUMENT,
+        eos=extraction_pb2.EOS_POLICY_DOCUMENT if recipe.eos == "document" else extraction_pb2.EOS_POLICY_NONE,
+        drop_special_tokens=recipe.drop_special_tokens,
+        drop_first_positions=recipe.drop_first_positions,
+        batch_size=recipe.batch_size,
+        storage_dtype=DTYPES[Dtype(recipe.storage_dtype)],
+        long_documents=long_documents_to_pb(recipe.long_documents),
+        window=window_to_pb(recipe.window),
+        chat_template=recipe.chat_template,
+    )
