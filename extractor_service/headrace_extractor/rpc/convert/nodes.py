@@ -182,7 +182,7 @@ def failure_to_pb(failure: Failure | None) -> model_pb2.Failure | None:
 
 
 def _source(source: model_pb2.ModelSource) -> str:
-    """The name of the weights in a set's identity. A local path is no part of it: `commit_sha` says what the files hold."""
+    """Names the weights for a set's identity. A local path is no part of it: `commit_sha` says what its files hold."""
     kind = source.WhichOneof("source") or "unknown"
     return f"hub:{source.hub.repo_id}" if kind == "hub" else kind
 
