@@ -171,10 +171,7 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         ),
     )
     extraction_servicer = ExtractionServicer(
-        extractions,
-        decode_tokens=_decode_tokens,
-        metrics=metrics,
-        shutdown=shutdown,
+        extractions, decode_tokens=_decode_tokens, metrics=metrics, shutdown=shutdown
     )
     datasets = HubDatasets(environment)
     corpus_servicer = CorpusServicer(corpora, datasets, in_use=extractions.uses_corpus, shutdown=shutdown)
