@@ -26,7 +26,7 @@ from headrace_chassis.server import Server
 from headrace_chassis.shutdown import Shutdown
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.corpora.tokenizer import Tokenizer
-from headrace_extractor.extractions.counting import CorpusRowCounter
+from headrace_extractor.extractions.estimates import CorpusRowCounter
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.extractions.reports import SetReports
 from headrace_extractor.hub.client import HubDatasets

@@ -21,9 +21,10 @@ COLUMNS = ("token_id", "document", "position")
 
 
 class FakeUser:
-    def __init__(self, *, holds_set=True):
-        self.holds_set = holds_set
-        self.holder_names = ("reader-1", "x1")
+    def __init__(self, name="x1", *, holds_set=True):
+        self.holds_set = self.holds_set_itself = holds_set
+        self.reader_names = (f"reader of {name}",) if holds_set else ()
+        self.id = name
 
 
 @pytest.fixture
@@ -91,6 +92,34 @@ def test_a_set_made_anew_in_the_same_folder_has_none_of_the_rows_before(sets):
     assert of.n_rows(COLUMNS) == 3
 
 
+def test_a_slow_look_at_an_old_set_gives_its_index_to_no_new_one(sets, monkeypatch):
+    """A thread reads the index while the set is evicted and made anew in the same folder."""
+    of = sets.retained("1" * 32)
+    create(of)
+    seal(of, 0)
+    seal(of, 1)
+    refreshed = SegmentIndex.refreshed
+
+    def evicted_meanwhile(index, folder):
+        monkeypatch.undo()
+        found = refreshed(index, folder)
+        retention.delete_set(folder)
+        create(of)
+        of.manifest()
+        return found
+
+    monkeypatch.setattr(SegmentIndex, "refreshed", evicted_meanwhile)
+    of.index()
+
+    assert of.n_rows(COLUMNS) == 0
+
+
+def test_windows_that_are_gone_from_disk_are_none(sets):
+    (sets.folder / ".windows").rmdir()
+
+    assert list(sets.window_folders()) == []
+
+
 def test_kind_and_place_follow_from_how_a_set_is_asked_for(sets):
     kept, window = sets.retained("1" * 32), sets.window("1" * 32, "x1")
 
@@ -107,13 +136,13 @@ def test_a_set_is_held_while_one_of_its_users_needs_it(sets):
     of = sets.retained("1" * 32)
     create(of)
     assert not of.held
-    of.users += [FakeUser(holds_set=False), FakeUser()]
+    of.users += [FakeUser("x0", holds_set=False), FakeUser("x1"), FakeUser("x2")]
 
     assert of.held
     assert sets.held_folders() == {of.folder}
-    assert of.holders == ("reader-1", "x1") * 2
+    assert of.holders == ("reader of x1", "reader of x2", "x1", "x2")
     assert of.report(holders=of.holders).holders == of.holders
-    of.users.pop()
+    del of.users[1:]
     assert not of.held
 
 

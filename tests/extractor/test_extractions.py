@@ -250,6 +250,27 @@ async def test_an_extraction_behind_another_one_says_that_it_is_queued(extractor
     assert second.value.queue_position == 0
 
 
+async def test_an_extraction_that_ends_is_reported_at_once(extractor):
+    """Its set may be deleted as soon as the registry knows that no extraction holds it."""
+    extractor.add_corpus(documents(3000, seed=83))
+    job = await extractor.extract()
+    await extractor.until(lambda: job.value.n_rows > 0)
+    reported = asyncio.Queue()
+
+    async def report(each):
+        await reported.put((each.value.id, each.value.state, each.set.holders))
+
+    reporting = asyncio.create_task(extractor.extractions.report_changes(report, interval_s=600))
+    await asyncio.sleep(0.05)
+    await job.cancel()
+    async with asyncio.timeout(10):
+        while (word := await reported.get())[0] != job.value.id or not word[1].ended:
+            pass
+    reporting.cancel()
+
+    assert word == (job.value.id, ExtractionState.CANCELLED, ())
+
+
 async def test_whoever_lets_go_of_a_set_is_reported_at_once(extractor):
     """Not at the next interval: somebody may wait to delete it."""
     extractor.add_corpus(documents(50, seed=81))

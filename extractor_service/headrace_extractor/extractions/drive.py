@@ -48,6 +48,9 @@ MAX_FRUITLESS_TRIES = 4
 # While the registry is away no row is lost; it has this long to come back.
 RECOVERY_DEADLINE_S = 300.0
 
+# The position of a job whose columns the running pass does not compute.
+_BEHIND_A_PASS = QueuePosition(1)
+
 _PASSING = (RunnerLost, LeaseLost, RegistryUnavailable, WaitTimeout)
 
 logger = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ class SetPasses:
                 self._apart = self._ending = False
                 self._task = asyncio.create_task(self._drive(), name=f"passes-{self._set.folder.name}")
             else:
-                job.on_waiting(QueuePosition(1))
+                job.on_waiting(_BEHIND_A_PASS)
                 await self._board(job)
             await over
         finally:
@@ -215,7 +218,7 @@ class SetPasses:
                 if job in growing:
                     job.on_begin()
                 else:
-                    job.on_waiting(QueuePosition(1))
+                    job.on_waiting(_BEHIND_A_PASS)
             async with contextlib.aclosing(running.runner.run(command, ends=(Finished,))) as events:
                 async for event in events:
                     running.heard = True

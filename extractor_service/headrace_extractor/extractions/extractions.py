@@ -16,14 +16,14 @@ from pathlib import Path
 
 from headrace_extractor.corpora.chat_template import ChatTemplate, check_chat
 from headrace_extractor.errors import ExtractionNotFound, FieldInvalid, ModelNotReady, QueueFull
-from headrace_extractor.extractions.counting import Estimate, RowCounter, estimate
 from headrace_extractor.extractions.drive import SetPasses
+from headrace_extractor.extractions.estimates import Estimate, RowCounter, estimate
 from headrace_extractor.extractions.job import ExtractionJob
 from headrace_extractor.extractions.ports import Corpora, Models
 from headrace_extractor.extractions.records import Records
 from headrace_extractor.extractions.services import Services
 from headrace_extractor.extractions.values import Extraction
-from headrace_extractor.hookpoints import catalogue as hookpoints
+from headrace_extractor.hookpoints.catalogue import catalogue_of, check_isolation
 from headrace_extractor.models import ModelInfo
 from headrace_extractor.node.node import Node
 from headrace_extractor.requests import checked_request_id
@@ -122,9 +122,9 @@ class Extractions:
         _check_numbers(spec)
         model = await self.ready_model(spec.model_id)
         check_chat(spec.recipe, corpus_id=spec.corpus_id, is_chat=self._services.corpora.get(spec.corpus_id).chat)
-        catalogue = hookpoints.catalogue_of(model)
+        catalogue = catalogue_of(model)
         names = tuple(point.name for point in catalogue.resolve(spec.hookpoints))
-        hookpoints.check_isolation(spec.recipe, catalogue)
+        check_isolation(spec.recipe, catalogue)
         if model.context_window and spec.recipe.context_size > model.context_window:
             raise FieldInvalid(
                 f"spec.recipe.context_size is {spec.recipe.context_size}; {model.id} reads at most "
@@ -174,10 +174,7 @@ class Extractions:
         """Reads the records and goes on with the extractions that had not ended."""
         records = self._services.records
         for value, request_ids in records.load():
-            if value.spec.retention.kind is Kind.WINDOW:
-                of = self.sets.window(value.set_id, value.id)
-            else:
-                of = self.sets.retained(value.set_id)
+            of = self._set_of(value.spec, value.set_id, value.id)
             if value.state.ended or of.exists:
                 self._add_job(replace(value, path=str(of.folder)), of, request_ids)
             else:
@@ -186,7 +183,7 @@ class Extractions:
         self.keeper.recover()
         for job in self._jobs.values():
             if job.value.state.ended:
-                job.end_unread()
+                job.start_grace()
             else:
                 job.begin()
 
@@ -230,17 +227,14 @@ class Extractions:
         if active >= MAX_ACTIVE:
             raise QueueFull(f"{active} extractions are under way, the most there can be.", retry_after_s=10.0)
         for job in [job for job in self.list() if job.value.state.ended][MAX_ENDED:]:
-            if not job.holds_set:
+            if not job.holds_set and (job.task is None or job.task.done()):
                 del self._jobs[job.value.id]
                 job.set.users.remove(job)
                 self._services.records.forget(job.value.id)
 
     def _new_job(self, spec: ExtractionSpec, manifest: Manifest, request_id: str) -> ExtractionJob:
         extraction_id = f"x{uuid.uuid4().hex[:12]}"
-        if spec.retention.kind is Kind.WINDOW:
-            of = self.sets.window(manifest.set_id, extraction_id)
-        else:
-            of = self.sets.retained(manifest.set_id)
+        of = self._set_of(spec, manifest.set_id, extraction_id)
         request_ids = (request_id,) if request_id else ()
         is_new = not of.exists
         if not is_new:
@@ -256,6 +250,11 @@ class Extractions:
                 of.delete()
             raise
         return self._add_job(value, of, request_ids)
+
+    def _set_of(self, spec: ExtractionSpec, set_id: str, extraction_id: str) -> ActivationSet:
+        if spec.retention.kind is Kind.WINDOW:
+            return self.sets.window(set_id, extraction_id)
+        return self.sets.retained(set_id)
 
     def _add_job(self, value: Extraction, of: ActivationSet, request_ids: Iterable[str]) -> ExtractionJob:
         """Jobs of one set share its passes, which last as long as one of these jobs is known."""
@@ -275,7 +274,7 @@ class Extractions:
             compute_dtype=model.compute_dtype(self._device_id),
             chat_template_digest=ChatTemplate.load(model.files_path).digest if spec.recipe.chat_template else "",
         )
-        return new_manifest(spec, identity, hookpoints.catalogue_of(model).shapes(spec.hookpoints))
+        return new_manifest(spec, identity, catalogue_of(model).shapes(spec.hookpoints))
 
 
 def _check_numbers(spec: ExtractionSpec) -> None:

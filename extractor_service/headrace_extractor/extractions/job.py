@@ -124,12 +124,19 @@ class ExtractionJob:
         return not self.value.state.ended or bool(self._readers) or (self.set.is_window and self.set.exists)
 
     @property
-    def holder_names(self) -> Sequence[str]:
-        """Its readers' names, and its id unless it has ended and only readers hold the set."""
-        if not self.holds_set:
-            return ()
-        readers = [status.reader for status in self.value.readers]
-        return readers if readers and self.value.state.ended else [*readers, self.value.id]
+    def holds_set_itself(self) -> bool:
+        """True while its set must stay, and not only for its readers."""
+        return self.holds_set and not (self.value.state.ended and self._readers)
+
+    @property
+    def reader_names(self) -> Sequence[str]:
+        """Names of the attached readers."""
+        return [status.reader for status in self.value.readers]
+
+    @property
+    def id(self) -> str:
+        """Id of the extraction."""
+        return self.value.id
 
     def changed(self, timeout_s: float) -> Coroutine[Any, Any, bool]:
         """Waits for the next change after this call; False if there was none in time.
@@ -158,6 +165,7 @@ class ExtractionJob:
             logger.info("extraction %s is %s", self.value.id, self.value.state)
             if self.value.state.ended:  # One that has not ended is recovered from its set, whatever its last state.
                 self._services.records.save_change(self.value, self.request_ids)
+                self._services.holder_left.set()
 
     def failure_error(self) -> ServiceError:
         """The error for a reader of an extraction that ended without the rows it wants."""
@@ -173,10 +181,6 @@ class ExtractionJob:
     def begin(self) -> None:
         """Starts the task that brings the extraction to its end."""
         self.task = asyncio.create_task(self._run(), name=f"extraction-{self.value.id}")
-
-    def end_unread(self) -> None:
-        """Frees a WINDOW set after its grace unless a reader comes."""
-        self._start_grace()
 
     async def cancel(self) -> None:
         """Ends the extraction; rows so far stay."""
@@ -206,7 +210,7 @@ class ExtractionJob:
             logger.exception("extraction %s hit a bug", self.value.id)
             message = f"Extraction {self.value.id} hit a bug; the node's log has the details."
             self.update(state=ExtractionState.FAILED, failure=Failure(reason="INTERNAL", message=message))
-        self.end_unread()
+        self.start_grace()
 
     async def _get_all_rows(self) -> None:
         if self.passes.tell_rows(self):
@@ -256,7 +260,7 @@ class ExtractionJob:
                 """Ends the extraction if its task was cancelled before its first step."""
                 if not self.value.state.ended:
                     self._end_badly(why)
-                    self.end_unread()
+                    self.start_grace()
 
             self.task.add_done_callback(end_unbegun)
             self.task.cancel()
@@ -300,7 +304,7 @@ class ExtractionJob:
         """The window is full: names the slowest readers, and grants at once the rows that were released meanwhile."""
         self._rate.clear()
         self.update(state=ExtractionState.WAITING, waiting_for=self._readers.slowest(), rows_per_s=0.0)
-        self._start_grace()
+        self.start_grace()
         self._spawn(self._unblock())
 
     def on_lost(self) -> None:
@@ -391,7 +395,7 @@ class ExtractionJob:
         self._services.holder_left.set()
         done = self.value.state == ExtractionState.DONE
         read_out = done and reader.released_row >= self.value.n_rows and self._readers.all_back()
-        self._start_grace(read_out=read_out)
+        self.start_grace(read_out=read_out)
 
     # -- the window ---------------------------------------------------------------------------------------------------
 
@@ -409,7 +413,8 @@ class ExtractionJob:
     def _grace_end(self) -> float:
         return time.monotonic() + self.value.spec.retention.reader_grace_s
 
-    def _start_grace(self, *, read_out: bool = False) -> None:
+    def start_grace(self, *, read_out: bool = False) -> None:
+        """Frees a WINDOW set without readers after its grace, or at once if its readers have read it out."""
         if self._window and not self._readers:
             self._window.start_grace(0.0 if read_out else self.value.spec.retention.reader_grace_s)
 

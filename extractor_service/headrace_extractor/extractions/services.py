@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from headrace_extractor.extractions.counting import RowCounter
+from headrace_extractor.extractions.estimates import RowCounter
 from headrace_extractor.extractions.ports import Corpora, Models
 from headrace_extractor.extractions.records import Records
 from headrace_extractor.node.node import Node

@@ -13,7 +13,7 @@ from headrace_extractor.sets.spec import ExtractionSpec
 
 
 class ExtractionState(StrEnum):
-    """Where an extraction stands; DESIGN's contract spells out what each means."""
+    """Where an extraction stands; `extraction.proto` says when each is entered."""
 
     QUEUED = "QUEUED"
     LOADING = "LOADING"

@@ -36,7 +36,6 @@ from headrace_extractor.hookpoints.places import (
     SITES,
     WHOLE,
     Copied,
-    Place,
     Take,
     place_of,
     place_unknown,
@@ -155,11 +154,6 @@ class Catalogue:
         return Hookpoint(
             name=name, shape=place.shape, module=place.module, take=place.take, unavailable=place.unavailable
         )
-
-    def _place(self, site: str, layer: int) -> Place:
-        if self.family is None:
-            return place_unknown(self.network, site)
-        return place_of(self.family, self.network, site, layer)
 
     @cached_property
     def _by_name(self) -> Mapping[str, Hookpoint]:

@@ -104,15 +104,15 @@ class RowStream:
             request.reader, self._way.first_row_needed(request.start_row), shard=request.order.shard
         )
         try:
+            self._set_reader = self._open(columns)
             self.nonce = self._nonce() if request.mapped else ""
-            self._reader = self._open(columns)
         except BaseException:
             job.detach(self._attached)
             raise
         self._generation = job.generation
         self.next_row = request.start_row
         self._over = False
-        row_bytes = self._reader.row_bytes
+        row_bytes = self._set_reader.row_bytes
         self._chunk_rows = max(1, (request.chunk_bytes or DEFAULT_CHUNK_BYTES) // row_bytes)
         if self._way.block_rows > self._chunk_rows and not request.chunk_bytes:
             # Blocks are cut evenly, into chunks of less than twice the usual size: a short chunk costs as much as any.
@@ -128,7 +128,7 @@ class RowStream:
     @property
     def set_reader(self) -> SetReader:
         """The reader of the set's files, with the columns that are read."""
-        return self._reader
+        return self._set_reader
 
     @property
     def block_rows(self) -> int:
@@ -171,7 +171,7 @@ class RowStream:
 
     def close(self) -> None:
         """Detaches the reader."""
-        self._reader.close()
+        self._set_reader.close()
         if self._over:  # The reader may release the last rows that it was sent, or come back for them.
             explicit = self._request.explicit_release
             last_row = min(self._way.first_row_needed(self.next_row), self._job.value.n_rows) if explicit else 0
@@ -209,17 +209,17 @@ class RowStream:
         end_row = min(n_rows, row + together, row + end - self.next_row) if end else min(n_rows, row + together)
         try:
             if self._generation != self._job.generation:
-                self._reader.forget_open_segment()
+                self._set_reader.forget_open_segment()
                 self._generation = self._job.generation
-            if self.nonce and (n_sealed := self._reader.sealed_after(row)):
+            if self.nonce and (n_sealed := self._set_reader.sealed_after(row)):
                 return RowRun(row, min(n_sealed, self._range_rows, end_row - row), ())
-            return self._reader.read(row, self._chunk_rows, end_row=end_row)
+            return self._set_reader.read(row, self._chunk_rows, end_row=end_row)
         except log_errors.RowsExpired as exc:
             raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
         except log_errors.TooManyFiles as exc:
             raise too_many_streams(exc) from exc
         except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:
-            if row >= self._reader.sealed_rows and not self._job.value.state.ended:
+            if row >= self._set_reader.sealed_rows and not self._job.value.state.ended:
                 return None
             raise DigestMismatch(str(exc), resource=("ActivationSet", self._job.value.set_id)) from exc
 

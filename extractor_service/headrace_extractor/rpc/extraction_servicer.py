@@ -16,13 +16,13 @@ from headrace_chassis.watch import watch
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.extractions.job import ExtractionJob
-from headrace_extractor.hookpoints import catalogue as hookpoints
+from headrace_extractor.hookpoints.catalogue import catalogue_of
 from headrace_extractor.reading.row_stream import RowStream
 from headrace_extractor.rpc.convert import extractions as convert
 from headrace_extractor.rpc.convert import hookpoints as convert_hookpoint
 from headrace_extractor.rpc.convert.streams import header_to_bytes, stream_request_from_pb
-from headrace_extractor.rpc.frames import framed_rows, one_ahead
 from headrace_extractor.rpc.pages import offset_of, page_size, token_for
+from headrace_extractor.rpc.row_messages import framed_rows, one_ahead
 
 MAX_TOKEN_IDS = 100_000
 # Progress is for people; ten a second is smooth.
@@ -129,7 +129,7 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         self, request: extraction_service_pb2.ListHookpointsRequest, context: Context
     ) -> extraction_service_pb2.ListHookpointsResponse:
         model = await self._extractions.ready_model(request.model_id)
-        offered = hookpoints.catalogue_of(model).offered
+        offered = catalogue_of(model).offered
         return extraction_service_pb2.ListHookpointsResponse(
             hookpoints=[convert_hookpoint.hookpoint_to_pb(point) for point in offered]
         )

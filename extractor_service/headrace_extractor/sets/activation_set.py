@@ -10,6 +10,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -44,8 +45,25 @@ class User(Protocol):
         """True while the set must stay on disk for it."""
 
     @property
-    def holder_names(self) -> Sequence[str]:
-        """Names under which it and its readers hold the set now."""
+    def holds_set_itself(self) -> bool:
+        """True while it needs the set, and not only its readers do."""
+
+    @property
+    def reader_names(self) -> Sequence[str]:
+        """Names of its attached readers."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+
+
+@dataclass(slots=True)
+class _Files:
+    """The files of a set as they were read; `seen` are inode, time and size of the manifest."""
+
+    seen: tuple[int, int, int]
+    manifest: Manifest
+    index: SegmentIndex = field(default_factory=SegmentIndex)
 
 
 class ActivationSet:
@@ -56,9 +74,7 @@ class ActivationSet:
         self.folder = folder
         self.kind = kind
         self.users: list[User] = []
-        self._seen: tuple[int, int, int] | None = None  # Inode, time and size of the manifest that was read.
-        self._manifest: Manifest | None = None
-        self._index = SegmentIndex()
+        self._files: _Files | None = None
         self._nonce = ""
 
     @property
@@ -78,17 +94,18 @@ class ActivationSet:
 
     @property
     def holders(self) -> tuple[str, ...]:
-        """Names of the readers and extractions that hold the set now."""
-        return tuple(name for user in self.users for name in user.holder_names)
+        """Names of the readers that hold the set now, then ids of the extractions that do."""
+        readers = [name for user in self.users for name in user.reader_names]
+        return (*readers, *(user.id for user in self.users if user.holds_set_itself))
 
     def manifest(self) -> Manifest:
         """The manifest as it is on disk. Raises FileNotFoundError without a set, SetCorrupt if it can't be read."""
         stat = (self.folder / MANIFEST_NAME).stat()
-        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        if self._manifest is None or seen != self._seen:
+        seen, known = (stat.st_ino, stat.st_mtime_ns, stat.st_size), self._files
+        if known is None or seen != known.seen:
             # The index starts anew too: after an eviction, another set may have been made in the same folder.
-            self._manifest, self._index, self._seen = Manifest.load(self.folder), SegmentIndex(), seen
-        return self._manifest
+            known = self._files = _Files(seen, Manifest.load(self.folder))
+        return known.manifest
 
     def index(self) -> SegmentIndex:
         """The sealed segments as of now; empty if there is no set."""
@@ -96,7 +113,10 @@ class ActivationSet:
             self.manifest()
         except FileNotFoundError:
             return SegmentIndex()
-        self._index = index = self._index.refreshed(self.folder)
+        files = self._files
+        assert files is not None
+        # Kept beside the manifest that was read: a slow thread can't give a new set the index of an old one.
+        files.index = index = files.index.refreshed(self.folder)
         return index
 
     def n_rows(self, columns: Sequence[str]) -> int:

@@ -54,7 +54,8 @@ class ActivationSets:
 
     def window_folders(self) -> Collection[Path]:
         """Folders of the WINDOW sets on disk."""
-        return [path for path in (self.folder / WINDOWS_NAME).iterdir() if path.is_dir()]
+        windows = self.folder / WINDOWS_NAME
+        return [path for path in windows.iterdir() if path.is_dir()] if windows.exists() else []
 
     def _at(self, folder: Path, set_id: str, kind: Kind) -> ActivationSet:
         found = self._in_use.get(folder)

@@ -6,11 +6,7 @@ from headrace.extractor.v1 import extraction_pb2, extraction_service_pb2
 from headrace_extractor.extractions.values import Extraction, ReaderStatus
 from headrace_extractor.rpc.convert.common import timestamp, transfer_to_pb
 from headrace_extractor.rpc.convert.receipts import receipt_to_pb
-from headrace_extractor.rpc.convert.recipes import (
-    DTYPES,
-    recipe_from_pb,
-    recipe_to_pb,
-)
+from headrace_extractor.rpc.convert.recipes import DTYPES, recipe_from_pb, recipe_to_pb
 from headrace_extractor.sets.activation_set import Kind
 from headrace_extractor.sets.spec import ExtractionSpec, Retention
 from headrace_log.layout import ColumnSpec

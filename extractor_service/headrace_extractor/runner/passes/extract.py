@@ -108,7 +108,7 @@ class _Run:
         advice = "Use a smaller batch_size or context_size."
         try:
             with out_of_memory_as_typed(self.loaded.device, self.loaded.measured_bytes, advice):
-                for rows in fetch.rows(self._passes(Cursor.from_json(resume))):
+                for rows in fetch.rows(self._forwards(Cursor.from_json(resume))):
                     if not self._write_batch(rows, done):
                         break
                     done = 0
@@ -122,7 +122,7 @@ class _Run:
             self.writer.finish()
         return exhausted
 
-    def _passes(self, start: Cursor) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
+    def _forwards(self, start: Cursor) -> Iterator[tuple[TokenBatch, dict[str, Tensor]]]:
         """Yields each batch with its activations; a pass begins when the next item is asked for."""
         for batch in self.packer.batches(start, stop=self._is_over):
             if self._is_over():
