@@ -14,7 +14,7 @@ from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, Fault
 from headrace_cli.app import app
 from headrace_cli.pulling.pull import Pull
 from headrace_cli.settings import Defaults
-from headrace_client.values import Reading
+from headrace_client.values import Reading, StreamTuning
 
 SHUFFLED = ["--order", "shuffled", "--seed", "7", "--epoch", "2", "--block-rows", "50"]
 
@@ -69,7 +69,9 @@ def test_another_order_is_not_mixed_in(pull):
 def test_what_was_pulled_fits_a_header_however_many_columns_there_are():
     columns = tuple(f"blocks.{layer}.attn.hook_result" for layer in range(4096))
     extraction = SimpleNamespace(set_id="s" * 32, max_rows=0, model_id="m", corpus_id="c")
-    pull = Pull(None, extraction, Path("out"), columns, start_row=0, end_row=0, reading=Reading(), transport="auto")
+    pull = Pull(
+        None, extraction, Path("out"), columns, start_row=0, end_row=0, reading=Reading(), tuning=StreamTuning()
+    )
 
     assert len(json.dumps(dict(pull._metadata(1000)))) < 1000
 
@@ -77,7 +79,7 @@ def test_what_was_pulled_fits_a_header_however_many_columns_there_are():
 def test_rows_of_a_shorter_extraction_are_not_taken_for_those_of_a_longer_one():
     def pull(max_rows, end_row=0, **order):
         extraction = SimpleNamespace(set_id="s", max_rows=max_rows)
-        options = {"start_row": 0, "end_row": end_row, "reading": Reading(**order), "transport": "auto"}
+        options = {"start_row": 0, "end_row": end_row, "reading": Reading(**order), "tuning": StreamTuning()}
         return Pull(None, extraction, Path("out"), ("token_id",), **options)
 
     shuffled = {"order": "shuffled", "seed": 1}

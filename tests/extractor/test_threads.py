@@ -12,11 +12,11 @@ import pytest
 from fix_extractor import model_info
 from headrace.extractor.v1 import corpus_service_pb2 as pb
 from headrace_chassis.shutdown import Shutdown
-from headrace_extractor import __main__ as extractor
 from headrace_extractor.corpora.counting import RowCount
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.errors import QueueFull
+from headrace_extractor.extractions import estimates
 from headrace_extractor.hub.client import HubDatasets
 from headrace_extractor.rpc.corpus_servicer import MAX_INGESTS, CorpusServicer
 from headrace_extractor.sets.spec import ExtractionSpec
@@ -106,15 +106,15 @@ async def test_counts_leave_the_threads_of_everything_else_alone(tmp_path, monke
     async def get_model(model_id):
         return model_info(tmp_path)
 
-    monkeypatch.setattr(extractor, "count", count)
+    monkeypatch.setattr(estimates, "count", count)
     store = CorpusStore(tmp_path)
     store.ingest_tokens("c", [[1, 2, 3]])
-    estimator = extractor.Estimator(store, SimpleNamespace(get_model=get_model))
+    counter = estimates.CorpusRowCounter(store, SimpleNamespace(get_model=get_model))
     specs = [
         ExtractionSpec(model_id="m", corpus_id="c", hookpoints=("x",), max_rows=n, recipe=Recipe()) for n in range(4)
     ]
-    counting = [asyncio.create_task(estimator.count_rows(spec)) for spec in specs]
+    counting = [asyncio.create_task(counter.count(spec)) for spec in specs]
 
-    await assert_threads_are_free(begun, extractor.MAX_COUNTS)
+    await assert_threads_are_free(begun, estimates.MAX_COUNTS)
     going_on.set()
     assert {(await one).n_rows for one in counting} == {7}

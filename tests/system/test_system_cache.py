@@ -53,7 +53,7 @@ def client(cache):
 
 
 def folders(system):
-    return {path.name for path in (system.data_dir / "activations").iterdir() if path.name != ".trash"}
+    return {path.name for path in (system.data_dir / "activations").iterdir() if not path.name.startswith(".")}
 
 
 def extract(system, number):
