@@ -10,7 +10,7 @@ import pytest
 from fix_hub import SHA
 from fix_registry import until, write_model
 from headrace_registry.models.builds import BuildKind, FilesDoomed
-from headrace_registry.models.files import Reading, inspect_folder
+from headrace_registry.models.files import ReadProgress, inspect_folder
 from headrace_registry.postgres.models.models import FOLDERS_DOOM_OF_MODEL, MODEL_DELETE, ModelStore
 from headrace_registry.postgres.models.preparations import BASE_FIND, BASE_TAKE, PreparationStore
 from headrace_registry.postgres.requests import Request
@@ -117,7 +117,7 @@ async def test_files_somebody_else_is_preparing_are_not_deleted(store):
 
 
 async def test_a_model_is_not_ready_with_files_that_are_about_to_go(store, tmp_path):
-    inspection = inspect_folder(await asyncio.to_thread(write_model, tmp_path / "m"), reading=Reading())
+    inspection = inspect_folder(await asyncio.to_thread(write_model, tmp_path / "m"), reading=ReadProgress())
     await store.conn.execute("UPDATE store_folders SET doom_time = registry_now()")
     await store.conn.commit()
     with pytest.raises(FilesDoomed):
@@ -128,7 +128,7 @@ async def test_a_model_is_not_ready_with_files_that_are_about_to_go(store, tmp_p
 
 
 async def test_a_build_whose_result_is_about_to_go_is_done_again(store, tmp_path):
-    inspection = inspect_folder(await asyncio.to_thread(write_model, tmp_path / "m"), reading=Reading())
+    inspection = inspect_folder(await asyncio.to_thread(write_model, tmp_path / "m"), reading=ReadProgress())
     await store.preparations.assign_build("guest", ME, kind=BuildKind.CONVERT_PICKLED, target_path=BASE)
     await store.conn.execute("UPDATE preparations SET done = true")
     await store.conn.execute("UPDATE store_folders SET doom_time = registry_now()")

@@ -9,13 +9,13 @@ import pytest
 
 from fix_registry import LLAMA, write_model, write_safetensors
 from headrace_registry.errors import DigestMismatch, ModelUnsupported
-from headrace_registry.models.files import Reading, Stopped, architecture_from, inspect_folder
+from headrace_registry.models.files import ReadProgress, Stopped, architecture_from, inspect_folder
 from headrace_registry.sizing.headers import read_headers
 
 
 def test_counts_and_bytes_are_exact(tmp_path):
     tensors = {"a": ("F32", (3, 5)), "b": ("BF16", (7,)), "c": ("BF16", ()), "d": ("I64", (2,))}
-    inspection = inspect_folder(write_model(tmp_path / "m", tensors=tensors), reading=Reading())
+    inspection = inspect_folder(write_model(tmp_path / "m", tensors=tensors), reading=ReadProgress())
 
     assert inspection.weights.n_parameters == 15 + 7 + 1 + 2
     assert inspection.weights.weight_bytes == 60 + 14 + 2 + 16
@@ -25,10 +25,10 @@ def test_counts_and_bytes_are_exact(tmp_path):
 
 
 def test_the_digest_changes_with_any_byte_and_not_with_other_files(tmp_path):
-    first = inspect_folder(write_model(tmp_path / "a"), reading=Reading())
+    first = inspect_folder(write_model(tmp_path / "a"), reading=ReadProgress())
     (tmp_path / "a" / "README.md").write_text("notes")
-    again = inspect_folder(tmp_path / "a", reading=Reading())
-    other = inspect_folder(write_model(tmp_path / "b", seed=1), reading=Reading())
+    again = inspect_folder(tmp_path / "a", reading=ReadProgress())
+    other = inspect_folder(write_model(tmp_path / "b", seed=1), reading=ReadProgress())
 
     assert first.digest == again.digest
     assert first.digest.startswith("sha256:")
@@ -42,10 +42,10 @@ def test_shards_are_summed_and_a_missing_one_is_named(tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    assert inspect_folder(folder, reading=Reading()).weights.n_parameters == 5
+    assert inspect_folder(folder, reading=ReadProgress()).weights.n_parameters == 5
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelUnsupported, match="00002-of-00002"):
-        inspect_folder(folder, reading=Reading())
+        inspect_folder(folder, reading=ReadProgress())
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x01", b"\xff" * 16, b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0not json"])
@@ -54,7 +54,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     (folder / "model.safetensors").write_bytes(damage)
 
     with pytest.raises(DigestMismatch, match=r"model\.safetensors"):
-        inspect_folder(folder, reading=Reading())
+        inspect_folder(folder, reading=ReadProgress())
 
 
 def test_a_cut_file_is_found_by_its_length(tmp_path):
@@ -63,7 +63,7 @@ def test_a_cut_file_is_found_by_its_length(tmp_path):
     (folder / "model.safetensors").write_bytes(whole[:-1])
 
     with pytest.raises(DigestMismatch, match="fetch it again"):
-        inspect_folder(folder, reading=Reading())
+        inspect_folder(folder, reading=ReadProgress())
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_a_folder_without_config_or_weights_is_unsupported(tmp_path, name, match
     (folder / name).unlink()
 
     with pytest.raises(ModelUnsupported, match=match):
-        inspect_folder(folder, reading=Reading())
+        inspect_folder(folder, reading=ReadProgress())
 
 
 def test_reading_stops_when_told(tmp_path):
-    reading = Reading()
+    reading = ReadProgress()
     reading.stop.set()
 
     with pytest.raises(Stopped):

@@ -1,7 +1,7 @@
 """Inspects a folder in transformers' layout without loading it.
 
 Parameter counts and bytes are exact: they come from the headers of the safetensors files. Everything here blocks;
-callers run it in a thread and stop it through `Reading.stop`.
+callers run it in a thread and stop it through `ReadProgress.stop`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktok
 
 
 class Stopped(Exception):
-    """`Reading.stop` was set."""
+    """`ReadProgress.stop` was set."""
 
 
 @dataclass(slots=True)
-class Reading:
-    """Progress shared between a reading thread and the loop that watches it."""
+class ReadProgress:
+    """How far a thread has read a folder, shared with the loop that watches it."""
 
     total_bytes: int = 0
     done_bytes: int = 0
@@ -66,7 +66,9 @@ class Inspection:
     digest: str
 
 
-def inspect_folder(folder: Path, *, reading: Reading, check_path: Callable[[Path], None] | None = None) -> Inspection:
+def inspect_folder(
+    folder: Path, *, reading: ReadProgress, check_path: Callable[[Path], None] | None = None
+) -> Inspection:
     """Reads the whole folder once. Raises ModelUnsupported, DigestMismatch, Stopped, and errors of `check_path`."""
     if not folder.is_dir():
         raise ModelUnsupported(f"{folder} is no folder any more; restore it or register another path")
@@ -116,7 +118,7 @@ def architecture_from(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def file_digest(path: Path, *, reading: Reading) -> str:
+def file_digest(path: Path, *, reading: ReadProgress) -> str:
     """SHA-256 of a file, hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

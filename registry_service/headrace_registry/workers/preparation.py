@@ -33,7 +33,7 @@ from headrace_registry.models.builds import (
     quantized_folder,
     unpickled_folder,
 )
-from headrace_registry.models.files import Inspection, Reading, Stopped, file_digest, inspect_folder
+from headrace_registry.models.files import Inspection, ReadProgress, Stopped, file_digest, inspect_folder
 from headrace_registry.models.models import Failure, Model, SourceKind, Transfer
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.postgres.models.preparations import PreparationStore
@@ -271,7 +271,7 @@ class Preparer:
         """Reads a GGUF file for its digest, which names the folder of its conversion."""
         source = Path(self._roots.file(model.source.location, field="model.source.gguf.path"))
 
-        def read(reading: Reading) -> str:
+        def read(reading: ReadProgress) -> str:
             with source.open("rb") as file:
                 if file.read(4) != b"GGUF":
                     raise ModelUnsupported(f"{source.name} is no GGUF file; give a file that starts with `GGUF`")
@@ -336,9 +336,9 @@ class Preparer:
             model, "reading the files", lambda reading: inspect_folder(folder, reading=reading, check_path=check_path)
         )
 
-    async def _read(self, model: Model, message: str, read: Callable[[Reading], T]) -> T:
+    async def _read(self, model: Model, message: str, read: Callable[[ReadProgress], T]) -> T:
         """Runs a reading function in a thread and reports its progress; stops it when cancelled."""
-        reading, progress = Reading(), _Progress()
+        reading, progress = ReadProgress(), _Progress()
         async with self._readers:
             thread = asyncio.create_task(asyncio.to_thread(read, reading))
             try:
