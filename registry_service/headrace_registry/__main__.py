@@ -324,12 +324,13 @@ def _settings(args: argparse.Namespace, environment: Mapping[str, str]) -> Setti
     for root in args.models_root:
         if not root.is_dir():
             raise RootInvalid(f"--models-root {root} is no folder; make it, or give another one.")
+    server = options_from(args)
     try:
         policy = Policy(**{each.name: getattr(args, each.name) for each in fields(Policy)})
     except ValueError as exc:
         raise PolicyInvalid(f"--{str(exc).replace('_', '-')}.") from exc
     return Settings(
-        server=options_from(args),
+        server=server,
         data_dir=Path(os.path.realpath(args.data_dir)),
         database_url=args.database_url or environment.get("DATABASE_URL", ""),
         model_roots=tuple(args.models_root),

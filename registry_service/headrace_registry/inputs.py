@@ -92,3 +92,8 @@ def _unsafe_part(part: str) -> str:
     if ":" in part or part.split(".", maxsplit=1)[0].lower().strip() in _RESERVED:
         return "is reserved"
     return ""
+
+
+def clean_text(text: str, max_length: int) -> str:
+    """Cuts a text to `max_length`, without NUL and half surrogate pairs, which Postgres can't store."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()[:max_length]

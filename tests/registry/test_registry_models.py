@@ -352,3 +352,18 @@ async def test_a_large_folder_reports_progress(registry, tmp_path, monkeypatch):
     assert all(0 <= t.percent <= 100 and t.total_bytes >= total for t in transfers if t.total_bytes)
     assert [t.done_bytes for t in transfers] == sorted(t.done_bytes for t in transfers)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("name", ["q\x00.safetensors", "q\ud800.safetensors"])
+async def test_a_file_name_that_no_database_can_store_fails_its_preparation_alone(registry, tmp_path, name):
+    folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    await register_folder(registry.stubs, folder, "m")
+    await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="m"))
+
+    failed = await until_state(registry.stubs, "m", FAILED)
+
+    assert failed.failure.reason in ("MODEL_UNSUPPORTED", "INTERNAL")
+    await register_folder(registry.stubs, write_model(tmp_path / "good"), "good")
+    await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="good"))
+    await until_state(registry.stubs, "good", READY)

@@ -44,10 +44,10 @@ class Headers:
 def read_headers(folder: Path, check_path: Callable[[Path], None] | None = None) -> Headers:
     """Reads a folder's config and headers. Raises ModelUnsupported, DigestMismatch, errors of `check_path`. Blocks."""
     paths = _weight_files(folder)
-    if check_path is not None:
-        for path in (folder / "config.json", *paths):
-            check_path(path)
     try:
+        if check_path is not None:
+            for path in (folder / "config.json", *paths):
+                check_path(path)
         config = read_object(folder / "config.json")
         tensors = [tensor for path in paths for tensor in tensors_from(read_header(path).tensors)]
     except OSError as exc:

@@ -22,6 +22,7 @@ from headrace_chassis.errors import ServiceError
 from headrace_chassis.meters import Meter
 from headrace_registry.errors import DatabaseUnavailable, ModelUnsupported
 from headrace_registry.hub.events import Event, Job
+from headrace_registry.inputs import clean_text
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.builds import (
     BuildKind,
@@ -46,6 +47,8 @@ T = TypeVar("T")
 
 # Preparations mostly wait for the network or for a node; readers of disks have a limit of their own.
 _MAX_RUNNING = 16
+# As long as the message of a node's failure may be.
+_MAX_MESSAGE_CHARACTERS = 2000
 _MAX_READERS = 2
 _PROGRESS_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.1
@@ -176,10 +179,14 @@ class Preparer:
             log.info("the files of %s are being removed; its preparation starts again", model.id)
         except DatabaseUnavailable as exc:
             log.warning("preparation of %s starts again later: %s", model.id, exc.message)
+        except Exception:
+            log.exception("the failure of the preparation of %s could not be stored", model.id)
 
     async def _fail(self, model: Model, reason: str, message: str) -> None:
         log.warning("preparation of %s failed: %s: %s", model.id, reason, message)
-        await self._store.fail(model.id, self.worker, Failure(reason=reason, message=message))
+        # A message may name a file of the model, in characters that Postgres can't store.
+        failure = Failure(reason=reason, message=clean_text(message, _MAX_MESSAGE_CHARACTERS))
+        await self._store.fail(model.id, self.worker, failure)
 
     async def _make_ready(self, model: Model) -> None:
         """Takes a model from its source to READY: download, convert, inspect, quantize."""

@@ -75,6 +75,6 @@ class Listener:
             await self._wakeups.news()
             try:
                 await self._database.run(lambda conn: conn.execute(_NOTIFY, parameters))
-            except DatabaseUnavailable as exc:
-                log.info("the other replicas find out by themselves: %s", exc.message)
+            except (DatabaseUnavailable, psycopg.Error) as exc:  # Such as a server that became a read-only replica.
+                log.info("the other replicas find out by themselves: %s", str(exc).strip())
             await asyncio.sleep(_TELL_EVERY_S)

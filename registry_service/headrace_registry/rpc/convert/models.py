@@ -10,14 +10,13 @@ from headrace.registry.v1 import model_pb2, model_service_pb2, node_service_pb2
 from headrace_models.errors import LoadOptionInvalid
 from headrace_models.load_options import checked_options
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.inputs import checked_id, checked_labels
+from headrace_registry.inputs import checked_id, checked_labels, clean_text
 from headrace_registry.models import models as m
 from headrace_registry.models.builds import BuildKind
 from headrace_registry.models.identifiers import checked_repo
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.residency.desired import Build
 from headrace_registry.rpc.convert.residencies import (
-    clean_text,
     failure_to_pb,
     fill_time,
     finite,

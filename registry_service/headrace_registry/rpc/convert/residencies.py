@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from headrace.common.v1 import transfer_pb2
 from headrace.registry.v1 import model_pb2, residency_pb2, residency_service_pb2
 from headrace_registry.errors import FieldInvalid
+from headrace_registry.inputs import clean_text
 from headrace_registry.models import models as m
 from headrace_registry.residency.events import ResidencyEvent
 from headrace_registry.residency.leases import Lease
@@ -229,8 +230,3 @@ def time_from_pb(stamp: Timestamp, *, field: str) -> datetime:
         return stamp.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError) as exc:
         raise FieldInvalid(field, "is no time between the years 1 and 9999") from exc
-
-
-def clean_text(text: str, max_length: int) -> str:
-    """Cuts a text to `max_length` and removes NUL, which Postgres can't store."""
-    return text.replace("\x00", "")[:max_length]

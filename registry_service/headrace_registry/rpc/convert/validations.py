@@ -9,12 +9,12 @@ from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace.registry.v1 import node_service_pb2 as node_pb
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.inputs import checked_id, checked_text
+from headrace_registry.inputs import checked_id, checked_text, clean_text
 from headrace_registry.models import validations as v
 from headrace_registry.models.validations import ValidationReport
 from headrace_registry.residency.desired import Validation
 from headrace_registry.rpc.convert.models import model_to_pb, quantization_to_pb
-from headrace_registry.rpc.convert.residencies import clean_text, failure_from_pb, failure_to_pb, finite, time_to_pb
+from headrace_registry.rpc.convert.residencies import failure_from_pb, failure_to_pb, finite, time_to_pb
 
 _STATES = {state: model_pb2.ValidationStepState.Value(f"VALIDATION_STEP_STATE_{state}") for state in v.StepState}
 _STATE_FROM: dict[int, v.StepState] = {number: state for state, number in _STATES.items()}
