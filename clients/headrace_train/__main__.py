@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from headrace_client.errors import InvalidArgument
 from headrace_train import exits
 from headrace_train.arguments import DEFAULT_REGISTRY, Arguments, parse
 
@@ -23,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as exc:
         if arguments.debug or (exc.name or "").startswith("headrace"):  # A bug of ours, or the stack is wanted.
             return exits.report(exc, sys.stderr, as_json=arguments.json, debug=arguments.debug)
-        exits.say(sys.stderr, f"headrace-train: {exc.name} is not installed; run: pip install 'headrace[train]'")
+        remedy = "pip install 'headrace[train]'"
+        if arguments.json:
+            error = InvalidArgument(f"{exc.name or exc} is not installed", remedy=remedy)
+            return exits.report(error, sys.stderr, as_json=True, debug=False)
+        exits.say(sys.stderr, f"headrace-train: {exc.name or exc} is not installed; run: {remedy}")
         return exits.USAGE
     except Exception as exc:  # noqa: BLE001 - every error ends as a message and an exit code.
         return exits.report(exc, sys.stderr, as_json=arguments.json, debug=arguments.debug)
@@ -31,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Arguments, token: str | None) -> int:
     from headrace_client import HeadraceClient  # noqa: PLC0415 - not for --help.
-    from headrace_client.errors import InvalidArgument  # noqa: PLC0415
     from headrace_train.reporting.reporters import new_reporter  # noqa: PLC0415
 
     if arguments.token_file is not None:

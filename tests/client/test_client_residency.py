@@ -6,6 +6,7 @@ import pytest
 
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_client import errors
+from headrace_client.rpc.watch import watch
 
 END = dt.datetime(2030, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 
@@ -97,3 +98,16 @@ def test_force_is_passed_on_when_deleting(client, tiny, scripted_registry):
     client.models.delete("tiny", force=True)
 
     assert scripted_registry.calls["DeleteModel"][0].force
+
+
+def test_a_wait_that_ran_out_is_raised_by_a_watch_at_once():
+    """Only the end of the call's own long life is waited out."""
+    attempts = []
+
+    def connect(seq, timeout_s):
+        attempts.append(seq)
+        raise errors.AdmissionTimeout("waited too long")
+
+    with pytest.raises(errors.AdmissionTimeout):
+        list(watch(connect, lambda message: message))
+    assert attempts == [0]

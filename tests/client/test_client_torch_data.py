@@ -131,3 +131,20 @@ def test_epochs_of_their_own_have_orders_of_their_own(make):
 def test_what_is_the_datasets_own_affair_is_refused(make, options):
     with pytest.raises(errors.InvalidArgument):
         make(**options)
+
+
+def test_a_state_is_loaded_by_torch_without_pickles(make, tmp_path):
+    loader = ActivationLoader(make())
+    next(iter(loader))
+    torch.save(loader.state_dict(), tmp_path / "state.pt")
+
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    assert state == loader.state_dict()
+    json.dumps(state)
+
+
+@pytest.mark.parametrize("option", ["order", "seed", "transport", "colums"])
+def test_an_option_that_activations_does_not_have_is_refused_at_once(make, option):
+    with pytest.raises(errors.InvalidArgument, match=option):
+        make(**{option: "shuffled"})

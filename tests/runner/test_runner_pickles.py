@@ -111,3 +111,17 @@ def test_what_is_no_table_of_tensors_or_has_no_config_is_unsupported(source, tmp
     (source / "config.json").unlink()
     with pytest.raises(ModelUnsupported, match=r"config\.json"):
         convert_pickled(source, tmp_path / "target", lambda *_: None)
+
+
+def test_a_disk_that_maps_no_files_is_read_all_the_same(source, tmp_path, monkeypatch):
+    load = torch.load
+
+    def refuses(path, *, mmap=False, **options):
+        if mmap:
+            raise RuntimeError("unable to mmap 4096 bytes from file <pytorch_model.bin>: No such device (19)")
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", refuses)
+    convert_pickled(source, tmp_path / "target", lambda *_: None)
+
+    assert (tmp_path / "target" / "model.safetensors").is_file()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_runner_quantize import quantize_to
+from transformers import MistralConfig, MistralForCausalLM
 
 from headrace_extractor.node.runner_protocol import Load, Loaded, Step, Validate, Validated
 from headrace_extractor.runner.models import validate as profile
@@ -119,3 +120,20 @@ def test_runner_answers_step_by_step_and_holds_nothing_afterwards(tiny_llama, st
     assert [event.name for event in runner.seen if isinstance(event, Step) and event.state == "PASSED"] == STEPS
     runner.send(Load(files_path=str(tiny_llama), device="cpu", dtype="float32"))
     runner.until(Loaded)
+
+
+def test_load_options_are_tried_as_a_load_takes_them(tmp_path):
+    """Numbers come as floats through the contract."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, sliding_window=64,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "m")
+    steps = run(tmp_path / "m", load_options={"sliding_window": 8.0})
+
+    assert steps["dry_load"].state == steps["load"].state == "PASSED"
+
+
+def test_an_unknown_load_option_fails_the_first_step(tiny_llama):
+    assert run(tiny_llama, load_options={"unheard_of": 1})["dry_load"].state == "FAILED"

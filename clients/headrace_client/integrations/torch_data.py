@@ -48,6 +48,13 @@ class ActivationDataset(IterableDataset[Any]):
         taken = sorted({"drop_last", "on_progress"} & set(options)) + ["shard"] * (reading.shard != PLAIN.shard)
         if taken:
             raise InvalidArgument(f"{taken[0]} is the dataset's own affair", fields={taken[0]: "leave it out"})
+        if unknown := sorted(set(options) - set(_DEFAULTS)):
+            raise InvalidArgument(
+                f"{unknown[0]} is no option of `activations`",
+                fields={
+                    unknown[0]: "orders go into reading=Reading(...), sizes and transport into tuning=StreamTuning(...)"
+                },
+            )
         if (rank is None) != (world is None):
             raise InvalidArgument("rank and world are given together, or neither", fields={"rank": str(rank)})
         self._extraction = extraction
@@ -74,6 +81,8 @@ class ActivationDataset(IterableDataset[Any]):
         options = {name: self._options.get(name, _DEFAULTS[name].default) for name in _DECISIVE}
         # Not the epoch: a loop sets it anew for each epoch, maybe after a state was loaded.
         order = {name: getattr(self._reading, name) for name in ("order", "seed", "block_rows", "mix_blocks")}
+        # A plain string: torch.load takes no enum by default.
+        order["order"] = str(self._reading.order)
         return {"extraction": self._extraction, "rank": rank, "world": world, **options, **order}
 
     def set_epoch(self, epoch: int) -> None:

@@ -52,7 +52,8 @@ def watch(
             return  # noqa: TRY300 - the server ended it, and there is nothing left to watch.
         except HeadraceError as exc:
             # Without a deadline of the watch, it is the call's own long life that ended, and another call goes on.
-            call_ended = ends_at is None and isinstance(exc, DeadlineExceeded) and exc.reason == exc.REASON
+            long_call_ended = isinstance(exc, DeadlineExceeded) and exc.reason == DeadlineExceeded.REASON
+            call_ended = ends_at is None and long_call_ended
             may_pass = isinstance(exc, Unavailable) or call_ended
             if not may_pass or time.monotonic() - heard_at > reconnect_deadline_s:
                 raise

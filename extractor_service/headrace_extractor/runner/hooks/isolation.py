@@ -39,8 +39,8 @@ def isolated_by(
     way.
     """
     arguments = {"position_ids": position_ids_BS} if takes_positions else {}
-    shares = bool((position_ids_BS.diff(dim=1) != 1).any())
-    if how == BY_POSITIONS or not shares:
+    # Asks the device only where that matters: positions alone keep most models' documents apart.
+    if how == BY_POSITIONS or not bool((position_ids_BS.diff(dim=1) != 1).any()):
         yield arguments
         return
     if how not in (BY_MASK, BY_BLOCK_MASK):

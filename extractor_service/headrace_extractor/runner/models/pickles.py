@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,12 @@ def convert_pickled(source_path: Path, target_path: Path, on_progress: OnProgres
 def _tensors_of(shard: Path) -> dict[str, torch.Tensor]:
     """Reads a shard with torch's restricted unpickler."""
     try:
-        # Only zip archives can be mapped; files from before torch 1.6 are none, and are read into memory.
-        loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
+        try:
+            loaded = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as exc:  # A file from before torch 1.6, or a file system that maps no files.
+            if "mmap" not in str(exc):
+                raise
+            loaded = torch.load(shard, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         raise ModelUnsupported(
             f"{shard.name} holds more than tensors and is not read, since that could run code; convert the model with "

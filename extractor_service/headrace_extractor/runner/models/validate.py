@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import LoadFailed, ModelUnsupported, NonFinite, reason_of
 from headrace_extractor.node.runner_protocol import Step, Validate, Validated
 from headrace_extractor.runner.hooks.binding import anatomy_of, n_layers_of
-from headrace_extractor.runner.models.load_options import config_of, without_pooler
+from headrace_extractor.runner.models.load_options import check_options, config_of, without_pooler
 from headrace_extractor.runner.models.loading import (
     LoadedModel,
     compute_dtype_of,
@@ -110,6 +111,7 @@ class _Trial:
     """
 
     command: Validate
+    options: dict[str, Any] = field(default_factory=dict)  # The load options as a load takes them.
     token_ids: list[int] = field(default_factory=list)
     loaded: LoadedModel | None = None
     acts: list[Tensor] = field(default_factory=list)
@@ -118,9 +120,10 @@ class _Trial:
         """Builds the network without memory and matches the files' tensors with it, by name and shape."""
         command = self.command
         files_path = Path(command.files_path)
+        self.options = check_options(command.load_options, device_of(command.device))
         with load_errors(files_path, stored_config(files_path)):
-            config = config_of(files_path, command.load_options)
-            trusted = trusts_remote_code(command.load_options)
+            config = config_of(files_path, self.options)
+            trusted = trusts_remote_code(self.options)
             if command.quantization == "none":
                 model, report = AutoModel.from_pretrained(
                     files_path,
@@ -223,7 +226,7 @@ class _Trial:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        arguments = from_pretrained_arguments(files_path, device, dtype, command.load_options)
+        arguments = from_pretrained_arguments(files_path, device, dtype, self.options)
         with out_of_memory_as_typed(device, 0), load_errors(files_path, stored_config(files_path)):
             if command.quantization == "none":
                 plain, _ = AutoModel.from_pretrained(files_path, **arguments)
