@@ -9,17 +9,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import depth, end_to_end, fan_out, peers, reading, registry, wire
+from bench import cold_load, depth, end_to_end, fan_out, peers, reading, registry, wire
 from bench.figures import save, show
 from bench.processes import ROOT
 
-CHOICES = ("wire", "reading", "fan-out", "depth", "end-to-end", "peers", "registry", "same-loss")
+CHOICES = ("wire", "reading", "fan-out", "depth", "end-to-end", "peers", "registry", "cold-load", "same-loss")
 
 
 def main() -> int:
     """Runs the benchmarks asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=CHOICES, help="default: all but same-loss")
+    parser.add_argument("--only", choices=CHOICES, help="default: all but cold-load and same-loss")
     parser.add_argument("--rounds", type=int, default=7, help="turns of the wire and reading benchmarks (default 7)")
     parser.add_argument("--output", type=Path, default=ROOT / ".bench" / "latest.json")
     parser.add_argument("--work-dir", type=Path, help="folder for 3 GB of data meanwhile (default: a temporary one)")
@@ -27,7 +27,7 @@ def main() -> int:
         "--rows-rounds", type=int, default=3, help="turns of fan-out, depth, end-to-end and peers (default 3)"
     )
     parser.add_argument("--rows-seconds", type=float, default=12.0, help="length of such a turn (default 12)")
-    parser.add_argument("--registry-rounds", type=int, default=5, help="turns of the registry benchmark (default 5)")
+    parser.add_argument("--registry-rounds", type=int, default=5, help="turns of registry and cold-load (default 5)")
     parser.add_argument(
         "--contexts", type=int, default=128, help="of 256 rows, to train on for same-loss (default 128)"
     )
@@ -48,6 +48,8 @@ def main() -> int:
             figures += peers.measure(Path(folder), console, rounds=args.rows_rounds)
         if args.only in (None, "registry"):
             figures += registry.measure(Path(folder), console, rounds=args.registry_rounds)
+        if args.only == "cold-load":
+            figures += cold_load.measure(Path(folder), console, rounds=args.registry_rounds)
         if args.only == "same-loss":
             from bench import same_loss  # noqa: PLC0415 -- torch and SAELens
 

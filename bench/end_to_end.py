@@ -7,7 +7,7 @@ Each turn extracts from its own corpus (the same paragraphs and one more at the 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -69,19 +69,35 @@ def _turn(worker: Worker, n_rows: int, turns: Iterator[int]) -> float:
     return float(result["n_rows"] / result["seconds"])
 
 
-def start_services(stack: ExitStack, work_dir: Path, *, database_url: str = "") -> Services:
+def start_services(
+    stack: ExitStack,
+    work_dir: Path,
+    *,
+    database_url: str = "",
+    registry_flags: Sequence[str] = (),
+    extractor_flags: Sequence[str] = (),
+) -> Services:
     """Starts registry and extractor for as long as `stack` is open, and has the model converted."""
     gguf = _gguf()
     flags = ["--listen", "127.0.0.1:0", "--data-dir"]
     registry, _ = stack.enter_context(
         server(
             "headrace_registry",
-            [*flags, str(work_dir / "registry"), "--models-root", str(gguf.parent), "--database-url", database_url],
+            [
+                *flags,
+                str(work_dir / "registry"),
+                *("--models-root", str(gguf.parent), "--database-url", database_url),
+                *registry_flags,
+            ],
             work_dir=work_dir,
         )
     )
     stack.enter_context(
-        server("headrace_extractor", [*flags, str(work_dir / "node"), "--registry", registry], work_dir=work_dir)
+        server(
+            "headrace_extractor",
+            [*flags, str(work_dir / "node"), "--registry", registry, *extractor_flags],
+            work_dir=work_dir,
+        )
     )
     client = stack.enter_context(HeadraceClient.connect(registry))
     client.models.register(gguf=gguf, id=MODEL_ID)

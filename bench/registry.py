@@ -81,7 +81,7 @@ def _cold_load(services: Services, console: Console, rounds: int) -> Figure:
     with grpc.insecure_channel(services.registry) as channel:
         residencies = residency_grpc.ResidencyServiceStub(channel)
         sides: dict[str, Callable[[], float]] = {
-            "headrace": partial(_load, residencies),
+            "headrace": partial(load_and_unload, residencies, MODEL_ID),
             "bare": partial(_bare_load, services.files_path),
         }
         for side in sides.values():
@@ -92,17 +92,17 @@ def _cold_load(services: Services, console: Console, rounds: int) -> Figure:
     )
 
 
-def _load(residencies: residency_grpc.ResidencyServiceStub) -> float:
+def load_and_unload(residencies: residency_grpc.ResidencyServiceStub, model_id: str) -> float:
     """Returns the seconds from the request to the grant; unloads the model again, untimed."""
     began = time.perf_counter()
-    request = residency_pb.AcquireLeaseRequest(model_id=MODEL_ID, holder="bench", ttl_s=60, wait_s=120)
+    request = residency_pb.AcquireLeaseRequest(model_id=model_id, holder="bench", ttl_s=60, wait_s=120)
     events = list(residencies.AcquireLease(request, timeout=DEADLINE_S))
     seconds = time.perf_counter() - began
     lease = events[-1].granted.lease
     residencies.ReleaseLease(residency_pb.ReleaseLeaseRequest(lease_id=lease.id, fence=lease.fence), timeout=DEADLINE_S)
-    residencies.UnloadModel(residency_pb.UnloadModelRequest(model_id=MODEL_ID, force=True), timeout=DEADLINE_S)
+    residencies.UnloadModel(residency_pb.UnloadModelRequest(model_id=model_id, force=True), timeout=DEADLINE_S)
     end = time.monotonic() + DEADLINE_S
-    listing = residency_pb.ListResidenciesRequest(model_id=MODEL_ID)
+    listing = residency_pb.ListResidenciesRequest(model_id=model_id)
     while residencies.ListResidencies(listing, timeout=DEADLINE_S).residencies and time.monotonic() < end:
         time.sleep(0.05)
     return seconds

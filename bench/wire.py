@@ -83,4 +83,5 @@ class Side:
 def extractor_arguments(replay: ReplaySet) -> list[str]:
     """Returns the flags of an extractor that replays a finished extraction, which needs no registry."""
     # Port 9 (discard) refuses connections; the extractor tries again once a second.
-    return ["--listen", "127.0.0.1:0", "--registry", "127.0.0.1:9", "--data-dir", str(replay.data_dir)]
+    flags = ["--listen", "127.0.0.1:0", "--registry", "127.0.0.1:9", "--data-dir", str(replay.data_dir)]
+    return [*flags, "--spare-runners", "0"]  # Nothing is loaded.

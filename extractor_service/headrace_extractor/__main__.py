@@ -33,6 +33,7 @@ from headrace_extractor.hub.client import HubDatasets
 from headrace_extractor.node.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
 from headrace_extractor.node.node import Node
 from headrace_extractor.node.runner_process import RunnerProcess
+from headrace_extractor.node.spare_runners import DEFAULT_SPARE_RUNNERS, SpareRunners
 from headrace_extractor.rpc.corpus_servicer import CorpusServicer
 from headrace_extractor.rpc.extraction_servicer import ExtractionServicer
 from headrace_extractor.rpc.handlers import add_service
@@ -44,6 +45,8 @@ logger = logging.getLogger("headrace_extractor")
 
 EXTRACTION = extraction_service_pb2.DESCRIPTOR.services_by_name["ExtractionService"]
 CORPUS = corpus_service_pb2.DESCRIPTOR.services_by_name["CorpusService"]
+# Loads that begin at the same moment are few; more spares hold memory for nothing.
+_MOST_SPARE_RUNNERS = 16
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -78,6 +81,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=None,
         metavar="N",
         help="most models resident at once (default 3 below 64 GB of device memory, else no limit; 0: no limit)",
+    )
+    parser.add_argument(
+        "--spare-runners",
+        type=_spares,
+        default=DEFAULT_SPARE_RUNNERS,
+        metavar="N",
+        help="processes that import torch ahead of the next load, some 300 MB of main memory each "
+        f"(default {DEFAULT_SPARE_RUNNERS}; 0: none)",
     )
     parser.add_argument(
         "--sets-quota-bytes",
@@ -119,6 +130,13 @@ def _limit(text: str) -> int:
     return number
 
 
+def _spares(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= _MOST_SPARE_RUNNERS:
+        raise argparse.ArgumentTypeError(f"takes 0 to {_MOST_SPARE_RUNNERS}")
+    return number
+
+
 def _amount(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -155,7 +173,8 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     registry = _registry_client(args)
     corpora = CorpusStore(data_dir / "corpora", allowed_roots=args.corpus_root)
     machine = machine_reader(devices(), max_loads=args.max_loads, max_residents=args.max_residents)
-    node = Node(registry, RunnerProcess.start, devices, environment=environment, machine=machine)
+    runners = SpareRunners(RunnerProcess.start, environment=environment, n_spares=args.spare_runners)
+    node = Node(registry, runners, devices, environment=environment, machine=machine)
     extractions = Extractions(
         data_dir,
         models=registry,
@@ -200,6 +219,8 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         asyncio.create_task(extractions.report_changes(reports.report), name="reports"),
         asyncio.create_task(extractions.keeper.run(), name="sets"),
     ]
+    if args.spare_runners:
+        background.append(asyncio.create_task(runners.run(), name="spare-runners"))
     waiting = asyncio.create_task(server.wait(), name="wait")
     try:
         await asyncio.wait([waiting, *background], return_when=asyncio.FIRST_COMPLETED)

@@ -14,14 +14,15 @@ import pytest
 
 CLI = [sys.executable, "-m", "headrace_cli", "--json"]
 REGISTRY_FLAGS = [("--models-quota-bytes", "1000000"), ("--allow-pickle", "a/b"), ("--trust-remote-code", "c/d")]
+EXTRACTOR_FLAGS = [("--device", "cpu"), ("--spare-runners", "0")]
 
 
 @pytest.fixture
 def running(tmp_path):
     """The process of `headrace up` on free ports."""
     command = [*CLI, "up", "--data-dir", str(tmp_path), "--registry-listen", "127.0.0.1:0", "--grace-s", "5"]
-    command += ["--extractor-listen", "127.0.0.1:0", "--device", "cpu"]
-    command += [word for flag, value in REGISTRY_FLAGS for word in (flag, value)]
+    command += ["--extractor-listen", "127.0.0.1:0"]
+    command += [word for flag, value in REGISTRY_FLAGS + EXTRACTOR_FLAGS for word in (flag, value)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     yield process
     if process.poll() is None:
@@ -54,6 +55,7 @@ def test_up_starts_both_restarts_a_killed_one_and_stops_both(running):
     extractor_pid = int(next_event(running, "extractor", r"process (\d+)")[1])
     first = next_event(running, "extractor", r"ready at (.+)")[1]
     words = Path(f"/proc/{registry_pid}/cmdline").read_text().split("\0")
+    words_of_extractor = Path(f"/proc/{extractor_pid}/cmdline").read_text().split("\0")
 
     os.kill(extractor_pid, signal.SIGKILL)
     extractor_pid = int(next_event(running, "extractor", r"starting, process (\d+)")[1])
@@ -65,6 +67,7 @@ def test_up_starts_both_restarts_a_killed_one_and_stops_both(running):
     assert code == 0
     assert again == first
     assert set(REGISTRY_FLAGS) <= set(pairwise(words))
+    assert set(EXTRACTOR_FLAGS) <= set(pairwise(words_of_extractor))
     assert [(node["state"], node["address"]) for node in listed] == [("ALIVE", again)]
     assert not alive(registry_pid)
     assert not alive(extractor_pid)

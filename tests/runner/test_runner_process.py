@@ -20,6 +20,8 @@ from headrace_extractor.node.runner_protocol import (
     Load,
     Loaded,
     Loading,
+    Prepare,
+    Prepared,
     Stop,
 )
 from headrace_extractor.runner.process import Runner, failure_of
@@ -97,6 +99,16 @@ def test_torch_is_not_imported_before_a_command_needs_it():
     script = "import sys; import headrace_extractor.runner.__main__; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=20).returncode == 0
+
+
+def test_a_prepared_runner_loads(tiny_gpt2, start_runner):
+    runner = start_runner()
+    for _ in range(2):
+        runner.send(Prepare())
+        assert runner.next() == Prepared()
+    runner.send(Load(files_path=str(tiny_gpt2), device="cpu", dtype="float32"))
+
+    runner.until(Loaded)
 
 
 def test_commands_are_answered_in_order_and_bad_ones_do_no_harm(tiny_gpt2, make_set, make_corpus, start_runner):

@@ -50,7 +50,7 @@ class Cluster:
             self._process(folder / f"registry-{n}", "headrace_registry", common + shared) for n in (0, 1)
         ]
         self.address = "ipv4:" + ",".join(registry.address for registry in self.registries)
-        node = ("--registry", self.address, "--device", "cpu")
+        node = ("--registry", self.address, "--device", "cpu", "--spare-runners", "0")
         self.extractors = [
             self._process(
                 folder / f"node-{name}",

@@ -43,6 +43,10 @@ _SetsQuota = Annotated[
 _CpuBytes = Annotated[
     int | None, typer.Option(metavar="BYTES", help="Main memory for models.  (default: chosen by the extractor)")
 ]
+_SpareRunners = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Processes that import torch ahead of the next load.  (default: 1; 0: none)"),
+]
 
 
 @reported
@@ -67,6 +71,7 @@ def up(
         str, typer.Option(help="Device of the extractor, such as cpu or cuda:0.  (default: every device it finds)")
     ] = "",
     cpu_bytes: _CpuBytes = None,
+    spare_runners: _SpareRunners = None,
     sets_quota_bytes: _SetsQuota = None,
     grace_s: Annotated[
         float, typer.Option(metavar="SECONDS", help="Longest time that each server may take to stop.")
@@ -95,6 +100,7 @@ def up(
         corpus_root=corpus_root,
         device=device,
         cpu_bytes=cpu_bytes,
+        spare_runners=spare_runners,
         sets_quota_bytes=sets_quota_bytes,
     )
     children = [

@@ -4,9 +4,9 @@ Commands go to the runner's standard input, events come from its standard output
 standard error. Activations never travel here, only row numbers: the log is the channel. End of input means that the
 server is gone, and the runner exits at once.
 
-    server → runner   load · extract · grant · stop · convert · quantize · validate
-    runner → server   loading · loaded · committed · blocked · finished · failed · converting · converted · quantized
-                      · step · validated
+    server → runner   prepare · load · extract · grant · stop · convert · quantize · validate
+    runner → server   prepared · loading · loaded · committed · blocked · finished · failed · converting · converted
+                      · quantized · step · validated
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ class Message:
     """Base of all commands and events; `KIND` is the value of the JSON key `kind`."""
 
     KIND: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare(Message):
+    """Import what a load needs. Answered by `prepared`, at once if that is done, or by `failed`."""
+
+    KIND: ClassVar[str] = "prepare"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +120,13 @@ class Validate(Message):
     dtype: str
     quantization: str = "none"
     load_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Message):
+    """What a load needs is imported."""
+
+    KIND: ClassVar[str] = "prepared"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,8 +234,11 @@ class Validated(Message):
     versions: Mapping[str, str]
 
 
-_COMMANDS = (Load, Extract, Grant, Stop, Convert, Quantize, Validate)
-_EVENTS = (Loading, Loaded, Committed, Blocked, Finished, Failed, Converting, Converted, Quantized, Step, Validated)
+_COMMANDS = (Prepare, Load, Extract, Grant, Stop, Convert, Quantize, Validate)
+_EVENTS = (
+    *(Prepared, Loading, Loaded, Committed, Blocked, Finished, Failed),
+    *(Converting, Converted, Quantized, Step, Validated),
+)
 _KINDS: dict[str, type[Message]] = {kind.KIND: kind for kind in (*_COMMANDS, *_EVENTS)}
 
 

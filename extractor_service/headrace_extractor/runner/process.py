@@ -32,6 +32,8 @@ from headrace_extractor.node.runner_protocol import (
     Loaded,
     Loading,
     Message,
+    Prepare,
+    Prepared,
     Quantize,
     Quantized,
     Stop,
@@ -98,7 +100,9 @@ class Runner:
         """Carries out one command; every exception becomes a `failed` event."""
         set_id = command.set_id if isinstance(command, Extract) else ""
         try:
-            if isinstance(command, Load):
+            if isinstance(command, Prepare):
+                self._prepare()
+            elif isinstance(command, Load):
                 self._load(command)
             elif isinstance(command, Extract):
                 if self._loaded is None:
@@ -146,6 +150,14 @@ class Runner:
             self._gates.close(gate)
             full = errors.QueueFull(f"The runner has {_MAX_WAITING} commands waiting; wait for one to finish.")
             self._emit(replace(failure_of(full), set_id=set_id))
+
+    def _prepare(self) -> None:
+        """Imports the larger part of what any command needs that makes or loads a model."""
+        with _collector_paused():
+            import headrace_extractor.runner.models.loading  # noqa: PLC0415 -- torch
+            import headrace_extractor.runner.passes.extract  # noqa: F401, PLC0415 -- torch
+
+        self._emit(Prepared())
 
     def _load(self, command: Load) -> None:
         self._check_empty()
