@@ -1,7 +1,7 @@
 """Cold loads with a spare runner against cold loads without one: `python -m bench.cold_load`, or `--only cold-load`.
 
 Two pairs of registry and extractor as users run them, each with a tiny llama and SmolLM2-135M. A turn is timed from
-`AcquireLease` of a model that is not loaded to the grant. Before each turn the spare has the time that it needs to import.
+`AcquireLease` of a model that is not loaded to the grant. Before each turn the spare has had time to import.
 """
 
 from __future__ import annotations

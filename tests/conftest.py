@@ -3,7 +3,8 @@
 pytest_plugins = [
     "fix_chassis",
     "fix_client",
-    "fix_extractor",
+    "fix_forked_runner",
+    "fix_extractor",  # Builds on the one above.
     "fix_postgres",
     "fix_registry",
     "fix_hub",  # Builds on the one above.

@@ -1,4 +1,4 @@
-"""A node of the extractor in this process: real runners, real log, and a registry of few words."""
+"""A node of the extractor in this process: real runners (forked), real log, and a registry of few words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from headrace_extractor.errors import ModelNotFound, error_for
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.models import ModelInfo
 from headrace_extractor.node.node import Node
-from headrace_extractor.node.runner_process import RunnerProcess
 from headrace_extractor.node.values import Assignment, DesiredState, Device, Lease
 from headrace_extractor.reading.row_stream import End, Pause, RowStream, StreamRequest
 from headrace_extractor.sets.notes import SetOrders
@@ -167,9 +166,10 @@ def model_info(path, model_id="tiny"):
 class NodeInProcess:
     """One node; `restart` is what a crash of the server leaves, less the crash."""
 
-    def __init__(self, data_dir, registry):
+    def __init__(self, data_dir, registry, start_runner):
         self.data_dir = data_dir
         self.registry = registry
+        self._start_process = start_runner
         self.runners = []
         self.limits = None
         self.corpora = None
@@ -236,7 +236,7 @@ class NodeInProcess:
                 await asyncio.sleep(0.01)
 
     async def _start_runner(self, *, environment):
-        self.runners.append(await RunnerProcess.start(environment=environment))
+        self.runners.append(await self._start_process(environment=environment))
         return self.runners[-1]
 
     def _devices(self):
@@ -244,12 +244,13 @@ class NodeInProcess:
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def start_extractor(tmp_path_factory, tiny_llama):
+async def start_extractor(tmp_path_factory, tiny_llama, forked_runners):
     """Starts nodes, each with a registry and data of its own."""
     nodes = []
 
     async def start():
-        node = NodeInProcess(tmp_path_factory.mktemp("node"), FakeRegistry([model_info(tiny_llama)]))
+        registry = FakeRegistry([model_info(tiny_llama)])
+        node = NodeInProcess(tmp_path_factory.mktemp("node"), registry, forked_runners.start)
         nodes.append(node)
         await node.start()
         return node

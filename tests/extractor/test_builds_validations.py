@@ -13,7 +13,6 @@ import pytest_asyncio
 from fix_extractor import model_info
 from headrace_extractor.errors import LoadFailed, ModelUnsupported, RegistryUnavailable, RunnerLost, StateConflict
 from headrace_extractor.node.builds import Builds, command_of
-from headrace_extractor.node.runner_process import RunnerProcess
 from headrace_extractor.node.runner_protocol import Converted, Converting, Quantize
 from headrace_extractor.node.validations import Validations
 from headrace_extractor.node.values import Build, BuildKind, Device, Validation
@@ -46,11 +45,11 @@ def listener():
 
 
 @pytest_asyncio.fixture
-async def runners():
+async def runners(forked_runners):
     started = []
 
     async def start(*, environment):
-        started.append(await RunnerProcess.start(environment=environment))
+        started.append(await forked_runners.start(environment=environment))
         return started[-1]
 
     yield start, started
