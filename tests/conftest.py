@@ -1,5 +1,7 @@
 """Fixtures live in plugins named after what they provide."""
 
+import gc
+
 pytest_plugins = [
     "fix_chassis",
     "fix_client",
@@ -13,3 +15,14 @@ pytest_plugins = [
     "fix_system",
     "fix_train",
 ]
+
+
+def pytest_configure():
+    """Pauses the garbage collector until all tests are collected: with torch, a million objects that stay."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """Keeps what was imported out of later collections."""
+    gc.freeze()
+    gc.enable()
