@@ -58,7 +58,7 @@ def measure(work_dir: Path, console: Console, *, rounds: int) -> list[Figure]:
             seconds = interleave(sides, rounds)
             figures.append(
                 compare(
-                    f"cold load with a spare vs without, {name}",
+                    f"spare vs none, {name}",
                     seconds["spare"],
                     seconds["none"],
                     unit="s",
