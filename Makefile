@@ -31,9 +31,9 @@ up: install ## Starts registry and extractor on this machine
 	$(BIN)/headrace up
 
 # More threads than cores would spend a fifth of their time waiting for one another; two workers on two cores, a fifth
-# of theirs for processes that they have started.
+# of theirs for processes that they have started. tests/conftest.py decides which tests one worker runs.
 test: install ## Runs the tests, in minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not fault and not gpu' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 fault: install ## Kills real processes at bad moments
 	$(BIN)/python -m pytest -m 'fault' --timeout 600
