@@ -29,20 +29,20 @@ _SHARED = {
 _LONGEST_FIRST = ("tests/system/", "tests/extractor/", "tests/registry/", "tests/runner/", "")
 
 
-def pytest_configure():
-    """Pauses the garbage collector until all tests are collected: with torch, a million objects that stay."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Pauses the garbage collector while tests are collected: with torch, a million objects that stay."""
     gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
     """Has the tests come first that take longest, so that the processes end at about the same time."""
     items.sort(key=lambda item: next(n for n, part in enumerate(_LONGEST_FIRST) if part in item.nodeid))
-
-
-def pytest_collection_finish():
-    """Keeps what was imported out of later collections."""
-    gc.freeze()
-    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
