@@ -167,33 +167,32 @@ def _registry_client(args: argparse.Namespace) -> RegistryClient:
 
 async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     """Serves until a signal."""
-    data_dir: Path = args.data_dir
     shutdown, metrics = Shutdown(), Metrics()
     devices = device_lister(args.device, args.cpu_bytes)
     registry = _registry_client(args)
-    corpora = CorpusStore(data_dir / "corpora", allowed_roots=args.corpus_root)
+    corpora = CorpusStore(args.data_dir / "corpora", allowed_roots=args.corpus_root)
     machine = machine_reader(devices(), max_loads=args.max_loads, max_residents=args.max_residents)
     runners = SpareRunners(RunnerProcess.start, environment=environment, n_spares=args.spare_runners)
     node = Node(registry, runners, devices, environment=environment, machine=machine)
+    limits = Limits(
+        quota_bytes=args.sets_quota_bytes, idle_s=args.sets_idle_days * 86_400, reserve_bytes=args.disk_reserve_bytes
+    )
     extractions = Extractions(
-        data_dir,
+        args.data_dir,
         models=registry,
         corpora=corpora,
         node=node,
         counter=CorpusRowCounter(corpora, registry),
         device_id=devices()[0].id,
         registry=registry,
-        limits=Limits(
-            quota_bytes=args.sets_quota_bytes,
-            idle_s=args.sets_idle_days * 86_400,
-            reserve_bytes=args.disk_reserve_bytes,
-        ),
+        limits=limits,
     )
     extraction_servicer = ExtractionServicer(
         extractions, decode_tokens=_decode_tokens, metrics=metrics, shutdown=shutdown
     )
-    datasets = HubDatasets(environment)
-    corpus_servicer = CorpusServicer(corpora, datasets, in_use=extractions.uses_corpus, shutdown=shutdown)
+    corpus_servicer = CorpusServicer(
+        corpora, HubDatasets(environment), in_use=extractions.uses_corpus, shutdown=shutdown
+    )
 
     def add_services(server: grpc.aio.Server) -> None:
         add_service(server, EXTRACTION, extraction_servicer, framed=("StreamActivations",))
@@ -209,7 +208,7 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     )
     extractions.recover()
     await server.start()
-    logger.info("listening", extra={"address": server.address, "data_dir": str(data_dir)})
+    logger.info("listening", extra={"address": server.address, "data_dir": str(args.data_dir)})
 
     reports = SetReports(extractions.sets, extractions.keeper, registry, epoch=lambda: node.epoch)
     background = [
