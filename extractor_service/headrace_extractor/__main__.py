@@ -187,16 +187,12 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         registry=registry,
         limits=limits,
     )
-    extraction_servicer = ExtractionServicer(
-        extractions, decode_tokens=_decode_tokens, metrics=metrics, shutdown=shutdown
-    )
-    corpus_servicer = CorpusServicer(
-        corpora, HubDatasets(environment), in_use=extractions.uses_corpus, shutdown=shutdown
-    )
+    extraction_rpc = ExtractionServicer(extractions, decode_tokens=_decode_tokens, metrics=metrics, shutdown=shutdown)
+    corpus_rpc = CorpusServicer(corpora, HubDatasets(environment), in_use=extractions.uses_corpus, shutdown=shutdown)
 
     def add_services(server: grpc.aio.Server) -> None:
-        add_service(server, EXTRACTION, extraction_servicer, framed=("StreamActivations",))
-        add_service(server, CORPUS, corpus_servicer)
+        add_service(server, EXTRACTION, extraction_rpc, framed=("StreamActivations",))
+        add_service(server, CORPUS, corpus_rpc)
 
     server = Server(
         options_from(args),
