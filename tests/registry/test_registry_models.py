@@ -354,7 +354,7 @@ async def test_a_large_folder_reports_progress(registry, tmp_path, monkeypatch):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("name", ["q\x00.safetensors", "q\ud800.safetensors"])
+@pytest.mark.parametrize("name", ["q\x00.safetensors", "q\ud800.safetensors"], ids=["NUL", "half a surrogate pair"])
 async def test_a_file_name_that_no_database_can_store_fails_its_preparation_alone(registry, tmp_path, name):
     folder = write_model(tmp_path / "m")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
