@@ -183,10 +183,10 @@ class Preparer:
             log.exception("the failure of the preparation of %s could not be stored", model.id)
 
     async def _fail(self, model: Model, reason: str, message: str) -> None:
+        # A message may name a file of the model, in characters that neither Postgres nor a log can write.
+        message = clean_text(message, _MAX_MESSAGE_CHARACTERS)
         log.warning("preparation of %s failed: %s: %s", model.id, reason, message)
-        # A message may name a file of the model, in characters that Postgres can't store.
-        failure = Failure(reason=reason, message=clean_text(message, _MAX_MESSAGE_CHARACTERS))
-        await self._store.fail(model.id, self.worker, failure)
+        await self._store.fail(model.id, self.worker, Failure(reason=reason, message=message))
 
     async def _make_ready(self, model: Model) -> None:
         """Takes a model from its source to READY: download, convert, inspect, quantize."""
