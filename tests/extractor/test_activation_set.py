@@ -1,5 +1,6 @@
 """A set as an object: what it remembers of its files, when it looks again, and how long it lives."""
 
+import asyncio
 import gc
 import weakref
 
@@ -165,6 +166,7 @@ async def ended_extractions(extractor):
     kept = await extractor.extract()
     await extractor.read(kept)
     await extractor.until(lambda: kept.value.state.ended)
+    await asyncio.wait([window.task, kept.task], timeout=30)  # Each gives its lease back before it is forgotten.
     assert isinstance(kept.passes, SetPasses)
     return [weakref.ref(each) for each in (window.set, window.passes, kept.set, kept.passes)]
 
