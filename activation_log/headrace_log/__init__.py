@@ -7,7 +7,7 @@ The rows of a set, with 0 <= first_kept <= sealed <= committed <= grant:
 
     rows                   state             owner
     [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [first_kept, sealed)   sealed segments   the readers; the files never change
     [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
     [committed, grant)     may be written    the writer alone
     [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant

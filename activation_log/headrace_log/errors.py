@@ -2,10 +2,12 @@
 
 LogError
 ├── SetCorrupt        a file contradicts the manifest or the index
-├── DigestMismatch    a sealed segment's bytes changed after they were written
+├── DigestMismatch    a sealed segment is not as it was sealed
 ├── DiskFull          no space for the next file or record
 ├── TooManyFiles      no free descriptor to open a file
-└── RowsExpired       a WINDOW set has dropped these rows
+├── RowsExpired       a WINDOW set has dropped these rows
+├── LockHeld          another process holds the lock
+└── NoLocks           the file system keeps no locks
 """
 
 from __future__ import annotations
@@ -22,13 +24,18 @@ class SetCorrupt(LogError):
 
 
 class DigestMismatch(LogError):
-    """A sealed segment differs from its digest."""
+    """A sealed segment of a column is damaged: `what` is wrong with its file."""
 
-    def __init__(self, path: Path, *, expected: str, actual: str) -> None:
-        super().__init__(f"{path} has SHA-256 {actual}, recorded was {expected}; delete the set to recompute it")
+    def __init__(self, path: Path, what: str, *, column: str, segment: int, first_row: int, n_rows: int) -> None:
+        super().__init__(
+            f"{path} {what}: rows {first_row} to {first_row + n_rows} of {column} are damaged; start the extraction "
+            "again, which computes them anew"
+        )
         self.path = path
-        self.expected = expected
-        self.actual = actual
+        self.column = column
+        self.segment = segment
+        self.first_row = first_row
+        self.n_rows = n_rows
 
 
 class DiskFull(LogError):
@@ -61,3 +68,23 @@ class RowsExpired(LogError):
         super().__init__(f"row {row} is no longer kept; the first row still there is {first_available_row}")
         self.row = row
         self.first_available_row = first_available_row
+
+
+class LockHeld(LogError):
+    """Another process holds the lock."""
+
+    def __init__(self, path: Path, *, holder: str) -> None:
+        super().__init__(f"process {holder or 'unknown'} holds {path}; wait until it ends, or end it")
+        self.path = path
+        self.holder = holder
+
+
+class NoLocks(LogError):
+    """The file system keeps no locks, without which two processes could write the same files."""
+
+    def __init__(self, path: Path, *, why: str) -> None:
+        super().__init__(
+            f"{path} can't be locked ({why}); use a file system with locks, such as a local disk, or mount this one "
+            "with them"
+        )
+        self.path = path

@@ -18,6 +18,9 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 # The limit of the process, and the machine's.
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
+# Of a disk that fails, of a file that is gone from its server, and of a folder in a file's place.
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.EISDIR)
+
 
 @contextmanager
 def disk_full_as_typed(path: Path, required_bytes: int) -> Iterator[None]:
@@ -73,6 +76,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def append_durably(path: Path, line: bytes) -> None:
     """Appends `line` in one write and waits until it is on disk. Raises DiskFull."""
     with disk_full_as_typed(path, len(line)):
+        is_new = not path.exists()
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             written = os.write(fd, line)
@@ -81,3 +85,5 @@ def append_durably(path: Path, line: bytes) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+        if is_new:
+            fsync_folder(path.parent)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 HOLD_NAME = "last_used"
 # The exclusive lock of another thread of this process would look like a reader's.
 _LOOKING = threading.Lock()
+
+logger = logging.getLogger(__name__)
 
 
 class Hold:
@@ -41,20 +44,22 @@ class Hold:
 def nobody_holds(folder: Path) -> Iterator[bool]:
     """Yields True if no process holds the set, and keeps new holders out for the block; else yields False.
 
-    One look at a time in a process: the block must be short.
+    Where that can't be told, it says so in the log, and the set counts as held. One look at a time in a process: the
+    block must be short.
     """
-    with _LOOKING:
+    with _LOOKING, contextlib.ExitStack() as stack:
         try:
-            fd = os.open(folder / HOLD_NAME, os.O_RDONLY)
+            # Writable: file servers that emulate these locks refuse an exclusive lock on a descriptor for reading.
+            fd = os.open(folder / HOLD_NAME, os.O_RDWR | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
-            yield True
-            return
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-        finally:
-            os.close(fd)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError as exc:
+            logger.warning("it can't be told whether %s is read, so it stays: %s", folder, exc.strerror)
+            free = False
+        else:
+            free = True
+        yield free

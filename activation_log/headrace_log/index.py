@@ -1,23 +1,26 @@
 """`segments.jsonl`: the sealed segments, with digests and the point from which a writer goes on.
 
 One line per sealing. A later line of the same segment adds columns to it. A last line without a newline is ignored: a
-crash left it.
+crash left it. Lines are only ever added, but for repairs (`repair.py`), which replace the whole file.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from headrace_log.checks import check_line, checked_line
 from headrace_log.errors import SetCorrupt
 from headrace_log.files import append_durably, write_atomically
 
 FILE_NAME = "segments.jsonl"
 DROPPED_NAME = "dropped.json"
+_REMEDY = "start the extraction again, which computes the rows from there on anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +52,20 @@ class SegmentRecord:
             "resume": dict(self.resume),
             **({"non_finite": dict(self.non_finite)} if self.non_finite else {}),
         }
-        return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+        return checked_line(document)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentIndex:
-    """All sealed segments of a set, in order and without holes; `size_bytes` is how much of the file was read."""
+    """All sealed segments of a set, in order and without gaps between their rows.
+
+    A column may lack a segment that other columns have, also in its middle: a hole, which the next pass fills.
+    `size_bytes` is how much of the file was read, `inode` tells when a repair has replaced the file.
+    """
 
     records: tuple[SegmentRecord, ...] = ()
     size_bytes: int = 0
+    inode: int = field(default=0, compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> SegmentIndex:
@@ -65,9 +73,15 @@ class SegmentIndex:
         return cls().refreshed(folder)
 
     def refreshed(self, folder: Path) -> SegmentIndex:
-        """Returns the index with the segments recorded since, or itself if there are none. Reads only new lines."""
+        """Returns the index with the segments recorded since, or itself if there are none. Reads only new lines.
+
+        Reads a file that a repair has replaced from its start. Raises SetCorrupt.
+        """
         try:
             with (folder / FILE_NAME).open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if self.size_bytes and (stat.st_ino != self.inode or stat.st_size < self.size_bytes):
+                    return SegmentIndex().refreshed(folder)
                 file.seek(self.size_bytes)
                 content = file.read()
         except FileNotFoundError:
@@ -78,7 +92,48 @@ class SegmentIndex:
         records = list(self.records)
         for line in new[:-1].split(b"\n"):
             _merge(records, _parse(line, folder), folder)
-        return SegmentIndex(records=tuple(records), size_bytes=self.size_bytes + len(new))
+        return SegmentIndex(records=tuple(records), size_bytes=self.size_bytes + len(new), inode=stat.st_ino)
+
+    @classmethod
+    def load_readable(cls, folder: Path) -> SegmentIndex:
+        """Reads the index up to the first line that is no record or does not fit behind the lines before it.
+
+        Its `size_bytes` is 0 if there is such a line.
+        """
+        try:
+            content = (folder / FILE_NAME).read_bytes()
+        except FileNotFoundError:
+            return cls()
+        records: list[SegmentRecord] = []
+        try:
+            for line in content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]:
+                _merge(records, _parse(line, folder), folder)
+        except SetCorrupt:
+            return cls(records=tuple(records))
+        return cls(records=tuple(records), size_bytes=len(content))
+
+    def without(self, damaged: Collection[tuple[int, str]]) -> SegmentIndex:
+        """Returns the index without these segments of columns, each given by its number and the column's name."""
+        if not damaged:
+            return self
+        records = list(self.records)
+        for number in {segment for segment, _ in damaged if segment < len(records)}:
+            record = records[number]
+            gone = {name for segment, name in damaged if segment == number}
+            records[number] = replace(
+                record,
+                digests={name: digest for name, digest in record.digests.items() if name not in gone},
+                non_finite={name: count for name, count in record.non_finite.items() if name not in gone},
+            )
+        return replace(self, records=tuple(records))
+
+    def cut(self, n_segments: int) -> SegmentIndex:
+        """Returns the index with its first `n_segments` segments only."""
+        return replace(self, records=self.records[:n_segments])
+
+    def save(self, folder: Path) -> None:
+        """Replaces the file; only the set's writer may. Raises DiskFull."""
+        write_atomically(folder / FILE_NAME, b"".join(record.to_line() for record in self.records))
 
     def append(self, folder: Path, record: SegmentRecord) -> SegmentIndex:
         """Records a sealing on disk; returns the index with that record."""
@@ -90,7 +145,7 @@ class SegmentIndex:
             with path.open("r+b") as file:  # A crash left part of a line behind the last newline.
                 file.truncate(index.size_bytes)
         append_durably(path, line)
-        return SegmentIndex(records=tuple(records), size_bytes=index.size_bytes + len(line))
+        return SegmentIndex(records=tuple(records), size_bytes=index.size_bytes + len(line), inode=path.stat().st_ino)
 
     def n_rows(self, columns: Sequence[str], *, known_rows: int = 0) -> int:
         """Returns `sealed` of `columns`: rows sealed in every one of them. `known_rows` are not looked up again."""
@@ -106,6 +161,13 @@ class SegmentIndex:
         """Returns how many segments end at or before `row`."""
         return bisect_right(self.records, row, key=lambda record: record.end_row)
 
+    def hole_end(self, column: str, row: int) -> int | None:
+        """Returns the first row from `row` on in a segment that is sealed in `column`; None if there is none."""
+        for record in self.records[self.n_before(row) :]:
+            if column in record.digests:
+                return record.first_row
+        return None
+
     def n_non_finite(self, columns: Sequence[str], end_row: int) -> int:
         """Returns how many values of `columns` are NaN or infinite, in all segments that begin before `end_row`."""
         records = [record for record in self.records if record.first_row < end_row]
@@ -118,11 +180,16 @@ class SegmentIndex:
 
 
 def dropped_rows(folder: Path) -> int:
-    """Returns `first_kept`; 0 unless the set is a WINDOW set that has dropped rows."""
+    """Returns `first_kept`; 0 unless the set is a WINDOW set that has dropped rows. Raises SetCorrupt."""
     try:
-        return int(json.loads((folder / DROPPED_NAME).read_bytes())["first_row"])
+        first_row = json.loads((folder / DROPPED_NAME).read_bytes())["first_row"]
     except FileNotFoundError:
         return 0
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        raise SetCorrupt(f"{folder / DROPPED_NAME} names no row; delete the set to recompute it") from exc
+    if type(first_row) is not int or first_row < 0:
+        raise SetCorrupt(f"{folder / DROPPED_NAME} names no row; delete the set to recompute it")
+    return first_row
 
 
 def record_dropped(folder: Path, first_row: int) -> None:
@@ -132,8 +199,9 @@ def record_dropped(folder: Path, first_row: int) -> None:
 
 def _parse(line: bytes, folder: Path) -> SegmentRecord:
     try:
+        check_line(line)
         document = json.loads(line)
-        return SegmentRecord(
+        record = SegmentRecord(
             segment=document["segment"],
             first_row=document["first_row"],
             n_rows=document["rows"],
@@ -141,8 +209,21 @@ def _parse(line: bytes, folder: Path) -> SegmentRecord:
             resume=document["resume"],
             non_finite=document.get("non_finite", {}),
         )
-    except (ValueError, KeyError, TypeError) as exc:
-        raise SetCorrupt(f"{folder / FILE_NAME} has a line that is no record: {line[:80]!r}") from exc
+        numbers = (record.segment, record.first_row, record.n_rows, *record.non_finite.values())
+        is_record = (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and all(isinstance(digest, str) for digest in record.digests.values())
+            and isinstance(record.resume, dict)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise _no_record(line, folder) from exc
+    if not is_record:
+        raise _no_record(line, folder)
+    return record
+
+
+def _no_record(line: bytes, folder: Path) -> SetCorrupt:
+    return SetCorrupt(f"{folder / FILE_NAME} has a line that is no record: {line[:80]!r}; {_REMEDY}")
 
 
 def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) -> None:
@@ -153,7 +234,7 @@ def _merge(records: list[SegmentRecord], record: SegmentRecord, folder: Path) ->
         return
     known = records[record.segment] if record.segment < len(records) else None
     if known is None or (known.first_row, known.n_rows) != (record.first_row, record.n_rows):
-        raise SetCorrupt(f"{folder / FILE_NAME}: segment {record.segment} does not fit behind row {end_row}")
+        raise SetCorrupt(f"{folder / FILE_NAME}: segment {record.segment} does not fit behind row {end_row}; {_REMEDY}")
     records[record.segment] = SegmentRecord(
         segment=known.segment,
         first_row=known.first_row,

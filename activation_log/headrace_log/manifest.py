@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from headrace_log.checks import check, with_check
 from headrace_log.errors import SetCorrupt
-from headrace_log.files import write_atomically
+from headrace_log.files import UNREADABLE, write_atomically
 from headrace_log.layout import PROVENANCE, ColumnSpec
 
 FORMAT = 1
@@ -105,7 +106,7 @@ class Manifest:
             "statistics": dict(self.statistics),
             "receipt": dict(self.receipt),
         }
-        write_atomically(folder / FILE_NAME, json.dumps(document, indent=2).encode() + b"\n")
+        write_atomically(folder / FILE_NAME, json.dumps(with_check(document), indent=2).encode() + b"\n")
 
     @classmethod
     def update(cls, folder: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
@@ -119,11 +120,12 @@ class Manifest:
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Reads `manifest.json`. Raises FileNotFoundError if there is no set, SetCorrupt if the file is no manifest."""
-        text = (folder / FILE_NAME).read_text()
+        path = folder / FILE_NAME
         try:
-            document = json.loads(text)
+            document = json.loads(path.read_bytes())
             if document["format"] != FORMAT:
                 raise SetCorrupt(f"{folder} has format {document['format']}, this version reads {FORMAT}")
+            check(document)
             return cls(
                 set_id=document["set_id"],
                 identity=document["identity"],
@@ -134,5 +136,9 @@ class Manifest:
                 statistics=document.get("statistics", {}),  # Sets of older versions lack both.
                 receipt=document.get("receipt", {}),
             )
-        except (KeyError, TypeError, ValueError) as exc:
-            raise SetCorrupt(f"{folder / FILE_NAME} is not a manifest: {exc}") from exc
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+            raise SetCorrupt(f"{path} is not a manifest ({exc}); delete the set to recompute it") from exc
+        except OSError as exc:
+            if exc.errno not in UNREADABLE:
+                raise
+            raise SetCorrupt(f"{path} can't be read: {exc.strerror}") from exc

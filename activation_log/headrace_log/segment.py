@@ -1,7 +1,8 @@
 """One column of one segment: a safetensors file with a single tensor; its data start on a page boundary.
 
 While the segment is open, the file has its full size and the suffix `.open`. Sealing cuts the file to its rows,
-rewrites the header to match, and renames it. Mappings made before stay valid: the file is never copied.
+rewrites the header to match, and renames it. Descriptors opened before stay valid: the file is never copied.
+`segment_file.py` reads it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import mmap
 import os
 from pathlib import Path
 
-from headrace_log.errors import SetCorrupt
 from headrace_log.files import disk_full_as_typed, too_many_files_as_typed
 from headrace_log.layout import ColumnSpec, open_segment_path, segment_path
 
@@ -55,7 +55,7 @@ class OpenSegment:
         spare_bytes: int = SPARE_BYTES,
     ) -> None:
         self.column = column
-        self._first_row = first_row
+        self.first_row = first_row
         self._path = open_segment_path(folder, column, segment)
         self._sealed_path = segment_path(folder, column, segment)
         size = DATA_OFFSET + capacity_rows * column.row_bytes
@@ -95,7 +95,7 @@ class OpenSegment:
         Raises DiskFull.
         """
         if n_rows != self._capacity_rows:
-            self._map[:DATA_OFFSET] = header_bytes(self.column, first_row=self._first_row, n_rows=n_rows)
+            self._map[:DATA_OFFSET] = header_bytes(self.column, first_row=self.first_row, n_rows=n_rows)
         os.ftruncate(self._fd, DATA_OFFSET + n_rows * self.column.row_bytes)
         self.flush()
         self._path.rename(self._sealed_path)
@@ -112,29 +112,3 @@ class OpenSegment:
             os.close(self._fd)
             self._fd = -1
             self.data.release()
-
-
-def map_segment(folder: Path, column: ColumnSpec, segment: int, *, private: bool = False) -> mmap.mmap:
-    """Maps a segment file, sealed or open, for reading. A `private` mapping may be written to: the file stays as it is.
-
-    The mapping holds a descriptor of its own. Raises TooManyFiles and SetCorrupt.
-    """
-    access = mmap.ACCESS_COPY if private else mmap.ACCESS_READ
-    sealed, opened = segment_path(folder, column, segment), open_segment_path(folder, column, segment)
-    for path in (sealed, opened, sealed):  # The writer may rename it between two looks.
-        try:
-            with too_many_files_as_typed(), path.open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, access=access)
-        except FileNotFoundError:
-            continue
-        if hasattr(mapping, "madvise"):  # Reading goes front to back, at least within a block.
-            mapping.madvise(mmap.MADV_SEQUENTIAL)
-        return mapping
-    raise SetCorrupt(f"{sealed} is missing; delete the set to recompute it")
-
-
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a sealed file's data, as recorded in `segments.jsonl`."""
-    with path.open("rb") as file:
-        file.seek(DATA_OFFSET)
-        return hashlib.file_digest(file, "sha256").hexdigest()

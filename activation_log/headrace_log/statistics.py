@@ -9,6 +9,7 @@ file, even after a crash.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace_log.checks import KEY, check, with_check
 from headrace_log.files import write_atomically
 from headrace_log.index import SegmentIndex
 from headrace_log.layout import ColumnSpec, column_folder
@@ -73,20 +75,22 @@ def file_bytes(column: ColumnSpec) -> int:
 def save_statistics(path: Path, statistics: ColumnStatistics) -> None:
     """Writes a statistics file durably. Raises DiskFull."""
     n_bytes = statistics.mean.nbytes
+    vectors = statistics.mean.astype("<f8").tobytes() + statistics.m2.astype("<f8").tobytes()
+    figures = {
+        "count": str(statistics.count),
+        "mean_norm": repr(float(statistics.mean_norm)),
+        "mean_squared_norm": repr(float(statistics.mean_squared_norm)),
+        "vectors_crc32": str(zlib.crc32(vectors)),
+    }
     header = json.dumps(
         {
-            "__metadata__": {
-                "count": str(statistics.count),
-                "mean_norm": repr(float(statistics.mean_norm)),
-                "mean_squared_norm": repr(float(statistics.mean_squared_norm)),
-            },
+            "__metadata__": {key: str(value) for key, value in with_check(figures).items()},
             "mean": {"dtype": "F64", "shape": list(statistics.mean.shape), "data_offsets": [0, n_bytes]},
             "m2": {"dtype": "F64", "shape": list(statistics.m2.shape), "data_offsets": [n_bytes, 2 * n_bytes]},
         },
         separators=(",", ":"),
     ).encode()
     header = header.ljust(-(-len(header) // 8) * 8)  # Aligned, as safetensors asks.
-    vectors = statistics.mean.astype("<f8").tobytes() + statistics.m2.astype("<f8").tobytes()
     write_atomically(path, len(header).to_bytes(8, "little") + header + vectors)
 
 
@@ -99,6 +103,9 @@ def read_statistics(path: Path, column: ColumnSpec) -> ColumnStatistics | None:
     try:
         end = 8 + int.from_bytes(content[:8], "little")
         figures = json.loads(content[8:end])["__metadata__"]
+        check({**figures, KEY: int(figures[KEY])} if KEY in figures else figures)
+        if figures.get("vectors_crc32", vectors_crc32 := str(zlib.crc32(content[end:]))) != vectors_crc32:
+            return None
         mean, m2 = np.frombuffer(content, "<f8", offset=end).reshape(2, column.width)
         return ColumnStatistics(
             count=int(figures["count"]),
@@ -107,7 +114,7 @@ def read_statistics(path: Path, column: ColumnSpec) -> ColumnStatistics | None:
             mean_norm=float(figures["mean_norm"]),
             mean_squared_norm=float(figures["mean_squared_norm"]),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -1,12 +1,13 @@
 """Appends rows to a set: straight into mapped segment files, sealed in the background.
 
-One writer per set at a time. `commit` moves the border `committed` (the package's docstring has the picture), which is
-`next_row`; a sealing moves `sealed`. A crash at any point leaves the sealed segments; the next writer removes the files
-of open ones and goes on at `sealed`.
+One writer per set at a time, which a lock file ensures. `commit` moves the border `committed` (the package's docstring
+has the picture), which is `next_row`; a sealing moves `sealed`. A crash at any point leaves the sealed segments; the
+next writer removes the files of open ones and goes on at `sealed`.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,13 +18,18 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
+from headrace_log.errors import SetCorrupt
 from headrace_log.files import fsync_folder
 from headrace_log.index import SegmentIndex, SegmentRecord
 from headrace_log.layout import OPEN_SUFFIX, ColumnSpec, column_folder
+from headrace_log.locks import WRITER_LOCK_NAME, FileLock
 from headrace_log.manifest import Manifest
 from headrace_log.segment import SPARE_BYTES, OpenSegment
 from headrace_log.statistics import Summarize
 from headrace_log.statistics_writer import StatisticsWriter
+
+# A writer whose server was killed ends as soon as it notices, at the latest after the batch at hand.
+_WRITER_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +41,24 @@ class Reservation:
 
 
 class SetWriter:
-    """Appends rows of `columns` (all columns of the set by default), and their statistics with `summarize`."""
+    """Appends rows of `columns` (all columns of the set by default), and their statistics with `summarize`.
+
+    Where a repair has left a hole in the columns, it writes the rows of the hole; the caller commits none behind.
+    Raises LockHeld if another writer keeps the set, NoLocks and SetCorrupt.
+    """
 
     def __init__(
         self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec], summarize: Summarize | None = None
+    ) -> None:
+        self._lock = FileLock(folder / WRITER_LOCK_NAME, wait_s=_WRITER_WAIT_S)
+        try:
+            self._begin(folder, manifest, columns, summarize)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _begin(
+        self, folder: Path, manifest: Manifest, columns: Sequence[ColumnSpec], summarize: Summarize | None
     ) -> None:
         self._folder = folder
         self._manifest = manifest
@@ -56,12 +76,13 @@ class SetWriter:
         # One thread: segments are sealed in order.
         self._sealer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
         self.next_row = self._index.n_rows([column.name for column in self._columns])
+        self._next_segment = self._index.n_before(self.next_row)
         for column in self._columns:
             # Files without a record: open ones, and those renamed just before a crash.
             recorded = {f"{r.segment:08d}.safetensors" for r in self._index.records if column.name in r.digests}
             for path in column_folder(folder, column).glob("*.safetensors*"):
                 if path.name.endswith(OPEN_SUFFIX) or path.name not in recorded:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._statistics = StatisticsWriter(folder, manifest, self._columns, summarize)
         self._statistics.remove_leftovers(self._index)
 
@@ -132,6 +153,7 @@ class SetWriter:
             resume=self._resume_at_commit,
             non_finite=dict(self._non_finite),
         )
+        self._next_segment = self._open_segment + 1
         self._sealing = self._sealer.submit(self._seal_files, segments, record)
 
     def settle(self) -> None:
@@ -144,9 +166,18 @@ class SetWriter:
             self._sealing = None
 
     def finish(self) -> None:
-        """Seals the open segment and marks the set complete at `next_row` rows."""
+        """Seals the open segment and marks the set complete at `next_row` rows. Raises SetCorrupt.
+
+        A set that was complete already ends at the same row again.
+        """
         self.seal()
         self.settle()
+        if self._manifest.total_rows not in (None, self.next_row):
+            told = self._manifest.total_rows
+            raise SetCorrupt(
+                f"the rows of {self._folder} end at {self.next_row}, and its manifest says {told}; delete the set to "
+                "recompute it"
+            )
         summary = self._statistics.summary(self._index)
         # Read anew under the lock: another process may have added columns to the manifest.
         Manifest.update(
@@ -164,6 +195,7 @@ class SetWriter:
             for segment in self._open:
                 segment.discard()
             self._open = ()
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -188,9 +220,7 @@ class SetWriter:
         # A short one must be recorded first: readers take every segment without a record to be full.
         if self._open_rows < self._capacity or (self._sealing and self._sealing.done()):
             self.settle()
-        names = [column.name for column in self._columns]
-        n_recorded = sum(all(name in record.digests for name in names) for record in self._index.records)
-        self._open_segment = n_recorded + (self._sealing is not None)
+        self._open_segment = self._next_segment
         self._open_first_row, self._open_rows = self.next_row, 0
         self._non_finite = Counter()
         opened: list[OpenSegment] = []
