@@ -2,11 +2,16 @@
 
 ModelFilesError
 ├── HeaderInvalid      a safetensors file has no header, or a header that the format does not allow
+├── TooManyTensors     a safetensors header is beyond the bounds of this package, not of the format
 ├── JsonInvalid        a JSON file is too large, or holds no object
-└── LoadOptionInvalid  a load option is unknown, or its value is not of the option's type
+├── ConfigInvalid      a config names a network beyond the bounds of this package
+├── LoadOptionInvalid  a load option is unknown, or its value is not of the option's type
+└── WeightsAbsent      a folder or repo lacks weights in the form that is loaded
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class ModelFilesError(Exception):
@@ -15,6 +20,14 @@ class ModelFilesError(Exception):
 
 class HeaderInvalid(ModelFilesError):
     """A safetensors file has no header, or a header that the format does not allow."""
+
+
+class TooManyTensors(ModelFilesError):
+    """A header is beyond the bounds of this package: it is well formed, and a server won't read it."""
+
+
+class ConfigInvalid(ModelFilesError):
+    """A config names a network beyond the bounds of this package; the message completes "config.json: "."""
 
 
 class JsonInvalid(ModelFilesError):
@@ -31,3 +44,15 @@ class LoadOptionInvalid(ModelFilesError):
     def __init__(self, option: str, message: str) -> None:
         super().__init__(message)
         self.option = option
+
+
+class WeightsAbsent(ModelFilesError):
+    """A folder or repo lacks weights in the form that is loaded; `problem` names what.
+
+    `others` are names of safetensors files that are there and that no load would read.
+    """
+
+    def __init__(self, problem: str, *, others: Sequence[str] = ()) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.others = tuple(others)

@@ -83,11 +83,15 @@ class LoadOption:
     """One known option.
 
     `check` returns the value, whole numbers as ints, or raises ValueError with the words that complete "it must be".
-    `changes_numbers` tells whether the values of activations depend on the option.
+    `changes_numbers` tells whether the values of activations depend on the option. `values`, `default` and `about` are
+    for people.
     """
 
     check: Callable[[Any], Any]
     changes_numbers: bool
+    values: str
+    default: str
+    about: str
 
 
 def _one_of(*allowed: str) -> Callable[[Any], str]:
@@ -198,14 +202,68 @@ def _tidy(value: float) -> float:
 
 
 OPTIONS: Mapping[str, LoadOption] = {
-    "dtype": LoadOption(check=_one_of(*_DTYPES), changes_numbers=True),
+    "dtype": LoadOption(
+        check=_one_of(*_DTYPES),
+        changes_numbers=True,
+        values=" | ".join(_DTYPES),
+        default="bfloat16 on a GPU, float32 on a CPU",
+        about="Dtype of weights and computation.",
+    ),
     # A residency is on one device: these two change where a model is loaded, not the numbers it computes.
-    "device_map": LoadOption(check=_device_map, changes_numbers=False),
-    "max_memory": LoadOption(check=_max_memory, changes_numbers=False),
-    "attn_implementation": LoadOption(check=_one_of(*_ATTENTION), changes_numbers=True),
-    "rope_scaling": LoadOption(check=_rope_scaling, changes_numbers=True),
-    "low_cpu_mem_usage": LoadOption(check=_flag, changes_numbers=False),
-    "use_fast": LoadOption(check=_flag, changes_numbers=False),  # Token ids always come from tokenizer.json.
-    "sliding_window": LoadOption(check=_window, changes_numbers=True),
-    "trust_remote_code": LoadOption(check=_flag, changes_numbers=True),
+    "device_map": LoadOption(
+        check=_device_map,
+        changes_numbers=False,
+        values="auto | balanced | balanced_low_0 | sequential | a device | object of modules and devices",
+        default="auto",
+        about="Kept for configurations from elsewhere. A model is loaded on one device, so it may name no other.",
+    ),
+    "max_memory": LoadOption(
+        check=_max_memory,
+        changes_numbers=False,
+        values='object, such as {"0": "10GiB"} or {"cpu": 8000000000}',
+        default="no limit",
+        about="Most bytes that the load may take on its device; a larger model is refused with DEVICE_OOM.",
+    ),
+    "attn_implementation": LoadOption(
+        check=_one_of(*_ATTENTION),
+        changes_numbers=True,
+        values="sdpa | eager",
+        default="sdpa, or eager for architectures without it",
+        about="Attention of transformers. flash_attention_2 is refused at load: it does not isolate packed documents.",
+    ),
+    "rope_scaling": LoadOption(
+        check=_rope_scaling,
+        changes_numbers=True,
+        values='object, such as {"rope_type": "linear", "factor": 4}; or null',
+        default="the model's config",
+        about="Scaling of rotary positions, for sequences longer than the model was trained on.",
+    ),
+    "low_cpu_mem_usage": LoadOption(
+        check=_flag,
+        changes_numbers=False,
+        values="true",
+        default="true",
+        about="Weights are never held twice; false is refused at load.",
+    ),
+    "use_fast": LoadOption(
+        check=_flag,
+        changes_numbers=False,
+        values="true",
+        default="true",
+        about="Token ids always come from tokenizer.json; false is refused at load.",
+    ),
+    "sliding_window": LoadOption(
+        check=_window,
+        changes_numbers=True,
+        values="tokens, or null",
+        default="the model's config",
+        about="Width of the attention window in layers that have one; null turns windows off.",
+    ),
+    "trust_remote_code": LoadOption(
+        check=_flag,
+        changes_numbers=True,
+        values="true | false",
+        default="false",
+        about="Runs code of the repo. The registry must allow it: --trust-remote-code REPO.",
+    ),
 }

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace_models.errors import HeaderInvalid
+from headrace_models.errors import HeaderInvalid, TooManyTensors
 
-# The longest header that the format allows.
-MAX_HEADER_BYTES = 100_000_000
+# The format allows 100 MB, which take a minute and gigabytes to parse; the largest published headers have a few.
+MAX_HEADER_BYTES = 32 * 1024 * 1024
+_FORMAT_HEADER_BYTES = 100_000_000
+# The largest published models have a tenth of so many tensors in all their files.
+MAX_TENSORS = 200_000
 _LENGTH_BYTES = 8
 # numpy and torch have no tensor of more dimensions; multiplying a million of them would take minutes.
 _MAX_DIMENSIONS = 64
+# The format has some twenty, such as F32 and F8_E4M3, and grows.
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
 # The format counts in 64 bits; below the sign bit, a count also fits into a database's integers.
 _MAX_COUNT = 2**63 - 1
 
@@ -54,12 +60,17 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of a file, and nothing behind it. Raises HeaderInvalid, and OSError as `open` does."""
+    """Reads the header of a file, and nothing behind it.
+
+    Raises HeaderInvalid, TooManyTensors for a header beyond our bounds, and OSError as `open` does.
+    """
     with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if file_bytes < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+        if file_bytes < _LENGTH_BYTES or length > min(_FORMAT_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
             raise HeaderInvalid(f"{path.name} is cut or no safetensors file")
+        if length > MAX_HEADER_BYTES:
+            raise TooManyTensors(f"the header of {path.name} has {length} bytes, and Headrace reads {MAX_HEADER_BYTES}")
         raw = file.read(length)
     try:
         document = json.loads(raw)
@@ -69,16 +80,18 @@ def read_header(path: Path) -> Header:
 
 
 def entries_from(document: object, *, source: str) -> dict[str, TensorEntry]:
-    """Checks the JSON of a header and returns its tensors by name. Raises HeaderInvalid, naming `source`."""
+    """Checks the JSON of a header and returns its tensors by name. Raises HeaderInvalid or TooManyTensors."""
     invalid = HeaderInvalid(f"{source} has a header that is no safetensors header")
     if not isinstance(document, dict):
         raise invalid
+    if len(document) > MAX_TENSORS:
+        raise TooManyTensors(f"{source} lists {len(document)} tensors, and Headrace reads {MAX_TENSORS}")
     tensors = {}
     for name, entry in document.items():
         if name == "__metadata__":
             continue
         match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if _DTYPE.fullmatch(dtype):
                 counts = (*shape, start, end)
             case _:
                 raise invalid
