@@ -40,12 +40,12 @@ class TokenGate:
             raise TokenInvalid
 
 
-def read_token(path: Path) -> str:
+def read_token(path: Path, *, flag: str = "--token-file") -> str:
     """Reads a token: the file's content without surrounding white space, printable ASCII."""
     try:
         token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as exc:
-        raise TokenFileInvalid(f"Can't read a token from {path} ({exc}); point --token-file at a text file.") from exc
+        raise TokenFileInvalid(f"Can't read a token from {path} ({exc}); point {flag} at a text file.") from exc
     if len(token) < MIN_TOKEN_CHARACTERS or not all("!" <= character <= "~" for character in token):
         raise TokenFileInvalid(
             f"{path} holds no usable token: it takes {MIN_TOKEN_CHARACTERS} or more printable characters without "

@@ -1,10 +1,12 @@
 """The base of every error that crosses a service boundary: plain data, no gRPC.
 
     ServiceError
-    ├── ShuttingDown, TokenInvalid, TooManyStreams, Overloaded, MessageTooLarge, RequestMalformed, MethodUnknown
+    ├── ShuttingDown, TokenInvalid, TooManyStreams, Overloaded, ParsersBusy, MessageTooLarge, RequestMalformed,
+    │   RequestMissing, MethodUnknown
     └── FieldInvalid, AlreadyExists, StateConflict, …   (headrace_registry.errors, headrace_extractor.errors)
     StartError                                          (a server that can't start; never the answer to an RPC)
     ├── AddressInvalid, ListenRefused, ListenFailed
+    ├── FolderInvalid
     └── TokenFileInvalid, TlsFileInvalid, ReadyFileInvalid
 
 A subclass names the situation; a table in the service's `rpc/status.py` gives it a canonical code and a reason. An
@@ -21,7 +23,10 @@ class ServiceError(Exception):
 
     `message` is one sentence that names the remedy; its variable parts are in `metadata` too. `retry_after_s` tells
     after how many seconds a retry may help; `field` names the request field at fault; `resource` is (type, name).
+    `waited`: the server has waited for the thing by itself, so that gRPC in the client is told not to repeat the call.
     """
+
+    waited: bool = False
 
     def __init__(
         self,
@@ -60,9 +65,9 @@ class TokenInvalid(ServiceError):
 class TooManyStreams(ServiceError):
     """As many streams are open as the server allows."""
 
-    def __init__(self, max_streams: int) -> None:
+    def __init__(self, max_streams: int, *, of: str = "streams of this server") -> None:
         super().__init__(
-            f"All {max_streams} streams of this server are in use; close some, or try again later.",
+            f"All {max_streams} {of} are in use; close some, or try again later.",
             metadata={"max_streams": str(max_streams)},
             retry_after_s=1.0,
         )
@@ -77,6 +82,13 @@ class Overloaded(ServiceError):
             metadata={"max_concurrent_rpcs": str(max_concurrent_rpcs)},
             retry_after_s=1.0,
         )
+
+
+class ParsersBusy(ServiceError):
+    """As many files are being read as the server allows, or the system gives no process to read one more."""
+
+    def __init__(self) -> None:
+        super().__init__("The server reads as many files as it can at once; try again later.", retry_after_s=2.0)
 
 
 class MessageTooLarge(ServiceError):
@@ -99,12 +111,22 @@ class RequestMalformed(ServiceError):
         )
 
 
+class RequestMissing(ServiceError):
+    """A call has no message, or has sent its headers long before it."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(
+            f"The message that {method} takes did not arrive; send one with each call, and send it at once.",
+            metadata={"method": method},
+        )
+
+
 class MethodUnknown(ServiceError):
     """This server has no such method, or its servicer does not implement it."""
 
     def __init__(self, method: str) -> None:
         super().__init__(
-            f"This server does not implement {method}; server reflection lists what it has.",
+            f"This server does not implement {method or 'this method'}; server reflection lists what it has.",
             metadata={"method": method},
         )
 
@@ -123,6 +145,10 @@ class ListenRefused(StartError):
 
 class ListenFailed(StartError):
     """The address can't be bound."""
+
+
+class FolderInvalid(StartError):
+    """A folder can't be read or written, or another server uses it."""
 
 
 class TokenFileInvalid(StartError):

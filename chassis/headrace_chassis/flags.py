@@ -18,6 +18,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-cert", type=Path, metavar="F", help="PEM certificate chain")
     group.add_argument("--tls-key", type=Path, metavar="F", help="PEM private key of --tls-cert")
     group.add_argument("--insecure", action="store_true", help="listen beyond loopback without TLS or token")
+    group.add_argument(
+        "--max-rpcs", type=_limit, default=1000, metavar="N", help="calls in progress at once (default 1000)"
+    )
+    group.add_argument("--max-streams", type=_limit, default=256, metavar="N", help="streams among them (default 256)")
     group.add_argument("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics there over HTTP")
     group.add_argument(
         "--grace-s", type=_grace, default=10.0, metavar="S", help="longest time from SIGTERM to exit (default 10)"
@@ -36,9 +40,18 @@ def options_from(args: argparse.Namespace) -> ServerOptions:
         token=read_token(args.token_file) if args.token_file else None,
         tls=read_tls(args.tls_cert, args.tls_key) if args.tls_cert else None,
         insecure=args.insecure,
+        max_concurrent_rpcs=args.max_rpcs,
+        max_streams=args.max_streams,
         metrics_listen=args.metrics_listen,
         ready_file=args.ready_file,
     )
+
+
+def _limit(text: str) -> int:
+    number = int(text)
+    if not 2 <= number <= 100_000:
+        raise argparse.ArgumentTypeError("takes 2 to 100000")
+    return number
 
 
 def _grace(text: str) -> float:

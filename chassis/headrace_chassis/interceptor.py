@@ -13,14 +13,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from headrace_chassis.auth import TokenGate
-from headrace_chassis.errors import MessageTooLarge, MethodUnknown, RequestMalformed, ServiceError
+from headrace_chassis.errors import MessageTooLarge, MethodUnknown, RequestMalformed, RequestMissing, ServiceError
 from headrace_chassis.rpc import REQUEST_ID_KEY, Context, Rpc, RpcRunner
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -29,6 +28,10 @@ Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], "Awaitable[Handler
 # grpc ends a request stream in the same way whether the client closed it, broke off or sent too much. In the last two
 # cases a cancellation follows some loop iterations later; waiting for it keeps a torn upload from looking whole.
 _END_OF_REQUESTS_S = 0.05
+
+# From the headers of a call to its message; 4 MiB over a slow line take most of it. Health checks have a few bytes.
+_REQUEST_S = 60.0
+_HEALTH_REQUEST_S = 5.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MAX_METHOD_CHARACTERS = 200  # The client chose the name, and it goes into a log line.
@@ -61,7 +64,7 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
         given = next((value for key, value in metadata if key == REQUEST_ID_KEY), "")
         usable = isinstance(given, str) and _REQUEST_ID.fullmatch(given)
         rpc = Rpc(
-            method=method[:_MAX_METHOD_CHARACTERS],
+            method=method[:_MAX_METHOD_CHARACTERS] or "unknown",
             known=handler is not None,
             streaming=handler is not None and (handler.request_streaming or handler.response_streaming),
             service=method.strip("/").rpartition("/")[0],
@@ -72,7 +75,7 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
             if not rpc.is_health:
                 self._gate.check(metadata)
             if handler is None:
-                raise MethodUnknown(rpc.method)
+                raise MethodUnknown(method[:_MAX_METHOD_CHARACTERS])
         except ServiceError as exc:
             return self._refusing(rpc, exc)
         return self._running(rpc, handler)
@@ -82,7 +85,7 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
             raise exc
 
         async def behave(_requests: AsyncIterator[Any], context: Context) -> None:
-            rpc.streaming = False  # A refused call takes no place among the streams.
+            rpc.refused = True
             await self._runner.run(rpc, context, refuse)
 
         # A handler that streams in both directions fits every method: it reads no message and sends only the status.
@@ -92,11 +95,9 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
         kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
         behaviour: Any = next(kind for kind in kinds if kind is not None)  # grpc's stubs know synchronous ones only.
 
-        async def on_request(request: Any, context: Context) -> Any:
+        async def on_request(_requests: AsyncIterator[Any], context: Context) -> Any:
             async def body() -> Any:
-                if isinstance(request, _Unreadable):
-                    raise request.error
-                return await _answer(behaviour(request, context), context)
+                return await _answer(behaviour(await _only_request(rpc, context), context), context)
 
             return await self._runner.run(rpc, context, body)
 
@@ -112,17 +113,14 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
 
             return await self._runner.run(rpc, context, body)
 
-        read = self._reader(rpc.method, handler)
         chosen: Any = on_requests if handler.request_streaming else on_request
-        make = _MAKERS[handler.request_streaming, handler.response_streaming]
-        return make(chosen, read, handler.response_serializer)
+        # As a stream of requests in any case: grpc reads a single request before the handler runs, so that a call
+        # whose message never comes would wait for ever, without a place and without an answer.
+        make = _MAKERS[handler.response_streaming]
+        return make(chosen, self._reader(rpc.method, handler), handler.response_serializer)
 
     def _reader(self, method: str, handler: Handler) -> Callable[[bytes], Any]:
-        """Returns a deserializer that checks size and content.
-
-        The one for unary requests returns an error instead of raising it: grpc reads such a request before
-        `RpcRunner.run` begins, which maps errors to statuses.
-        """
+        """Returns a deserializer that checks size and content."""
         limit, deserialize = self._max_receive_bytes, handler.request_deserializer
 
         def read(raw: bytes) -> Any:
@@ -133,28 +131,27 @@ class ChassisInterceptor(grpc.aio.ServerInterceptor):
             except DecodeError as exc:
                 raise RequestMalformed(method) from exc
 
-        def read_unary(raw: bytes) -> Any:
-            try:
-                return read(raw)
-            except ServiceError as exc:
-                return _Unreadable(exc)
-
-        return read if handler.request_streaming else read_unary
+        return read
 
 
-@dataclass(frozen=True, slots=True)
-class _Unreadable:
-    """Stands for a unary request that could not be read."""
-
-    error: ServiceError
-
-
-_MAKERS: dict[tuple[bool, bool], Callable[..., Handler]] = {
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
+_MAKERS: dict[bool, Callable[..., Handler]] = {
+    False: grpc.stream_unary_rpc_method_handler,
+    True: grpc.stream_stream_rpc_method_handler,
 }
+
+
+async def _only_request(rpc: Rpc, context: Context) -> Any:
+    """Returns the message of a call that has one. Raises RequestMissing."""
+    wait_s = _HEALTH_REQUEST_S if rpc.is_health else _REQUEST_S
+    try:
+        async with asyncio.timeout(wait_s):
+            request = await context.read()
+    except TimeoutError:
+        raise RequestMissing(rpc.method) from None
+    if request is grpc.aio.EOF:
+        await asyncio.sleep(_END_OF_REQUESTS_S)
+        raise RequestMissing(rpc.method)
+    return request
 
 
 async def _answer(answer: Any, context: Context) -> Any:

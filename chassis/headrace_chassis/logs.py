@@ -39,8 +39,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for grpc's report that it could not send an answer because the client is gone: that is no fault."""
-    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+    """False for two reports of grpc that tell of no fault here.
+
+    One says that an answer could not be sent because the client is gone. The other quotes a header that is no UTF-8,
+    and a token with a stray byte is still most of a token.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError | UnicodeDecodeError))
 
 
 def configure(level: str, stream: TextIO) -> None:

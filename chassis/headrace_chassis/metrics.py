@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from headrace_chassis.auth import split_address
-from headrace_chassis.errors import ListenFailed
+from headrace_chassis.metrics_http import MetricsPage, Protection
 
 # From the read of one row (1 ms) to a stream of hours.
 _BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0, 7200.0)
@@ -33,7 +30,10 @@ class Metrics:
         self._streams = Gauge("headrace_streams_open", "Streaming RPCs open.", ["method"], registry=self.registry)
         self._bytes = Counter("headrace_bytes_sent", "Payload bytes sent.", ["method"], registry=self.registry)
         self._rows = Counter("headrace_rows_sent", "Activation rows sent.", ["method"], registry=self.registry)
-        self._http: tuple[WSGIServer, threading.Thread] | None = None
+        self._page: MetricsPage | None = None
+        self._failures = Counter(
+            "headrace_loop_failures", "Rounds of a loop that failed unexpectedly.", ["loop"], registry=self.registry
+        )
 
     def rpc_finished(self, method: str, code: str, seconds: float) -> None:
         """Counts one finished RPC."""
@@ -55,23 +55,17 @@ class Metrics:
         self._bytes.labels(method).inc(n_bytes)
         self._rows.labels(method).inc(n_rows)
 
-    def serve(self, listen: str) -> str:
+    def loop_failed(self, loop: str) -> None:
+        """Counts a round of a loop that failed with an error that nothing foresaw."""
+        self._failures.labels(loop).inc()
+
+    def serve(self, listen: str, protection: Protection) -> str:
         """Serves `/metrics` over HTTP on `HOST:PORT` from a thread; returns the address with the port bound."""
-        host, port = split_address(listen, flag="--metrics-listen")
-        try:
-            self._http = start_http_server(port, host or "::", registry=self.registry)
-        except OSError as exc:
-            raise ListenFailed(
-                f"Can't serve metrics on {listen} ({exc}); choose another address with --metrics-listen."
-            ) from exc
-        bound = self._http[0].server_port
-        return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        self._page = MetricsPage(self.registry, listen, protection)
+        return self._page.address
 
     def close(self) -> None:
         """Stops serving; a second call is no error."""
-        if self._http is None:
-            return
-        (server, thread), self._http = self._http, None
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5.0)
+        page, self._page = self._page, None
+        if page is not None:
+            page.close()

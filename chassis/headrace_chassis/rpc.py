@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias, TypeVar
 from urllib.parse import unquote
@@ -14,9 +14,11 @@ from urllib.parse import unquote
 import grpc
 from grpc_status import rpc_status
 
-from headrace_chassis.errors import MethodUnknown, Overloaded, ShuttingDown, TooManyStreams
+from headrace_chassis.deadline import current_deadline
+from headrace_chassis.errors import MethodUnknown, ServiceError, ShuttingDown
 from headrace_chassis.logs import current_request_id
 from headrace_chassis.metrics import Metrics
+from headrace_chassis.places import Places
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.status import INTERNAL, StatusTable, reason_of
 
@@ -24,6 +26,7 @@ T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 REQUEST_ID_KEY = "x-request-id"
+_NO_RETRY = ("grpc-retry-pushback-ms", "-1")  # By gRPC's protocol of retries.
 
 _LOG = logging.getLogger("headrace_chassis.rpc")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -40,6 +43,7 @@ class Rpc:
     request_id: str
     started_s: float
     peer: str = ""
+    refused: bool = False  # Before it ran: without the token, or for a method that the server does not have.
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str = ""
     bug: BaseException | None = None
@@ -57,14 +61,6 @@ class Rpc:
         return self.is_health or self.service.startswith("grpc.reflection.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How many calls may be in progress at once, and how many of them may be streams."""
-
-    max_rpcs: int
-    max_streams: int
-
-
 class RpcRunner:
     """Runs the bodies of RPCs; every exception leaves as one status with one reason."""
 
@@ -74,19 +70,24 @@ class RpcRunner:
         statuses: StatusTable,
         metrics: Metrics,
         shutdown: Shutdown,
-        limits: Limits,
+        places: Places,
+        heard: Callable[[str], None] = lambda _peer: None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._statuses = statuses
         self._metrics = metrics
         self._shutdown = shutdown
-        self._limits = limits
+        self._places = places
+        self._heard = heard
         self._clock_s = clock_s
         self._active: set[Rpc] = set()
 
     async def run(self, rpc: Rpc, context: Context, body: Callable[[], Awaitable[T]]) -> T:
         """Awaits `body()` as the work of `rpc`. A client's cancellation passes through; other exceptions are mapped."""
         current_request_id.set(rpc.request_id)
+        remaining_s = context.time_remaining()
+        if remaining_s is not None:
+            current_deadline.set(asyncio.get_running_loop().time() + remaining_s)
         rpc.peer, rpc.task = unquote(context.peer()), asyncio.current_task()
         context.set_trailing_metadata(((REQUEST_ID_KEY, rpc.request_id),))
         try:
@@ -123,6 +124,11 @@ class RpcRunner:
             }
             _LOG.log(level, "rpc", extra={"fields": fields}, exc_info=rpc.bug)
 
+    @property
+    def busy_peers(self) -> set[str]:
+        """The peers with a call in progress that they may make: neither refused nor of the health service."""
+        return {rpc.peer for rpc in self._active if not (rpc.refused or rpc.is_health)}
+
     def cut(self, *, infrastructure_only: bool) -> None:
         """Ends RPCs in progress with SHUTTING_DOWN."""
         for rpc in self._active:
@@ -130,25 +136,21 @@ class RpcRunner:
                 rpc.cut = True
                 rpc.task.cancel()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _admitted(self, rpc: Rpc) -> Iterator[None]:
         """Counts an RPC as active for the time of a `with` block, or refuses it."""
-        if not rpc.is_health:
-            self._shutdown.check()
-            if len(self._active) >= self._limits.max_rpcs:
-                raise Overloaded(self._limits.max_rpcs)
-            n_streams = sum(each.streaming and not each.is_health for each in self._active) if rpc.streaming else 0
-            if n_streams >= self._limits.max_streams:
-                raise TooManyStreams(self._limits.max_streams)
-        self._active.add(rpc)
-        try:
-            if rpc.streaming and rpc.known:
-                with self._metrics.stream_open(rpc.method):
-                    yield
-            else:
-                yield
-        finally:
-            self._active.discard(rpc)
+        with contextlib.ExitStack() as stack:
+            if not rpc.refused:  # A refused call takes no place: else calls without the token could take all.
+                if not rpc.is_health:
+                    self._shutdown.check()
+                stack.enter_context(self._places.taken(rpc))
+                if rpc.streaming and rpc.known:
+                    stack.enter_context(self._metrics.stream_open(rpc.method))
+                if not rpc.is_health:
+                    self._heard(rpc.peer)
+            self._active.add(rpc)
+            stack.callback(self._active.discard, rpc)
+            yield
 
     async def _abort(self, rpc: Rpc, context: Context, exc: Exception) -> NoReturn:
         """Sends the status of `exc`; raises the exception that grpc expects after an abort."""
@@ -159,6 +161,8 @@ class RpcRunner:
         rpc.bug = exc if rpc.reason == INTERNAL else None
         status = rpc_status.to_status(rich)
         trailing = (*status.trailing_metadata, (REQUEST_ID_KEY, rpc.request_id))
+        if isinstance(exc, ServiceError) and exc.waited:
+            trailing = (*trailing, _NO_RETRY)
         try:
             await context.abort(status.code, status.details, trailing)
         except grpc.aio.InternalError as gone:

@@ -18,23 +18,29 @@ from types import FrameType
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2_grpc
 
+from headrace_chassis.accepting import accepting_server
 from headrace_chassis.auth import TokenGate, is_unix, require_safe, split_address
+from headrace_chassis.connections import Connections
+from headrace_chassis.descriptors import most_connections
 from headrace_chassis.errors import AddressInvalid, ListenFailed, ReadyFileInvalid
+from headrace_chassis.health import Health
 from headrace_chassis.interceptor import ChassisInterceptor
 from headrace_chassis.metrics import Metrics
+from headrace_chassis.metrics_http import Protection
 from headrace_chassis.options import ServerOptions
-from headrace_chassis.rpc import Limits, RpcRunner
+from headrace_chassis.places import Limits, OwnPlaces, Places
+from headrace_chassis.reflection import add_reflection
+from headrace_chassis.rpc import RpcRunner
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.status import StatusTable
 
 __all__ = ["Server", "ServerOptions"]
 
+_HEALTH = "grpc.health.v1.Health"
 # Part of the grace kept for the steps after the drain: cutting calls, and the service's own cleaning up.
 _RESERVE_S = 2.0
-_ANNOUNCE_TIMEOUT_S = 1.0
 # Long enough to send NOT_SERVING to health watchers before their stream is cut.
 _FAREWELL_S = 0.05
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -42,8 +48,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Up to this multiple of `max_receive_bytes` the server reads and drops an oversized request and answers
 # MESSAGE_TOO_LARGE; beyond it grpc itself answers RESOURCE_EXHAUSTED, without a reason.
 _TYPED_REFUSAL_FACTOR = 4
-# grpc's own limit, likewise without a reason, lies this many calls above ours: it only holds if ours fails.
-_SPARE_RPCS = 100
+# gRPC's own limits, likewise without a reason, lie this many calls above ours: they only hold if ours fail. A burst of
+# calls that are refused, each with its reason, needs room too.
+_SPARE_RPCS = 10_000
+# Streams of one connection, for each call that may be in progress. gRPC refuses more, without a reason, and counts
+# calls for a moment after they have ended: so many are more than callers need, and still bound a flood of resets.
+_STREAMS_A_CALL = 2
+# A connection that has not sent its first HTTP/2 frames by then is closed; TLS over slow lines takes a second or two.
+_HANDSHAKE_MS = 10_000
+# A connection without calls for so long is closed; clients open another at their next call.
+_IDLE_MS = 10 * 60_000
 
 
 class Server:
@@ -62,18 +76,27 @@ class Server:
         metrics: Metrics,
         shutdown: Shutdown,
         handle_signals: bool = True,
+        own_places: Sequence[OwnPlaces] = (),
     ) -> None:
         self._options = options
         self._names = tuple(service_names)
         self._add_services = add_services
         self._metrics = metrics
         self._shutdown = shutdown
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         limits = Limits(max_rpcs=options.max_concurrent_rpcs, max_streams=options.max_streams)
-        self._runner = RpcRunner(statuses=statuses, metrics=metrics, shutdown=shutdown, limits=limits)
+        self._runner = RpcRunner(
+            statuses=statuses,
+            metrics=metrics,
+            shutdown=shutdown,
+            places=Places(limits, own_places),
+            heard=lambda peer: self._connections.heard(peer) if self._connections is not None else None,
+        )
+        self._connections: Connections | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._signals = _Signals(options.grace_s) if handle_signals else None
         self._grpc: grpc.aio.Server | None = None
-        self._announcing: asyncio.Task[None] | None = None
+        self._ended_by: BaseException | None = None
         self.address = ""
         self.metrics_address = ""
 
@@ -88,41 +111,52 @@ class Server:
                 insecure=options.insecure,
                 flag="--metrics-listen",
             )
-            self.metrics_address = self._metrics.serve(options.metrics_listen)
+            self.metrics_address = self._metrics.serve(
+                options.metrics_listen, Protection(token=options.token, tls=options.tls)
+            )
+
+        def ended(error: BaseException) -> None:
+            self._ended_by = error
+            self._shutdown.begin()
+
         try:
             interceptor = ChassisInterceptor(
                 runner=self._runner, gate=TokenGate(options.token), max_receive_bytes=options.max_receive_bytes
             )
-            server = grpc.aio.server(
-                interceptors=[interceptor],
+            server = accepting_server(
+                [interceptor],
                 options=_arguments(options),
-                maximum_concurrent_rpcs=options.max_concurrent_rpcs + _SPARE_RPCS,
+                max_rpcs=options.max_concurrent_rpcs + _SPARE_RPCS,
+                on_end=ended,
             )
             self._add_services(server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            reflection.enable_server_reflection((*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            add_reflection((*self._names, _HEALTH), server)
             self.address = _bind(server, options)
             self._grpc = server
             await server.start()
+            self._watch_connections()
             for name in ("", *self._names):
-                await self.set_health(name, serving=True)
+                self.set_health(name, serving=True)
             if self._signals is not None:
-                self._signals.catch(asyncio.get_running_loop(), self._on_signal)
+                self._signals.catch(asyncio.get_running_loop(), self._announce)
             self._write_ready_file()
         except BaseException:
             await self.stop()
             raise
 
     async def wait(self) -> None:
-        """Returns when the shutdown has begun, by a signal or by `Shutdown.begin`."""
+        """Returns when the shutdown has begun, by a signal or by `Shutdown.begin`. Raises if gRPC ended by itself."""
         await self._shutdown.wait()
+        if self._ended_by is not None:  # A process that hears no calls must not stay.
+            raise RuntimeError("gRPC's server has ended") from self._ended_by
 
     async def stop(self) -> None:
         """Drains, cuts the remaining calls and closes, in less than the grace. A second call is no error."""
         reserve_s = min(_RESERVE_S, self._options.grace_s / 2)
         drain_s, cut_s = self._options.grace_s - reserve_s, reserve_s / 2
         server, self._grpc = self._grpc, None
-        await self._announce()
+        self._announce()
         if server is not None:
             # Refuses new calls at once and ends when the last call does; the cuts below bring that about in time.
             stopping = asyncio.create_task(server.stop(drain_s + cut_s / 2))
@@ -133,16 +167,28 @@ class Server:
                 self._runner.cut(infrastructure_only=False)
                 await asyncio.wait({stopping}, timeout=cut_s)
             stopping.cancel()  # By now only a handler that ignores its cancellation is left.
+        if self._looking is not None:
+            self._looking.cancel()
         self._metrics.close()
         if self._signals is not None:
             self._signals.release()
         if self._options.ready_file is not None:
             self._options.ready_file.unlink(missing_ok=True)
 
-    async def set_health(self, service: str, *, serving: bool) -> None:
+    def set_health(self, service: str, *, serving: bool) -> None:
         """Tells health checks whether a service can do its work; the empty name is the server as a whole."""
-        states = health_pb2.HealthCheckResponse
-        await self._health.set(service, states.SERVING if serving else states.NOT_SERVING)
+        self._health.set(service, serving=serving)
+
+    def _watch_connections(self) -> None:
+        if is_unix(self.address):  # Only programs of this machine connect there, and gRPC's bound holds for them.
+            return
+        self._connections = Connections(
+            port=split_address(self.address)[1],
+            most=most_connections(self._options.max_connections),
+            silence_s=self._options.silence_s,
+            busy_peers=lambda: self._runner.busy_peers,
+        )
+        self._looking = asyncio.create_task(self._connections.run(), name="connections")
 
     def _write_ready_file(self) -> None:
         path = self._options.ready_file
@@ -155,18 +201,10 @@ class Server:
         except OSError as exc:
             raise ReadyFileInvalid(f"Can't write {path} ({exc}); give --ready-file a writable place.") from exc
 
-    def _on_signal(self) -> None:
-        self._announcing = asyncio.get_running_loop().create_task(self._announce())
-
-    async def _announce(self) -> None:
+    def _announce(self) -> None:
         """Tells health checks that the server goes away, then begins the shutdown."""
-        try:
-            async with asyncio.timeout(_ANNOUNCE_TIMEOUT_S):
-                await self._health.enter_graceful_shutdown()
-        except TimeoutError:
-            pass  # A health watcher that does not read holds the lock; other watchers will see the connection end.
-        finally:
-            self._shutdown.begin()
+        self._health.end()
+        self._shutdown.begin()
 
 
 class _Signals:
@@ -229,6 +267,12 @@ def _arguments(options: ServerOptions) -> tuple[tuple[str, int], ...]:
     return (
         ("grpc.max_receive_message_length", options.max_receive_bytes * _TYPED_REFUSAL_FACTOR),
         ("grpc.max_send_message_length", options.max_send_bytes),
+        ("grpc.max_concurrent_streams", max(options.max_concurrent_rpcs, 1000) * _STREAMS_A_CALL),
+        ("grpc.server.max_pending_requests", options.max_concurrent_rpcs + _SPARE_RPCS),
+        ("grpc.server.max_pending_requests_hard_limit", options.max_concurrent_rpcs + _SPARE_RPCS),
+        ("grpc.max_allowed_incoming_connections", most_connections(options.max_connections)),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms // 3),
         ("grpc.http2.ping_timeout_ms", keepalive_ms // 3),  # Without this line the timeout stays at a minute.

@@ -31,8 +31,10 @@ CHASSIS_ROWS: Mapping[type[ServiceError], Row] = {
     errors.TokenInvalid: (grpc.StatusCode.UNAUTHENTICATED, "TOKEN_INVALID"),
     errors.TooManyStreams: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS"),
     errors.Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.ParsersBusy: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.MessageTooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE"),
     errors.RequestMalformed: (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID"),
+    errors.RequestMissing: (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID"),
     errors.MethodUnknown: (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED"),
 }
 
