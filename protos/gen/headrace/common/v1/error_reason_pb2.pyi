@@ -118,6 +118,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: only the server's operator may allow this (pickled weights, code from a repo)."""
     ERROR_REASON_EXTRA_MISSING: _ErrorReason.ValueType  # 47
     """FAILED_PRECONDITION: an optional package is not installed where it is needed."""
+    ERROR_REASON_MODEL_CHANGED: _ErrorReason.ValueType  # 48
+    """FAILED_PRECONDITION: the model's files are not as they were when it was prepared; prepare it again. Metadata `files`."""
+    ERROR_REASON_ATTEMPT_NOT_FOUND: _ErrorReason.ValueType  # 59
+    """NOT_FOUND: no attempt to load a model with this id."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the value of `google.rpc.ErrorInfo.reason`, without the `ERROR_REASON_` prefix; the domain is
@@ -220,4 +224,8 @@ ERROR_REASON_NOT_ALLOWED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED: only the server's operator may allow this (pickled weights, code from a repo)."""
 ERROR_REASON_EXTRA_MISSING: ErrorReason.ValueType  # 47
 """FAILED_PRECONDITION: an optional package is not installed where it is needed."""
+ERROR_REASON_MODEL_CHANGED: ErrorReason.ValueType  # 48
+"""FAILED_PRECONDITION: the model's files are not as they were when it was prepared; prepare it again. Metadata `files`."""
+ERROR_REASON_ATTEMPT_NOT_FOUND: ErrorReason.ValueType  # 59
+"""NOT_FOUND: no attempt to load a model with this id."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

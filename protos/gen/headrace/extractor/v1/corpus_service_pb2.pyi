@@ -570,8 +570,11 @@ class ListCorporaResponse(_message.Message):
 
     CORPORA_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def corpora(self) -> _containers.RepeatedCompositeFieldContainer[Global___Corpus]:
         """Ordered by id."""
@@ -581,10 +584,11 @@ class ListCorporaResponse(_message.Message):
         *,
         corpora: _abc.Iterable[Global___Corpus] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpora", b"corpora", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpora", b"corpora", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from headrace.common.v1 import dtype_pb2 as headrace_dot_common_dot_v1_dot_dtype
 from headrace.common.v1 import transfer_pb2 as headrace_dot_common_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&headrace/extractor/v1/extraction.proto\x12\x15headrace.extractor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eheadrace/common/v1/dtype.proto\x1a!headrace/common/v1/transfer.proto\")\n\x0bTokenWindow\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"\xd8\x03\n\x06Recipe\x12\x14\n\x0c\x63ontext_size\x18\x01 \x01(\x05\x12/\n\x07packing\x18\x02 \x01(\x0e\x32\x1e.headrace.extractor.v1.Packing\x12\x1f\n\x17\x61ttend_across_documents\x18\x03 \x01(\x08\x12-\n\x03\x62os\x18\x04 \x01(\x0e\x32 .headrace.extractor.v1.BosPolicy\x12-\n\x03\x65os\x18\x05 \x01(\x0e\x32 .headrace.extractor.v1.EosPolicy\x12\x1b\n\x13\x64rop_special_tokens\x18\x06 \x01(\x08\x12\x1c\n\x14\x64rop_first_positions\x18\x07 \x01(\x05\x12\x12\n\nbatch_size\x18\x08 \x01(\x05\x12\x30\n\rstorage_dtype\x18\t \x01(\x0e\x32\x19.headrace.common.v1.Dtype\x12<\n\x0elong_documents\x18\n \x01(\x0e\x32$.headrace.extractor.v1.LongDocuments\x12\x32\n\x06window\x18\x0b \x01(\x0b\x32\".headrace.extractor.v1.TokenWindow\x12\x15\n\rchat_template\x18\x0c \x01(\x08\"m\n\tRetention\x12\x32\n\x04kind\x18\x01 \x01(\x0e\x32$.headrace.extractor.v1.RetentionKind\x12\x14\n\x0cwindow_bytes\x18\x02 \x01(\x03\x12\x16\n\x0ereader_grace_s\x18\x03 \x01(\x01\"\xd9\x01\n\x0e\x45xtractionSpec\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nhookpoints\x18\x03 \x03(\t\x12-\n\x06recipe\x18\x04 \x01(\x0b\x32\x1d.headrace.extractor.v1.Recipe\x12\x33\n\tretention\x18\x05 \x01(\x0b\x32 .headrace.extractor.v1.Retention\x12\x10\n\x08max_rows\x18\x06 \x01(\x03\x12\x18\n\x10\x61llow_non_finite\x18\x07 \x01(\x08\"\xaf\x01\n\x11\x45xtractionFailure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12H\n\x08metadata\x18\x03 \x03(\x0b\x32\x36.headrace.extractor.v1.ExtractionFailure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"0\n\x0cReaderStatus\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12\x10\n\x08next_row\x18\x02 \x01(\x03\"d\n\x0c\x43olumnParity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emax_difference\x18\x02 \x01(\x01\x12\x12\n\nmin_cosine\x18\x03 \x01(\x01\x12\x1a\n\x12max_relative_error\x18\x04 \x01(\x01\"U\n\rParityReceipt\x12\x0e\n\x06n_rows\x18\x01 \x01(\x05\x12\x34\n\x07\x63olumns\x18\x02 \x03(\x0b\x32#.headrace.extractor.v1.ColumnParity\"\xe3\x05\n\nExtraction\x12\n\n\x02id\x18\x01 \x01(\t\x12\x33\n\x04spec\x18\x02 \x01(\x0b\x32%.headrace.extractor.v1.ExtractionSpec\x12\x0e\n\x06set_id\x18\x03 \x01(\t\x12\x35\n\x05state\x18\x04 \x01(\x0e\x32&.headrace.extractor.v1.ExtractionState\x12\x39\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32(.headrace.extractor.v1.ExtractionFailure\x12\x0e\n\x06n_rows\x18\x06 \x01(\x03\x12\x17\n\x0fn_rows_expected\x18\x07 \x01(\x03\x12\x14\n\x0cn_rows_exact\x18\x08 \x01(\x08\x12\x17\n\x0fn_rows_computed\x18\t \x01(\x03\x12\x12\n\nrows_per_s\x18\n \x01(\x01\x12\x12\n\nsize_bytes\x18\x0b \x01(\x03\x12\r\n\x05\x65ta_s\x18\x0c \x01(\x01\x12.\n\x08transfer\x18\r \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12\x16\n\x0equeue_position\x18\x0e \x01(\x05\x12\x38\n\x0bwaiting_for\x18\x0f \x03(\x0b\x32#.headrace.extractor.v1.ReaderStatus\x12\x34\n\x07readers\x18\x10 \x03(\x0b\x32#.headrace.extractor.v1.ReaderStatus\x12\x0c\n\x04path\x18\x11 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x12 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cn_non_finite\x18\x15 \x01(\x03\x12\x35\n\x07receipt\x18\x16 \x01(\x0b\x32$.headrace.extractor.v1.ParityReceipt*P\n\x07Packing\x12\x17\n\x13PACKING_UNSPECIFIED\x10\x00\x12\x12\n\x0ePACKING_PACKED\x10\x01\x12\x18\n\x14PACKING_ONE_DOCUMENT\x10\x02*U\n\tBosPolicy\x12\x1a\n\x16\x42OS_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42OS_POLICY_DOCUMENT\x10\x01\x12\x13\n\x0f\x42OS_POLICY_NONE\x10\x02*U\n\tEosPolicy\x12\x1a\n\x16\x45OS_POLICY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45OS_POLICY_NONE\x10\x01\x12\x17\n\x13\x45OS_POLICY_DOCUMENT\x10\x02*f\n\rLongDocuments\x12\x1e\n\x1aLONG_DOCUMENTS_UNSPECIFIED\x10\x00\x12\x18\n\x14LONG_DOCUMENTS_SPLIT\x10\x01\x12\x1b\n\x17LONG_DOCUMENTS_TRUNCATE\x10\x02*e\n\rRetentionKind\x12\x1e\n\x1aRETENTION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15RETENTION_KIND_RETAIN\x10\x01\x12\x19\n\x15RETENTION_KIND_WINDOW\x10\x02*\xa3\x02\n\x0f\x45xtractionState\x12 \n\x1c\x45XTRACTION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45XTRACTION_STATE_QUEUED\x10\x01\x12\x1c\n\x18\x45XTRACTION_STATE_LOADING\x10\x02\x12\x1c\n\x18\x45XTRACTION_STATE_RUNNING\x10\x03\x12\x1c\n\x18\x45XTRACTION_STATE_WAITING\x10\x04\x12\x19\n\x15\x45XTRACTION_STATE_DONE\x10\x05\x12\x1b\n\x17\x45XTRACTION_STATE_FAILED\x10\x06\x12\x1e\n\x1a\x45XTRACTION_STATE_CANCELLED\x10\x07\x12\x1f\n\x1b\x45XTRACTION_STATE_RECOVERING\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&headrace/extractor/v1/extraction.proto\x12\x15headrace.extractor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eheadrace/common/v1/dtype.proto\x1a!headrace/common/v1/transfer.proto\")\n\x0bTokenWindow\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"\x8b\x04\n\x06Recipe\x12\x14\n\x0c\x63ontext_size\x18\x01 \x01(\x05\x12/\n\x07packing\x18\x02 \x01(\x0e\x32\x1e.headrace.extractor.v1.Packing\x12\x1f\n\x17\x61ttend_across_documents\x18\x03 \x01(\x08\x12-\n\x03\x62os\x18\x04 \x01(\x0e\x32 .headrace.extractor.v1.BosPolicy\x12-\n\x03\x65os\x18\x05 \x01(\x0e\x32 .headrace.extractor.v1.EosPolicy\x12\x1b\n\x13\x64rop_special_tokens\x18\x06 \x01(\x08\x12\x1c\n\x14\x64rop_first_positions\x18\x07 \x01(\x05\x12\x12\n\nbatch_size\x18\x08 \x01(\x05\x12\x30\n\rstorage_dtype\x18\t \x01(\x0e\x32\x19.headrace.common.v1.Dtype\x12<\n\x0elong_documents\x18\n \x01(\x0e\x32$.headrace.extractor.v1.LongDocuments\x12\x32\n\x06window\x18\x0b \x01(\x0b\x32\".headrace.extractor.v1.TokenWindow\x12\x15\n\rchat_template\x18\x0c \x01(\x08\x12\x1a\n\x12skip_bad_documents\x18\r \x01(\x08\x12\x15\n\rmax_documents\x18\x0e \x01(\x03\"m\n\tRetention\x12\x32\n\x04kind\x18\x01 \x01(\x0e\x32$.headrace.extractor.v1.RetentionKind\x12\x14\n\x0cwindow_bytes\x18\x02 \x01(\x03\x12\x16\n\x0ereader_grace_s\x18\x03 \x01(\x01\"\xd9\x01\n\x0e\x45xtractionSpec\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nhookpoints\x18\x03 \x03(\t\x12-\n\x06recipe\x18\x04 \x01(\x0b\x32\x1d.headrace.extractor.v1.Recipe\x12\x33\n\tretention\x18\x05 \x01(\x0b\x32 .headrace.extractor.v1.Retention\x12\x10\n\x08max_rows\x18\x06 \x01(\x03\x12\x18\n\x10\x61llow_non_finite\x18\x07 \x01(\x08\"\xaf\x01\n\x11\x45xtractionFailure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12H\n\x08metadata\x18\x03 \x03(\x0b\x32\x36.headrace.extractor.v1.ExtractionFailure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"0\n\x0cReaderStatus\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12\x10\n\x08next_row\x18\x02 \x01(\x03\"d\n\x0c\x43olumnParity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emax_difference\x18\x02 \x01(\x01\x12\x12\n\nmin_cosine\x18\x03 \x01(\x01\x12\x1a\n\x12max_relative_error\x18\x04 \x01(\x01\"U\n\rParityReceipt\x12\x0e\n\x06n_rows\x18\x01 \x01(\x05\x12\x34\n\x07\x63olumns\x18\x02 \x03(\x0b\x32#.headrace.extractor.v1.ColumnParity\"\x80\x06\n\nExtraction\x12\n\n\x02id\x18\x01 \x01(\t\x12\x33\n\x04spec\x18\x02 \x01(\x0b\x32%.headrace.extractor.v1.ExtractionSpec\x12\x0e\n\x06set_id\x18\x03 \x01(\t\x12\x35\n\x05state\x18\x04 \x01(\x0e\x32&.headrace.extractor.v1.ExtractionState\x12\x39\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32(.headrace.extractor.v1.ExtractionFailure\x12\x0e\n\x06n_rows\x18\x06 \x01(\x03\x12\x17\n\x0fn_rows_expected\x18\x07 \x01(\x03\x12\x14\n\x0cn_rows_exact\x18\x08 \x01(\x08\x12\x17\n\x0fn_rows_computed\x18\t \x01(\x03\x12\x12\n\nrows_per_s\x18\n \x01(\x01\x12\x12\n\nsize_bytes\x18\x0b \x01(\x03\x12\r\n\x05\x65ta_s\x18\x0c \x01(\x01\x12.\n\x08transfer\x18\r \x01(\x0b\x32\x1c.headrace.common.v1.Transfer\x12\x16\n\x0equeue_position\x18\x0e \x01(\x05\x12\x38\n\x0bwaiting_for\x18\x0f \x03(\x0b\x32#.headrace.extractor.v1.ReaderStatus\x12\x34\n\x07readers\x18\x10 \x03(\x0b\x32#.headrace.extractor.v1.ReaderStatus\x12\x0c\n\x04path\x18\x11 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x12 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cn_non_finite\x18\x15 \x01(\x03\x12\x35\n\x07receipt\x18\x16 \x01(\x0b\x32$.headrace.extractor.v1.ParityReceipt\x12\x1b\n\x13n_documents_skipped\x18\x17 \x01(\x03*P\n\x07Packing\x12\x17\n\x13PACKING_UNSPECIFIED\x10\x00\x12\x12\n\x0ePACKING_PACKED\x10\x01\x12\x18\n\x14PACKING_ONE_DOCUMENT\x10\x02*o\n\tBosPolicy\x12\x1a\n\x16\x42OS_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42OS_POLICY_DOCUMENT\x10\x01\x12\x13\n\x0f\x42OS_POLICY_NONE\x10\x02\x12\x18\n\x14\x42OS_POLICY_TOKENIZER\x10\x03*U\n\tEosPolicy\x12\x1a\n\x16\x45OS_POLICY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45OS_POLICY_NONE\x10\x01\x12\x17\n\x13\x45OS_POLICY_DOCUMENT\x10\x02*f\n\rLongDocuments\x12\x1e\n\x1aLONG_DOCUMENTS_UNSPECIFIED\x10\x00\x12\x18\n\x14LONG_DOCUMENTS_SPLIT\x10\x01\x12\x1b\n\x17LONG_DOCUMENTS_TRUNCATE\x10\x02*e\n\rRetentionKind\x12\x1e\n\x1aRETENTION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15RETENTION_KIND_RETAIN\x10\x01\x12\x19\n\x15RETENTION_KIND_WINDOW\x10\x02*\xa3\x02\n\x0f\x45xtractionState\x12 \n\x1c\x45XTRACTION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45XTRACTION_STATE_QUEUED\x10\x01\x12\x1c\n\x18\x45XTRACTION_STATE_LOADING\x10\x02\x12\x1c\n\x18\x45XTRACTION_STATE_RUNNING\x10\x03\x12\x1c\n\x18\x45XTRACTION_STATE_WAITING\x10\x04\x12\x19\n\x15\x45XTRACTION_STATE_DONE\x10\x05\x12\x1b\n\x17\x45XTRACTION_STATE_FAILED\x10\x06\x12\x1e\n\x1a\x45XTRACTION_STATE_CANCELLED\x10\x07\x12\x1f\n\x1b\x45XTRACTION_STATE_RECOVERING\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +36,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXTRACTIONFAILURE_METADATAENTRY']._loaded_options = None
   _globals['_EXTRACTIONFAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_PACKING']._serialized_start=2173
-  _globals['_PACKING']._serialized_end=2253
-  _globals['_BOSPOLICY']._serialized_start=2255
-  _globals['_BOSPOLICY']._serialized_end=2340
-  _globals['_EOSPOLICY']._serialized_start=2342
-  _globals['_EOSPOLICY']._serialized_end=2427
-  _globals['_LONGDOCUMENTS']._serialized_start=2429
-  _globals['_LONGDOCUMENTS']._serialized_end=2531
-  _globals['_RETENTIONKIND']._serialized_start=2533
-  _globals['_RETENTIONKIND']._serialized_end=2634
-  _globals['_EXTRACTIONSTATE']._serialized_start=2637
-  _globals['_EXTRACTIONSTATE']._serialized_end=2928
+  _globals['_PACKING']._serialized_start=2253
+  _globals['_PACKING']._serialized_end=2333
+  _globals['_BOSPOLICY']._serialized_start=2335
+  _globals['_BOSPOLICY']._serialized_end=2446
+  _globals['_EOSPOLICY']._serialized_start=2448
+  _globals['_EOSPOLICY']._serialized_end=2533
+  _globals['_LONGDOCUMENTS']._serialized_start=2535
+  _globals['_LONGDOCUMENTS']._serialized_end=2637
+  _globals['_RETENTIONKIND']._serialized_start=2639
+  _globals['_RETENTIONKIND']._serialized_end=2740
+  _globals['_EXTRACTIONSTATE']._serialized_start=2743
+  _globals['_EXTRACTIONSTATE']._serialized_end=3034
   _globals['_TOKENWINDOW']._serialized_start=165
   _globals['_TOKENWINDOW']._serialized_end=206
   _globals['_RECIPE']._serialized_start=209
-  _globals['_RECIPE']._serialized_end=681
-  _globals['_RETENTION']._serialized_start=683
-  _globals['_RETENTION']._serialized_end=792
-  _globals['_EXTRACTIONSPEC']._serialized_start=795
-  _globals['_EXTRACTIONSPEC']._serialized_end=1012
-  _globals['_EXTRACTIONFAILURE']._serialized_start=1015
-  _globals['_EXTRACTIONFAILURE']._serialized_end=1190
-  _globals['_EXTRACTIONFAILURE_METADATAENTRY']._serialized_start=1143
-  _globals['_EXTRACTIONFAILURE_METADATAENTRY']._serialized_end=1190
-  _globals['_READERSTATUS']._serialized_start=1192
-  _globals['_READERSTATUS']._serialized_end=1240
-  _globals['_COLUMNPARITY']._serialized_start=1242
-  _globals['_COLUMNPARITY']._serialized_end=1342
-  _globals['_PARITYRECEIPT']._serialized_start=1344
-  _globals['_PARITYRECEIPT']._serialized_end=1429
-  _globals['_EXTRACTION']._serialized_start=1432
-  _globals['_EXTRACTION']._serialized_end=2171
+  _globals['_RECIPE']._serialized_end=732
+  _globals['_RETENTION']._serialized_start=734
+  _globals['_RETENTION']._serialized_end=843
+  _globals['_EXTRACTIONSPEC']._serialized_start=846
+  _globals['_EXTRACTIONSPEC']._serialized_end=1063
+  _globals['_EXTRACTIONFAILURE']._serialized_start=1066
+  _globals['_EXTRACTIONFAILURE']._serialized_end=1241
+  _globals['_EXTRACTIONFAILURE_METADATAENTRY']._serialized_start=1194
+  _globals['_EXTRACTIONFAILURE_METADATAENTRY']._serialized_end=1241
+  _globals['_READERSTATUS']._serialized_start=1243
+  _globals['_READERSTATUS']._serialized_end=1291
+  _globals['_COLUMNPARITY']._serialized_start=1293
+  _globals['_COLUMNPARITY']._serialized_end=1393
+  _globals['_PARITYRECEIPT']._serialized_start=1395
+  _globals['_PARITYRECEIPT']._serialized_end=1480
+  _globals['_EXTRACTION']._serialized_start=1483
+  _globals['_EXTRACTION']._serialized_end=2251
 # @@protoc_insertion_point(module_scope)

@@ -57,21 +57,35 @@ class _BosPolicy:
 class _BosPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BosPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     BOS_POLICY_UNSPECIFIED: _BosPolicy.ValueType  # 0
-    """Same as DOCUMENT."""
+    """Same as TOKENIZER."""
     BOS_POLICY_DOCUMENT: _BosPolicy.ValueType  # 1
-    """Before each document (and each further piece of a long one), where the tokenizer has such a token."""
+    """The beginning-of-sequence token before each document (and each further piece of a long one), where the tokenizer has
+    such a token.
+    """
     BOS_POLICY_NONE: _BosPolicy.ValueType  # 2
-    """Nowhere."""
+    """None."""
+    BOS_POLICY_TOKENIZER: _BosPolicy.ValueType  # 3
+    """Those that the model's own tokenizer puts around one text: its prefix before each document and each further piece of
+    a long one, its suffix behind the document. Conversations have those that the chat template writes; token ids that
+    begin with the prefix or end with the suffix are not given it twice.
+    """
 
 class BosPolicy(_BosPolicy, metaclass=_BosPolicyEnumTypeWrapper):
-    """BosPolicy says where beginning-of-sequence tokens are inserted."""
+    """BosPolicy says which tokens are put around each document."""
 
 BOS_POLICY_UNSPECIFIED: BosPolicy.ValueType  # 0
-"""Same as DOCUMENT."""
+"""Same as TOKENIZER."""
 BOS_POLICY_DOCUMENT: BosPolicy.ValueType  # 1
-"""Before each document (and each further piece of a long one), where the tokenizer has such a token."""
+"""The beginning-of-sequence token before each document (and each further piece of a long one), where the tokenizer has
+such a token.
+"""
 BOS_POLICY_NONE: BosPolicy.ValueType  # 2
-"""Nowhere."""
+"""None."""
+BOS_POLICY_TOKENIZER: BosPolicy.ValueType  # 3
+"""Those that the model's own tokenizer puts around one text: its prefix before each document and each further piece of
+a long one, its suffix behind the document. Conversations have those that the chat template writes; token ids that
+begin with the prefix or end with the suffix are not given it twice.
+"""
 Global___BosPolicy: _TypeAlias = BosPolicy  # noqa: Y015
 
 class _EosPolicy:
@@ -238,6 +252,8 @@ class Recipe(_message.Message):
     LONG_DOCUMENTS_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    SKIP_BAD_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    MAX_DOCUMENTS_FIELD_NUMBER: _builtins.int
     context_size: _builtins.int
     """Tokens in one sequence, 2 to 131072; 0 means 256."""
     packing: Global___Packing.ValueType
@@ -245,11 +261,11 @@ class Recipe(_message.Message):
     attend_across_documents: _builtins.bool
     """True: packed documents attend to one another (plain concatenation). False, the default, isolates them."""
     bos: Global___BosPolicy.ValueType
-    """Beginning-of-sequence token."""
+    """Tokens around each document."""
     eos: Global___EosPolicy.ValueType
-    """End-of-sequence token."""
+    """End-of-sequence token; not inserted behind a suffix of the tokenizer that ends with it."""
     drop_special_tokens: _builtins.bool
-    """True: no rows for special tokens (BOS and EOS among them)."""
+    """True: no rows for special tokens (BOS, EOS and all that `bos` inserts among them)."""
     drop_first_positions: _builtins.int
     """Number of positions at the start of each document piece that become no rows."""
     batch_size: _builtins.int
@@ -264,6 +280,12 @@ class Recipe(_message.Message):
     """How documents longer than a sequence are handled."""
     chat_template: _builtins.bool
     """True: documents are conversations, and the tokenizer's chat template turns them into tokens."""
+    skip_bad_documents: _builtins.bool
+    """Leave out documents that can't be tokenized for this model, instead of failing: a text that spells a token which the
+    model's embedding lacks, a conversation that the chat template refuses. They give no rows and are counted.
+    """
+    max_documents: _builtins.int
+    """Only the first documents of the corpus become rows, at most so many; 0: all."""
     @_builtins.property
     def window(self) -> Global___TokenWindow:
         """Rows only for these positions of each document; unset: all."""
@@ -283,10 +305,12 @@ class Recipe(_message.Message):
         long_documents: Global___LongDocuments.ValueType = ...,
         window: Global___TokenWindow | None = ...,
         chat_template: _builtins.bool = ...,
+        skip_bad_documents: _builtins.bool = ...,
+        max_documents: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attend_across_documents", b"attend_across_documents", "batch_size", b"batch_size", "bos", b"bos", "chat_template", b"chat_template", "context_size", b"context_size", "drop_first_positions", b"drop_first_positions", "drop_special_tokens", b"drop_special_tokens", "eos", b"eos", "long_documents", b"long_documents", "packing", b"packing", "storage_dtype", b"storage_dtype", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attend_across_documents", b"attend_across_documents", "batch_size", b"batch_size", "bos", b"bos", "chat_template", b"chat_template", "context_size", b"context_size", "drop_first_positions", b"drop_first_positions", "drop_special_tokens", b"drop_special_tokens", "eos", b"eos", "long_documents", b"long_documents", "max_documents", b"max_documents", "packing", b"packing", "skip_bad_documents", b"skip_bad_documents", "storage_dtype", b"storage_dtype", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -545,6 +569,7 @@ class Extraction(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     N_NON_FINITE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    N_DOCUMENTS_SKIPPED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, server-made."""
     set_id: _builtins.str
@@ -573,6 +598,8 @@ class Extraction(_message.Message):
     """True if every row existed before: no forward pass ran."""
     n_non_finite: _builtins.int
     """Number of NaN or infinite values in its rows."""
+    n_documents_skipped: _builtins.int
+    """Documents left out so far by `skip_bad_documents`."""
     @_builtins.property
     def spec(self) -> Global___ExtractionSpec:
         """The request's spec, with defaults filled in."""
@@ -630,10 +657,11 @@ class Extraction(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         n_non_finite: _builtins.int = ...,
         receipt: Global___ParityReceipt | None = ...,
+        n_documents_skipped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "receipt", b"receipt", "spec", b"spec", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "create_time", b"create_time", "eta_s", b"eta_s", "failure", b"failure", "id", b"id", "n_non_finite", b"n_non_finite", "n_rows", b"n_rows", "n_rows_computed", b"n_rows_computed", "n_rows_exact", b"n_rows_exact", "n_rows_expected", b"n_rows_expected", "path", b"path", "queue_position", b"queue_position", "readers", b"readers", "receipt", b"receipt", "rows_per_s", b"rows_per_s", "set_id", b"set_id", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "transfer", b"transfer", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "create_time", b"create_time", "eta_s", b"eta_s", "failure", b"failure", "id", b"id", "n_documents_skipped", b"n_documents_skipped", "n_non_finite", b"n_non_finite", "n_rows", b"n_rows", "n_rows_computed", b"n_rows_computed", "n_rows_exact", b"n_rows_exact", "n_rows_expected", b"n_rows_expected", "path", b"path", "queue_position", b"queue_position", "readers", b"readers", "receipt", b"receipt", "rows_per_s", b"rows_per_s", "set_id", b"set_id", "size_bytes", b"size_bytes", "spec", b"spec", "state", b"state", "transfer", b"transfer", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -275,8 +275,11 @@ class ListExtractionsResponse(_message.Message):
 
     EXTRACTIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def extractions(self) -> _containers.RepeatedCompositeFieldContainer[_extraction_pb2.Extraction]:
         """Newest first."""
@@ -286,10 +289,11 @@ class ListExtractionsResponse(_message.Message):
         *,
         extractions: _abc.Iterable[_extraction_pb2.Extraction] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extractions", b"extractions", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extractions", b"extractions", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -969,3 +973,111 @@ class DecodeTokensResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeTokensResponse: _TypeAlias = DecodeTokensResponse  # noqa: Y015
+
+@_typing.final
+class VerifySetRequest(_message.Message):
+    """Request of VerifySet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SET_ID_FIELD_NUMBER: _builtins.int
+    set_id: _builtins.str
+    """The set, 32 hex digits."""
+    def __init__(
+        self,
+        *,
+        set_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["set_id", b"set_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifySetRequest: _TypeAlias = VerifySetRequest  # noqa: Y015
+
+@_typing.final
+class VerifySetResponse(_message.Message):
+    """How far a verification is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    N_FILES_FIELD_NUMBER: _builtins.int
+    N_FILES_TOTAL_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    N_DAMAGED_FIELD_NUMBER: _builtins.int
+    DAMAGES_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    n_files: _builtins.int
+    """Files compared so far."""
+    n_files_total: _builtins.int
+    """Files to compare in all."""
+    size_bytes: _builtins.int
+    """Bytes of rows compared so far."""
+    total_bytes: _builtins.int
+    """Bytes of rows to compare in all."""
+    n_damaged: _builtins.int
+    """Damaged files found so far."""
+    done: _builtins.bool
+    """True in the last message."""
+    @_builtins.property
+    def damages(self) -> _containers.RepeatedCompositeFieldContainer[Global___DamagedRows]:
+        """The first thousand of them; only in the last message."""
+
+    def __init__(
+        self,
+        *,
+        n_files: _builtins.int = ...,
+        n_files_total: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        n_damaged: _builtins.int = ...,
+        damages: _abc.Iterable[Global___DamagedRows] | None = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["damages", b"damages", "done", b"done", "n_damaged", b"n_damaged", "n_files", b"n_files", "n_files_total", b"n_files_total", "size_bytes", b"size_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifySetResponse: _TypeAlias = VerifySetResponse  # noqa: Y015
+
+@_typing.final
+class DamagedRows(_message.Message):
+    """A file that is not as it was sealed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    COLUMN_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    END_ROW_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    """Its path on the node; `segments.jsonl` if the set's index was damaged."""
+    column: _builtins.str
+    """The column, empty for the index."""
+    first_row: _builtins.int
+    """First row that is lost with it."""
+    end_row: _builtins.int
+    """One past the last row that is lost with it; 0: all rows from `first_row` on."""
+    message: _builtins.str
+    """What is wrong with it, and the remedy."""
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        column: _builtins.str = ...,
+        first_row: _builtins.int = ...,
+        end_row: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "end_row", b"end_row", "file", b"file", "first_row", b"first_row", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DamagedRows: _TypeAlias = DamagedRows  # noqa: Y015

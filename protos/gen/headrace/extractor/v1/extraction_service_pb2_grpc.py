@@ -32,7 +32,7 @@ class ExtractionServiceStub:
 
     rows                   state             owner
     [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [first_kept, sealed)   sealed segments   the readers; the files never change
     [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
     [committed, grant)     may be written    the writer alone
     [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
@@ -92,6 +92,11 @@ class ExtractionServiceStub:
                 request_serializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ReleaseRowsRequest.SerializeToString,
                 response_deserializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ReleaseRowsResponse.FromString,
                 _registered_method=True)
+        self.VerifySet = channel.unary_stream(
+                '/headrace.extractor.v1.ExtractionService/VerifySet',
+                request_serializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.VerifySetRequest.SerializeToString,
+                response_deserializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.VerifySetResponse.FromString,
+                _registered_method=True)
         self.ListHookpoints = channel.unary_unary(
                 '/headrace.extractor.v1.ExtractionService/ListHookpoints',
                 request_serializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ListHookpointsRequest.SerializeToString,
@@ -111,7 +116,7 @@ class ExtractionServiceServicer:
 
     rows                   state             owner
     [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [first_kept, sealed)   sealed segments   the readers; the files never change
     [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
     [committed, grant)     may be written    the writer alone
     [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
@@ -186,6 +191,15 @@ class ExtractionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifySet(self, request, context):
+        """Compares every sealed file of a RETAIN set on this node with its digest, and streams how far it is, twice a second;
+        the last message has `done`. Damaged segments are set aside: StartExtraction computes their rows again.
+        SET_NOT_FOUND, QUEUE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListHookpoints(self, request, context):
         """Lists the hookpoints of a model.
         """
@@ -243,6 +257,11 @@ def add_ExtractionServiceServicer_to_server(servicer, server):
                     request_deserializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ReleaseRowsRequest.FromString,
                     response_serializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ReleaseRowsResponse.SerializeToString,
             ),
+            'VerifySet': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifySet,
+                    request_deserializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.VerifySetRequest.FromString,
+                    response_serializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.VerifySetResponse.SerializeToString,
+            ),
             'ListHookpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListHookpoints,
                     request_deserializer=headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ListHookpointsRequest.FromString,
@@ -268,7 +287,7 @@ class ExtractionService:
 
     rows                   state             owner
     [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-    [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+    [first_kept, sealed)   sealed segments   the readers; the files never change
     [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
     [committed, grant)     may be written    the writer alone
     [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
@@ -488,6 +507,33 @@ class ExtractionService:
             '/headrace.extractor.v1.ExtractionService/ReleaseRows',
             headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ReleaseRowsRequest.SerializeToString,
             headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.ReleaseRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifySet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headrace.extractor.v1.ExtractionService/VerifySet',
+            headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.VerifySetRequest.SerializeToString,
+            headrace_dot_extractor_dot_v1_dot_extraction__service__pb2.VerifySetResponse.FromString,
             options,
             channel_credentials,
             insecure,

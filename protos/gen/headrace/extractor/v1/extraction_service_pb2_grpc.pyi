@@ -33,7 +33,7 @@ class ExtractionServiceStub:
 
         rows                   state             owner
         [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-        [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+        [first_kept, sealed)   sealed segments   the readers; the files never change
         [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
         [committed, grant)     may be written    the writer alone
         [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
@@ -75,6 +75,11 @@ class ExtractionServiceStub:
     """
     ReleaseRows: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.ReleaseRowsRequest, _extraction_service_pb2.ReleaseRowsResponse]
     """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`."""
+    VerifySet: _grpc.UnaryStreamMultiCallable[_extraction_service_pb2.VerifySetRequest, _extraction_service_pb2.VerifySetResponse]
+    """Compares every sealed file of a RETAIN set on this node with its digest, and streams how far it is, twice a second;
+    the last message has `done`. Damaged segments are set aside: StartExtraction computes their rows again.
+    SET_NOT_FOUND, QUEUE_FULL.
+    """
     ListHookpoints: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.ListHookpointsRequest, _extraction_service_pb2.ListHookpointsResponse]
     """Lists the hookpoints of a model."""
     DecodeTokens: _grpc.UnaryUnaryMultiCallable[_extraction_service_pb2.DecodeTokensRequest, _extraction_service_pb2.DecodeTokensResponse]
@@ -88,7 +93,7 @@ class ExtractionServiceAsyncStub(ExtractionServiceStub):
 
         rows                   state             owner
         [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-        [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+        [first_kept, sealed)   sealed segments   the readers; the files never change
         [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
         [committed, grant)     may be written    the writer alone
         [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
@@ -127,6 +132,11 @@ class ExtractionServiceAsyncStub(ExtractionServiceStub):
     """
     ReleaseRows: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.ReleaseRowsRequest, _extraction_service_pb2.ReleaseRowsResponse]  # type: ignore[assignment]
     """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`."""
+    VerifySet: _aio.UnaryStreamMultiCallable[_extraction_service_pb2.VerifySetRequest, _extraction_service_pb2.VerifySetResponse]  # type: ignore[assignment]
+    """Compares every sealed file of a RETAIN set on this node with its digest, and streams how far it is, twice a second;
+    the last message has `done`. Damaged segments are set aside: StartExtraction computes their rows again.
+    SET_NOT_FOUND, QUEUE_FULL.
+    """
     ListHookpoints: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.ListHookpointsRequest, _extraction_service_pb2.ListHookpointsResponse]  # type: ignore[assignment]
     """Lists the hookpoints of a model."""
     DecodeTokens: _aio.UnaryUnaryMultiCallable[_extraction_service_pb2.DecodeTokensRequest, _extraction_service_pb2.DecodeTokensResponse]  # type: ignore[assignment]
@@ -139,7 +149,7 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         rows                   state             owner
         [0, first_kept)        dropped           none: every reader had released them, and their files are gone
-        [first_kept, sealed)   sealed segments   the readers, which map them; the files never change
+        [first_kept, sealed)   sealed segments   the readers; the files never change
         [sealed, committed)    open segment      the writer; readers may read these rows, a crash loses them
         [committed, grant)     may be written    the writer alone
         [grant, ∞)             waits             none, until rows are dropped; a RETAIN set drops none and has no grant
@@ -224,6 +234,17 @@ class ExtractionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_extraction_service_pb2.ReleaseRowsResponse, _abc.Awaitable[_extraction_service_pb2.ReleaseRowsResponse]]:
         """For readers of WINDOW sets that asked for `explicit_release`: releases the rows before `row`."""
+
+    @_abc_1.abstractmethod
+    def VerifySet(
+        self,
+        request: _extraction_service_pb2.VerifySetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_extraction_service_pb2.VerifySetResponse], _abc.AsyncIterator[_extraction_service_pb2.VerifySetResponse]]:
+        """Compares every sealed file of a RETAIN set on this node with its digest, and streams how far it is, twice a second;
+        the last message has `done`. Damaged segments are set aside: StartExtraction computes their rows again.
+        SET_NOT_FOUND, QUEUE_FULL.
+        """
 
     @_abc_1.abstractmethod
     def ListHookpoints(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1headrace/registry/v1/activation_set_service.proto\x12\x14headrace.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9e\x03\n\rActivationSet\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x11\n\tcorpus_id\x18\x04 \x01(\t\x12\x0f\n\x07\x63olumns\x18\x05 \x03(\t\x12\x0e\n\x06n_rows\x18\x06 \x01(\x03\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12\x11\n\tretention\x18\t \x01(\t\x12\x0c\n\x04path\x18\n \x01(\t\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x04pins\x18\x0e \x03(\x0b\x32\x1c.headrace.registry.v1.SetPin\x12\x0f\n\x07holders\x18\x0f \x03(\t\x12\x10\n\x08\x64\x65leting\x18\x10 \x01(\x08\"X\n\x06SetPin\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"e\n\x19ListActivationSetsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\"h\n\x1aListActivationSetsResponse\x12\x31\n\x04sets\x18\x01 \x03(\x0b\x32#.headrace.registry.v1.ActivationSet\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x17GetActivationSetRequest\x12\x0e\n\x06set_id\x18\x01 \x01(\t\"M\n\x18GetActivationSetResponse\x12\x31\n\x04sets\x18\x01 \x03(\x0b\x32#.headrace.registry.v1.ActivationSet\"\x8d\x01\n\x17PinActivationSetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06set_id\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1a\n\x18PinActivationSetResponse\"@\n\x1a\x44\x65leteActivationSetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06set_id\x18\x02 \x01(\t\"\x1d\n\x1b\x44\x65leteActivationSetResponse\"\x8e\x01\n\x1aReportActivationSetRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x30\n\x03set\x18\x03 \x01(\x0b\x32#.headrace.registry.v1.ActivationSet\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x08\x12\r\n\x05\x65vict\x18\x05 \x01(\x08\"o\n\x1bReportActivationSetResponse\x12\x0e\n\x06pinned\x18\x01 \x01(\x08\x12\x30\n\x0cpinned_until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x65lete\x18\x03 \x01(\x08\x32\xed\x04\n\x14\x41\x63tivationSetService\x12w\n\x12ListActivationSets\x12/.headrace.registry.v1.ListActivationSetsRequest\x1a\x30.headrace.registry.v1.ListActivationSetsResponse\x12q\n\x10GetActivationSet\x12-.headrace.registry.v1.GetActivationSetRequest\x1a..headrace.registry.v1.GetActivationSetResponse\x12q\n\x10PinActivationSet\x12-.headrace.registry.v1.PinActivationSetRequest\x1a..headrace.registry.v1.PinActivationSetResponse\x12z\n\x13\x44\x65leteActivationSet\x12\x30.headrace.registry.v1.DeleteActivationSetRequest\x1a\x31.headrace.registry.v1.DeleteActivationSetResponse\x12z\n\x13ReportActivationSet\x12\x30.headrace.registry.v1.ReportActivationSetRequest\x1a\x31.headrace.registry.v1.ReportActivationSetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1headrace/registry/v1/activation_set_service.proto\x12\x14headrace.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x03\n\rActivationSet\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x11\n\tcorpus_id\x18\x04 \x01(\t\x12\x0f\n\x07\x63olumns\x18\x05 \x03(\t\x12\x0e\n\x06n_rows\x18\x06 \x01(\x03\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12\x11\n\tretention\x18\t \x01(\t\x12\x0c\n\x04path\x18\n \x01(\t\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x04pins\x18\x0e \x03(\x0b\x32\x1c.headrace.registry.v1.SetPin\x12\x0f\n\x07holders\x18\x0f \x03(\t\x12\x10\n\x08\x64\x65leting\x18\x10 \x01(\x08\x12\x15\n\ridentity_json\x18\x11 \x01(\t\"X\n\x06SetPin\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"e\n\x19ListActivationSetsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\"|\n\x1aListActivationSetsResponse\x12\x31\n\x04sets\x18\x01 \x03(\x0b\x32#.headrace.registry.v1.ActivationSet\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x03\")\n\x17GetActivationSetRequest\x12\x0e\n\x06set_id\x18\x01 \x01(\t\"M\n\x18GetActivationSetResponse\x12\x31\n\x04sets\x18\x01 \x03(\x0b\x32#.headrace.registry.v1.ActivationSet\"\x8d\x01\n\x17PinActivationSetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06set_id\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1a\n\x18PinActivationSetResponse\"@\n\x1a\x44\x65leteActivationSetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06set_id\x18\x02 \x01(\t\"\x1d\n\x1b\x44\x65leteActivationSetResponse\"\x8e\x01\n\x1aReportActivationSetRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x30\n\x03set\x18\x03 \x01(\x0b\x32#.headrace.registry.v1.ActivationSet\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x08\x12\r\n\x05\x65vict\x18\x05 \x01(\x08\"o\n\x1bReportActivationSetResponse\x12\x0e\n\x06pinned\x18\x01 \x01(\x08\x12\x30\n\x0cpinned_until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x65lete\x18\x03 \x01(\x08\x32\xed\x04\n\x14\x41\x63tivationSetService\x12w\n\x12ListActivationSets\x12/.headrace.registry.v1.ListActivationSetsRequest\x1a\x30.headrace.registry.v1.ListActivationSetsResponse\x12q\n\x10GetActivationSet\x12-.headrace.registry.v1.GetActivationSetRequest\x1a..headrace.registry.v1.GetActivationSetResponse\x12q\n\x10PinActivationSet\x12-.headrace.registry.v1.PinActivationSetRequest\x1a..headrace.registry.v1.PinActivationSetResponse\x12z\n\x13\x44\x65leteActivationSet\x12\x30.headrace.registry.v1.DeleteActivationSetRequest\x1a\x31.headrace.registry.v1.DeleteActivationSetResponse\x12z\n\x13ReportActivationSet\x12\x30.headrace.registry.v1.ReportActivationSetRequest\x1a\x31.headrace.registry.v1.ReportActivationSetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.registry.v1.activa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACTIVATIONSET']._serialized_start=109
-  _globals['_ACTIVATIONSET']._serialized_end=523
-  _globals['_SETPIN']._serialized_start=525
-  _globals['_SETPIN']._serialized_end=613
-  _globals['_LISTACTIVATIONSETSREQUEST']._serialized_start=615
-  _globals['_LISTACTIVATIONSETSREQUEST']._serialized_end=716
-  _globals['_LISTACTIVATIONSETSRESPONSE']._serialized_start=718
-  _globals['_LISTACTIVATIONSETSRESPONSE']._serialized_end=822
-  _globals['_GETACTIVATIONSETREQUEST']._serialized_start=824
-  _globals['_GETACTIVATIONSETREQUEST']._serialized_end=865
-  _globals['_GETACTIVATIONSETRESPONSE']._serialized_start=867
-  _globals['_GETACTIVATIONSETRESPONSE']._serialized_end=944
-  _globals['_PINACTIVATIONSETREQUEST']._serialized_start=947
-  _globals['_PINACTIVATIONSETREQUEST']._serialized_end=1088
-  _globals['_PINACTIVATIONSETRESPONSE']._serialized_start=1090
-  _globals['_PINACTIVATIONSETRESPONSE']._serialized_end=1116
-  _globals['_DELETEACTIVATIONSETREQUEST']._serialized_start=1118
-  _globals['_DELETEACTIVATIONSETREQUEST']._serialized_end=1182
-  _globals['_DELETEACTIVATIONSETRESPONSE']._serialized_start=1184
-  _globals['_DELETEACTIVATIONSETRESPONSE']._serialized_end=1213
-  _globals['_REPORTACTIVATIONSETREQUEST']._serialized_start=1216
-  _globals['_REPORTACTIVATIONSETREQUEST']._serialized_end=1358
-  _globals['_REPORTACTIVATIONSETRESPONSE']._serialized_start=1360
-  _globals['_REPORTACTIVATIONSETRESPONSE']._serialized_end=1471
-  _globals['_ACTIVATIONSETSERVICE']._serialized_start=1474
-  _globals['_ACTIVATIONSETSERVICE']._serialized_end=2095
+  _globals['_ACTIVATIONSET']._serialized_end=546
+  _globals['_SETPIN']._serialized_start=548
+  _globals['_SETPIN']._serialized_end=636
+  _globals['_LISTACTIVATIONSETSREQUEST']._serialized_start=638
+  _globals['_LISTACTIVATIONSETSREQUEST']._serialized_end=739
+  _globals['_LISTACTIVATIONSETSRESPONSE']._serialized_start=741
+  _globals['_LISTACTIVATIONSETSRESPONSE']._serialized_end=865
+  _globals['_GETACTIVATIONSETREQUEST']._serialized_start=867
+  _globals['_GETACTIVATIONSETREQUEST']._serialized_end=908
+  _globals['_GETACTIVATIONSETRESPONSE']._serialized_start=910
+  _globals['_GETACTIVATIONSETRESPONSE']._serialized_end=987
+  _globals['_PINACTIVATIONSETREQUEST']._serialized_start=990
+  _globals['_PINACTIVATIONSETREQUEST']._serialized_end=1131
+  _globals['_PINACTIVATIONSETRESPONSE']._serialized_start=1133
+  _globals['_PINACTIVATIONSETRESPONSE']._serialized_end=1159
+  _globals['_DELETEACTIVATIONSETREQUEST']._serialized_start=1161
+  _globals['_DELETEACTIVATIONSETREQUEST']._serialized_end=1225
+  _globals['_DELETEACTIVATIONSETRESPONSE']._serialized_start=1227
+  _globals['_DELETEACTIVATIONSETRESPONSE']._serialized_end=1256
+  _globals['_REPORTACTIVATIONSETREQUEST']._serialized_start=1259
+  _globals['_REPORTACTIVATIONSETREQUEST']._serialized_end=1401
+  _globals['_REPORTACTIVATIONSETRESPONSE']._serialized_start=1403
+  _globals['_REPORTACTIVATIONSETRESPONSE']._serialized_end=1514
+  _globals['_ACTIVATIONSETSERVICE']._serialized_start=1517
+  _globals['_ACTIVATIONSETSERVICE']._serialized_end=2138
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,7 @@ class ActivationSet(_message.Message):
     PINS_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
     DELETING_FIELD_NUMBER: _builtins.int
+    IDENTITY_JSON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Digest of everything that determines the numbers."""
     node_id: _builtins.str
@@ -61,6 +62,10 @@ class ActivationSet(_message.Message):
     """Folder on the node."""
     deleting: _builtins.bool
     """True once DeleteActivationSet was called: the node removes the set as soon as no reader uses it."""
+    identity_json: _builtins.str
+    """Everything that its rows depend on, as JSON: model, dtype, load options, digests, recipe. Only in GetActivationSet;
+    empty before the node's first report that has it.
+    """
     @_builtins.property
     def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Columns: hookpoints and the three of provenance."""
@@ -104,10 +109,11 @@ class ActivationSet(_message.Message):
         pins: _abc.Iterable[Global___SetPin] | None = ...,
         holders: _abc.Iterable[_builtins.str] | None = ...,
         deleting: _builtins.bool = ...,
+        identity_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "last_used_time", b"last_used_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "complete", b"complete", "corpus_id", b"corpus_id", "create_time", b"create_time", "deleting", b"deleting", "holders", b"holders", "id", b"id", "last_used_time", b"last_used_time", "model_id", b"model_id", "n_rows", b"n_rows", "node_id", b"node_id", "path", b"path", "pins", b"pins", "retention", b"retention", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "complete", b"complete", "corpus_id", b"corpus_id", "create_time", b"create_time", "deleting", b"deleting", "holders", b"holders", "id", b"id", "identity_json", b"identity_json", "last_used_time", b"last_used_time", "model_id", b"model_id", "n_rows", b"n_rows", "node_id", b"node_id", "path", b"path", "pins", b"pins", "retention", b"retention", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,8 +193,11 @@ class ListActivationSetsResponse(_message.Message):
 
     SETS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationSet]:
         """Newest first."""
@@ -198,10 +207,11 @@ class ListActivationSetsResponse(_message.Message):
         *,
         sets: _abc.Iterable[Global___ActivationSet] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "sets", b"sets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "sets", b"sets", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -126,6 +126,30 @@ VALIDATION_STEP_STATE_SKIPPED: ValidationStepState.ValueType  # 4
 """The step was left out: an earlier step failed, or it does not apply."""
 Global___ValidationStepState: _TypeAlias = ValidationStepState  # noqa: Y015
 
+class _AttemptKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AttemptKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttemptKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ATTEMPT_KIND_UNSPECIFIED: _AttemptKind.ValueType  # 0
+    """Never sent; in a request: of any kind."""
+    ATTEMPT_KIND_VALIDATION: _AttemptKind.ValueType  # 1
+    """ValidateModel."""
+    ATTEMPT_KIND_LOAD: _AttemptKind.ValueType  # 2
+    """A load for a lease, LoadModel or a pin; its only step is `load`."""
+
+class AttemptKind(_AttemptKind, metaclass=_AttemptKindEnumTypeWrapper):
+    """AttemptKind tells a run of the test profile from an ordinary load."""
+
+ATTEMPT_KIND_UNSPECIFIED: AttemptKind.ValueType  # 0
+"""Never sent; in a request: of any kind."""
+ATTEMPT_KIND_VALIDATION: AttemptKind.ValueType  # 1
+"""ValidateModel."""
+ATTEMPT_KIND_LOAD: AttemptKind.ValueType  # 2
+"""A load for a lease, LoadModel or a pin; its only step is `load`."""
+Global___AttemptKind: _TypeAlias = AttemptKind  # noqa: Y015
+
 @_typing.final
 class HubSource(_message.Message):
     """HubSource is a repo on the Hugging Face hub."""
@@ -304,19 +328,25 @@ class Failure(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    INTERRUPTED_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Such as `HUB_GATED`."""
     message: _builtins.str
     """One sentence that names the remedy."""
+    interrupted: _builtins.bool
+    """In a node's report: true if the process was ended from outside, as by an operator or a supervisor. The model is not
+    at fault, and the work is tried again soon.
+    """
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        interrupted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interrupted", b"interrupted", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,7 +476,9 @@ Global___ValidationStep: _TypeAlias = ValidationStep  # noqa: Y015
 
 @_typing.final
 class ValidationAttempt(_message.Message):
-    """ValidationAttempt is one run of the test profile; attempts are kept."""
+    """ValidationAttempt is one attempt to load a model: a run of the test profile, or an ordinary load. The latest 100 of a
+    model are kept.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -483,6 +515,10 @@ class ValidationAttempt(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    LOG_TAIL_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    RESIDENCY_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, server-made."""
     model_id: _builtins.str
@@ -497,6 +533,14 @@ class ValidationAttempt(_message.Message):
     """True once no step follows."""
     passed: _builtins.bool
     """True when done and no step failed."""
+    kind: Global___AttemptKind.ValueType
+    """What it was."""
+    log_tail: _builtins.str
+    """The last lines that the model's process wrote while it loaded; 8 KiB at most."""
+    notes: _builtins.str
+    """Notes of people."""
+    residency_id: _builtins.str
+    """Residency of a LOAD."""
     @_builtins.property
     def load_options(self) -> _struct_pb2.Struct:
         """Load options it was tried with."""
@@ -537,14 +581,48 @@ class ValidationAttempt(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___AttemptKind.ValueType = ...,
+        log_tail: _builtins.str = ...,
+        notes: _builtins.str = ...,
+        residency_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "load_options", b"load_options", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_id", b"device_id", "done", b"done", "failure", b"failure", "id", b"id", "load_options", b"load_options", "model_id", b"model_id", "node_id", b"node_id", "passed", b"passed", "quantization", b"quantization", "steps", b"steps", "update_time", b"update_time", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device_id", b"device_id", "done", b"done", "failure", b"failure", "id", b"id", "kind", b"kind", "load_options", b"load_options", "log_tail", b"log_tail", "model_id", b"model_id", "node_id", b"node_id", "notes", b"notes", "passed", b"passed", "quantization", b"quantization", "residency_id", b"residency_id", "steps", b"steps", "update_time", b"update_time", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ValidationAttempt: _TypeAlias = ValidationAttempt  # noqa: Y015
+
+@_typing.final
+class ModelCard(_message.Message):
+    """ModelCard holds what the authors of a model say of it. Facts that they do not give are empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LICENSE_FIELD_NUMBER: _builtins.int
+    LICENSE_LINK_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    license: _builtins.str
+    """Licence, such as `apache-2.0`, or the name that the card gives to one of its own."""
+    license_link: _builtins.str
+    """Text of the licence: a URL, or the name of a file of the repo."""
+    dtype: _builtins.str
+    """Dtype that the weights were published for, such as `bfloat16`."""
+    def __init__(
+        self,
+        *,
+        license: _builtins.str = ...,
+        license_link: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "license", b"license", "license_link", b"license_link"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelCard: _TypeAlias = ModelCard  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -613,6 +691,8 @@ class Model(_message.Message):
     FIDELITY_FIELD_NUMBER: _builtins.int
     STORE_BYTES_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    CARD_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$`, unique."""
     commit_sha: _builtins.str
@@ -677,6 +757,18 @@ class Model(_message.Message):
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
         """Last time it was loaded or prepared. Output only."""
 
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
+        """The files in `files_path` that a load reads, as they were when the model became READY; a load of other files is
+        MODEL_CHANGED. Only in GetModel and in messages to nodes. Output only.
+        """
+
+    @_builtins.property
+    def card(self) -> Global___ModelCard:
+        """Licence and dtype by its card and config; unset until the files are ready. The context is in `architecture`.
+        Output only.
+        """
+
     def __init__(
         self,
         *,
@@ -701,11 +793,51 @@ class Model(_message.Message):
         fidelity: Global___Fidelity | None = ...,
         store_bytes: _builtins.int = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        files: _abc.Iterable[Global___ModelFile] | None = ...,
+        card: Global___ModelCard | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "create_time", b"create_time", "failure", b"failure", "fidelity", b"fidelity", "last_used_time", b"last_used_time", "load_options", b"load_options", "source", b"source", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "card", b"card", "create_time", b"create_time", "failure", b"failure", "fidelity", b"fidelity", "last_used_time", b"last_used_time", "load_options", b"load_options", "source", b"source", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "commit_sha", b"commit_sha", "create_time", b"create_time", "etag", b"etag", "failure", b"failure", "fidelity", b"fidelity", "files_path", b"files_path", "id", b"id", "labels", b"labels", "last_used_time", b"last_used_time", "load_options", b"load_options", "n_parameters", b"n_parameters", "parameters_by_dtype", b"parameters_by_dtype", "quantization", b"quantization", "source", b"source", "state", b"state", "store_bytes", b"store_bytes", "tokenizer_digest", b"tokenizer_digest", "transfer", b"transfer", "update_time", b"update_time", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "card", b"card", "commit_sha", b"commit_sha", "create_time", b"create_time", "etag", b"etag", "failure", b"failure", "fidelity", b"fidelity", "files", b"files", "files_path", b"files_path", "id", b"id", "labels", b"labels", "last_used_time", b"last_used_time", "load_options", b"load_options", "n_parameters", b"n_parameters", "parameters_by_dtype", b"parameters_by_dtype", "quantization", b"quantization", "source", b"source", "state", b"state", "store_bytes", b"store_bytes", "tokenizer_digest", b"tokenizer_digest", "transfer", b"transfer", "update_time", b"update_time", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelFile(_message.Message):
+    """ModelFile is a file as it was at a time. Size, time and inode are compared; where they differ, the digest decides."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MTIME_NS_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name in the folder."""
+    size_bytes: _builtins.int
+    """Its size in bytes."""
+    mtime_ns: _builtins.int
+    """Time of its last change, in nanoseconds since 1970."""
+    inode: _builtins.int
+    """Its inode, modulo 2^64."""
+    sha256: _builtins.str
+    """SHA-256 of its bytes, hex; empty if not known."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        mtime_ns: _builtins.int = ...,
+        inode: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inode", b"inode", "mtime_ns", b"mtime_ns", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelFile: _TypeAlias = ModelFile  # noqa: Y015

@@ -68,11 +68,16 @@ class RegisterModelRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     HUB_TOKEN_FIELD_NUMBER: _builtins.int
+    FIT_BYTES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID4; a repeated call answers with the first call's result. Empty: not idempotent."""
     hub_token: _builtins.str
     """Token for private and gated repos, to resolve the revision; never stored, never logged. Empty: the registry's own
     token, if it has one.
+    """
+    fit_bytes: _builtins.int
+    """Bytes that the model may take with the usual workload; 0: no limit. `model.quantization` is then the most exact
+    form wanted, and the first of NONE, INT8, INT4 from there on that fits is registered. MODEL_TOO_LARGE if none does.
     """
     @_builtins.property
     def model(self) -> _model_pb2.Model:
@@ -84,10 +89,11 @@ class RegisterModelRequest(_message.Message):
         request_id: _builtins.str = ...,
         model: _model_pb2.Model | None = ...,
         hub_token: _builtins.str = ...,
+        fit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub_token", b"hub_token", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fit_bytes", b"fit_bytes", "hub_token", b"hub_token", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -201,8 +207,11 @@ class ListModelsResponse(_message.Message):
 
     MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.Model]:
         """One page, ordered by id."""
@@ -212,10 +221,11 @@ class ListModelsResponse(_message.Message):
         *,
         models: _abc.Iterable[_model_pb2.Model] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,22 +349,28 @@ class PrepareModelRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
     HUB_TOKEN_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """UUID4, see RegisterModelRequest."""
     model_id: _builtins.str
     """Id of the model."""
     hub_token: _builtins.str
     """Hub token for this preparation; never stored, never logged. Empty: the server's environment."""
+    verify: _builtins.bool
+    """Prepare also a READY model whose files seem unchanged: all its files are read again, and files in the model store
+    that differ from their digests are fetched or made anew.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         model_id: _builtins.str = ...,
         hub_token: _builtins.str = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub_token", b"hub_token", "model_id", b"model_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hub_token", b"hub_token", "model_id", b"model_id", "request_id", b"request_id", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -762,6 +778,7 @@ class ListAttemptsRequest(_message.Message):
     PASSED_ONLY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Id of the model."""
     passed_only: _builtins.bool
@@ -770,6 +787,8 @@ class ListAttemptsRequest(_message.Message):
     """See ListModelsRequest."""
     page_token: _builtins.str
     """See ListModelsRequest."""
+    kind: _model_pb2.AttemptKind.ValueType
+    """Only attempts of this kind; unspecified: all."""
     def __init__(
         self,
         *,
@@ -777,10 +796,11 @@ class ListAttemptsRequest(_message.Message):
         passed_only: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        kind: _model_pb2.AttemptKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token", "passed_only", b"passed_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token", "passed_only", b"passed_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -794,8 +814,11 @@ class ListAttemptsResponse(_message.Message):
 
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.ValidationAttempt]:
         """The newest first."""
@@ -805,14 +828,119 @@ class ListAttemptsResponse(_message.Message):
         *,
         attempts: _abc.Iterable[_model_pb2.ValidationAttempt] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAttemptsResponse: _TypeAlias = ListAttemptsResponse  # noqa: Y015
+
+@_typing.final
+class NoteAttemptRequest(_message.Message):
+    """Request of NoteAttempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID4, see RegisterModelRequest."""
+    attempt_id: _builtins.str
+    """Id of the attempt."""
+    notes: _builtins.str
+    """The notes, at most 2000 characters."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt_id: _builtins.str = ...,
+        notes: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "notes", b"notes", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NoteAttemptRequest: _TypeAlias = NoteAttemptRequest  # noqa: Y015
+
+@_typing.final
+class NoteAttemptResponse(_message.Message):
+    """Answer of NoteAttempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> _model_pb2.ValidationAttempt:
+        """The attempt with its notes."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _model_pb2.ValidationAttempt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NoteAttemptResponse: _TypeAlias = NoteAttemptResponse  # noqa: Y015
+
+@_typing.final
+class AdoptAttemptRequest(_message.Message):
+    """Request of AdoptAttempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID4, see RegisterModelRequest."""
+    attempt_id: _builtins.str
+    """Id of the attempt."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdoptAttemptRequest: _TypeAlias = AdoptAttemptRequest  # noqa: Y015
+
+@_typing.final
+class AdoptAttemptResponse(_message.Message):
+    """Answer of AdoptAttempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> _model_pb2.Model:
+        """The model with its new options."""
+
+    def __init__(
+        self,
+        *,
+        model: _model_pb2.Model | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdoptAttemptResponse: _TypeAlias = AdoptAttemptResponse  # noqa: Y015
 
 @_typing.final
 class ListCatalogRequest(_message.Message):
@@ -990,8 +1118,11 @@ class ListCatalogResponse(_message.Message):
 
     ENTRIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogEntry]:
         """One page."""
@@ -1001,11 +1132,91 @@ class ListCatalogResponse(_message.Message):
         *,
         entries: _abc.Iterable[Global___CatalogEntry] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCatalogResponse: _TypeAlias = ListCatalogResponse  # noqa: Y015
+
+@_typing.final
+class ListLoadOptionsRequest(_message.Message):
+    """Request of ListLoadOptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLoadOptionsRequest: _TypeAlias = ListLoadOptionsRequest  # noqa: Y015
+
+@_typing.final
+class LoadOption(_message.Message):
+    """LoadOption is one key of a model's `load_options`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+    ABOUT_FIELD_NUMBER: _builtins.int
+    CHANGES_NUMBERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its key."""
+    values: _builtins.str
+    """Its values, in words."""
+    default_value: _builtins.str
+    """What holds where it is left out, in words."""
+    about: _builtins.str
+    """What it does, in one sentence or two."""
+    changes_numbers: _builtins.bool
+    """True if activations depend on it: then it is part of a set's identity."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        values: _builtins.str = ...,
+        default_value: _builtins.str = ...,
+        about: _builtins.str = ...,
+        changes_numbers: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "changes_numbers", b"changes_numbers", "default_value", b"default_value", "name", b"name", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadOption: _TypeAlias = LoadOption  # noqa: Y015
+
+@_typing.final
+class ListLoadOptionsResponse(_message.Message):
+    """Answer of ListLoadOptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadOption]:
+        """All of them; options that change numbers come first."""
+
+    def __init__(
+        self,
+        *,
+        options: _abc.Iterable[Global___LoadOption] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLoadOptionsResponse: _TypeAlias = ListLoadOptionsResponse  # noqa: Y015

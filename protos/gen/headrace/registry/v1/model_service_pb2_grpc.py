@@ -90,10 +90,25 @@ class ModelServiceStub:
                 request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsResponse.FromString,
                 _registered_method=True)
+        self.NoteAttempt = channel.unary_unary(
+                '/headrace.registry.v1.ModelService/NoteAttempt',
+                request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.NoteAttemptRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.NoteAttemptResponse.FromString,
+                _registered_method=True)
+        self.AdoptAttempt = channel.unary_unary(
+                '/headrace.registry.v1.ModelService/AdoptAttempt',
+                request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.AdoptAttemptRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.AdoptAttemptResponse.FromString,
+                _registered_method=True)
         self.ListCatalog = channel.unary_unary(
                 '/headrace.registry.v1.ModelService/ListCatalog',
                 request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogResponse.FromString,
+                _registered_method=True)
+        self.ListLoadOptions = channel.unary_unary(
+                '/headrace.registry.v1.ModelService/ListLoadOptions',
+                request_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListLoadOptionsRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListLoadOptionsResponse.FromString,
                 _registered_method=True)
 
 
@@ -103,7 +118,8 @@ class ModelServiceServicer:
 
     def RegisterModel(self, request, context):
         """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-        registering the same model again answers with the existing one.
+        registering the same model again answers with the existing one, which is REGISTERED again if its files changed
+        since it became READY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,7 +155,9 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PrepareModel(self, request, context):
-        """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel.
+        """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
+        `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
+        WatchModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,7 +193,22 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAttempts(self, request, context):
-        """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries.
+        """Lists the attempts to load a model, the newest first: the options that worked, with the versions of libraries.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NoteAttempt(self, request, context):
+        """Replaces the notes of an attempt. ATTEMPT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptAttempt(self, request, context):
+        """Makes the load options of an attempt that passed those of its model. ATTEMPT_NOT_FOUND; STATE_CONFLICT if it did not
+        pass; else as UpdateModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +216,13 @@ class ModelServiceServicer:
 
     def ListCatalog(self, request, context):
         """Lists curated models with the memory that they need.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLoadOptions(self, request, context):
+        """Lists the load options that RegisterModel, UpdateModel and ValidateModel take.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,10 +286,25 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListAttemptsResponse.SerializeToString,
             ),
+            'NoteAttempt': grpc.unary_unary_rpc_method_handler(
+                    servicer.NoteAttempt,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.NoteAttemptRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.NoteAttemptResponse.SerializeToString,
+            ),
+            'AdoptAttempt': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptAttempt,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.AdoptAttemptRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.AdoptAttemptResponse.SerializeToString,
+            ),
             'ListCatalog': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCatalog,
                     request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogResponse.SerializeToString,
+            ),
+            'ListLoadOptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoadOptions,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListLoadOptionsRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_model__service__pb2.ListLoadOptionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -561,6 +616,60 @@ class ModelService:
             _registered_method=True)
 
     @staticmethod
+    def NoteAttempt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.ModelService/NoteAttempt',
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.NoteAttemptRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.NoteAttemptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptAttempt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.ModelService/AdoptAttempt',
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.AdoptAttemptRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.AdoptAttemptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListCatalog(request,
             target,
             options=(),
@@ -577,6 +686,33 @@ class ModelService:
             '/headrace.registry.v1.ModelService/ListCatalog',
             headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogRequest.SerializeToString,
             headrace_dot_registry_dot_v1_dot_model__service__pb2.ListCatalogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoadOptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.ModelService/ListLoadOptions',
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.ListLoadOptionsRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_model__service__pb2.ListLoadOptionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,7 +35,8 @@ class ModelServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     RegisterModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.RegisterModelRequest, _model_service_pb2.RegisterModelResponse]
     """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-    registering the same model again answers with the existing one.
+    registering the same model again answers with the existing one, which is REGISTERED again if its files changed
+    since it became READY.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Reads one model. MODEL_NOT_FOUND."""
@@ -48,7 +49,10 @@ class ModelServiceStub:
     model is unloaded first, and its leases are lost. Idempotent by `request_id`.
     """
     PrepareModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]
-    """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
+    """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
+    `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
+    WatchModel.
+    """
     CancelPreparation: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]
     """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
     WatchModel: _grpc.UnaryStreamMultiCallable[_model_service_pb2.WatchModelRequest, _model_service_pb2.WatchModelResponse]
@@ -60,9 +64,17 @@ class ModelServiceStub:
     stops the run. MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
     """
     ListAttempts: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListAttemptsRequest, _model_service_pb2.ListAttemptsResponse]
-    """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries."""
+    """Lists the attempts to load a model, the newest first: the options that worked, with the versions of libraries."""
+    NoteAttempt: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.NoteAttemptRequest, _model_service_pb2.NoteAttemptResponse]
+    """Replaces the notes of an attempt. ATTEMPT_NOT_FOUND."""
+    AdoptAttempt: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.AdoptAttemptRequest, _model_service_pb2.AdoptAttemptResponse]
+    """Makes the load options of an attempt that passed those of its model. ATTEMPT_NOT_FOUND; STATE_CONFLICT if it did not
+    pass; else as UpdateModel.
+    """
     ListCatalog: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListCatalogRequest, _model_service_pb2.ListCatalogResponse]
     """Lists curated models with the memory that they need."""
+    ListLoadOptions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListLoadOptionsRequest, _model_service_pb2.ListLoadOptionsResponse]
+    """Lists the load options that RegisterModel, UpdateModel and ValidateModel take."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -71,7 +83,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.RegisterModelRequest, _model_service_pb2.RegisterModelResponse]  # type: ignore[assignment]
     """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-    registering the same model again answers with the existing one.
+    registering the same model again answers with the existing one, which is REGISTERED again if its files changed
+    since it became READY.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Reads one model. MODEL_NOT_FOUND."""
@@ -84,7 +97,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     model is unloaded first, and its leases are lost. Idempotent by `request_id`.
     """
     PrepareModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]  # type: ignore[assignment]
-    """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
+    """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
+    `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
+    WatchModel.
+    """
     CancelPreparation: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]  # type: ignore[assignment]
     """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
     WatchModel: _aio.UnaryStreamMultiCallable[_model_service_pb2.WatchModelRequest, _model_service_pb2.WatchModelResponse]  # type: ignore[assignment]
@@ -96,9 +112,17 @@ class ModelServiceAsyncStub(ModelServiceStub):
     stops the run. MODEL_NOT_READY, MODEL_TOO_LARGE, NODE_LOST, FIELD_INVALID for a load option that is not allowed.
     """
     ListAttempts: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListAttemptsRequest, _model_service_pb2.ListAttemptsResponse]  # type: ignore[assignment]
-    """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries."""
+    """Lists the attempts to load a model, the newest first: the options that worked, with the versions of libraries."""
+    NoteAttempt: _aio.UnaryUnaryMultiCallable[_model_service_pb2.NoteAttemptRequest, _model_service_pb2.NoteAttemptResponse]  # type: ignore[assignment]
+    """Replaces the notes of an attempt. ATTEMPT_NOT_FOUND."""
+    AdoptAttempt: _aio.UnaryUnaryMultiCallable[_model_service_pb2.AdoptAttemptRequest, _model_service_pb2.AdoptAttemptResponse]  # type: ignore[assignment]
+    """Makes the load options of an attempt that passed those of its model. ATTEMPT_NOT_FOUND; STATE_CONFLICT if it did not
+    pass; else as UpdateModel.
+    """
     ListCatalog: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListCatalogRequest, _model_service_pb2.ListCatalogResponse]  # type: ignore[assignment]
     """Lists curated models with the memory that they need."""
+    ListLoadOptions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListLoadOptionsRequest, _model_service_pb2.ListLoadOptionsResponse]  # type: ignore[assignment]
+    """Lists the load options that RegisterModel, UpdateModel and ValidateModel take."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """ModelService owns model metadata and files."""
@@ -110,7 +134,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.RegisterModelResponse, _abc.Awaitable[_model_service_pb2.RegisterModelResponse]]:
         """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-        registering the same model again answers with the existing one.
+        registering the same model again answers with the existing one, which is REGISTERED again if its files changed
+        since it became READY.
         """
 
     @_abc_1.abstractmethod
@@ -153,7 +178,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.PrepareModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.PrepareModelResponse, _abc.Awaitable[_model_service_pb2.PrepareModelResponse]]:
-        """Starts fetching (and converting) the files; answers at once. A READY model stays READY. Watch it with WatchModel."""
+        """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
+        `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
+        WatchModel.
+        """
 
     @_abc_1.abstractmethod
     def CancelPreparation(
@@ -195,7 +223,25 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListAttemptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListAttemptsResponse, _abc.Awaitable[_model_service_pb2.ListAttemptsResponse]]:
-        """Lists a model's validation attempts, the newest first: the options that worked, with the versions of libraries."""
+        """Lists the attempts to load a model, the newest first: the options that worked, with the versions of libraries."""
+
+    @_abc_1.abstractmethod
+    def NoteAttempt(
+        self,
+        request: _model_service_pb2.NoteAttemptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.NoteAttemptResponse, _abc.Awaitable[_model_service_pb2.NoteAttemptResponse]]:
+        """Replaces the notes of an attempt. ATTEMPT_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def AdoptAttempt(
+        self,
+        request: _model_service_pb2.AdoptAttemptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.AdoptAttemptResponse, _abc.Awaitable[_model_service_pb2.AdoptAttemptResponse]]:
+        """Makes the load options of an attempt that passed those of its model. ATTEMPT_NOT_FOUND; STATE_CONFLICT if it did not
+        pass; else as UpdateModel.
+        """
 
     @_abc_1.abstractmethod
     def ListCatalog(
@@ -204,5 +250,13 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListCatalogResponse, _abc.Awaitable[_model_service_pb2.ListCatalogResponse]]:
         """Lists curated models with the memory that they need."""
+
+    @_abc_1.abstractmethod
+    def ListLoadOptions(
+        self,
+        request: _model_service_pb2.ListLoadOptionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ListLoadOptionsResponse, _abc.Awaitable[_model_service_pb2.ListLoadOptionsResponse]]:
+        """Lists the load options that RegisterModel, UpdateModel and ValidateModel take."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,8 @@ class _BuildKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BuildKind.V
     """Safetensors from the pickled weights in the folder `source_path`."""
     BUILD_KIND_QUANTIZE: _BuildKind.ValueType  # 3
     """Weights quantized as `model.quantization` says, from the safetensors in the folder `source_path`."""
+    BUILD_KIND_CONVERT_TOKENIZER: _BuildKind.ValueType  # 4
+    """`tokenizer.json` from the tokenizer in the folder `source_path`, with links to the other files there."""
 
 class BuildKind(_BuildKind, metaclass=_BuildKindEnumTypeWrapper):
     """BuildKind names the files that a build starts from, and the files that it makes."""
@@ -49,6 +51,8 @@ BUILD_KIND_CONVERT_PICKLED: BuildKind.ValueType  # 2
 """Safetensors from the pickled weights in the folder `source_path`."""
 BUILD_KIND_QUANTIZE: BuildKind.ValueType  # 3
 """Weights quantized as `model.quantization` says, from the safetensors in the folder `source_path`."""
+BUILD_KIND_CONVERT_TOKENIZER: BuildKind.ValueType  # 4
+"""`tokenizer.json` from the tokenizer in the folder `source_path`, with links to the other files there."""
 Global___BuildKind: _TypeAlias = BuildKind  # noqa: Y015
 
 @_typing.final
@@ -74,7 +78,8 @@ class RegisterNodeRequest(_message.Message):
     """Version of the extractor."""
     boot_nonce: _builtins.str
     """Random per start of the extractor; the same nonce again keeps the epoch (after a lost answer or a registry
-    restart).
+    restart). `FOLDER.START`: FOLDER names machine and data folder, START is random. ALREADY_EXISTS while a node of
+    this id with another FOLDER is alive: that is no restart. A nonce without a dot is never refused so.
     """
     memory_bytes: _builtins.int
     """Main memory of the machine in bytes."""
@@ -364,6 +369,26 @@ class ReportResidencyRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NODE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     RESIDENCY_ID_FIELD_NUMBER: _builtins.int
@@ -373,6 +398,8 @@ class ReportResidencyRequest(_message.Message):
     MEASURED_BYTES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     LOST_BYTES_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    LOG_TAIL_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Node."""
     epoch: _builtins.int
@@ -387,6 +414,8 @@ class ReportResidencyRequest(_message.Message):
     """Measured size when RESIDENT."""
     lost_bytes: _builtins.int
     """Bytes that the device did not get back, when UNLOADED or FAILED."""
+    log_tail: _builtins.str
+    """The last lines that the model's process wrote, when RESIDENT or FAILED; at most 8 KiB are kept."""
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
         """Progress while LOADING."""
@@ -394,6 +423,10 @@ class ReportResidencyRequest(_message.Message):
     @_builtins.property
     def failure(self) -> _model_pb2.Failure:
         """Reason when FAILED, also if the runner died."""
+
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of the libraries that loaded the model, when RESIDENT or FAILED."""
 
     def __init__(
         self,
@@ -407,10 +440,12 @@ class ReportResidencyRequest(_message.Message):
         measured_bytes: _builtins.int = ...,
         failure: _model_pb2.Failure | None = ...,
         lost_bytes: _builtins.int = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        log_tail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "fence", b"fence", "lost_bytes", b"lost_bytes", "measured_bytes", b"measured_bytes", "node_id", b"node_id", "residency_id", b"residency_id", "state", b"state", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "fence", b"fence", "log_tail", b"log_tail", "lost_bytes", b"lost_bytes", "measured_bytes", b"measured_bytes", "node_id", b"node_id", "residency_id", b"residency_id", "state", b"state", "transfer", b"transfer", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -596,3 +631,82 @@ class ReportValidationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportValidationResponse: _TypeAlias = ReportValidationResponse  # noqa: Y015
+
+@_typing.final
+class HeldCorpus(_message.Message):
+    """HeldCorpus is a corpus on a node, as far as other nodes need to know it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the corpus."""
+    digest: _builtins.str
+    """SHA-256 over its documents, hex."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldCorpus: _TypeAlias = HeldCorpus  # noqa: Y015
+
+@_typing.final
+class ReportCorporaRequest(_message.Message):
+    """Request of ReportCorpora."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CORPORA_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Node."""
+    epoch: _builtins.int
+    """Its epoch."""
+    all: _builtins.bool
+    """True: these are all corpora of the node, as they are. False: the node asks whether it may keep these."""
+    @_builtins.property
+    def corpora(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldCorpus]:
+        """At most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        corpora: _abc.Iterable[Global___HeldCorpus] | None = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "corpora", b"corpora", "epoch", b"epoch", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCorporaRequest: _TypeAlias = ReportCorporaRequest  # noqa: Y015
+
+@_typing.final
+class ReportCorporaResponse(_message.Message):
+    """Answer of ReportCorpora."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportCorporaResponse: _TypeAlias = ReportCorporaResponse  # noqa: Y015

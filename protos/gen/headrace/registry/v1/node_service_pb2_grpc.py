@@ -66,6 +66,11 @@ class NodeServiceStub:
                 request_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationResponse.FromString,
                 _registered_method=True)
+        self.ReportCorpora = channel.unary_unary(
+                '/headrace.registry.v1.NodeService/ReportCorpora',
+                request_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportCorporaRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportCorporaResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -116,6 +121,14 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportCorpora(self, request, context):
+        """Tells which corpora a node holds, before it keeps a new one and after changes. ALREADY_EXISTS if another node holds
+        other documents under the same id, with the metadata `node_id` and `digest`; EPOCH_STALE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +161,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ReportValidation,
                     request_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationResponse.SerializeToString,
+            ),
+            'ReportCorpora': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportCorpora,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportCorporaRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportCorporaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -314,6 +332,33 @@ class NodeService:
             '/headrace.registry.v1.NodeService/ReportValidation',
             headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationRequest.SerializeToString,
             headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportValidationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportCorpora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.NodeService/ReportCorpora',
+            headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportCorporaRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_node__service__pb2.ReportCorporaResponse.FromString,
             options,
             channel_credentials,
             insecure,

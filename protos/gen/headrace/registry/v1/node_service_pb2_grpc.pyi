@@ -49,6 +49,10 @@ class NodeServiceStub:
     """Reports the state of a build."""
     ReportValidation: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportValidationRequest, _node_service_pb2.ReportValidationResponse]
     """Reports the steps of a validation. STATE_CONFLICT once it is over."""
+    ReportCorpora: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReportCorporaRequest, _node_service_pb2.ReportCorporaResponse]
+    """Tells which corpora a node holds, before it keeps a new one and after changes. ALREADY_EXISTS if another node holds
+    other documents under the same id, with the metadata `node_id` and `digest`; EPOCH_STALE.
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -71,6 +75,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Reports the state of a build."""
     ReportValidation: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportValidationRequest, _node_service_pb2.ReportValidationResponse]  # type: ignore[assignment]
     """Reports the steps of a validation. STATE_CONFLICT once it is over."""
+    ReportCorpora: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReportCorporaRequest, _node_service_pb2.ReportCorporaResponse]  # type: ignore[assignment]
+    """Tells which corpora a node holds, before it keeps a new one and after changes. ALREADY_EXISTS if another node holds
+    other documents under the same id, with the metadata `node_id` and `digest`; EPOCH_STALE.
+    """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """NodeService is called by extractors. Every call after RegisterNode carries the epoch that RegisterNode gave; a stale
@@ -126,5 +134,15 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ReportValidationResponse, _abc.Awaitable[_node_service_pb2.ReportValidationResponse]]:
         """Reports the steps of a validation. STATE_CONFLICT once it is over."""
+
+    @_abc_1.abstractmethod
+    def ReportCorpora(
+        self,
+        request: _node_service_pb2.ReportCorporaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.ReportCorporaResponse, _abc.Awaitable[_node_service_pb2.ReportCorporaResponse]]:
+        """Tells which corpora a node holds, before it keeps a new one and after changes. ALREADY_EXISTS if another node holds
+        other documents under the same id, with the metadata `node_id` and `digest`; EPOCH_STALE.
+        """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

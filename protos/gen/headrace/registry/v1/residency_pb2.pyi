@@ -276,6 +276,8 @@ class Residency(_message.Message):
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
+    LOAD_S_FIELD_NUMBER: _builtins.int
+    RESIDENT_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, server-made."""
     model_id: _builtins.str
@@ -304,6 +306,8 @@ class Residency(_message.Message):
     """Place in the device's queue while QUEUED, 1 is next; 0 otherwise."""
     pinned: _builtins.bool
     """True while a pin holds it."""
+    load_s: _builtins.float
+    """Seconds that the load took, from the node's assignment to its report; 0 until it is loaded."""
     @_builtins.property
     def transfer(self) -> _transfer_pb2.Transfer:
         """Progress while LOADING."""
@@ -328,6 +332,10 @@ class Residency(_message.Message):
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the holders of leases on it, for people; 20 at most."""
 
+    @_builtins.property
+    def resident_time(self) -> _timestamp_pb2.Timestamp:
+        """When it became resident; unset until then."""
+
     def __init__(
         self,
         *,
@@ -351,10 +359,12 @@ class Residency(_message.Message):
         queue_position: _builtins.int = ...,
         pinned: _builtins.bool = ...,
         holders: _abc.Iterable[_builtins.str] | None = ...,
+        load_s: _builtins.float = ...,
+        resident_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_used_time", b"last_used_time", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "last_used_time", b"last_used_time", "resident_time", b"resident_time", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "create_time", b"create_time", "device_id", b"device_id", "failure", b"failure", "fence", b"fence", "holders", b"holders", "id", b"id", "last_used_time", b"last_used_time", "measured_bytes", b"measured_bytes", "model_id", b"model_id", "n_leases", b"n_leases", "node_epoch", b"node_epoch", "node_id", b"node_id", "pinned", b"pinned", "queue_position", b"queue_position", "reason", b"reason", "reserved_bytes", b"reserved_bytes", "state", b"state", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "create_time", b"create_time", "device_id", b"device_id", "failure", b"failure", "fence", b"fence", "holders", b"holders", "id", b"id", "last_used_time", b"last_used_time", "load_s", b"load_s", "measured_bytes", b"measured_bytes", "model_id", b"model_id", "n_leases", b"n_leases", "node_epoch", b"node_epoch", "node_id", b"node_id", "pinned", b"pinned", "queue_position", b"queue_position", "reason", b"reason", "reserved_bytes", b"reserved_bytes", "resident_time", b"resident_time", "state", b"state", "transfer", b"transfer", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -138,6 +138,76 @@ class UnloadModelResponse(_message.Message):
 Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
 
 @_typing.final
+class EvictModelsRequest(_message.Message):
+    """Request of EvictModels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """UUID4, for the log. The call is idempotent by itself: it evicts nothing where the bytes are free."""
+    free_bytes: _builtins.int
+    """Bytes that shall be free on the device, positive."""
+    node_id: _builtins.str
+    """Node; empty: any, and of its devices the one where the fewest bytes have to go."""
+    device_id: _builtins.str
+    """Device of that node; empty: any, GPUs before the CPU."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        free_bytes: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "free_bytes", b"free_bytes", "node_id", b"node_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictModelsRequest: _TypeAlias = EvictModelsRequest  # noqa: Y015
+
+@_typing.final
+class EvictModelsResponse(_message.Message):
+    """Answer of EvictModels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESIDENCIES_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """Node of the device."""
+    device_id: _builtins.str
+    """The device."""
+    free_bytes: _builtins.int
+    """Bytes free there once they are gone."""
+    @_builtins.property
+    def residencies(self) -> _containers.RepeatedCompositeFieldContainer[_residency_pb2.Residency]:
+        """The residencies that are unloaded; none if the bytes were free."""
+
+    def __init__(
+        self,
+        *,
+        residencies: _abc.Iterable[_residency_pb2.Residency] | None = ...,
+        node_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        free_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "free_bytes", b"free_bytes", "node_id", b"node_id", "residencies", b"residencies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictModelsResponse: _TypeAlias = EvictModelsResponse  # noqa: Y015
+
+@_typing.final
 class AcquireLeaseRequest(_message.Message):
     """Request of AcquireLease."""
 
@@ -653,8 +723,11 @@ class ListResidenciesResponse(_message.Message):
 
     RESIDENCIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    total_size: _builtins.int
+    """Entries on all pages."""
     @_builtins.property
     def residencies(self) -> _containers.RepeatedCompositeFieldContainer[_residency_pb2.Residency]:
         """Newest first."""
@@ -664,10 +737,11 @@ class ListResidenciesResponse(_message.Message):
         *,
         residencies: _abc.Iterable[_residency_pb2.Residency] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "residencies", b"residencies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "residencies", b"residencies", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

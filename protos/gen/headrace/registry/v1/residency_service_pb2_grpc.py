@@ -45,6 +45,11 @@ class ResidencyServiceStub:
                 request_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.EvictModels = channel.unary_unary(
+                '/headrace.registry.v1.ResidencyService/EvictModels',
+                request_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.EvictModelsRequest.SerializeToString,
+                response_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.EvictModelsResponse.FromString,
+                _registered_method=True)
         self.AcquireLease = channel.unary_stream(
                 '/headrace.registry.v1.ResidencyService/AcquireLease',
                 request_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.AcquireLeaseRequest.SerializeToString,
@@ -113,6 +118,15 @@ class ResidencyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvictModels(self, request, context):
+        """Unloads the least recently used idle models of one device until `free_bytes` are free there; answers with the models
+        that go. Models that are leased, waited for, pinned or loading stay: if they are in the way, none is evicted and the
+        call ends with CAPACITY_BUSY. FIELD_INVALID where no device has so many bytes; NODE_NOT_FOUND, NODE_LOST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AcquireLease(self, request, context):
         """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
         leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
@@ -138,7 +152,8 @@ class ResidencyServiceServicer:
 
     def PinModel(self, request, context):
         """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
-        pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+        pinning again changes reason and end. It does not load the model now; whenever a node starts, pinned models that are
+        on no device are loaded, there if the pin names that node. MODEL_NOT_FOUND, NODE_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +206,11 @@ def add_ResidencyServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnloadModelRequest.FromString,
                     response_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'EvictModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictModels,
+                    request_deserializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.EvictModelsRequest.FromString,
+                    response_serializer=headrace_dot_registry_dot_v1_dot_residency__service__pb2.EvictModelsResponse.SerializeToString,
             ),
             'AcquireLease': grpc.unary_stream_rpc_method_handler(
                     servicer.AcquireLease,
@@ -293,6 +313,33 @@ class ResidencyService:
             '/headrace.registry.v1.ResidencyService/UnloadModel',
             headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnloadModelRequest.SerializeToString,
             headrace_dot_registry_dot_v1_dot_residency__service__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.registry.v1.ResidencyService/EvictModels',
+            headrace_dot_registry_dot_v1_dot_residency__service__pb2.EvictModelsRequest.SerializeToString,
+            headrace_dot_registry_dot_v1_dot_residency__service__pb2.EvictModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

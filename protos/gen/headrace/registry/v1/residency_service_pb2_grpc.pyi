@@ -42,6 +42,11 @@ class ResidencyServiceStub:
     """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. A residency that is LOST with a silent
     node stays LOST: it does not come back with the node.
     """
+    EvictModels: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.EvictModelsRequest, _residency_service_pb2.EvictModelsResponse]
+    """Unloads the least recently used idle models of one device until `free_bytes` are free there; answers with the models
+    that go. Models that are leased, waited for, pinned or loading stay: if they are in the way, none is evicted and the
+    call ends with CAPACITY_BUSY. FIELD_INVALID where no device has so many bytes; NODE_NOT_FOUND, NODE_LOST.
+    """
     AcquireLease: _grpc.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
     leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
@@ -53,7 +58,8 @@ class ResidencyServiceStub:
     """Ends a lease. Releasing one that has ended is no error."""
     PinModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.PinModelRequest, _residency_service_pb2.PinModelResponse]
     """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
-    pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+    pinning again changes reason and end. It does not load the model now; whenever a node starts, pinned models that are
+    on no device are loaded, there if the pin names that node. MODEL_NOT_FOUND, NODE_NOT_FOUND.
     """
     UnpinModel: _grpc.UnaryUnaryMultiCallable[_residency_service_pb2.UnpinModelRequest, _residency_service_pb2.UnpinModelResponse]
     """Removes a pin. Without a pin this is no error."""
@@ -80,6 +86,11 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     """Drains and unloads a residency. MODEL_IN_USE while leased, unless `force`. A residency that is LOST with a silent
     node stays LOST: it does not come back with the node.
     """
+    EvictModels: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.EvictModelsRequest, _residency_service_pb2.EvictModelsResponse]  # type: ignore[assignment]
+    """Unloads the least recently used idle models of one device until `free_bytes` are free there; answers with the models
+    that go. Models that are leased, waited for, pinned or loading stay: if they are in the way, none is evicted and the
+    call ends with CAPACITY_BUSY. FIELD_INVALID where no device has so many bytes; NODE_NOT_FOUND, NODE_LOST.
+    """
     AcquireLease: _aio.UnaryStreamMultiCallable[_residency_service_pb2.AcquireLeaseRequest, _residency_service_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Streams the way to a lease: queued, loading, then granted, which ends the stream. Cancelling before the grant
     leaves no lease behind, and a queued model without any waiting call is not loaded. MODEL_NOT_READY,
@@ -91,7 +102,8 @@ class ResidencyServiceAsyncStub(ResidencyServiceStub):
     """Ends a lease. Releasing one that has ended is no error."""
     PinModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.PinModelRequest, _residency_service_pb2.PinModelResponse]  # type: ignore[assignment]
     """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
-    pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+    pinning again changes reason and end. It does not load the model now; whenever a node starts, pinned models that are
+    on no device are loaded, there if the pin names that node. MODEL_NOT_FOUND, NODE_NOT_FOUND.
     """
     UnpinModel: _aio.UnaryUnaryMultiCallable[_residency_service_pb2.UnpinModelRequest, _residency_service_pb2.UnpinModelResponse]  # type: ignore[assignment]
     """Removes a pin. Without a pin this is no error."""
@@ -129,6 +141,17 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def EvictModels(
+        self,
+        request: _residency_service_pb2.EvictModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_residency_service_pb2.EvictModelsResponse, _abc.Awaitable[_residency_service_pb2.EvictModelsResponse]]:
+        """Unloads the least recently used idle models of one device until `free_bytes` are free there; answers with the models
+        that go. Models that are leased, waited for, pinned or loading stay: if they are in the way, none is evicted and the
+        call ends with CAPACITY_BUSY. FIELD_INVALID where no device has so many bytes; NODE_NOT_FOUND, NODE_LOST.
+        """
+
+    @_abc_1.abstractmethod
     def AcquireLease(
         self,
         request: _residency_service_pb2.AcquireLeaseRequest,
@@ -162,7 +185,8 @@ class ResidencyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_residency_service_pb2.PinModelResponse, _abc.Awaitable[_residency_service_pb2.PinModelResponse]]:
         """Pins a model: its residencies stay until the pin is removed or expires. One pin for each model, node and owner;
-        pinning again changes reason and end. It does not load the model. MODEL_NOT_FOUND, NODE_NOT_FOUND.
+        pinning again changes reason and end. It does not load the model now; whenever a node starts, pinned models that are
+        on no device are loaded, there if the pin names that node. MODEL_NOT_FOUND, NODE_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
