@@ -4,7 +4,7 @@ ServiceError
 ├── FieldInvalid                      a request field is missing, out of range or malformed
 ├── PathNotAllowed                    a path outside the model roots
 ├── NotAllowed                        needs the operator's permission, which is not given
-├── NotFound                          ModelNotFound · NodeNotFound · LeaseNotFound · SetNotFound
+├── NotFound                          ModelNotFound · NodeNotFound · LeaseNotFound · SetNotFound · AttemptNotFound
 ├── AlreadyExists                     the id names a different model
 ├── StateConflict                     the state does not allow the call
 ├── ModelNotReady · ModelUnsupported  files missing; files unusable
@@ -13,6 +13,7 @@ ServiceError
 ├── QueueFull · AdmissionTimeout      too many wait; waited for memory past the limit
 ├── LeaseLost · EpochStale · NodeLost fences, epochs, silence
 ├── LoadFailed · DeviceOom            a node reported that a load failed
+├── ModelChanged                      a node found other files than those that were prepared
 ├── RunnerLost                        the model's process died while it loaded
 ├── HubGated · HubUnavailable · HubNotFound
 ├── DigestMismatch · DiskFull         files
@@ -74,6 +75,15 @@ class LeaseNotFound(NotFound):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, "acquire one with AcquireLease")
+
+
+class AttemptNotFound(NotFound):
+    """No attempt to load a model with this id."""
+
+    NOUN = "attempt"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "see ListAttempts; of each model the latest are kept")
 
 
 class SetNotFound(NotFound):
@@ -139,6 +149,10 @@ class NodeLost(ServiceError):
 
 class LoadFailed(ServiceError):
     """The node could not load the model."""
+
+
+class ModelChanged(LoadFailed):
+    """The model's files are not as they were when it was prepared."""
 
 
 class DeviceOom(LoadFailed):

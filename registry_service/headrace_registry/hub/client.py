@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
+from headrace_chassis.confined.environment import hub_environment
 from headrace_chassis.errors import ServiceError
 from headrace_registry.errors import (
     DigestMismatch,
@@ -20,6 +21,7 @@ from headrace_registry.errors import (
     NotAllowed,
 )
 from headrace_registry.hub.events import GO, Event, Job
+from headrace_registry.models.registration import Resolution
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ _BACKOFF_S = 1.0
 _STARTS = 3
 _RETRY_AFTER_S = 30.0
 _RESOLVE_S = 5.0
+_TURN_S = 20.0
 _RESOLVES_AT_ONCE = 4
 _ERRORS: dict[str, type[ServiceError]] = {
     "DIGEST_MISMATCH": DigestMismatch,
@@ -50,7 +53,7 @@ class _ChildDied(Exception):
 
 
 class HubClient:
-    """Reaches the hub through child processes, which get `environment`."""
+    """Reaches the hub through child processes, which get the part of `environment` that concerns the hub."""
 
     def __init__(
         self,
@@ -60,28 +63,31 @@ class HubClient:
         backoff_s: float = _BACKOFF_S,
         silence_s: float = _SILENCE_S,
     ) -> None:
-        self._environment = dict(environment)
+        self._environment = hub_environment(environment)
         self._stall_s = stall_s
         self._backoff_s = backoff_s
         self._silence_s = silence_s
         self._resolving = asyncio.Semaphore(_RESOLVES_AT_ONCE)
 
-    async def resolve(self, repo_id: str, revision: str, *, token: str = "") -> str:
-        """Returns the present commit of a revision; empty if the hub does not answer within a few seconds."""
+    async def resolve(self, repo_id: str, revision: str, *, token: str = "") -> Resolution:
+        """Returns the present commit of a revision, and its config's problem, as far as the hub tells them soon."""
         if self._environment.get("HF_HUB_OFFLINE", "").upper() in _OFFLINE:
-            return ""
+            return Resolution()
         job = self._job(Job(repo_id=repo_id, revision=revision, token=token, resolve_only=True))
+        found = Resolution()
         try:
-            async with (
-                asyncio.timeout(_RESOLVE_S),
-                self._resolving,
-                contextlib.aclosing(self._once(job)) as events,
-            ):
-                async for event in events:
-                    return event.commit_sha
+            async with asyncio.timeout(_TURN_S) as limit, self._resolving:
+                # The time that the hub may take begins once a child can be started: many registrations wait in turn.
+                limit.reschedule(asyncio.get_running_loop().time() + _RESOLVE_S)
+                async with contextlib.aclosing(self._once(job)) as events:
+                    async for event in events:
+                        found = Resolution(commit_sha=event.commit_sha, problem=event.message)
+                        if event.kind == "done":
+                            break
         except (ServiceError, _ChildDied, TimeoutError) as exc:
-            log.info("the commit of %s@%s stays open until it is prepared: %s", repo_id, revision, exc)
-        return ""
+            if not found.commit_sha:
+                log.warning("the commit of %s@%s stays open until it is prepared: %s", repo_id, revision, exc)
+        return found
 
     async def fetch(self, job: Job) -> AsyncGenerator[Event, None]:
         """Yields `resolved`, `progress`, `waiting` and at last `done`. Raises the hub errors.

@@ -8,17 +8,22 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Self
 
-from huggingface_hub import HfApi, get_token, hf_hub_url
+from huggingface_hub import HfApi
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from headrace_models.folder import CONFIG
+from headrace_models.unsupported import problem_of
 from headrace_registry.hub.events import GO, ORPHANED, Event, Job, exit_when_orphaned
 from headrace_registry.hub.faults import failure_of
 from headrace_registry.hub.fetch import Line, fetch_file
-from headrace_registry.hub.listing import Listing, list_files, resolve
+from headrace_registry.hub.listing import Listing, RemoteFile, list_files, resolve
+from headrace_registry.hub.objects import headers_of, read_object, url_of
 from headrace_registry.hub.patience import Patience
+from headrace_registry.models.cards import CARD_FILE
 
 _REPORT_EVERY_S = 0.5
 # One connection to a CDN seldom uses the whole bandwidth; more than a few only share it.
@@ -48,9 +53,12 @@ def run(job: Job, tell: Callable[[Event], None], may_go: Callable[[], None]) -> 
     api = HfApi(token=job.token or None)
     patience = Patience(backoff_s=job.backoff_s, on_wait=tell_waiting)
     if job.resolve_only:
-        tell(Event(kind="resolved", commit_sha=resolve(api, job)))
+        commit_sha = resolve(api, job)
+        tell(Event(kind="resolved", commit_sha=commit_sha))
+        config = read_object(job, RemoteFile(name=CONFIG, size=None), commit_sha)
+        tell(Event(kind="done", commit_sha=commit_sha, message=problem_of(config)))
         return
-    listing = patience.call(lambda: list_files(api, job))
+    listing = patience.call(lambda: list_files(api, job, partial(read_object, job)))
     target = Path(job.models_dir) / f"{job.name}-{listing.commit_sha[:12]}"
     facts = {
         "commit_sha": listing.commit_sha,
@@ -61,26 +69,19 @@ def run(job: Job, tell: Callable[[Event], None], may_go: Callable[[], None]) -> 
     tell(Event(kind="resolved", **facts))  # type: ignore[arg-type]
     may_go()
     fetch(job, listing, target, patience, tell)
+    if listing.card:
+        (target / CARD_FILE).write_text(json.dumps(dict(listing.card)))
     tell(Event(kind="done", done_bytes=listing.total_bytes, **facts))  # type: ignore[arg-type]
 
 
 def fetch(job: Job, listing: Listing, target: Path, patience: Patience, tell: Callable[[Event], None]) -> None:
     """Fetches all files, a few at once. Raises the first file's error, and leaves the other files unfinished."""
-    token = job.token or get_token()
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     stop = threading.Event()
     with _Reporter(listing.total_bytes, tell) as reporter:
-        line = Line(headers=headers, stall_s=job.stall_s, patience=patience, count=reporter.count, stop=stop)
+        line = Line(headers=headers_of(job), stall_s=job.stall_s, patience=patience, count=reporter.count, stop=stop)
         pool = ThreadPoolExecutor(_FILES_AT_ONCE)
         files = {
-            pool.submit(
-                fetch_file,
-                file,
-                hf_hub_url(job.repo_id, file.name, revision=listing.commit_sha, endpoint=endpoint),
-                target,
-                line,
-            )
+            pool.submit(fetch_file, file, url_of(job, file.name, listing.commit_sha), target, line)
             for file in listing.files
         }
         done, _ = wait(files, return_when=FIRST_EXCEPTION)

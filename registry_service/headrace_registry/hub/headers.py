@@ -9,17 +9,18 @@ import logging
 import sys
 from collections.abc import Mapping
 
-from headrace_models.errors import HeaderInvalid
-from headrace_models.safetensors import entries_from
+from headrace_chassis.confined.environment import hub_environment
 from headrace_registry.errors import HubGated, HubNotFound, HubUnavailable, ModelUnsupported
 from headrace_registry.hub.events import Job
-from headrace_registry.sizing.headers import Headers, tensors_from
+from headrace_registry.sizing.estimate import Profile
+from headrace_registry.sizing.headers import profile_from_json
 
 log = logging.getLogger(__name__)
 
 _DEADLINE_S = 30.0
 _AT_ONCE = 2
 _RETRY_AFTER_S = 30.0
+_MAX_ANSWER_BYTES = 8 * 1024 * 1024
 _ERRORS = {
     "HUB_GATED": HubGated,
     "HUB_NOT_FOUND": HubNotFound,
@@ -29,15 +30,15 @@ _ERRORS = {
 
 
 class HubHeaders:
-    """Reads headers from the hub through child processes, which get `environment`."""
+    """Reads headers from the hub through child processes, which get the part of `environment` that concerns the hub."""
 
     def __init__(self, environment: Mapping[str, str], *, deadline_s: float = _DEADLINE_S) -> None:
-        self._environment = dict(environment)
+        self._environment = hub_environment(environment)
         self._deadline_s = deadline_s
         self._free = asyncio.Semaphore(_AT_ONCE)
 
-    async def headers(self, repo_id: str, revision: str) -> Headers:
-        """Returns the headers of a revision. Raises the hub's errors, and HubUnavailable at the deadline."""
+    async def profile(self, repo_id: str, revision: str) -> Profile:
+        """Returns the profile of a revision. Raises the hub's errors, and HubUnavailable at the deadline."""
         job = Job(repo_id=repo_id, revision=revision)
         try:
             async with asyncio.timeout(self._deadline_s), self._free:
@@ -45,13 +46,11 @@ class HubHeaders:
                 if "reason" in answer:
                     error = _ERRORS.get(answer["reason"], HubUnavailable)
                     raise error(answer["message"], retry_after_s=answer["retry_after_s"] or None)
-                config = answer["config"] if isinstance(answer["config"], dict) else {}
-                entries = entries_from(answer["tensors"], source=repo_id)
-                return Headers(config=config, tensors=tuple(tensors_from(entries)))
+                return profile_from_json(answer["profile"])
         except TimeoutError:
             message = f"the hub did not show the headers of {repo_id} within {self._deadline_s:.0f} s; try again"
             raise HubUnavailable(message, retry_after_s=_RETRY_AFTER_S) from None
-        except (HeaderInvalid, ValueError, TypeError, KeyError) as exc:
+        except (ValueError, TypeError, KeyError) as exc:
             log.warning("the headers of %s can't be read: %s", repo_id, exc)
             message = f"what the hub shows of {repo_id} is no safetensors header; PrepareModel it first"
             raise ModelUnsupported(message) from exc
@@ -65,6 +64,7 @@ class HubHeaders:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env=self._environment,
+            limit=_MAX_ANSWER_BYTES,
             start_new_session=True,
         )
         assert child.stdin is not None
@@ -72,7 +72,7 @@ class HubHeaders:
         try:
             child.stdin.write(job.line())
             await child.stdin.drain()
-            return await child.stdout.read()
+            return await child.stdout.readline()
         finally:
             if child.returncode is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -1,28 +1,25 @@
-"""The files of a commit, and the choice among them. Names in the hub's answer are checked before they become paths."""
+"""The files of a commit that are fetched. Names in the hub's answer are checked before they become paths."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from huggingface_hub import HfApi
 
+from headrace_models.folder import CONFIG
+from headrace_registry.hub.choice import choose, index_to_read
 from headrace_registry.hub.events import Job
-from headrace_registry.hub.faults import Nonsense, NotPermitted, Unusable
+from headrace_registry.hub.faults import Nonsense, Unusable
 from headrace_registry.inputs import unsafe_name
+from headrace_registry.models.cards import CARD_FIELDS
 
 _API_TIMEOUT_S = 30.0
 _MAX_FILES = 10_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-# Fetched beside the weights; the network's code only if an operator trusts the repo.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-_CODE = ("*.py",)
-_SHARDS = "model-*-of-*.safetensors"
-_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +34,12 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """The chosen files of a commit; `pickled` if its weights need conversion."""
+    """The chosen files of a commit; `pickled` if its weights need conversion, `card` what its card says of it."""
 
     commit_sha: str
     files: tuple[RemoteFile, ...]
     pickled: bool = False
+    card: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -55,40 +53,35 @@ def resolve(api: HfApi, job: Job) -> str:
     return _commit(info.sha, job)
 
 
-def list_files(api: HfApi, job: Job) -> Listing:
-    """Reads the listing of a revision. Raises Unusable, NotPermitted, Nonsense or the hub's errors."""
+# Reads a file of a commit that holds a JSON object.
+ReadObject = Callable[[RemoteFile, str], Mapping[str, Any]]
+
+
+def list_files(api: HfApi, job: Job, read_object: ReadObject) -> Listing:
+    """Reads the listing of a revision, its config and its index. Raises Unusable, NotPermitted, or the hub's errors.
+
+    `read_object` gets a file and the commit.
+    """
     info = api.model_info(job.repo_id, revision=job.revision, files_metadata=True, timeout=_API_TIMEOUT_S)
     commit_sha = _commit(info.sha, job)
-    siblings = info.siblings or []
-    if len(siblings) > _MAX_FILES:
+    # Nothing below a folder is fetched, and nothing with another name than a string has one.
+    top = {
+        name: sibling
+        for sibling in info.siblings or ()
+        if isinstance(name := getattr(sibling, "rfilename", None), str) and "/" not in name
+    }
+    if len(top) > _MAX_FILES:
         raise Unusable(f"{job.repo_id} lists more than {_MAX_FILES} files; give a repo of one model")
-    top = {file.name: file for file in (_remote_file(each, job) for each in siblings) if "/" not in file.name}
-    weights = chosen_weights(top)
-    pickled = not weights
-    if pickled:
-        weights = sorted(name for name in top if any(fnmatch(name, pattern) for pattern in _PICKLES))
-        if not weights:
-            raise Unusable(
-                f"{job.repo_id} has no safetensors weights; convert it with save_pretrained() and register the folder"
-            )
-        if not job.allow_pickle:
-            raise NotPermitted(
-                f"{job.repo_id} has only pickled weights, which can run code; convert it with save_pretrained() and "
-                f"register the folder, or start the registry with --allow-pickle {job.repo_id}"
-            )
-        if "pytorch_model.bin" in weights:
-            weights = ["pytorch_model.bin"]
-    patterns = _COMPANIONS + (_CODE if job.with_code else ())
-    names = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)] + weights
-    return Listing(commit_sha=commit_sha, files=tuple(top[name] for name in sorted(names)), pickled=pickled)
-
-
-def chosen_weights(names: Iterable[str]) -> list[str]:
-    """Picks one copy of the weights: repos often keep two, and a folder with both would count double."""
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    if "model.safetensors" in found:
-        return ["model.safetensors"]
-    return [name for name in found if fnmatch(name, _SHARDS)] or found
+    config = read_object(_remote_file(top[CONFIG], job), commit_sha) if CONFIG in top else {}
+    index_name = index_to_read(top.keys(), config)
+    index = read_object(_remote_file(top[index_name], job), commit_sha) if index_name else {}
+    choice = choose(job.repo_id, top.keys(), config, index, allow_pickle=job.allow_pickle, with_code=job.with_code)
+    if CONFIG not in top:  # Told last: repos of GGUF files have none, and their remedy is another.
+        raise Unusable(f"{job.repo_id} has no {CONFIG}; give a repo in transformers' layout")
+    files = tuple(_remote_file(top[name], job) for name in choice.names)
+    said = {name: getattr(info.card_data, name, None) for name in CARD_FIELDS}
+    card = {name: value for name, value in said.items() if isinstance(value, str)}
+    return Listing(commit_sha=commit_sha, files=files, pickled=choice.pickled, card=card)
 
 
 def _remote_file(sibling: object, job: Job) -> RemoteFile:

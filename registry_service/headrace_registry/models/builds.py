@@ -9,12 +9,15 @@ from pathlib import Path
 from headrace_registry.models.files import Inspection
 from headrace_registry.models.models import Failure, Fidelity, Model, ModelState, Quantization, SourceKind
 
+_TOKENIZER = "-tokenizer"
+
 
 class BuildKind(StrEnum):
     """The kinds of builds, by the files that a build starts from."""
 
     CONVERT_GGUF = "CONVERT_GGUF"  # From the model's GGUF file.
     CONVERT_PICKLED = "CONVERT_PICKLED"  # From a folder of pickled weights.
+    CONVERT_TOKENIZER = "CONVERT_TOKENIZER"  # From a folder with its tokenizer in an older form.
     QUANTIZE = "QUANTIZE"  # From a folder of unquantized weights.
 
     @property
@@ -23,10 +26,12 @@ class BuildKind(StrEnum):
         return ModelState.QUANTIZING if self is BuildKind.QUANTIZE else ModelState.CONVERTING
 
 
-def build_kind(model: Model) -> BuildKind:
-    """Kind of the build under way for a model: its state tells converting from quantizing, its source the rest."""
+def build_kind(model: Model, target_path: str) -> BuildKind:
+    """Kind of the build of a folder for a model, by the model's state, its source and the folder's name."""
     if model.state is ModelState.QUANTIZING:
         return BuildKind.QUANTIZE
+    if target_path.endswith(_TOKENIZER):
+        return BuildKind.CONVERT_TOKENIZER
     return BuildKind.CONVERT_GGUF if model.source.kind is SourceKind.GGUF else BuildKind.CONVERT_PICKLED
 
 
@@ -41,22 +46,35 @@ def quantized_folder(root: Path, model: Model, commit_sha: str) -> Path:
     return root / f"{model.id}-{digest}-{model.quantization.lower()}"
 
 
+def tokenizer_folder(root: Path, model: Model, commit_sha: str) -> Path:
+    """Folder for the tokenizer.json that a node makes for one model and commit."""
+    return root / f"{model.id}-{commit_sha.removeprefix('sha256:')[:12]}{_TOKENIZER}"
+
+
 def unpickled_folder(pickled: Path) -> Path:
     """Folder for the safetensors made from a folder of pickled weights."""
     return pickled.with_name(f"{pickled.name}-unpickled")
 
 
 def merged(base: Inspection, quantized: Inspection) -> Inspection:
-    """Returns the inspection of the unquantized files with the weight bytes of the quantized ones.
+    """Returns the inspection of the unquantized files with the stamps and the weight bytes of the quantized ones.
 
     The quantized files can't tell the parameters: packed tensors have neither their shape nor their number.
     """
     weights = replace(base.weights, weight_bytes=quantized.weights.weight_bytes)
-    return replace(base, weights=weights)
+    return replace(base, weights=weights, files=quantized.files)
 
 
 class ClaimLost(Exception):
     """The preparation was cancelled, finished or taken over."""
+
+
+class BuildFailed(Exception):
+    """A node could not make the files."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class FilesDoomed(Exception):

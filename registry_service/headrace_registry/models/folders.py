@@ -13,12 +13,15 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}-[0-9a-f]{12}(-[a-z0-9]{1,16})?")
 # A folder that a node is making; each attempt has a name of its own.
 _PARTIAL = re.compile(rf"\.(?P<name>{_NAME.pattern})(\.[0-9a-f]{{8}})?\.partial")
+# With the path that it gets once it is complete.
+Partial: TypeAlias = tuple[Path, Path]
 _TRASH = re.compile(r"\..+\.[0-9a-f]{8}\.trash")
 # Bounds one scan of the root. The store makes one folder per model and commit; more entries are no work of its own.
 _MAX_ENTRIES = 100_000
@@ -59,11 +62,15 @@ class ModelFolders:
         self.root.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.root).free
 
-    def discard(self, path: str) -> None:
-        """Takes the folder and its partial copies out of use; `empty_trash` then frees the bytes."""
-        if self.owns(path):
-            attempts = [partial for partial, made in self._partials() if str(made) == path]
-            self._throw_away([Path(path), *attempts])
+    def discard(self, *paths: str, partials: Sequence[Partial] | None = None) -> None:
+        """Takes folders and their partial copies out of use, a rename each; `empty_trash` then frees the bytes.
+
+        `partials` may be listed before; a copy made since then goes when its folder is discarded again.
+        """
+        owned = {path for path in paths if self.owns(path)}
+        listed = self.partials() if partials is None else partials
+        attempts = [partial for partial, made in listed if str(made) in owned]
+        self._throw_away([*map(Path, sorted(owned)), *attempts])
 
     def discard_leftovers(self, wanted: Collection[str], *, untouched_s: float) -> None:
         """Takes the partial copies of all folders but the `wanted` ones out of use, if their attempts are over.
@@ -72,7 +79,7 @@ class ModelFolders:
         """
         before = time.time() - untouched_s
         abandoned = []
-        for partial, made in self._partials():
+        for partial, made in self.partials():
             if str(made) in wanted:
                 continue
             with contextlib.suppress(OSError):  # Renamed or removed in between.
@@ -95,7 +102,7 @@ class ModelFolders:
                 n_removed += 1
         return n_removed
 
-    def _partials(self) -> list[tuple[Path, Path]]:
+    def partials(self) -> list[Partial]:
         """Partial folders, each with the path it gets once it is complete."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             found = [(entry.path, match["name"]) for entry in entries if (match := _PARTIAL.fullmatch(entry.name))]

@@ -9,6 +9,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from headrace_models.folder import FileStamp
+
 
 class ModelState(StrEnum):
     """State of a model's files. A state with a name in -ING ends by itself."""
@@ -81,6 +83,8 @@ class Failure:
 
     reason: str
     message: str
+    # The process was ended from outside. Known in a node's report alone, and never stored.
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +102,15 @@ class Architecture:
     vocab_size: int = 0
     context_window: int = 0
     tied_embeddings: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the authors of a model say of it; empty if they do not."""
+
+    license: str = ""
+    license_link: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +154,29 @@ class Model:
     tokenizer_digest: str = ""
     store_bytes: int = 0
     fidelity: Fidelity | None = None
+    card: ModelCard | None = None
     last_used_time: datetime | None = None
     revision: int = 1
     event_seq: int = 0
+    files: tuple[FileStamp, ...] = ()  # Read only for GetModel and for nodes.
 
     @property
     def etag(self) -> str:
         """An opaque tag that changes with every change."""
         return f'"{self.revision:x}"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """The files of a model as they were when it became READY.
+
+    `source_files` are a GGUF file or its parts, or the registered folder's where `path` is another folder.
+    """
+
+    path: str
+    files: tuple[FileStamp, ...]
+    source_files: tuple[FileStamp, ...] = ()
+    distrusted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,11 @@ class ModelRoots:
     def __init__(self, roots: Iterable[Path]) -> None:
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
 
+    @property
+    def paths(self) -> list[str]:
+        """The folders, as a child process takes them."""
+        return [str(root) for root in self._roots]
+
     def folder(self, path: str, *, field: str) -> str:
         """Returns the real path of an allowed folder."""
         real = self._real(path, field=field)
@@ -46,8 +51,12 @@ class ModelRoots:
             raise FieldInvalid(field, f"{path!r} contains '..'; give the path without it")
         real = Path(os.path.realpath(path))
         if not self._allowed(real):
+            problem = f"is outside the registry's folders; start it with --models-root {Path(path).parent}"
+            if any(self._allowed(Path(os.path.realpath(parent))) for parent in Path(path).parents):
+                problem = "leads by a link out of the registry's folders; copy the files there, or start the registry "
+                problem += "with --models-root for the folder that the link leads to"
             raise PathNotAllowed(
-                f"{path!r} is outside the registry's folders; start it with --models-root {Path(path).parent}",
+                f"{path!r} {problem}",
                 metadata={"path": path},
                 field=field,
             )

@@ -12,6 +12,7 @@ from headrace_registry.inputs import checked_owner, checked_text
 RETENTIONS = ("RETAIN", "WINDOW")
 _MAX_COLUMNS = 10_000
 _MAX_HOLDERS = 20
+_MAX_IDENTITY = 65_536  # A recipe takes some hundred characters, a device map in the load options the most.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class SetReport:
     path: str
     last_used_time: datetime | None = None
     holders: tuple[str, ...] = ()
+    identity_json: str = ""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -37,6 +39,7 @@ class SetReport:
         for field in ("id", "model_id", "corpus_id"):
             checked_text(getattr(self, field), field=f"set.{field}")
         checked_text(self.path, field="set.path", max_length=4096)
+        checked_text(self.identity_json, field="set.identity_json", max_length=_MAX_IDENTITY)
         if self.n_rows < 0 or self.size_bytes < 0:
             raise FieldInvalid("set.n_rows", "counts must not be negative")
         if self.retention not in RETENTIONS:

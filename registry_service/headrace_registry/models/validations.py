@@ -22,6 +22,13 @@ _DEADLINE_S = 4000.0
 STEPS = ("dry_load", "load", "forward", "finite", "parity", "unload", "memory_back")
 
 
+class AttemptKind(StrEnum):
+    """A run of the test profile, or an ordinary load."""
+
+    VALIDATION = "VALIDATION"
+    LOAD = "LOAD"
+
+
 class StepState(StrEnum):
     """State of a step."""
 
@@ -44,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One run of the test profile."""
+    """One attempt to load a model: a run of the test profile, or an ordinary load."""
 
     id: str
     model_id: str
@@ -59,6 +66,10 @@ class Attempt:
     versions: Mapping[str, str]
     create_time: datetime
     update_time: datetime
+    kind: AttemptKind = AttemptKind.VALIDATION
+    log_tail: str = ""
+    notes: str = ""
+    residency_id: str = ""
 
 
 def passed(steps: tuple[Step, ...], failure: Failure | None) -> bool:

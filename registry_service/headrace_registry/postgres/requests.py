@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ VALUES (%(request_id)s, %(method)s, %(arguments)s, %(response)s)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One mutating call. `request_id` is empty or a checked UUID4.
+    """One mutating call. `request_id` is a checked UUID4; empty for work that is not remembered.
 
     By the `arguments` a repeated call is told from another call that uses the same id by mistake.
     """
@@ -28,6 +29,14 @@ class Request:
     request_id: str
     method: str
     arguments: tuple[Any, ...]
+
+    @classmethod
+    def of_call(cls, request_id: str, method: str, *arguments: Any) -> Request:
+        """Makes the request of one call, with an id of its own if the caller sent none.
+
+        A transaction that is run again, since its connection was lost while it committed, then finds its own answer.
+        """
+        return cls(request_id=request_id or str(uuid.uuid4()), method=method, arguments=arguments)
 
     @property
     def digest(self) -> str:

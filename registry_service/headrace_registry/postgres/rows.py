@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from headrace_models.folder import FileStamp
 from headrace_registry.models.models import (
     Architecture,
     Failure,
     Fidelity,
     LayerFidelity,
     Model,
+    ModelCard,
     ModelState,
     Quantization,
     Source,
@@ -56,13 +58,20 @@ def model_of(row: Row) -> Model:
         files_path=row["files_path"],
         tokenizer_digest=row["tokenizer_digest"],
         fidelity=fidelity_of(row.get("fidelity")),
+        card=ModelCard(**row["card"]) if row.get("card") else None,
         store_bytes=row.get("store_bytes", 0),  # Events of earlier versions lack this column and the next.
         last_used_time=_time(row["last_used_time"]) if row.get("last_used_time") is not None else None,
         revision=row["revision"],
         event_seq=row["event_seq"],
         create_time=_time(row["create_time"]),
         update_time=_time(row["update_time"]),
+        files=stamps_of(row.get("files") or ()),
     )
+
+
+def stamps_of(files: Iterable[Mapping[str, Any]]) -> tuple[FileStamp, ...]:
+    """Reads a column of stamps."""
+    return tuple(FileStamp(**each) for each in files)
 
 
 def node_of(row: Row, devices: tuple[Device, ...]) -> Node:
@@ -122,6 +131,9 @@ def residency_of(row: Row) -> Residency:
         queue_position=row.get("queue_position", 0),  # RESIDENCY_IN_FULL alone has this column and the next two.
         pinned=row.get("pinned", False),
         holders=tuple(row.get("holders") or ()),
+        # Events of earlier versions lack these two.
+        load_begin_time=_time(row["load_begin_time"]) if row.get("load_begin_time") else None,
+        resident_time=_time(row["resident_time"]) if row.get("resident_time") else None,
     )
 
 
@@ -168,7 +180,11 @@ def pin_of(row: Row) -> Pin:
 
 def set_of(row: Row) -> ActivationSet:
     """Reads a row of `activation_sets`."""
-    names = ("id", "node_id", "model_id", "corpus_id", "n_rows", "size_bytes", "complete", "retention", "path")
+    counts, words = (
+        ("n_rows", "size_bytes", "complete"),
+        ("model_id", "corpus_id", "retention", "path", "identity_json"),
+    )
+    names = ("id", "node_id", *counts, *words)
     report = SetReport(
         columns=tuple(row["columns"]),
         last_used_time=row["last_used_time"],
@@ -191,8 +207,8 @@ def transfer_of(value: dict[str, Any] | None) -> Transfer | None:
 
 
 def failure_of(value: dict[str, Any] | None) -> Failure | None:
-    """Reads a JSON column."""
-    return Failure(**value) if value else None
+    """Reads a JSON column. A newer replica may have written more into it."""
+    return Failure(reason=value["reason"], message=value["message"]) if value else None
 
 
 def fidelity_of(value: dict[str, Any] | None) -> Fidelity | None:
@@ -202,10 +218,14 @@ def fidelity_of(value: dict[str, Any] | None) -> Fidelity | None:
     return Fidelity(**{**value, "layers": tuple(LayerFidelity(**layer) for layer in value["layers"])})
 
 
-def json_of(value: Transfer | Failure | Architecture | Fidelity | Mapping[str, Any] | None) -> Jsonb | None:
+def json_of(
+    value: Transfer | Failure | Architecture | Fidelity | ModelCard | Mapping[str, Any] | None,
+) -> Jsonb | None:
     """Makes the parameter for a JSON column."""
     if value is None:
         return None
+    if isinstance(value, Failure):  # These two alone: replicas of earlier versions read no others.
+        return Jsonb({"reason": value.reason, "message": value.message})
     return Jsonb(dict(value) if isinstance(value, Mapping) else asdict(value))
 
 

@@ -12,7 +12,9 @@ REQUEST_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%(request_id)s, 0)
 
 # Models and the model store -------------------------------------------------------------------------------------------
 
-MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR UPDATE"
+# NO KEY: rows that refer to the model, such as a failed load, are written while the locks of its device are held, and
+# must not wait for a call that holds the model and waits for that device.
+MODEL_LOCK = "SELECT * FROM models WHERE id = %(id)s FOR NO KEY UPDATE"
 # FOR SHARE: loads of a model do not wait for each other, its deletion waits for them.
 MODEL_KEEP = """
 SELECT *, COALESCE(deleting_until > registry_now(), false) AS deleting FROM models WHERE id = %(id)s FOR SHARE
@@ -79,12 +81,12 @@ FROM residencies r CROSS JOIN LATERAL (
 RESIDENCY_READ = RESIDENCY_BRIEF + "WHERE r.id = %(id)s"
 RESIDENCY_FAILURE = "UPDATE residencies SET failure = %(failure)s, transfer = NULL WHERE id = %(id)s"
 RESIDENCY_USED = "UPDATE residencies SET last_used_time = registry_now() WHERE id = %(id)s"
-RESIDENCY_EVENT = (
+RESIDENCY_EVENTS = (
     """
 INSERT INTO residency_events (residency_id, model_id, state, reason, actor, residency)
 SELECT id, model_id, state, reason, actor, to_jsonb(r) FROM ("""
     + RESIDENCY_IN_FULL
-    + "WHERE r.id = %(id)s) r"
+    + "WHERE r.id = ANY(%(ids)s)) r"
 )
 
 # Leases and waiters ---------------------------------------------------------------------------------------------------

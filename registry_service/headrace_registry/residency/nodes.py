@@ -101,6 +101,15 @@ class Announcement:
                 raise FieldInvalid(field, f"must be 0 (no limit) to {_MAX_LIMIT}")
 
 
+def is_other_node(nonce: str, other: str) -> bool:
+    """True if two boot nonces are of nodes with different data folders, and not of two starts of one node.
+
+    A nonce without a dot does not tell its folder.
+    """
+    folders = [each.partition(".")[0] if "." in each else "" for each in (nonce, other)]
+    return all(folders) and folders[0] != folders[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
     """The contents of a Heartbeat, checked."""
@@ -111,6 +120,8 @@ class Pulse:
     runtime_bytes: int = 0
 
     def __post_init__(self) -> None:
+        if len(self.devices) > _MAX_DEVICES:
+            raise FieldInvalid("devices", f"report on {_MAX_DEVICES} devices at most, those that were announced")
         for device_id, _, lost_bytes in self.devices:
             checked_text(device_id, field="devices.id", max_length=63)
             checked_bytes(lost_bytes, field="devices.lost_bytes")
@@ -126,10 +137,14 @@ def checked_bytes(n_bytes: int, *, field: str) -> int:
 
 
 def checked_address(address: str) -> str:
-    """Checks that an address is a `host:port` that clients can dial."""
+    """Checks that an address is a `host:port` or `unix:path` that clients can dial."""
+    if address.startswith(("unix:", "unix-abstract:")) and not address.endswith(":") and len(address) <= 255:
+        return address
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or len(address) > 255:
         raise FieldInvalid("address", f"{address[:80]!r} is no host:port")
+    if host in ("0.0.0.0", "[::]"):  # noqa: S104 - compared, not bound.
+        raise FieldInvalid("address", f"{address!r} stands for every interface; give the one that clients reach")
     return address
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from headrace_chassis.errors import ServiceError
-from headrace_registry.errors import CapacityBusy, DeviceOom, LoadFailed, ModelTooLarge, QueueFull, RunnerLost
+from headrace_registry.errors import (
+    CapacityBusy,
+    DeviceOom,
+    LoadFailed,
+    ModelChanged,
+    ModelTooLarge,
+    QueueFull,
+    RunnerLost,
+)
 from headrace_registry.models.models import Failure
 from headrace_registry.residency.placement import Action, Backoff, Decision, Space, n_queued
 from headrace_registry.residency.residency import Occupant, Residency, ResidencyState
@@ -13,7 +21,8 @@ from headrace_registry.residency.residency import Occupant, Residency, Residency
 _RETRY_AFTER_S = 5.0
 _MAX_HOLDERS = 20
 # Loading the same files on another device ends the same way.
-_EVERYWHERE = ("MODEL_UNSUPPORTED", "DIGEST_MISMATCH", "NOT_ALLOWED", "MODEL_NOT_READY")
+_EVERYWHERE = ("MODEL_UNSUPPORTED", "MODEL_CHANGED", "DIGEST_MISMATCH", "NOT_ALLOWED", "MODEL_NOT_READY")
+_KINDS = {"DEVICE_OOM": DeviceOom, "RUNNER_LOST": RunnerLost, "MODEL_CHANGED": ModelChanged}
 
 
 def refusal(model_id: str, decision: Decision, spaces: Sequence[Space]) -> ServiceError:
@@ -63,6 +72,17 @@ def load_error(residency: Residency) -> LoadFailed:
     )
 
 
+def interrupted_error(residency: Residency) -> RunnerLost:
+    """Returns the error for a call whose loads were ended from outside, each time anew."""
+    return RunnerLost(
+        f"the load of model {residency.model_id!r} was ended from outside several times ({residency.reason}); look for "
+        f"what ends processes on node {residency.node_id}, such as a guard of its memory, and try again",
+        metadata={"node_reason": "RUNNER_LOST", "node_id": residency.node_id},
+        retry_after_s=_RETRY_AFTER_S,
+        resource=("model", residency.model_id),
+    )
+
+
 def backoff_error(model_id: str, backoff: Backoff, required_bytes: int) -> LoadFailed:
     """Returns the last failure's error, for a call that comes while no load is tried."""
     failure = backoff.failure
@@ -102,4 +122,4 @@ def holders_of(occupants: Iterable[Occupant]) -> tuple[str, ...]:
 
 
 def _kind_of(failure: Failure) -> type[LoadFailed]:
-    return {"DEVICE_OOM": DeviceOom, "RUNNER_LOST": RunnerLost}.get(failure.reason, LoadFailed)
+    return _KINDS.get(failure.reason, LoadFailed)

@@ -8,7 +8,8 @@ the memory is back. The next transitions are decided in `scheduling.py`, the dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -70,6 +71,15 @@ class Residency:
     queue_position: int = 0
     pinned: bool = False
     holders: tuple[str, ...] = ()
+    load_begin_time: datetime | None = None
+    resident_time: datetime | None = None
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that the load took; 0 until it is loaded."""
+        if self.load_begin_time is None or self.resident_time is None:
+            return 0.0
+        return max(0.0, (self.resident_time - self.load_begin_time).total_seconds())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,3 +142,5 @@ class ResidencyReport:
     measured_bytes: int = 0
     failure: Failure | None = None
     lost_bytes: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    log_tail: str = ""

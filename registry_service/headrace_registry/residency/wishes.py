@@ -46,3 +46,5 @@ class LeaseProgress:
     lease: Lease | None = None
     # Devices where this call has seen the load fail: the model is placed on another one if there is any.
     avoid: Mapping[DeviceKey, Failure] = field(default_factory=dict)
+    # Loads that were ended from outside while this call waited for them.
+    n_interrupted: int = 0

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
 from headrace_registry.inputs import checked_id
+from headrace_registry.models.models import Model, NewModel
 from headrace_registry.postgres.models.estimates import EstimateStore
 from headrace_registry.postgres.models.models import ModelStore
+from headrace_registry.residency.nodes import DeviceKind
 from headrace_registry.sizing.advice import Fit, Line, Placement, advise, recommended
+from headrace_registry.sizing.fitting import fitting_quantization
 from headrace_registry.sizing.profiles import Profiles
 from headrace_registry.sizing.workload import Workload
 
@@ -28,10 +35,28 @@ class MemoryEstimates:
         workload = workload_from_pb(request)
         model = await self._models.get(checked_id(request.model_id, field="model_id"))
         profile = await self._profiles.of(model)
-        lines = advise(model, profile, workload, await self._estimates.situation(model))
+        situation = await self._estimates.situation(model)
+        # In a thread: over hundreds of devices it would hold every other call up for a second.
+        lines = await asyncio.to_thread(advise, model, profile, workload, situation)
         return pb.EstimateMemoryResponse(
             estimates=[line_to_pb(line) for line in lines], recommended=recommended(lines, profile.stored_dtype)
         )
+
+    async def fitted(self, new: NewModel, fit_bytes: int) -> NewModel:
+        """Returns the registration with the most exact quantization that fits. Raises ModelTooLarge.
+
+        The bytes are those on the best kind of device that lives, and on a GPU while no node does.
+        """
+        now = datetime.now(UTC)
+        values = {field.name: getattr(new, field.name) for field in fields(new)}
+        model = Model(**values, create_time=now, update_time=now)
+        kinds = {site.device.kind for site in (await self._estimates.situation(model)).sites}
+        kind = next(
+            (kind for kind in (DeviceKind.CUDA, DeviceKind.MPS, DeviceKind.CPU) if kind in kinds), DeviceKind.CUDA
+        )
+        profile = await self._profiles.of(model)
+        chosen = fitting_quantization(profile, new.load_options, fit_bytes, kind, wanted=new.quantization)
+        return replace(new, quantization=chosen)
 
 
 def workload_from_pb(request: pb.EstimateMemoryRequest) -> Workload:

@@ -12,12 +12,12 @@ from headrace.registry.v1 import model_service_pb2_grpc
 from headrace_chassis.shutdown import Shutdown
 from headrace_chassis.watch import HEARTBEAT_INTERVAL_S, watch
 from headrace_models.load_options import trusts_remote_code
-from headrace_registry.errors import FieldInvalid
+from headrace_registry.errors import FieldInvalid, StateConflict
 from headrace_registry.inputs import checked_id, checked_labels, checked_request_id, checked_text
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.filters import parse_filter
 from headrace_registry.models.models import ModelEvent
-from headrace_registry.models.registration import Commits, with_commit
+from headrace_registry.models.registration import Commits, check_folder, with_commit
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.models.validations import watch_attempt
 from headrace_registry.paging import page_from
@@ -25,12 +25,13 @@ from headrace_registry.postgres.models.models import ModelStore, require_update
 from headrace_registry.postgres.models.preparations import PreparationStore
 from headrace_registry.postgres.models.validations import ValidationStore
 from headrace_registry.postgres.requests import Request
-from headrace_registry.rpc.convert.catalog import list_catalog
+from headrace_registry.rpc.convert.catalog import list_catalog, list_load_options
 from headrace_registry.rpc.convert.models import load_options_from_pb, model_event_to_pb, model_to_pb, new_model_from_pb
-from headrace_registry.rpc.convert.validations import attempt_to_pb, step_messages
+from headrace_registry.rpc.convert.validations import attempt_kind_from_pb, attempt_to_pb, step_messages
 from headrace_registry.rpc.estimate import MemoryEstimates
 from headrace_registry.wakeups import Wakeups
 from headrace_registry.workers.deletion import Deletions
+from headrace_registry.workers.freshness import Freshness
 from headrace_registry.workers.preparation import Preparer
 
 _DEFAULT_PAGE = 50
@@ -50,6 +51,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         roots: ModelRoots,
         allowances: Allowances,
         commits: Commits,
+        freshness: Freshness,
         estimates: MemoryEstimates,
         wakeups: Wakeups,
         shutdown: Shutdown,
@@ -63,6 +65,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._roots = roots
         self._allowances = allowances
         self._commits = commits
+        self._freshness = freshness
         self._estimates = estimates
         self._wakeups = wakeups
         self._shutdown = shutdown
@@ -70,15 +73,24 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 
     async def RegisterModel(self, request: pb.RegisterModelRequest, context: Any) -> pb.RegisterModelResponse:
         """Registers a model; no files move yet."""
-        remembered = _request(
-            request.request_id, "RegisterModel", request.model.SerializeToString(deterministic=True).hex()
-        )
+        arguments = (request.model.SerializeToString(deterministic=True).hex(), *filter(None, [request.fit_bytes]))
+        remembered = _request(request.request_id, "RegisterModel", *arguments)
         new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
         self._allowances.check(new.source, new.load_options)
+        token = checked_text(request.hub_token, field="hub_token", max_length=1024)
+        if request.fit_bytes < 0:
+            raise FieldInvalid("fit_bytes", "must not be negative; 0 means no limit")
+        if request.fit_bytes:
+            await check_folder(new.source, self._preparer.confinement)
+            new = await self._estimates.fitted(await with_commit(new, self._commits, token=token), request.fit_bytes)
         # A model that is registered already keeps its commit, without a question to the hub.
-        if await self._models.registered(new) is None:
-            token = checked_text(request.hub_token, field="hub_token", max_length=1024)
-            new = await with_commit(new, self._commits, token=token)
+        known = await self._models.registered(new)
+        if known is not None:
+            await self._freshness.look(known)
+        else:
+            await check_folder(new.source, self._preparer.confinement)
+            if not new.commit_sha:
+                new = await with_commit(new, self._commits, token=token)
         return pb.RegisterModelResponse(model=model_to_pb(await self._models.register(new, remembered)))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
@@ -96,7 +108,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             key_length=1,
         )
         models, token = await self._models.page(terms, page)
-        return pb.ListModelsResponse(models=[model_to_pb(model) for model in models], next_page_token=token)
+        token, total = await page.counted(models, token, lambda: self._models.count(terms))
+        return pb.ListModelsResponse(
+            models=[model_to_pb(model) for model in models], next_page_token=token, total_size=total
+        )
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: Any) -> pb.UpdateModelResponse:
         """Changes labels and load options."""
@@ -132,9 +147,13 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Starts a preparation and answers at once."""
         # Offered before the start: a worker may claim the preparation at once.
         model_id = _model_id(request.model_id)
-        self._preparer.offer_token(model_id, checked_text(request.hub_token, field="hub_token", max_length=1024))
+        token = checked_text(request.hub_token, field="hub_token", max_length=1024)
+        self._preparer.sources.offer_token(model_id, token)
+        await self._freshness.look(await self._models.get(model_id), verify=request.verify)
         remembered = _request(request.request_id, "PrepareModel", model_id)
-        model = await self._preparations.start(model_id, worker=self._preparer.worker, request=remembered)
+        model = await self._preparations.start(
+            model_id, worker=self._preparer.worker, request=remembered, token_offered=bool(token)
+        )
         return pb.PrepareModelResponse(model=model_to_pb(model))
 
     async def CancelPreparation(
@@ -156,8 +175,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         snapshot = await self._models.snapshot(model_id)
         yield model_event_to_pb(snapshot, snapshot=True)
         latest = _Latest(snapshot)
+        # A number beyond the snapshot's is of another model that had this id: its events are over.
+        after_seq = request.after_seq if 0 < request.after_seq <= snapshot.seq else snapshot.seq
         stream = watch(
-            self._events(model_id, request.after_seq or snapshot.seq, latest),
+            self._events(model_id, after_seq, latest),
             heartbeat=latest.heartbeat,
             shutdown=self._shutdown,
             interval_s=self._heartbeat_s,
@@ -171,11 +192,11 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     ) -> AsyncGenerator[pb.WatchModelResponse, None]:
         while True:
             seen = self._wakeups.generation
-            events = await self._models.events_after(model_id, after_seq)
+            events, begins_anew = await self._models.events_after(model_id, after_seq)
             for event in events:
                 after_seq = event.seq
-                latest.note(event)
-                yield model_event_to_pb(event)
+                latest.note(event, anew=begins_anew)
+                yield model_event_to_pb(event, snapshot=begins_anew)
             if not events:
                 await self._wakeups.wait(seen)
 
@@ -207,16 +228,47 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         page = page_from(
             size=request.page_size,
             token=request.page_token,
-            bound_to=("attempts", model_id, str(request.passed_only)),
+            bound_to=("attempts", model_id, str(request.passed_only), str(request.kind)),
             default=_DEFAULT_PAGE,
             key_length=2,
         )
-        found, token = await self._validations.page(model_id, passed_only=request.passed_only, page=page)
-        return pb.ListAttemptsResponse(attempts=[attempt_to_pb(each) for each in found], next_page_token=token)
+        which: dict[str, Any] = {"passed_only": request.passed_only, "kind": attempt_kind_from_pb(request.kind)}
+        found, token = await self._validations.page(model_id, **which, page=page)
+        token, total = await page.counted(found, token, lambda: self._validations.count(model_id, **which))
+        return pb.ListAttemptsResponse(
+            attempts=[attempt_to_pb(each) for each in found], next_page_token=token, total_size=total
+        )
+
+    async def NoteAttempt(self, request: pb.NoteAttemptRequest, context: Any) -> pb.NoteAttemptResponse:
+        """Replaces the notes of an attempt."""
+        checked_request_id(request.request_id)
+        notes = checked_text(request.notes, field="notes", max_length=2000)
+        return pb.NoteAttemptResponse(attempt=attempt_to_pb(await self._validations.note(_attempt_id(request), notes)))
+
+    async def AdoptAttempt(self, request: pb.AdoptAttemptRequest, context: Any) -> pb.AdoptAttemptResponse:
+        """Makes the load options of an attempt that passed those of its model."""
+        attempt = await self._validations.get(_attempt_id(request))
+        if not attempt.passed:
+            raise StateConflict(
+                f"attempt {attempt.id} did not pass; adopt one that did", resource=("attempt", attempt.id)
+            )
+        self._allowances.check((await self._models.get(attempt.model_id)).source, attempt.load_options)
+        model = await self._models.update(
+            attempt.model_id,
+            labels=None,
+            load_options=attempt.load_options,
+            etag="",
+            request=_request(request.request_id, "AdoptAttempt", attempt.id),
+        )
+        return pb.AdoptAttemptResponse(model=model_to_pb(model))
 
     async def ListCatalog(self, request: pb.ListCatalogRequest, context: Any) -> pb.ListCatalogResponse:
         """Lists a page of the catalog."""
         return list_catalog(request)
+
+    async def ListLoadOptions(self, request: pb.ListLoadOptionsRequest, context: Any) -> pb.ListLoadOptionsResponse:
+        """Lists the load options that models take."""
+        return list_load_options()
 
 
 class _Latest:
@@ -225,12 +277,16 @@ class _Latest:
     def __init__(self, event: ModelEvent) -> None:
         self._event = event
 
-    def note(self, event: ModelEvent) -> None:
-        if event.seq >= self._event.seq:
+    def note(self, event: ModelEvent, *, anew: bool) -> None:
+        if anew or event.seq >= self._event.seq:
             self._event = event
 
     def heartbeat(self) -> pb.WatchModelResponse:
         return model_event_to_pb(self._event, heartbeat=True)
+
+
+def _attempt_id(request: pb.NoteAttemptRequest | pb.AdoptAttemptRequest) -> str:
+    return checked_text(request.attempt_id, field="attempt_id", max_length=63)
 
 
 def _model_id(value: str) -> str:
@@ -238,4 +294,4 @@ def _model_id(value: str) -> str:
 
 
 def _request(request_id: str, method: str, *arguments: Any) -> Request:
-    return Request(request_id=checked_request_id(request_id), method=method, arguments=arguments)
+    return Request.of_call(checked_request_id(request_id), method, *arguments)

@@ -11,7 +11,8 @@ from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import node_service_pb2_grpc
 from headrace_chassis.shutdown import Shutdown
 from headrace_registry.errors import FieldInvalid
-from headrace_registry.inputs import checked_id, checked_text
+from headrace_registry.inputs import checked_id, checked_text, clean_text
+from headrace_registry.postgres.models.corpora import CorpusStore
 from headrace_registry.postgres.models.preparations import PreparationStore
 from headrace_registry.postgres.models.validations import ValidationStore
 from headrace_registry.postgres.residency.nodes import NodeStore
@@ -27,11 +28,17 @@ from headrace_registry.rpc.convert.residencies import (
     residency_to_pb,
     transfer_from_pb,
 )
-from headrace_registry.rpc.convert.validations import validation_report_from_pb, validation_to_pb
+from headrace_registry.rpc.convert.validations import (
+    MAX_LOG_TAIL,
+    validation_report_from_pb,
+    validation_to_pb,
+    versions_from_pb,
+)
 from headrace_registry.wakeups import Wakeups
 
 # As the contract says. A node that missed a change has the right state again after this.
 _REPEAT_S = 15.0
+_MAX_CORPORA = 10_000
 
 
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
@@ -44,6 +51,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         residencies: ResidencyStore,
         preparations: PreparationStore,
         validations: ValidationStore,
+        corpora: CorpusStore,
         wakeups: Wakeups,
         shutdown: Shutdown,
         heartbeat_interval_s: float,
@@ -53,13 +61,14 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         self._residencies = residencies
         self._preparations = preparations
         self._validations = validations
+        self._corpora = corpora
         self._wakeups = wakeups
         self._shutdown = shutdown
         self._heartbeat_interval_s = heartbeat_interval_s
         self._repeat_s = repeat_s
 
     async def RegisterNode(self, request: pb.RegisterNodeRequest, context: Any) -> pb.RegisterNodeResponse:
-        """Starts an epoch, or keeps it for a known boot nonce."""
+        """Starts an epoch, or keeps it for a known boot nonce; pinned models that are nowhere are loaded."""
         announcement = Announcement(
             node_id=request.node_id,
             address=request.address,
@@ -72,6 +81,7 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             max_residents=request.max_residents,
         )
         epoch = await self._nodes.register(announcement)
+        await self._residencies.load_pinned(announcement.node_id)
         return pb.RegisterNodeResponse(epoch=epoch, heartbeat_interval_s=self._heartbeat_interval_s)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
@@ -118,6 +128,8 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             measured_bytes=request.measured_bytes,
             failure=failure_from_pb(request.failure) if request.HasField("failure") else None,
             lost_bytes=request.lost_bytes,
+            versions=versions_from_pb(request.versions),
+            log_tail=clean_text(request.log_tail[-MAX_LOG_TAIL:], MAX_LOG_TAIL),
         )
         for field in ("measured_bytes", "lost_bytes"):
             if getattr(request, field) < 0:
@@ -143,6 +155,20 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         """Stores a node's report on a validation."""
         await self._validations.report(validation_report_from_pb(request))
         return pb.ReportValidationResponse()
+
+    async def ReportCorpora(self, request: pb.ReportCorporaRequest, context: Any) -> pb.ReportCorporaResponse:
+        """Takes a node's corpora, or the documents that it wants to keep under an id."""
+        if len(request.corpora) > _MAX_CORPORA:
+            raise FieldInvalid("corpora", f"report {_MAX_CORPORA} corpora at most")
+        digests = {
+            checked_id(corpus.id, field="corpora.id"): checked_text(
+                corpus.digest, field="corpora.digest", max_length=64
+            )
+            for corpus in request.corpora
+        }
+        report = self._corpora.replace if request.all else self._corpora.claim
+        await report(_node_id(request.node_id), request.epoch, digests)
+        return pb.ReportCorporaResponse()
 
 
 def _desired_to_pb(state: DesiredState) -> pb.WatchAssignmentsResponse:

@@ -87,6 +87,26 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
         )
         return pb.UnloadModelResponse(residencies=[residency_to_pb(each) for each in await self._in_full(residencies)])
 
+    async def EvictModels(self, request: pb.EvictModelsRequest, context: Any) -> pb.EvictModelsResponse:
+        """Evicts idle models until so many bytes are free on a device."""
+        checked_request_id(request.request_id)
+        if request.free_bytes <= 0:
+            raise FieldInvalid("free_bytes", "must be positive")
+        if request.device_id and not request.node_id:
+            raise FieldInvalid("device_id", "names a device of a node; give node_id too")
+        decided, residencies = await self._residencies.evict(
+            request.free_bytes,
+            node_id=_optional_id(request.node_id, field="node_id"),
+            device_id=checked_text(request.device_id, field="device_id", max_length=63),
+            actor=f"EvictModels from {_peer(context)}",
+        )
+        return pb.EvictModelsResponse(
+            residencies=[residency_to_pb(each) for each in await self._in_full(residencies)],
+            node_id=decided.node_id,
+            device_id=decided.device.id,
+            free_bytes=decided.free_bytes,
+        )
+
     async def AcquireLease(
         self, request: pb.AcquireLeaseRequest, context: Any
     ) -> AsyncGenerator[pb.AcquireLeaseResponse, None]:
@@ -171,10 +191,12 @@ class ResidencyServicer(residency_service_pb2_grpc.ResidencyServiceServicer):
             default=_DEFAULT_PAGE,
             key_length=2,
         )
-        found, token = await self._residencies.page(
-            model_id=model_id, node_id=node_id, include_ended=request.include_ended, page=page
+        which: dict[str, Any] = {"model_id": model_id, "node_id": node_id, "include_ended": request.include_ended}
+        found, token = await self._residencies.page(**which, page=page)
+        token, total = await page.counted(found, token, lambda: self._residencies.count(**which))
+        return pb.ListResidenciesResponse(
+            residencies=[residency_to_pb(each) for each in found], next_page_token=token, total_size=total
         )
-        return pb.ListResidenciesResponse(residencies=[residency_to_pb(each) for each in found], next_page_token=token)
 
     async def WatchResidencies(
         self, request: pb.WatchResidenciesRequest, context: Any
@@ -243,4 +265,4 @@ def _peer(context: Any) -> str:
 
 
 def _request(request_id: str, method: str, *arguments: Any) -> Request:
-    return Request(request_id=checked_request_id(request_id), method=method, arguments=arguments)
+    return Request.of_call(checked_request_id(request_id), method, *arguments)

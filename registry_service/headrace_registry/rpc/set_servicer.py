@@ -36,12 +36,15 @@ class SetServicer(activation_set_service_pb2_grpc.ActivationSetServiceServicer):
             key_length=3,
         )
         sets, token = await self._sets.page(model_id=model_id, node_id=node_id, page=page)
-        return pb.ListActivationSetsResponse(sets=[set_to_pb(each) for each in sets], next_page_token=token)
+        token, total = await page.counted(sets, token, lambda: self._sets.count(model_id=model_id, node_id=node_id))
+        return pb.ListActivationSetsResponse(
+            sets=[set_to_pb(each) for each in sets], next_page_token=token, total_size=total
+        )
 
     async def GetActivationSet(self, request: pb.GetActivationSetRequest, context: Any) -> pb.GetActivationSetResponse:
         """Reads every node's part of a set."""
         sets = await self._sets.get(_set_id(request.set_id))
-        return pb.GetActivationSetResponse(sets=[set_to_pb(each) for each in sets])
+        return pb.GetActivationSetResponse(sets=[set_to_pb(each, in_full=True) for each in sets])
 
     async def PinActivationSet(self, request: pb.PinActivationSetRequest, context: Any) -> pb.PinActivationSetResponse:
         """Sets, changes or ends a pin."""
@@ -78,4 +81,4 @@ def _set_id(value: str) -> str:
 
 
 def _request(request_id: str, method: str, *arguments: Any) -> Request:
-    return Request(request_id=checked_request_id(request_id), method=method, arguments=arguments)
+    return Request.of_call(checked_request_id(request_id), method, *arguments)

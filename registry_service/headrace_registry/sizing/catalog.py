@@ -53,6 +53,7 @@ class Entry:
     network: Architecture
     categories: tuple[str, ...]
     gated: bool
+    d_embed: int = 0  # Width of the embeddings, if it is not that of the residual stream.
 
     @classmethod
     def of(cls, row: Row) -> Entry:
@@ -77,12 +78,13 @@ class Entry:
             ),
             categories=tuple(categories.split()),
             gated="G" in flags,
+            d_embed=int(flags.partition("E")[2] or 0),
         )
 
     @cached_property
     def shapes(self) -> Shapes:
         """The tensors of its network."""
-        shapes = shapes_of(self.network)
+        shapes = shapes_of(self.network, self.d_embed)
         assert shapes is not None, self.name
         return shapes
 
@@ -154,13 +156,17 @@ class Catalog:
             if page.after[0] not in self._by_name:
                 raise FieldInvalid("page_token", "is of another version's catalog; start again with an empty one")
             start = self._by_name[page.after[0]] + 1
-        found = [
+        found = self.matching(start, fits_bytes=fits_bytes, category=category)
+        shown = found[: page.size]
+        return shown, page.token_after((shown[-1].name,)) if len(found) > page.size else ""
+
+    def matching(self, start: int = 0, *, fits_bytes: int, category: str) -> Sequence[Entry]:
+        """The entries from a place on that are of a category and have a form that fits; without these, all."""
+        return [
             entry
             for entry in self.entries[start:]
             if (not category or category in entry.categories) and (not fits_bytes or entry.smallest_bytes <= fits_bytes)
         ]
-        shown = found[: page.size]
-        return shown, page.token_after((shown[-1].name,)) if len(found) > page.size else ""
 
 
 CATALOG = Catalog(Entry.of(row) for row in ROWS)

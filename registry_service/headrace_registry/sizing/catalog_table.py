@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Columns: name, repo, model_type, layers, d_model, heads, key/value heads, d_head, d_mlp, vocabulary, context window,
-# flags, categories. Flags: T tied embeddings, G gated.
+# flags, categories. Flags: T tied embeddings, G gated, and at the end E with the width of narrower embeddings.
 Row = tuple[str, str, str, int, int, int, int, int, int, int, int, str, str]
 
 _BASE = "interpretability general"
@@ -29,6 +29,7 @@ ROWS: tuple[Row, ...] = (
     ("pythia-6.9b", "EleutherAI/pythia-6.9b", "gpt_neox", 32, 4096, 32, 32, 128, 16384, 50432, 2048, "", _BASE),
     ("pythia-12b", "EleutherAI/pythia-12b", "gpt_neox", 36, 5120, 40, 40, 128, 20480, 50688, 2048, "", _BASE),
     ("opt-125m", "facebook/opt-125m", "opt", 12, 768, 12, 12, 64, 3072, 50272, 2048, "T", _TINY),
+    ("opt-350m", "facebook/opt-350m", "opt", 24, 1024, 16, 16, 64, 4096, 50272, 2048, "TE512", _BASE),
     ("opt-1.3b", "facebook/opt-1.3b", "opt", 24, 2048, 32, 32, 64, 8192, 50272, 2048, "T", _BASE),
     ("opt-2.7b", "facebook/opt-2.7b", "opt", 32, 2560, 32, 32, 80, 10240, 50272, 2048, "T", _BASE),
     ("opt-6.7b", "facebook/opt-6.7b", "opt", 32, 4096, 32, 32, 128, 16384, 50272, 2048, "T", _BASE),

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from headrace_chassis.confined.in_process import IN_PROCESS
+from headrace_chassis.confined.ports import Confinement
 from headrace_chassis.errors import ServiceError
 from headrace_registry.errors import HubGated, HubUnavailable, ModelNotReady
+from headrace_registry.models.files import PARSE_LIMITS, unreadable
 from headrace_registry.models.models import Model, ModelState, Quantization, SourceKind
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.sizing.catalog import CATALOG, Catalog
 from headrace_registry.sizing.estimate import Profile, profile_of
-from headrace_registry.sizing.headers import Headers, read_headers
+from headrace_registry.sizing.headers import profile_from_json, told_profile
 
 _MAX_KEPT = 256
 # A branch that moves is noticed after an hour at most.
@@ -23,15 +26,18 @@ _FRESH_S = 3600.0
 class HeaderSource(Protocol):
     """Reads headers of hub repos."""
 
-    async def headers(self, repo_id: str, revision: str) -> Headers:
-        """Returns the headers of a revision. Raises the hub's errors, HubUnavailable at a deadline."""
+    async def profile(self, repo_id: str, revision: str) -> Profile:
+        """Returns the profile of a revision. Raises the hub's errors, HubUnavailable at a deadline."""
         ...
 
 
 class Profiles:
     """Profiles by model; kept in memory, since files of one commit never change."""
 
-    def __init__(self, *, hub: HeaderSource, roots: ModelRoots, catalog: Catalog = CATALOG) -> None:
+    def __init__(
+        self, *, hub: HeaderSource, roots: ModelRoots, catalog: Catalog = CATALOG, confinement: Confinement = IN_PROCESS
+    ) -> None:
+        self._confinement = confinement
         self._hub = hub
         self._roots = roots
         self._catalog = catalog
@@ -65,19 +71,24 @@ class Profiles:
                 resource=("model", model.id),
             )
         try:
-            headers = await self._hub.headers(source.location, model.commit_sha or source.revision or "main")
+            return await self._hub.profile(source.location, model.commit_sha or source.revision or "main")
         except (HubGated, HubUnavailable):
             # The catalog has the numbers of curated models, also offline and for gated repos.
             entry = self._catalog.of_repo(source.location)
             if entry is None:
                 raise
             return entry.profile
-        return headers.profile()
 
     async def _from_files(self, model: Model, folder: str) -> Profile:
-        check = self._roots.check_inside if model.source.kind is SourceKind.FOLDER else None
+        roots = self._roots.paths if model.source.kind is SourceKind.FOLDER else None
         try:
-            return (await asyncio.to_thread(read_headers, Path(folder), check)).profile()
+            told = await self._confinement.call(
+                told_profile,
+                {"folder": folder, "roots": roots},
+                refuse=unreadable(Path(folder).name),
+                limits=PARSE_LIMITS,
+            )
+            return profile_from_json(told)
         except ServiceError:  # Files lost or moved; the inspection's numbers are in the database.
             if model.architecture is None or model.quantization is not Quantization.NONE:
                 raise

@@ -46,8 +46,12 @@ class Shapes:
         return Tally(matrices=dict(matrices), n_kept=self.n_kept + self.n_layers * self.block.n_vectors + n_other)
 
 
-def shapes_of(network: Architecture) -> Shapes | None:
-    """Returns the tensors of a network; None for an unknown family or a config that lacks numbers."""
+def shapes_of(network: Architecture, d_embed: int = 0) -> Shapes | None:
+    """Returns the tensors of a network; None for an unknown family or a config that lacks numbers.
+
+    `d_embed` is the width of an OPT's embeddings where projections lead to a wider residual stream and back, as in the
+    350m model. That model has no norm behind its last block.
+    """
     block = _BLOCKS.get(network.model_type)
     if block is None or not (network.n_layers and network.d_model and network.d_mlp and network.vocab_size):
         return None
@@ -60,6 +64,8 @@ def shapes_of(network: Architecture) -> Shapes | None:
     if network.model_type == "opt":
         n_positions += 2  # OPT's positions begin at 2.
     n_kept = d * (network.vocab_size + n_positions) + norm
+    if d_embed:
+        n_kept = d_embed * (network.vocab_size + 2 * d) + d * n_positions
     return Shapes(n_layers=network.n_layers, block=block(network), n_kept=n_kept, n_head=n_head)
 
 

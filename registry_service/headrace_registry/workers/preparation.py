@@ -9,22 +9,21 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
-import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from headrace_chassis.confined.in_process import IN_PROCESS
+from headrace_chassis.confined.ports import Confinement
 from headrace_chassis.errors import ServiceError
-from headrace_chassis.meters import Meter
-from headrace_registry.errors import DatabaseUnavailable, ModelUnsupported
-from headrace_registry.hub.events import Event, Job
+from headrace_models.folder import TOKENIZER, has_older_tokenizer
+from headrace_registry.errors import DatabaseUnavailable
 from headrace_registry.inputs import clean_text
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.builds import (
+    BuildFailed,
     BuildKind,
     BuildState,
     ClaimLost,
@@ -32,51 +31,38 @@ from headrace_registry.models.builds import (
     is_quantized,
     merged,
     quantized_folder,
-    unpickled_folder,
+    tokenizer_folder,
 )
-from headrace_registry.models.files import Inspection, ReadProgress, Stopped, file_digest, inspect_folder
+from headrace_registry.models.files import (
+    Inspection,
+    ReadProgress,
+    adopt_tokenizer,
+    inspect_folder,
+    with_tokenizer,
+)
 from headrace_registry.models.models import Failure, Model, SourceKind, Transfer
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.postgres.models.preparations import PreparationStore
+from headrace_registry.postgres.models.records import RecordStore
 from headrace_registry.wakeups import Wakeups
+from headrace_registry.workers.rounds import FailureCount, attempt, uncounted
+from headrace_registry.workers.sources import Downloader, Files, Sources
 from headrace_registry.workers.storekeeper import Storekeeper
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Preparations mostly wait for the network or for a node; readers of disks have a limit of their own.
+# Preparations at work in this process mostly wait for the network; readers of disks have a limit of their own.
 _MAX_RUNNING = 16
+# With those that wait for a node, which may never come.
+_MAX_CLAIMED = 144
 # As long as the message of a node's failure may be.
 _MAX_MESSAGE_CHARACTERS = 2000
-_MAX_READERS = 2
-_PROGRESS_EVERY_S = 1.0
-_LOOK_EVERY_S = 0.1
 # After so long without a report, a node has forgotten its build, and the build is assigned again.
 _BUILD_SILENT_S = 600.0
-# Tokens of preparations that fail stay; a hundred are more than one registry prepares at a time.
-_MAX_TOKENS = 100
-# A GGUF file becomes float32: at least twice as many bytes.
-_UNPACKED = 2
-
-
-class Downloader(Protocol):
-    """Brings a hub repo to disk."""
-
-    def fetch(self, job: Job) -> AsyncGenerator[Event, None]:
-        """Yields events up to `done`; raises the hub errors."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Files:
-    """A model's unquantized files in `folder`, or the files that a node has to convert into it."""
-
-    folder: Path
-    commit_sha: str = ""  # Empty for a registered folder: its inspection computes the digest.
-    conversion: BuildKind | None = None  # None: `folder` is complete.
-    pickled: Path | None = None  # Folder to convert from, and to remove once the model is READY.
-    converted_bytes: int = 0  # Space to reserve for the conversion.
+# The largest vocabularies with their merges.
+_TOKENIZER_BYTES = 50_000_000
 
 
 class Preparer:
@@ -86,6 +72,7 @@ class Preparer:
         self,
         *,
         store: PreparationStore,
+        records: RecordStore,
         wakeups: Wakeups,
         roots: ModelRoots,
         storekeeper: Storekeeper,
@@ -93,32 +80,29 @@ class Preparer:
         downloader: Downloader,
         worker: str,
         reason_of: Callable[[ServiceError], str],
+        confinement: Confinement = IN_PROCESS,
+        failed: FailureCount = uncounted,
     ) -> None:
+        self.confinement = confinement
         self.worker = worker
         self._store = store
         self._wakeups = wakeups
-        self._roots = roots
         self._storekeeper = storekeeper
+        self.sources = Sources(
+            store=store,
+            records=records,
+            roots=roots,
+            storekeeper=storekeeper,
+            allowances=allowances,
+            downloader=downloader,
+            worker=worker,
+        )
         self._allowances = allowances
-        self._downloader = downloader
         self._reason_of = reason_of
+        self._failed = failed
         self._clearing: set[asyncio.Task[None]] = set()
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._readers = asyncio.Semaphore(_MAX_READERS)
-        # Hub tokens by model id, in memory alone: a secret is never stored. Neither a restart nor a takeover by another
-        # registry keeps them; a private repo then fails as HUB_GATED, until a call offers the token again.
-        self._tokens: dict[str, str] = {}
-
-    def offer_token(self, model_id: str, token: str) -> None:
-        """Keeps a hub token for the preparation about to start; an empty token forgets the earlier one.
-
-        Tokens are dropped after their download, and the oldest of more than a hundred at any time.
-        """
-        self._tokens.pop(model_id, None)
-        if token:
-            self._tokens[model_id] = token
-        while len(self._tokens) > _MAX_TOKENS:
-            self._tokens.pop(next(iter(self._tokens)))
+        self._parked: set[str] = set()  # Of the running ones, those that wait for a node.
 
     async def run(self) -> None:
         """Runs until cancelled; then gives its claims back."""
@@ -126,19 +110,12 @@ class Preparer:
             async with asyncio.TaskGroup() as group:
                 while True:
                     seen = self._wakeups.generation
-                    try:
-                        await self._round(group)
-                    except DatabaseUnavailable as exc:
-                        log.warning("preparations pause: %s", exc.message)
-                    except Exception:
-                        log.exception("a round of preparations failed")
+                    await attempt("preparations", partial(self._round, group), self._failed)
                     await self._wakeups.wait(seen)
         finally:
             await asyncio.gather(*self._clearing, return_exceptions=True)
-            try:
-                await self._store.release(self.worker)
-            except DatabaseUnavailable:
-                log.warning("claims could not be given back; they run out by themselves")
+            # Claims that can't be given back run out by themselves.
+            await attempt("claims", partial(self._store.release, self.worker), self._failed)
 
     async def _round(self, group: asyncio.TaskGroup) -> None:
         """Renews claims, cancels preparations that lost theirs, and starts as many as there is capacity for."""
@@ -147,8 +124,8 @@ class Preparer:
             for model_id, task in self._running.items():
                 if model_id not in mine:
                     task.cancel()
-        free = _MAX_RUNNING - len(self._running)
-        for model in await self._store.claim(self.worker, running=list(self._running), limit=free) if free else ():
+        free = min(_MAX_RUNNING - len(self._running) + len(self._parked), _MAX_CLAIMED - len(self._running))
+        for model in await self._store.claim(self.worker, running=list(self._running), limit=free) if free > 0 else ():
             task = group.create_task(self._prepare(model))
             self._running[model.id] = task
             # Not in the task's own `finally`: a task cancelled before its first step does not get there.
@@ -162,8 +139,13 @@ class Preparer:
                 await self._make_ready(model)
             except (ClaimLost, FilesDoomed, DatabaseUnavailable):
                 raise
-            except ServiceError as exc:
-                await self._fail(model, self._reason_of(exc), exc.message)
+            except (ServiceError, BuildFailed) as exc:
+                told = (
+                    exc.failure
+                    if isinstance(exc, BuildFailed)
+                    else Failure(reason=self._reason_of(exc), message=exc.message)
+                )
+                await self._fail(model, told.reason or "LOAD_FAILED", told.message)
             except OSError as exc:
                 if exc.errno == errno.ENOSPC:
                     await self._fail(model, "DISK_FULL", f"{exc.strerror}; free space and prepare again")
@@ -190,22 +172,16 @@ class Preparer:
 
     async def _make_ready(self, model: Model) -> None:
         """Takes a model from its source to READY: download, convert, inspect, quantize."""
-        check_path = None
-        if model.source.kind is SourceKind.HUB:
-            files = await self._download(model)
-        elif model.source.kind is SourceKind.GGUF:
-            files = await self._find_gguf(model)
-        else:
-            files = _Files(folder=Path(self._roots.folder(model.source.location, field="model.source.folder.path")))
-            check_path = self._roots.check_inside
+        files = await self.sources.find(model)
         if files.conversion is not None:
             await self._convert(model, files.conversion, files)
-        inspection = await self._inspect(model, files.folder, check_path)
+        inspection = await self._inspect(model, files.folder, files.check_path, full=True)
         commit_sha = files.commit_sha or inspection.digest
+        files, inspection, note = await self._with_tokenizer(model, files, inspection, commit_sha)
         folder, fidelity = files.folder, None
         if is_quantized(model):
             folder = quantized_folder(self._storekeeper.folders.root, model, commit_sha)
-            await self._report_progress(model, Transfer(), "files ready to quantize", commit_sha=commit_sha)
+            await self.sources.report(model, Transfer(), "files ready to quantize", commit_sha=commit_sha)
             await self._storekeeper.reserve_space(
                 model.id, self.worker, path=str(folder), total_bytes=inspection.weights.weight_bytes, make=False
             )
@@ -220,91 +196,20 @@ class Preparer:
             inspection=inspection,
             store_bytes=await self._storekeeper.bytes_of(str(folder)),
             base_path=str(files.folder) if folder != files.folder else "",
+            source_files=files.source,
             fidelity=fidelity,
+            note=note,
         )
         log.info("model %s is ready in %s", model.id, folder)
-        if files.pickled is not None:
+        if files.leftover is not None:
             # A task of its own: the claim is over, and the next round cancels running tasks without a claim.
-            removal = self._storekeeper.remove_unused(str(files.pickled))
+            removal = self._storekeeper.remove_unused(str(files.leftover))
             clearing = asyncio.create_task(removal, name=f"clear-{model.id}")
             self._clearing.add(clearing)
             clearing.add_done_callback(self._clearing.discard)
             await asyncio.shield(clearing)
 
-    async def _download(self, model: Model) -> _Files:
-        """Fetches a hub repo into the store, unless another model brought the same commit.
-
-        The child process tells the size before it downloads, so that the space is reserved first.
-        """
-        if model.commit_sha and (base := await self._base_of(model, model.commit_sha)):
-            self._tokens.pop(model.id, None)
-            return _Files(folder=base, commit_sha=model.commit_sha)
-        job = Job(
-            repo_id=model.source.location,
-            revision=model.commit_sha or model.source.revision,
-            models_dir=str(self._storekeeper.folders.root),
-            name=model.id,
-            token=self._tokens.get(model.id, ""),
-            allow_pickle=self._allowances.pickle(model.source),
-            with_code=self._allowances.code(model.source),
-        )
-        progress, last = _Progress(), Event(kind="")
-        async with aclosing(self._downloader.fetch(job)) as events:
-            async for event in events:
-                last = event
-                if event.kind == "waiting":
-                    await self._report_progress(model, progress.transfer, event.message)
-                    continue
-                transfer = progress.note(event.done_bytes, event.total_bytes)
-                if event.kind == "resolved":
-                    await self._report_progress(model, transfer, "downloading", commit_sha=event.commit_sha)
-                    await self._storekeeper.reserve_space(
-                        model.id, self.worker, path=event.path, total_bytes=event.total_bytes
-                    )
-                elif progress.is_due():
-                    await self._report_progress(model, transfer, "downloading")
-        self._tokens.pop(model.id, None)
-        if not last.pickled:
-            return _Files(folder=Path(last.path), commit_sha=last.commit_sha)
-        return _Files(
-            folder=unpickled_folder(Path(last.path)),
-            commit_sha=last.commit_sha,
-            conversion=BuildKind.CONVERT_PICKLED,
-            pickled=Path(last.path),
-            converted_bytes=await self._storekeeper.bytes_of(last.path),
-        )
-
-    async def _find_gguf(self, model: Model) -> _Files:
-        """Reads a GGUF file for its digest, which names the folder of its conversion."""
-        source = Path(self._roots.file(model.source.location, field="model.source.gguf.path"))
-
-        def read(reading: ReadProgress) -> str:
-            with source.open("rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise ModelUnsupported(f"{source.name} is no GGUF file; give a file that starts with `GGUF`")
-            reading.total_bytes = source.stat().st_size
-            return file_digest(source, reading=reading)
-
-        digest = await self._read(model, "reading the file", read)
-        commit_sha = f"sha256:{digest}"
-        await self._report_progress(model, Transfer(), "file read", commit_sha=commit_sha)
-        if base := await self._base_of(model, commit_sha):
-            return _Files(folder=base, commit_sha=commit_sha)
-        return _Files(
-            folder=self._storekeeper.folders.root / f"{model.id}-{digest[:12]}",
-            commit_sha=commit_sha,
-            conversion=BuildKind.CONVERT_GGUF,
-            # Files of 4 or 8 bits grow by more than this factor. The quota is then exceeded until the next download.
-            converted_bytes=_UNPACKED * (await asyncio.to_thread(source.stat)).st_size,
-        )
-
-    async def _base_of(self, model: Model, commit_sha: str) -> Path | None:
-        """Finds unquantized files of the same commit that another model brought."""
-        path = await self._store.take_base(model, self.worker, commit_sha=commit_sha)
-        whole = bool(path) and await asyncio.to_thread(os.path.isfile, f"{path}/config.json")
-        return Path(path) if whole else None
-
-    async def _convert(self, model: Model, kind: BuildKind, files: _Files) -> None:
+    async def _convert(self, model: Model, kind: BuildKind, files: Files) -> None:
         """Has a node convert the files into `files.folder`, unless an earlier preparation completed that folder."""
         config = files.folder / "config.json"
         total_bytes = files.converted_bytes
@@ -315,75 +220,66 @@ class Preparer:
         )
         # Looks again: a complete folder that was about to be removed is gone once its space is reserved anew.
         if not await asyncio.to_thread(config.is_file):
-            await self._build(model, kind, target=files.folder, source=files.pickled)
+            await self._build(model, kind, target=files.folder, source=files.leftover)
+
+    async def _with_tokenizer(
+        self, model: Model, files: Files, inspection: Inspection, commit_sha: str
+    ) -> tuple[Files, Inspection, str]:
+        """Has a node make tokenizer.json where a repo or folder has its tokenizer in an older form.
+
+        Returns the files with it, and otherwise the reason why there is none: the model then takes token ids alone.
+        """
+        older = has_older_tokenizer({stamp.name for stamp in inspection.files})
+        if not older or files.conversion is not None or files.shared:
+            return files, inspection, ""
+        target = tokenizer_folder(self._storekeeper.folders.root, model, commit_sha)
+        await self.sources.report(model, Transfer(), "files ready but for the tokenizer", commit_sha=commit_sha)
+        await self._storekeeper.reserve_space(
+            model.id, self.worker, path=str(target), total_bytes=_TOKENIZER_BYTES, make=False
+        )
+        try:
+            if not await asyncio.to_thread((target / TOKENIZER).is_file):
+                await self._build(model, BuildKind.CONVERT_TOKENIZER, target=target, source=files.folder)
+        except BuildFailed as exc:
+            return files, inspection, exc.failure.message
+        if model.source.kind is SourceKind.FOLDER:  # Not ours to write to: the model is loaded through the links.
+            files = replace(files, folder=target, source=inspection.files)
+        else:
+            await asyncio.to_thread(adopt_tokenizer, target, files.folder)
+            files = replace(files, leftover=target)
+        return files, await asyncio.to_thread(with_tokenizer, inspection, files.folder), ""
 
     async def _build(self, model: Model, kind: BuildKind, *, target: Path, source: Path | None) -> BuildState:
         """Has a node make the files in `target`; returns the finished build.
 
-        Waits until a node is alive, and assigns the build to another node when its node is lost.
+        Waits until a node is alive, and assigns the build to another node when its node is lost; meanwhile it takes no
+        place of a preparation at work. Raises BuildFailed.
         """
-        while True:
-            seen = self._wakeups.generation
-            build = await self._store.build_state(model.id, self.worker)
-            if build.done and build.target_path == str(target):
-                return build
-            if build.failure is not None:
-                await self._fail(model, build.failure.reason or "LOAD_FAILED", build.failure.message)
-                raise ClaimLost  # The failure ended the preparation, and the claim with it.
-            if not build.node_alive or build.target_path != str(target) or build.silent_s > _BUILD_SILENT_S:
-                await self._store.assign_build(
-                    model.id, self.worker, kind=kind, target_path=str(target), source_path=str(source or "")
-                )
-            await self._wakeups.wait(seen)
+        self._parked.add(model.id)
+        try:
+            while True:
+                seen = self._wakeups.generation
+                build = await self._store.build_state(model.id, self.worker)
+                if build.done and build.target_path == str(target):
+                    return build
+                if build.failure is not None and build.target_path == str(target):
+                    raise BuildFailed(build.failure)
+                if not build.node_alive or build.target_path != str(target) or build.silent_s > _BUILD_SILENT_S:
+                    await self._store.assign_build(
+                        model.id, self.worker, kind=kind, target_path=str(target), source_path=str(source or "")
+                    )
+                await self._wakeups.wait(seen)
+        finally:
+            self._parked.discard(model.id)
 
     async def _inspect(
-        self, model: Model, folder: Path, check_path: Callable[[Path], None] | None = None
+        self, model: Model, folder: Path, check_path: Callable[[Path], None] | None = None, *, full: bool = False
     ) -> Inspection:
-        return await self._read(
-            model, "reading the files", lambda reading: inspect_folder(folder, reading=reading, check_path=check_path)
-        )
+        """Inspects a folder, with `full` one that must hold full weights."""
 
-    async def _read(self, model: Model, message: str, read: Callable[[ReadProgress], T]) -> T:
-        """Runs a reading function in a thread and reports its progress; stops it when cancelled."""
-        reading, progress = ReadProgress(), _Progress()
-        async with self._readers:
-            thread = asyncio.create_task(asyncio.to_thread(read, reading))
-            try:
-                while not thread.done():
-                    await asyncio.wait({thread}, timeout=_LOOK_EVERY_S)
-                    transfer = progress.note(reading.done_bytes, reading.total_bytes)
-                    if not thread.done() and progress.is_due():
-                        await self._report_progress(model, transfer, message)
-            finally:
-                reading.stop.set()
-                await asyncio.wait({thread})  # It stops within one block of 4 MiB.
-        try:
-            return thread.result()
-        except Stopped:  # Only a cancelled preparation stops its reader.
-            raise ClaimLost from None
+        def inspect(reading: ReadProgress) -> Inspection:
+            return inspect_folder(
+                folder, reading=reading, check_path=check_path, confinement=self.confinement, full=full
+            )
 
-    async def _report_progress(self, model: Model, transfer: Transfer, message: str, commit_sha: str = "") -> None:
-        await self._store.progress(model.id, self.worker, message=message, transfer=transfer, commit_sha=commit_sha)
-
-
-class _Progress:
-    """How far one download or one reading is, and when its next event is due."""
-
-    def __init__(self) -> None:
-        self.transfer = Transfer()
-        self._meter = Meter()
-        self._reported = time.monotonic()
-
-    def note(self, done_bytes: int, total_bytes: int) -> Transfer:
-        """Takes one reading; returns it with rate and ETA."""
-        rate = self._meter.at(done_bytes, time.monotonic())
-        self.transfer = Transfer.of(done_bytes=done_bytes, total_bytes=total_bytes, rate_bytes_per_s=rate)
-        return self.transfer
-
-    def is_due(self) -> bool:
-        """True at most once a second: an event is a row, and its watchers are people."""
-        now = time.monotonic()
-        if now - self._reported < _PROGRESS_EVERY_S:
-            return False
-        self._reported = now
-        return True
+        return await self.sources.read(model, "reading the files", inspect)

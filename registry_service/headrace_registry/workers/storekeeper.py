@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
-from headrace_registry.errors import DatabaseUnavailable
 from headrace_registry.models.folders import ModelFolders, tree_bytes
 from headrace_registry.postgres.models.folders import FolderStore
+from headrace_registry.workers.rounds import FailureCount, attempt, uncounted
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,10 @@ _FOR_EVER_S = 10.0 * 365 * 86400
 class Storekeeper:
     """The worker of one registry process. `run` it beside the server."""
 
-    def __init__(self, store: FolderStore, folders: ModelFolders) -> None:
+    def __init__(self, store: FolderStore, folders: ModelFolders, *, failed: FailureCount = uncounted) -> None:
         self.folders = folders
         self._store = store
+        self._failed = failed
 
     async def reserve_space(
         self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool = True
@@ -53,21 +55,14 @@ class Storekeeper:
         """Runs until cancelled."""
         started, round_number = False, 0
         while True:
-            try:
-                if not started:
-                    orphans = await self._store.doom_orphans()
-                    if orphans:
-                        log.info("%d folders whose models are gone are removed", len(orphans))
-                    await self._store.note_use(since_s=_FOR_EVER_S)
-                    started = True
-                if round_number % _NOTE_EVERY_TICKS == 0:
-                    await self._store.note_use(since_s=_LOOK_BACK_S)
-                    await self._store.discard_leftovers()
-                await self._remove_doomed()
-            except DatabaseUnavailable as exc:
-                log.warning("the store is not tended: %s", exc.message)
-            except Exception:
-                log.exception("a round of the storekeeper failed")
+            if not started:
+                everything = partial(self._store.note_use, since_s=_FOR_EVER_S)
+                started = await attempt("store-orphans", self._store.doom_orphans, self._failed)
+                started &= await attempt("store-uses", everything, self._failed)
+            if round_number % _NOTE_EVERY_TICKS == 0:
+                await attempt("store-uses", partial(self._store.note_use, since_s=_LOOK_BACK_S), self._failed)
+                await attempt("store-leftovers", self._store.discard_leftovers, self._failed)
+            await attempt("store-doomed", self._remove_doomed, self._failed)
             round_number += 1
             await asyncio.sleep(_TICK_S)
 

@@ -1,6 +1,7 @@
 """The changes that time brings: leases run out, nodes fall silent, old rows go.
 
-Every replica runs this loop; each step is idempotent SQL by the database's clock.
+Every replica runs these loops; each step is idempotent SQL by the database's clock. The detection of silent nodes has a
+loop of its own: neither a slow nor a failing step of another loop holds it up.
 """
 
 from __future__ import annotations
@@ -8,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from headrace_registry.errors import DatabaseUnavailable
-from headrace_registry.postgres.models.sets import SetStore
 from headrace_registry.postgres.models.validations import ValidationStore
-from headrace_registry.postgres.residency.events import EventStore
+from headrace_registry.postgres.purge import Purge
 from headrace_registry.postgres.residency.leases import LeaseStore
 from headrace_registry.postgres.residency.nodes import NodeStore
 from headrace_registry.postgres.residency.pins import PinStore
 from headrace_registry.postgres.residency.upkeep import ResidencyUpkeep
 from headrace_registry.residency.nodes import MISSED_HEARTBEATS
+from headrace_registry.workers.rounds import FailureCount, attempt, uncounted
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Listening:
 
 
 class Upkeep:
-    """The loop of upkeep, run beside the server."""
+    """The loops of upkeep, run beside the server."""
 
     def __init__(
         self,
@@ -56,49 +56,52 @@ class Upkeep:
         nodes: NodeStore,
         residencies: ResidencyUpkeep,
         pins: PinStore,
-        events: EventStore,
         validations: ValidationStore,
-        sets: SetStore,
+        purge: Purge,
         heartbeat_interval_s: float,
+        failed: FailureCount = uncounted,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leases = leases
         self._nodes = nodes
         self._residencies = residencies
         self._pins = pins
-        self._events = events
         self._validations = validations
-        self._sets = sets
+        self._purge = purge
+        self._failed = failed
         self._silent_s = heartbeat_interval_s * MISSED_HEARTBEATS
         self._tick_s = min(_TICK_S, heartbeat_interval_s / 2)
         self._listening = Listening(longest_gap_s=self._tick_s + heartbeat_interval_s)
         self._clock = clock
-        self._purged = clock()
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        while True:
-            try:
-                await self.tick()
-            except DatabaseUnavailable as exc:
-                log.warning("upkeep pauses: %s", exc.message)
-            except Exception:
-                log.exception("a round of upkeep failed")
-            await asyncio.sleep(self._tick_s)
+        loops: tuple[tuple[float, Sequence[Callable[[], Awaitable[object]]]], ...] = (
+            (self._tick_s, (self._leases.expire, self.lose_silent)),
+            (self._tick_s, (self._pins.purge, self._validations.tidy, self._residencies.tidy)),
+            (_PURGE_EVERY_S, (self._purge.run,)),
+        )
+        async with asyncio.TaskGroup() as group:
+            for every_s, steps in loops:
+                group.create_task(self._rounds(every_s, steps))
 
-    async def tick(self) -> None:
-        """Does one round."""
-        n_expired = await self._leases.expire()
-        if n_expired:
-            log.info("%d leases expired", n_expired)
-        if self._listening.tick(self._clock()) > self._silent_s:
-            for node_id in await self._nodes.lose_silent(self._silent_s):
-                log.warning("node %s is silent", node_id)
-        await self._pins.purge()
-        await self._validations.tidy()
-        await self._residencies.tidy()
-        if self._clock() - self._purged > _PURGE_EVERY_S:
-            await self._residencies.purge()
-            await self._sets.purge_pins()
-            await self._events.trim()
-            self._purged = self._clock()
+    async def lose_silent(self) -> None:
+        """Marks silent nodes LOST, each in a transaction of its own: one that fails holds no other up."""
+        silent = await self._nodes.silent(self._silent_s)
+        if self._listening.tick(self._clock()) <= self._silent_s:
+            return
+        for node_id in silent:
+
+            async def lose(node_id: str = node_id) -> None:
+                if await self._nodes.lose(node_id, self._silent_s):
+                    log.warning("node %s is silent", node_id)
+
+            await attempt("lose_silent", lose, self._failed)
+            # A thousand nodes may fall silent at once, and take longer than the longest gap.
+            self._listening.tick(self._clock())
+
+    async def _rounds(self, every_s: float, steps: Sequence[Callable[[], Awaitable[object]]]) -> None:
+        while True:
+            for step in steps:
+                await attempt(getattr(step, "__qualname__", "upkeep"), step, self._failed)
+            await asyncio.sleep(every_s)

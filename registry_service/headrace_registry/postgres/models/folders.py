@@ -8,10 +8,13 @@ moment the rows tell what is left to do.
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace_registry.models.eviction import StoredFolder, plan_eviction
-from headrace_registry.models.folders import ModelFolders
+from headrace_registry.models.folders import ModelFolders, Partial
 from headrace_registry.models.models import ModelState
 from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import change_model, lock_model
@@ -95,6 +98,10 @@ FROM (
 WHERE m.id = used.id
 """
 
+GGUF_SOURCES = "SELECT DISTINCT location FROM models WHERE source_kind = 'gguf' AND files_path <> ''"
+
+log = logging.getLogger(__name__)
+
 _REMOVED_AT_ONCE = 100
 _ORPHANS_AT_ONCE = 1000
 _MAX_DECISIONS = 5
@@ -106,6 +113,16 @@ class _VictimInUse(Exception):
     """A folder chosen for removal came into use before it could be locked."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Survey:
+    """The disk as it was before a decision, which takes no look at it: walking a large store takes its time."""
+
+    sizes: Mapping[str, int]
+    free_bytes: int
+    sources: frozenset[str]  # GGUF files that exist.
+    partials: Sequence[Partial]
+
+
 class FolderStore:
     """Reads and writes for the storekeeper, and the removals on the disk that belong to them."""
 
@@ -114,6 +131,7 @@ class FolderStore:
         self._wakeups = wakeups
         self._folders = folders
         self._quota_bytes = quota_bytes
+        self._surveying = asyncio.Lock()  # One walk at a time: they would only slow each other down.
 
     async def evict_and_reserve(
         self, model_id: str, worker: str, *, path: str, total_bytes: int, make: bool
@@ -128,23 +146,22 @@ class FolderStore:
             await hold_claim(conn, model_id, worker)
             row = await (await conn.execute(FOLDER_IS_DOOMED, {"path": path})).fetchone()
             if row is not None and row["doomed"]:  # It may be half removed: the rest goes before it is made anew.
-                await asyncio.to_thread(self._folders.discard, path)
+                await asyncio.to_thread(self._folders.discard, path, partials=survey.partials)
             victims = plan_eviction(
-                await _folders(conn),
-                await asyncio.to_thread(self._folders.sizes),
+                await _folders(conn, survey),
+                survey.sizes,
                 target=path,
                 total_bytes=total_bytes,
                 quota_bytes=self._quota_bytes,
-                free_bytes=await asyncio.to_thread(self._folders.free_bytes),
+                free_bytes=survey.free_bytes,
             )
             for victim in victims:
-                await _take_away(conn, victim, f"files removed to make room for {model_id}")
+                await _take_away(conn, survey, victim, f"files removed to make room for {model_id}")
             values = {"path": path, "model_id": model_id, "reserved_bytes": total_bytes}
             await conn.execute(FOLDER_UPSERT, values)
-            if make:
-                await asyncio.to_thread(self._folders.make, path)
             return [each for victim in victims for each in victim.models]
 
+        survey = await self._survey()
         for n_left in reversed(range(_MAX_DECISIONS)):
             try:
                 removed = await self._database.run(work)
@@ -152,8 +169,23 @@ class FolderStore:
             except _VictimInUse:
                 if not n_left:
                     raise
+        if make:  # Its row is there, so that a kill in between leaves no folder that is not ours.
+            await asyncio.to_thread(self._folders.make, path)
         self._wakeups.wake()
         return removed
+
+    async def _survey(self) -> _Survey:
+        async def work(conn: Connection) -> list[str]:
+            return [row["location"] for row in await (await conn.execute(GGUF_SOURCES)).fetchall()]
+
+        async with self._surveying:
+            sources = await self._database.single(work)
+            return _Survey(
+                sizes=await asyncio.to_thread(self._folders.sizes),
+                free_bytes=await asyncio.to_thread(self._folders.free_bytes),
+                partials=await asyncio.to_thread(self._folders.partials),
+                sources=frozenset(await asyncio.to_thread(lambda: [each for each in sources if Path(each).is_file()])),
+            )
 
     async def remove_doomed(self) -> None:
         """Removes doomed folders from the disk, and forgets a folder an hour after it was doomed."""
@@ -161,10 +193,10 @@ class FolderStore:
         async def work(conn: Connection) -> None:
             rows = await (await conn.execute(FOLDERS_DOOMED, {"limit": _REMOVED_AT_ONCE})).fetchall()
             paths = [row["path"] for row in rows if self._folders.owns(row["path"])]
-            for path in paths:
-                await asyncio.to_thread(self._folders.discard, path)
+            await asyncio.to_thread(self._folders.discard, *paths, partials=partials)
             await conn.execute(FOLDERS_FORGET, {"paths": paths})
 
+        partials = await asyncio.to_thread(self._folders.partials)
         await self._database.run(work)
 
     async def discard_leftovers(self) -> None:
@@ -194,7 +226,10 @@ class FolderStore:
             rows = await conn.execute(FOLDERS_DOOM_ORPHANS, {"limit": _ORPHANS_AT_ONCE})
             return [row["path"] for row in await rows.fetchall()]
 
-        return await self._database.run(work)
+        orphans = await self._database.run(work)
+        if orphans:
+            log.info("%d folders whose models are gone are removed", len(orphans))
+        return orphans
 
     async def note_use(self, *, since_s: float) -> None:
         """Copies into the models when they were last used, from residencies used in the last `since_s` seconds."""
@@ -205,13 +240,14 @@ class FolderStore:
         await self._database.run(work)
 
 
-async def _folders(conn: Connection, path: str | None = None) -> list[StoredFolder]:
+async def _folders(conn: Connection, survey: _Survey, path: str | None = None) -> list[StoredFolder]:
     rows = await (await conn.execute(FOLDERS, {"path": path})).fetchall()
     return [
         StoredFolder(
             path=row["path"],
             models=tuple(row["models"]),
-            in_use=row["in_use"] or not await asyncio.to_thread(_are_files, row["gguf"]),
+            # Without its source a converted folder could not be made again.
+            in_use=row["in_use"] or not survey.sources.issuperset(row["gguf"]),
             reserved_bytes=row["reserved_bytes"],
             last_used=row["last_used"],
         )
@@ -219,17 +255,12 @@ async def _folders(conn: Connection, path: str | None = None) -> list[StoredFold
     ]
 
 
-async def _take_away(conn: Connection, victim: StoredFolder, reason: str) -> None:
+async def _take_away(conn: Connection, survey: _Survey, victim: StoredFolder, reason: str) -> None:
     """Makes a folder's models REGISTERED again and dooms the folder. Raises _VictimInUse if it came into use."""
     for model_id in victim.models:
         await lock_model(conn, model_id)
-    if [(each.models, each.in_use) for each in await _folders(conn, victim.path)] != [(victim.models, False)]:
+    if [(each.models, each.in_use) for each in await _folders(conn, survey, victim.path)] != [(victim.models, False)]:
         raise _VictimInUse
     for model_id in victim.models:
         await change_model(conn, model_id, reason, {"state": ModelState.REGISTERED, "files_path": "", "store_bytes": 0})
     await conn.execute(FOLDER_DOOM, {"path": victim.path})
-
-
-def _are_files(locations: list[str]) -> bool:
-    """True if all GGUF sources exist: without its source a converted folder could not be made again."""
-    return all(Path(location).is_file() for location in locations)

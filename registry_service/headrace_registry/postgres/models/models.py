@@ -11,7 +11,7 @@ from psycopg import sql
 from headrace_registry.errors import AlreadyExists, EtagMismatch, FieldInvalid, ModelInUse, ModelNotFound
 from headrace_registry.models.filters import Match, Term
 from headrace_registry.models.identifiers import derived_ids
-from headrace_registry.models.models import Model, ModelEvent, NewModel
+from headrace_registry.models.models import Failure, Model, ModelEvent, NewModel, SourceKind
 from headrace_registry.paging import Page
 from headrace_registry.postgres import statements
 from headrace_registry.postgres.requests import Request, recall, remember
@@ -22,6 +22,10 @@ from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.wakeups import Wakeups
 
 MODEL_READ = "SELECT * FROM models WHERE id = %(id)s"
+MODEL_READ_WITH_FILES = """
+SELECT m.*, f.files FROM models m LEFT JOIN model_files f ON f.model_id = m.id AND f.path = m.files_path
+WHERE m.id = %(id)s
+"""
 # Longer than a deletion waits for memory.
 MODEL_DELETING = "UPDATE models SET deleting_until = registry_now() + interval '30 s' WHERE id = %(id)s"
 # Two registrations of one identity at the same time make one model.
@@ -60,7 +64,17 @@ RESIDENCIES_ACTIVE_OF_MODEL = """
 SELECT id, node_id, device_id, state FROM residencies
 WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)
   AND state NOT IN ('UNLOADED', 'FAILED', 'LOST')
-ORDER BY node_id, device_id, id FOR UPDATE
+ORDER BY node_id, device_id, id
+"""
+ATTEMPTS_END_OF_MODEL = """
+UPDATE validation_attempts SET done = true, failure = %(failure)s, update_time = registry_now()
+WHERE model_id = %(id)s AND NOT done
+"""
+# On nodes that may still hold the memory of an attempt.
+ATTEMPTS_HELD_OF_MODEL = """
+SELECT a.node_id, a.device_id FROM validation_attempts a
+JOIN nodes n ON n.id = a.node_id AND n.epoch = a.node_epoch AND n.state = 'ALIVE'
+WHERE a.model_id = %(id)s AND a.held ORDER BY a.node_id, a.device_id
 """
 # Comes before the statement that dooms them: only a second statement sees decisions made while this one waited.
 FOLDERS_LOCK_OF_MODEL = """
@@ -118,8 +132,15 @@ class ModelStore:
         return await self._database.run(lambda conn: _existing(conn, new))
 
     async def get(self, model_id: str) -> Model:
-        """Raises ModelNotFound."""
-        return await self._database.single(lambda conn: read_model(conn, model_id))
+        """Reads a model with the stamps of its files. Raises ModelNotFound."""
+
+        async def work(conn: Connection) -> Model:
+            row = await (await conn.execute(MODEL_READ_WITH_FILES, {"id": model_id})).fetchone()
+            if row is None:
+                raise ModelNotFound(model_id)
+            return model_of(row)
+
+        return await self._database.single(work)
 
     async def page(self, terms: Sequence[Term], page: Page) -> tuple[list[Model], str]:
         """Returns one page ordered by id, and the token of the next."""
@@ -129,7 +150,18 @@ class ModelStore:
             cursor = await conn.execute(query, parameters)
             return [model_of(row) for row in await cursor.fetchall()]
 
-        return page.cut(await self._database.single(work), lambda model: (model.id,))
+        return page.cut(
+            await self._database.single(work),
+            lambda model: (model.id,),
+            lambda model: len(str((model.labels, model.load_options))),
+        )
+
+    async def count(self, terms: Sequence[Term]) -> int:
+        """Counts the models on all pages."""
+        where, parameters = _where(terms)
+        return await self._database.count(
+            sql.SQL("SELECT count(*) AS n FROM models WHERE {}").format(where), parameters
+        )
 
     async def update(
         self,
@@ -183,9 +215,15 @@ class ModelStore:
             if force:
                 await conn.execute(MODEL_DELETING, {"id": model_id})  # Until it is gone, no call may load it again.
                 await order_unload(conn, model_id, node_id="", force=True, actor=actor, why="delete asked for")
-                if devices := await _active_devices(conn, model_id):
-                    return devices
-            await check_unused(conn, model_id, "delete")
+                stopped = Failure(reason="STATE_CONFLICT", message="the model is being deleted")
+                await conn.execute(ATTEMPTS_END_OF_MODEL, {"id": model_id, "failure": json_of(stopped)})
+            devices = await _active_devices(conn, model_id)
+            trials = await (await conn.execute(ATTEMPTS_HELD_OF_MODEL, {"id": model_id})).fetchall()
+            holding = (*devices, *(f"{row['node_id']}/{row['device_id']} (validation)" for row in trials))
+            if force and holding:
+                return holding
+            if holding:
+                await _refuse_use(conn, model_id, "delete", ", ".join(holding))
             if not force and await pin_owners(conn, model_id, ""):
                 await _refuse_use(conn, model_id, "delete", "")
             await conn.execute(FOLDERS_LOCK_OF_MODEL, {"id": model_id})
@@ -200,28 +238,26 @@ class ModelStore:
 
     async def snapshot(self, model_id: str) -> ModelEvent:
         """Returns the model as it is now, as an event."""
+        return await self._database.run(lambda conn: _snapshot(conn, model_id))
 
-        async def work(conn: Connection) -> ModelEvent:
-            row = await (await conn.execute(MODEL_SNAPSHOT, {"id": model_id})).fetchone()
-            if row is None:
-                raise ModelNotFound(model_id)
-            now: datetime = row["now"]
-            return ModelEvent(seq=row["event_seq"], time=now, model=model_of(row))
+    async def events_after(self, model_id: str, after_seq: int) -> tuple[list[ModelEvent], bool]:
+        """Returns the next events in order, perhaps none. Raises ModelNotFound once the model is deleted.
 
-        return await self._database.run(work)
+        For a model that was deleted and registered again the numbers begin anew: then returns a snapshot, and True.
+        """
 
-    async def events_after(self, model_id: str, after_seq: int) -> list[ModelEvent]:
-        """Returns the next events in order, perhaps none. Raises ModelNotFound once the model is deleted."""
-
-        async def work(conn: Connection) -> list[ModelEvent]:
+        async def work(conn: Connection) -> tuple[list[ModelEvent], bool]:
             parameters = {"id": model_id, "after_seq": after_seq, "limit": _EVENTS_PER_READ}
             rows = await (await conn.execute(MODEL_EVENTS, parameters)).fetchall()
-            if not rows:
-                await read_model(conn, model_id)
-            return [
+            events = [
                 ModelEvent(seq=row["seq"], time=row["time"], message=row["message"], model=model_of(row["model"]))
                 for row in rows
             ]
+            if not events:
+                snapshot = await _snapshot(conn, model_id)
+                if snapshot.seq < after_seq:
+                    return [snapshot], True
+            return events, False
 
         return await self._database.run(work)
 
@@ -232,6 +268,14 @@ async def read_model(conn: Connection, model_id: str) -> Model:
     if row is None:
         raise ModelNotFound(model_id)
     return model_of(row)
+
+
+async def _snapshot(conn: Connection, model_id: str) -> ModelEvent:
+    row = await (await conn.execute(MODEL_SNAPSHOT, {"id": model_id})).fetchone()
+    if row is None:
+        raise ModelNotFound(model_id)
+    now: datetime = row["now"]
+    return ModelEvent(seq=row["event_seq"], time=now, model=model_of(row))
 
 
 async def lock_model(conn: Connection, model_id: str) -> Model:
@@ -272,7 +316,10 @@ async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -
 
 
 async def _active_devices(conn: Connection, model_id: str) -> tuple[str, ...]:
-    """Locks the model's active residencies; returns their devices as `node/device`."""
+    """Returns the devices of the model's active residencies as `node/device`.
+
+    The caller has locked the model, so that none is added; they may end meanwhile.
+    """
     parameters = {"model_id": model_id, "node_id": ""}
     rows = await (await conn.execute(RESIDENCIES_ACTIVE_OF_MODEL, parameters)).fetchall()
     return tuple(f"{row['node_id']}/{row['device_id']}" for row in rows)
@@ -307,7 +354,11 @@ async def _insert(conn: Connection, new: NewModel) -> Model:
     for candidate in [new.id] if new.id else derived_ids(new):
         row = await (await conn.execute(MODEL_INSERT, {**values, "id": candidate})).fetchone()
         if row is not None:
-            return await change_model(conn, candidate, "registered", {"commit_sha": new.commit_sha})
+            is_open = new.source.kind is SourceKind.HUB and not new.commit_sha
+            message = (
+                "registered; the hub did not tell its commit, which the preparation will" if is_open else "registered"
+            )
+            return await change_model(conn, candidate, message, {"commit_sha": new.commit_sha})
     existing = await _existing(conn, new)  # Another call took the id at the same moment.
     if existing is None:
         raise AlreadyExists("every id derived from the source is taken; give an id")
@@ -324,11 +375,18 @@ def _check_etag(model: Model, etag: str) -> None:
 
 
 def _listing(terms: Sequence[Term], page: Page) -> tuple[sql.Composed, dict[str, Any]]:
-    parameters: dict[str, Any] = {"limit": page.size + 1}
-    conditions: list[sql.Composable] = [sql.SQL("TRUE")]
+    where, parameters = _where(terms)
     if page.after is not None:
         parameters["after"] = page.after[0]
-        conditions.append(sql.SQL("id > %(after)s"))
+        where = sql.SQL("id > %(after)s AND {}").format(where)
+    listed = sql.SQL("SELECT * FROM models WHERE {} ORDER BY id LIMIT %(limit)s").format(where)
+    return listed, {**parameters, "limit": page.size + 1}
+
+
+def _where(terms: Sequence[Term]) -> tuple[sql.Composed, dict[str, Any]]:
+    """The condition of a filter, and its parameters."""
+    parameters: dict[str, Any] = {}
+    conditions: list[sql.Composable] = [sql.SQL("TRUE")]
     for number, term in enumerate(terms):
         parameters[f"value_{number}"] = term.value
         column: sql.Composable = _COLUMNS.get(term.field, sql.SQL(""))
@@ -338,8 +396,7 @@ def _listing(terms: Sequence[Term], page: Page) -> tuple[sql.Composed, dict[str,
         value = sql.Placeholder(f"value_{number}")
         compared = "{} = {}" if term.match is Match.EQUALS else "position(lower({1}::text) in lower({0})) > 0"
         conditions.append(sql.SQL(compared).format(column, value))
-    where = sql.SQL(" AND ").join(conditions)
-    return sql.SQL("SELECT * FROM models WHERE {} ORDER BY id LIMIT %(limit)s").format(where), parameters
+    return sql.SQL(" AND ").join(conditions), parameters
 
 
 def require_update(mask: Sequence[str]) -> set[str]:

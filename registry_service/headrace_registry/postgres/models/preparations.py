@@ -5,15 +5,17 @@ Every write of a worker is guarded by its claim: once the claim ran out, the wor
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, TypeVar
 
+from headrace_models.folder import FileStamp
 from headrace_registry.errors import StateConflict
 from headrace_registry.models.builds import BuildKind, BuildState, ClaimLost, FilesDoomed
 from headrace_registry.models.files import Inspection
 from headrace_registry.models.models import Failure, Fidelity, Model, ModelState, SourceKind, Transfer
 from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import change_model, lock_model, read_model
+from headrace_registry.postgres.models.records import write_record
 from headrace_registry.postgres.requests import Request, recall, remember
 from headrace_registry.postgres.residency.nodes import hear
 from headrace_registry.postgres.rows import failure_of, fidelity_of, json_of
@@ -21,8 +23,8 @@ from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.wakeups import Wakeups
 
 PREPARATION_INSERT = """
-INSERT INTO preparations (model_id, claimed_by, claim_expire_time)
-VALUES (%(model_id)s, %(worker)s, registry_now() + make_interval(secs => %(claim_s)s))
+INSERT INTO preparations (model_id, claimed_by, claim_expire_time, token_offered)
+VALUES (%(model_id)s, %(worker)s, registry_now() + make_interval(secs => %(claim_s)s), %(token_offered)s)
 ON CONFLICT (model_id) DO NOTHING
 """
 PREPARATION_DELETE = "DELETE FROM preparations WHERE model_id = %(model_id)s RETURNING model_id"
@@ -80,6 +82,10 @@ SET done = done OR %(done)s, failure = COALESCE(%(failure)s, failure), fidelity 
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND %(target_path)s IN ('', target_path)
 RETURNING model_id
 """
+BUILD_TAKE = """
+UPDATE preparations SET node_id = NULL
+WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND %(target_path)s IN ('', target_path) AND NOT done
+"""
 # Keeps the folder from being doomed until the transaction ends.
 FOLDER_KEEP = "SELECT doom_time IS NOT NULL AS doomed FROM store_folders WHERE path = %(path)s FOR SHARE"
 MODEL_PREPARED = "UPDATE models SET last_used_time = registry_now() WHERE id = %(id)s"
@@ -93,6 +99,9 @@ WHERE m.id <> %(model_id)s AND m.state = 'READY' AND f.doom_time IS NULL
   AND (m.quantization <> 'NONE' OR %(quantization)s <> 'NONE')
 ORDER BY m.create_time, m.id LIMIT 1 FOR SHARE OF f
 """
+# The failures were those of other files.
+FAILURES_FORGET = "DELETE FROM load_failures WHERE model_id = %(model_id)s"
+OFFER_READ = "SELECT token_offered FROM preparations WHERE model_id = %(model_id)s"
 BASE_TAKE = "UPDATE preparations SET source_path = %(path)s WHERE model_id = %(model_id)s"
 
 T = TypeVar("T")
@@ -108,7 +117,7 @@ class PreparationStore:
         self._database = database
         self._wakeups = wakeups
 
-    async def start(self, model_id: str, *, worker: str, request: Request) -> Model:
+    async def start(self, model_id: str, *, worker: str, request: Request, token_offered: bool = False) -> Model:
         """Starts a preparation, claimed for `worker`. A model that is READY or in preparation is returned as it is."""
 
         async def work(conn: Connection) -> Model:
@@ -116,7 +125,8 @@ class PreparationStore:
             if await recall(conn, request) is not None:
                 return model
             if model.state is not ModelState.READY and not model.state.preparing:
-                await conn.execute(PREPARATION_INSERT, {"model_id": model_id, "worker": worker, "claim_s": CLAIM_S})
+                values = {"model_id": model_id, "worker": worker, "claim_s": CLAIM_S, "token_offered": token_offered}
+                await conn.execute(PREPARATION_INSERT, values)
                 converting = model.source.kind is SourceKind.GGUF
                 state = ModelState.CONVERTING if converting else ModelState.DOWNLOADING
                 columns = {"state": state, "failure": None, "transfer": json_of(Transfer())}
@@ -146,6 +156,15 @@ class PreparationStore:
             return model
 
         return await self._change(work)
+
+    async def token_was_offered(self, model_id: str) -> bool:
+        """True if the call that started the preparation brought a hub token, to whichever registry it was."""
+
+        async def work(conn: Connection) -> bool:
+            row = await (await conn.execute(OFFER_READ, {"model_id": model_id})).fetchone()
+            return row is not None and bool(row["token_offered"])
+
+        return await self._database.single(work)
 
     async def claim(self, worker: str, *, running: Collection[str], limit: int) -> list[Model]:
         """Claims up to `limit` preparations that no living worker has claimed; returns their models."""
@@ -202,9 +221,11 @@ class PreparationStore:
         inspection: Inspection,
         store_bytes: int = 0,
         base_path: str = "",
+        source_files: Iterable[FileStamp] = (),
         fidelity: Fidelity | None = None,
+        note: str = "",
     ) -> None:
-        """Makes the model READY. Raises ClaimLost and FilesDoomed."""
+        """Makes the model READY, and records its files. Raises ClaimLost and FilesDoomed."""
         weights = inspection.weights
         columns = {
             "state": ModelState.READY,
@@ -220,8 +241,14 @@ class PreparationStore:
             "store_bytes": store_bytes,
             "base_path": base_path,
             "fidelity": json_of(fidelity),
+            "card": json_of(inspection.card),
         }
-        await self._end(model_id, worker, "ready", columns)
+
+        async def record(conn: Connection) -> None:
+            await write_record(conn, model_id, path=files_path, files=inspection.files, source_files=source_files)
+            await conn.execute(FAILURES_FORGET, {"model_id": model_id})
+
+        await self._end(model_id, worker, f"ready; {note}" if note else "ready", columns, record)
 
     async def fail(self, model_id: str, worker: str, failure: Failure) -> None:
         """Makes the model FAILED. Raises ClaimLost."""
@@ -312,10 +339,17 @@ class PreparationStore:
         failure: Failure | None,
         fidelity: Fidelity | None = None,
     ) -> None:
-        """Stores a node's report on its build. A report on a build that was taken from the node is ignored."""
+        """Stores a node's report on its build. A report on a build that was taken from the node is ignored.
+
+        A build that was ended from outside has not failed: its worker assigns it again.
+        """
+        interrupted = failure is not None and failure.interrupted
 
         async def work(conn: Connection) -> None:
             await hear(conn, node_id, epoch)
+            if interrupted:
+                await conn.execute(BUILD_TAKE, {"model_id": model_id, "node_id": node_id, "target_path": target_path})
+                return
             model = await (await conn.execute(statements.MODEL_LOCK, {"id": model_id})).fetchone()
             parameters = {
                 "model_id": model_id,
@@ -332,7 +366,14 @@ class PreparationStore:
 
         await self._change(work)
 
-    async def _end(self, model_id: str, worker: str, message: str, columns: dict[str, Any]) -> None:
+    async def _end(
+        self,
+        model_id: str,
+        worker: str,
+        message: str,
+        columns: dict[str, Any],
+        also: Callable[[Connection], Awaitable[None]] | None = None,
+    ) -> None:
         async def work(conn: Connection) -> bool:
             await hold_claim(conn, model_id, worker)
             if columns["state"] is ModelState.READY:
@@ -342,6 +383,8 @@ class PreparationStore:
                     await conn.execute(BUILD_UNDO, {"model_id": model_id})
                     return False
                 await conn.execute(MODEL_PREPARED, {"id": model_id})
+            if also is not None:
+                await also(conn)
             await conn.execute(PREPARATION_DELETE, {"model_id": model_id})
             await change_model(conn, model_id, message, columns)
             return True

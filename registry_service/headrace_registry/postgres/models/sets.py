@@ -16,15 +16,16 @@ from headrace_registry.postgres.server.pool import Connection, Database
 # `least`: a node's clock may be ahead, and no set was last used in the future.
 SET_UPSERT = """
 INSERT INTO activation_sets
-    (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, retention, path, last_used_time, holders)
+    (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, retention, path, last_used_time, holders,
+     identity_json)
 VALUES (%(id)s, %(node_id)s, %(model_id)s, %(corpus_id)s, %(columns)s, %(n_rows)s, %(size_bytes)s, %(complete)s,
         %(retention)s, %(path)s, least(coalesce(%(last_used_time)s::timestamptz, registry_now()), registry_now()),
-        %(holders)s)
+        %(holders)s, %(identity_json)s)
 ON CONFLICT (id, node_id) DO UPDATE
 SET model_id = excluded.model_id, corpus_id = excluded.corpus_id, columns = excluded.columns,
     n_rows = excluded.n_rows, size_bytes = excluded.size_bytes, complete = excluded.complete,
     retention = excluded.retention, path = excluded.path, update_time = registry_now(),
-    last_used_time = excluded.last_used_time, holders = excluded.holders
+    last_used_time = excluded.last_used_time, holders = excluded.holders, identity_json = excluded.identity_json
 RETURNING deleting
 """
 SET_DELETE = "DELETE FROM activation_sets WHERE id = %(id)s AND node_id = %(node_id)s"
@@ -37,6 +38,10 @@ WHERE (%(model_id)s = '' OR model_id = %(model_id)s) AND (%(node_id)s = '' OR no
   AND (%(after_time)s::timestamptz IS NULL
        OR (create_time, id, node_id) < (%(after_time)s::timestamptz, %(after_id)s, %(after_node)s))
 ORDER BY create_time DESC, id DESC, node_id DESC LIMIT %(limit)s
+"""
+SETS_COUNT = """
+SELECT count(*) AS n FROM activation_sets
+WHERE (%(model_id)s = '' OR model_id = %(model_id)s) AND (%(node_id)s = '' OR node_id = %(node_id)s)
 """
 # Living nodes only: a silent node's last report on its readers may no longer be true.
 SET_HOLDERS = """
@@ -55,7 +60,6 @@ ON CONFLICT (set_id, owner) DO UPDATE SET reason = excluded.reason, expire_time 
 """
 SET_PIN_DELETE = "DELETE FROM set_pins WHERE set_id = %(set_id)s AND owner = %(owner)s"
 IS_PAST = "SELECT %(expire_time)s::timestamptz <= registry_now() AS is_past"
-SET_PINS_PURGE = "DELETE FROM set_pins WHERE expire_time < registry_now() - interval '1 day'"
 
 
 class SetStore:
@@ -153,11 +157,12 @@ class SetStore:
         return page.cut(
             await self._database.run(work),
             lambda each: (each.create_time.isoformat(), each.report.id, each.report.node_id),
+            lambda each: sum(len(name) + 4 for name in (*each.report.columns, *each.report.holders, each.report.path)),
         )
 
-    async def purge_pins(self) -> None:
-        """Removes pins that expired a day ago or earlier."""
-        await self._database.run(lambda conn: conn.execute(SET_PINS_PURGE))
+    async def count(self, *, model_id: str, node_id: str) -> int:
+        """Counts the sets on all pages."""
+        return await self._database.count(SETS_COUNT, {"model_id": model_id, "node_id": node_id})
 
 
 async def _locked(conn: Connection, set_id: str) -> Sequence[Row]:

@@ -35,7 +35,11 @@ SELECT seq, time, residency FROM residency_events
 WHERE seq > %(after_seq)s AND seq <= %(upto_seq)s AND (%(model_id)s = '' OR model_id = %(model_id)s)
 ORDER BY seq LIMIT %(limit)s
 """
-EVENTS_TRIM = "DELETE FROM residency_events WHERE seq <= (SELECT head FROM residency_log) - %(keep)s"
+EVENTS_TRIM = """
+DELETE FROM residency_events WHERE id IN (
+    SELECT id FROM residency_events WHERE seq <= (SELECT head FROM residency_log) - %(keep)s
+    ORDER BY seq LIMIT %(limit)s)
+"""
 RESIDENCIES_ACTIVE = (
     statements.RESIDENCY_IN_FULL
     + """
@@ -96,14 +100,14 @@ class EventStore:
 
         return await self._database.run(work)
 
-    async def trim(self) -> None:
-        """Deletes the oldest events beyond the number to keep."""
+    async def trim(self, limit: int) -> int:
+        """Deletes up to `limit` of the oldest events beyond the number to keep; returns how many."""
 
-        async def work(conn: Connection) -> None:
+        async def work(conn: Connection) -> int:
             await _publish(conn)
-            await conn.execute(EVENTS_TRIM, {"keep": self._keep})
+            return (await conn.execute(EVENTS_TRIM, {"keep": self._keep, "limit": limit})).rowcount
 
-        await self._database.run(work)
+        return await self._database.run(work)
 
 
 async def _publish(conn: Connection) -> None:

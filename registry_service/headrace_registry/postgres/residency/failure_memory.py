@@ -42,6 +42,11 @@ FAILURE_CLEAR = """
 UPDATE load_failures SET n_failures = 0, retry_time = registry_now()
 WHERE model_id = %(model_id)s AND node_id = %(node_id)s AND device_id = %(device_id)s
 """
+# Whatever made loads fail or runners die may have gone with the restart of the node.
+FAILURES_FORGIVE = """
+UPDATE load_failures SET n_failures = 0, n_deaths = 0, retry_time = LEAST(retry_time, registry_now())
+WHERE node_id = %(node_id)s
+"""
 LEARN = """
 INSERT INTO learned_sizes (model_id, load_dtype, quantization, node_id, device_id, device_kind, estimated_bytes,
                            measured_bytes)
@@ -99,6 +104,11 @@ async def note_success(conn: Connection, residency: Row) -> None:
     """Notes that a load succeeded: forgets the model's failures on the device and remembers its measured size."""
     await conn.execute(FAILURE_CLEAR, _key(residency))
     await conn.execute(LEARN, {"id": residency["id"]})
+
+
+async def forgive(conn: Connection, node_id: str) -> None:
+    """Notes that a node started anew: every model may be loaded there at once."""
+    await conn.execute(FAILURES_FORGIVE, {"node_id": node_id})
 
 
 class LearnedSizes:

@@ -17,7 +17,7 @@ from headrace_registry.residency.scheduling import DeviceView, NodeView
 DEVICES_OF_NODES_LOCK = """
 SELECT d.*, COALESCE((
     SELECT sum(a.reserved_bytes) FROM validation_attempts a
-    WHERE a.node_id = d.node_id AND a.device_id = d.id AND NOT a.done), 0)::bigint AS validating_bytes
+    WHERE a.node_id = d.node_id AND a.device_id = d.id AND a.held), 0)::bigint AS validating_bytes
 FROM devices d WHERE d.node_id = ANY(%(node_ids)s) ORDER BY d.node_id, d.id FOR UPDATE OF d
 """
 # Leases are granted under the residency's lock alone: after this no lease is granted until the transaction ends.

@@ -10,15 +10,19 @@ Locks are taken in the order node, device, residency.
 
 from __future__ import annotations
 
-from headrace_registry.errors import EpochStale
+from headrace_registry.errors import AlreadyExists, EpochStale
 from headrace_registry.models.builds import build_kind
 from headrace_registry.paging import Page
 from headrace_registry.postgres import statements
+from headrace_registry.postgres.residency.failure_memory import forgive
 from headrace_registry.postgres.rows import Row, device_of, model_of, node_of, residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.desired import Build, DesiredState, Validation
-from headrace_registry.residency.nodes import Announcement, Device, Node, NodeState, Pulse
+from headrace_registry.residency.nodes import Announcement, Device, Node, NodeState, Pulse, is_other_node
 from headrace_registry.wakeups import Wakeups
+
+# A node that was killed is called LOST, and frees its id, after a few times this long.
+_TAKEN_RETRY_S = 5.0
 
 # Keeps the node as it is while its residencies are read: a node LOST in between would be told to drop its models.
 NODE_KEEP = "SELECT * FROM nodes WHERE id = %(id)s FOR SHARE"
@@ -41,12 +45,12 @@ UPDATE nodes SET memory_free_bytes = %(memory_free_bytes)s,
 WHERE id = %(id)s
 """
 NODE_HEARD = "UPDATE nodes SET state = 'ALIVE', heartbeat_time = registry_now() WHERE id = %(id)s"
-# SKIP LOCKED: a node in a call at this moment is not silent, and another replica may be at the same work.
-NODES_SILENT = """
-SELECT id FROM nodes
-WHERE state = 'ALIVE' AND heartbeat_time < registry_now() - make_interval(secs => %(silent_s)s)
-ORDER BY id FOR UPDATE SKIP LOCKED
+_SILENT = """
+SELECT id FROM nodes WHERE state = 'ALIVE' AND heartbeat_time < registry_now() - make_interval(secs => %(silent_s)s)
 """
+NODES_SILENT = _SILENT + "ORDER BY id"
+# SKIP LOCKED: a node in a call at this moment is not silent, and another replica may be at the same work.
+NODE_LOCK_SILENT = _SILENT + "AND id = %(id)s FOR UPDATE SKIP LOCKED"
 NODE_LOST = "UPDATE nodes SET state = 'LOST' WHERE id = %(id)s"
 NODES_LIST = """
 SELECT * FROM nodes WHERE %(after)s::text IS NULL OR id > %(after)s ORDER BY id LIMIT %(limit)s
@@ -86,15 +90,19 @@ WHERE r.node_id = %(node_id)s AND r.node_epoch = %(epoch)s
 ORDER BY r.create_time, r.id
 """
 )
-MODELS_OF_IDS = "SELECT * FROM models WHERE id = ANY(%(ids)s)"
+MODELS_OF_IDS = """
+SELECT m.*, f.files FROM models m LEFT JOIN model_files f ON f.model_id = m.id AND f.path = m.files_path
+WHERE m.id = ANY(%(ids)s)
+"""
 BUILDS_OF_NODE = """
 SELECT m.*, p.target_path, p.source_path FROM preparations p JOIN models m ON m.id = p.model_id
 WHERE p.node_id = %(node_id)s AND p.target_path <> '' AND NOT p.done AND p.failure IS NULL
 ORDER BY p.create_time, m.id
 """
 ATTEMPTS_OF_NODE = """
-SELECT a.id AS attempt_id, a.device_id AS attempt_device_id, a.load_options AS attempt_options, m.*
+SELECT a.id AS attempt_id, a.device_id AS attempt_device_id, a.load_options AS attempt_options, m.*, f.files
 FROM validation_attempts a JOIN models m ON m.id = a.model_id
+LEFT JOIN model_files f ON f.model_id = m.id AND f.path = m.files_path
 WHERE a.node_id = %(node_id)s AND a.node_epoch = %(epoch)s AND NOT a.done AND a.expire_time > registry_now()
 ORDER BY a.create_time, a.id
 """
@@ -139,7 +147,10 @@ class NodeStore:
         self._wakeups = wakeups
 
     async def register(self, announcement: Announcement) -> int:
-        """Stores an announcement. Returns the epoch: the current one for a known boot nonce, else a new one."""
+        """Stores an announcement. Returns the epoch: the current one for a known boot nonce, else a new one.
+
+        Raises AlreadyExists if a living node with another data folder has this id.
+        """
 
         async def work(conn: Connection) -> int:
             node_id = announcement.node_id
@@ -148,8 +159,17 @@ class NodeStore:
             row = await (await conn.execute(NODE_LOCK, {"id": node_id})).fetchone()
             assert row is not None
             epoch: int = row["epoch"]
+            if row["state"] == NodeState.ALIVE and is_other_node(row["boot_nonce"], announcement.boot_nonce):
+                raise AlreadyExists(
+                    f"Another extractor, at {row['address']}, is registered as node {node_id} and lives; start one of "
+                    "the two with another --node-id.",
+                    metadata={"node_id": node_id, "address": row["address"]},
+                    retry_after_s=_TAKEN_RETRY_S,
+                    resource=("Node", node_id),
+                )
             if row["boot_nonce"] != announcement.boot_nonce:
                 await lose_residencies(conn, node_id, silent=False, reason="the node started anew")
+                await forgive(conn, node_id)
                 epoch += 1
             elif row["state"] == NodeState.LOST:
                 await _revive(conn, node_id, epoch)
@@ -244,15 +264,25 @@ class NodeStore:
 
         return page.cut(await self._database.run(work), lambda node: (node.id,))
 
-    async def lose_silent(self, silent_s: float) -> list[str]:
-        """Marks nodes LOST that were not heard for `silent_s` seconds; returns their ids."""
+    async def silent(self, silent_s: float) -> list[str]:
+        """Returns the ids of living nodes that were not heard for `silent_s` seconds."""
 
         async def work(conn: Connection) -> list[str]:
             rows = await (await conn.execute(NODES_SILENT, {"silent_s": silent_s})).fetchall()
-            for row in rows:
-                await conn.execute(NODE_LOST, {"id": row["id"]})
-                await lose_residencies(conn, row["id"], silent=True, reason="the node is silent")
             return [row["id"] for row in rows]
+
+        return await self._database.single(work)
+
+    async def lose(self, node_id: str, silent_s: float) -> bool:
+        """Marks a node LOST if it is still silent. Returns False if it was heard, or another replica was faster."""
+
+        async def work(conn: Connection) -> bool:
+            cursor = await conn.execute(NODE_LOCK_SILENT, {"id": node_id, "silent_s": silent_s})
+            if await cursor.fetchone() is None:
+                return False
+            await conn.execute(NODE_LOST, {"id": node_id})
+            await lose_residencies(conn, node_id, silent=True, reason="the node is silent")
+            return True
 
         lost = await self._database.run(work)
         if lost:
@@ -280,21 +310,21 @@ async def lose_residencies(conn: Connection, node_id: str, *, silent: bool, reas
     ids = [row["id"] for row in rows]
     if not silent:
         await conn.execute(statements.LEASES_END, {"residency_ids": ids})
-    for residency_id in ids:
-        await conn.execute(statements.RESIDENCY_EVENT, {"id": residency_id})
+    await conn.execute(statements.RESIDENCY_EVENTS, {"ids": ids})
 
 
 async def _revive(conn: Connection, node_id: str, epoch: int) -> None:
     await conn.execute(DEVICES_OF_NODE_LOCK, {"node_id": node_id})
     parameters = {"node_id": node_id, "epoch": epoch, "reason": "the node is back"}
     rows = await (await conn.execute(RESIDENCIES_REVIVE, parameters)).fetchall()
-    for row in rows:
-        await conn.execute(statements.RESIDENCY_EVENT, {"id": row["id"]})
+    await conn.execute(statements.RESIDENCY_EVENTS, {"ids": [row["id"] for row in rows]})
 
 
 def _build_of(row: Row) -> Build:
     model = model_of(row)
-    return Build(kind=build_kind(model), model=model, target_path=row["target_path"], source_path=row["source_path"])
+    target_path, source_path = row["target_path"], row["source_path"]
+    kind = build_kind(model, target_path)
+    return Build(kind=kind, model=model, target_path=target_path, source_path=source_path)
 
 
 def _check_epoch(node_id: str, epoch: int, current: int | None) -> None:

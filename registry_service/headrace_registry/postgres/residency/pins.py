@@ -39,6 +39,16 @@ WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id IN ('', %(node_id
   AND (expire_time IS NULL OR expire_time > registry_now())
 ORDER BY owner LIMIT 20
 """
+# Pinned models that are on no device that their pin names; a pin of any node is met by any device.
+PINS_UNMET = """
+SELECT DISTINCT ON (p.model_id, p.node_id) p.* FROM pins p JOIN models m ON m.id = p.model_id
+WHERE m.state = 'READY' AND p.node_id IN ('', %(node_id)s) AND (p.expire_time IS NULL OR p.expire_time > registry_now())
+  AND NOT EXISTS (
+      SELECT 1 FROM residencies r
+      WHERE r.model_id = p.model_id AND (p.node_id = '' OR r.node_id = p.node_id)
+        AND r.state IN ('QUEUED', 'LOADING', 'RESIDENT', 'DRAINING'))
+ORDER BY p.model_id, p.node_id, p.create_time LIMIT 64
+"""
 PINS_PURGE = "DELETE FROM pins WHERE expire_time <= registry_now() RETURNING model_id, node_id, owner"
 NODE_IS_KNOWN = "SELECT 1 FROM nodes WHERE id = %(node_id)s"
 # An event without a transition: the residency's row keeps the reason of its last transition.
@@ -136,6 +146,11 @@ class PinStore:
         if n_expired:
             self._wakeups.wake()
         return n_expired
+
+
+async def unmet_pins(conn: Connection, node_id: str) -> list[Pin]:
+    """Returns the pins that a start of this node may meet, one for each model and place, 64 at most."""
+    return [pin_of(row) for row in await (await conn.execute(PINS_UNMET, {"node_id": node_id})).fetchall()]
 
 
 async def pin_owners(conn: Connection, model_id: str, node_id: str) -> list[str]:

@@ -1,25 +1,31 @@
 """Residencies in Postgres: loads, unloads, the steps of AcquireLease, and the reports of nodes.
 
 Every decision about a device's memory holds that device's row FOR UPDATE, so reserving, choosing victims and granting
-are one step. Locks are taken in the order model, node, device, residency.
+are one step. Locks are taken in the order node, model, device, residency; a lease on a resident model is granted under
+the residency's lock alone, in a transaction that takes no other.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from headrace_chassis.errors import ServiceError
 from headrace_registry.errors import LeaseLost, LoadFailed
 from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
 from headrace_registry.models.models import Failure
 from headrace_registry.paging import Page
 from headrace_registry.postgres import statements
 from headrace_registry.postgres.models.models import read_model
+from headrace_registry.postgres.models.validations import note_load
 from headrace_registry.postgres.requests import Request, recall, remember
+from headrace_registry.postgres.residency.evicting import order_eviction
 from headrace_registry.postgres.residency.failure_memory import note_death, note_failure, note_success
 from headrace_registry.postgres.residency.leases import grant_lease, grant_resident, lease_of_request
 from headrace_registry.postgres.residency.node_views import lock_nodes
 from headrace_registry.postgres.residency.nodes import hear
+from headrace_registry.postgres.residency.pins import unmet_pins
 from headrace_registry.postgres.residency.placing import place
 from headrace_registry.postgres.residency.transitions import (
     move,
@@ -31,9 +37,10 @@ from headrace_registry.postgres.residency.unloading import order_unload
 from headrace_registry.postgres.residency.waiting import Waiter, wait_in_line
 from headrace_registry.postgres.rows import json_of, occupant_of, residency_of
 from headrace_registry.postgres.server.pool import Connection, Database
-from headrace_registry.residency.leases import LeaseTerms
+from headrace_registry.residency.evictions import Eviction
+from headrace_registry.residency.leases import Lease, LeaseTerms
 from headrace_registry.residency.policy import Policy
-from headrace_registry.residency.refusals import holders_of, load_error, same_everywhere
+from headrace_registry.residency.refusals import holders_of, interrupted_error, load_error, same_everywhere
 from headrace_registry.residency.residency import Residency, ResidencyReport, ResidencyState, follow_report
 from headrace_registry.residency.wishes import DeviceKey, LeaseProgress, Placed, Wish
 from headrace_registry.wakeups import Wakeups
@@ -48,6 +55,11 @@ WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND (%(node_id)s = '' OR 
 ORDER BY r.create_time DESC, r.id DESC LIMIT %(limit)s
 """
 )
+RESIDENCIES_COUNT = """
+SELECT count(*) AS n FROM residencies r
+WHERE (%(model_id)s = '' OR r.model_id = %(model_id)s) AND (%(node_id)s = '' OR r.node_id = %(node_id)s)
+  AND (%(include_ended)s OR r.state NOT IN ('UNLOADED', 'FAILED', 'LOST'))
+"""
 RESIDENCY_LOCK = """
 SELECT *, extract(epoch FROM registry_now() - state_time)::float8 AS age_s
 FROM residencies WHERE id = %(id)s FOR UPDATE
@@ -75,6 +87,11 @@ RETURNING residency_id
 """
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+# Whatever ends a load so often, such as a guard of the machine's memory, goes on doing so.
+_MAX_INTERRUPTED = 5
 
 
 class ResidencyStore:
@@ -110,6 +127,15 @@ class ResidencyStore:
 
         return await self._change(work)
 
+    async def load_pinned(self, node_id: str) -> None:
+        """Loads pinned models that are on no device, after a start of the node; a load that is refused is logged."""
+        for pin in await self._database.run(lambda conn: unmet_pins(conn, node_id)):
+            wish = Wish(model_id=pin.model_id, node_id=pin.node_id, actor=f"pin of {pin.owner}")
+            try:
+                await self.load(wish, Request(request_id="", method="LoadModel", arguments=()))
+            except ServiceError as exc:
+                log.info("pinned %s is not loaded: %s", pin.model_id, exc.message)
+
     async def step(
         self, wish: Wish, terms: LeaseTerms, waiter_id: str, *, last: LeaseProgress | None = None
     ) -> LeaseProgress:
@@ -119,17 +145,16 @@ class ResidencyStore:
         device where it has not, or the failure is raised.
         """
 
-        async def work(conn: Connection) -> tuple[LeaseProgress, bool]:
+        async def grant(conn: Connection) -> Lease | None:
             # A call that is repeated after its answer got lost has its lease already.
             known = await lease_of_request(conn, terms.request_id, wish.model_id)
-            if known is not None:
+            return known or await grant_resident(conn, wish, terms, lease_id=waiter_id)
+
+        async def work(conn: Connection) -> tuple[LeaseProgress, bool]:
+            known = await lease_of_request(conn, terms.request_id, wish.model_id)
+            if known is not None:  # Granted to a repeated call meanwhile.
                 return LeaseProgress(lease=known), False
-            lease = await grant_resident(conn, wish, terms, lease_id=waiter_id)
-            if lease is not None:
-                if last is not None:
-                    await conn.execute(statements.WAITER_DELETE, {"id": waiter_id})
-                return LeaseProgress(lease=lease), False
-            placed, avoid = await self._place(conn, wish, last)
+            placed, avoid, n_interrupted = await self._place(conn, wish, last)
             residency = placed.residency
             # It may have become resident between the attempt to grant and the locks that placing takes.
             if residency.state is ResidencyState.RESIDENT:
@@ -139,12 +164,17 @@ class ResidencyStore:
             await wait_in_line(conn, Waiter.calling(waiter_id, wish), residency.id, self._policy)
             row = await (await conn.execute(POSITION, {"id": residency.id})).fetchone()
             assert row is not None
-            return LeaseProgress(residency=residency, position=row["position"], avoid=avoid), placed.changed
+            progress = LeaseProgress(
+                residency=residency, position=row["position"], avoid=avoid, n_interrupted=n_interrupted
+            )
+            return progress, placed.changed
 
-        if last is None and not terms.request_id:  # For a resident model one statement is enough.
-            lease = await self._database.single(lambda conn: grant_resident(conn, wish, terms, lease_id=waiter_id))
-            if lease is not None:
-                return LeaseProgress(lease=lease)
+        # For a resident model one statement is enough, unless there is a request to remember.
+        lease = await (self._database.run if terms.request_id else self._database.single)(grant)
+        if lease is not None:
+            if last is not None:
+                await self._database.single(lambda conn: conn.execute(statements.WAITER_DELETE, {"id": waiter_id}))
+            return LeaseProgress(lease=lease)
         answer, changed = await self._database.run(work)
         if changed:
             self._wakeups.wake()
@@ -152,23 +182,31 @@ class ResidencyStore:
 
     async def _place(
         self, conn: Connection, wish: Wish, last: LeaseProgress | None
-    ) -> tuple[Placed, Mapping[DeviceKey, Failure]]:
-        """Places the wish; returns the devices to avoid too, to which a load that failed since `last` adds its own."""
+    ) -> tuple[Placed, Mapping[DeviceKey, Failure], int]:
+        """Places the wish; returns the devices to avoid too, to which a load that failed since `last` adds its own.
+
+        A load that was interrupted from outside begins again, a few times for each call; how often is returned last.
+        """
         avoid = dict(last.avoid) if last is not None else {}
+        n_interrupted = last.n_interrupted if last is not None else 0
         row = None
         if last is not None and last.residency is not None:
             row = await (await conn.execute(statements.RESIDENCY_READ, {"id": last.residency.id})).fetchone()
+        if row is not None and row["state"] == ResidencyState.FAILED and row["failure"] is None:
+            n_interrupted += 1
+            if n_interrupted > _MAX_INTERRUPTED:
+                raise interrupted_error(residency_of(row))
         # A load that the registry gave up is UNLOADING until its memory is back.
         over = (ResidencyState.FAILED, ResidencyState.UNLOADING)
         if row is None or row["failure"] is None or row["state"] not in over:
-            return await place(conn, wish, self._policy, self._allowances, avoid), avoid
+            return await place(conn, wish, self._policy, self._allowances, avoid), avoid, n_interrupted
         failed = residency_of(row)
         if same_everywhere(failed):
             raise load_error(failed)
         assert failed.failure is not None
         avoid[failed.node_id, failed.device_id] = failed.failure
         try:
-            return await place(conn, wish, self._policy, self._allowances, avoid), avoid
+            return await place(conn, wish, self._policy, self._allowances, avoid), avoid, n_interrupted
         except LoadFailed:  # Every other device is avoided too: the caller's own failure says more.
             raise load_error(failed) from None
 
@@ -219,6 +257,19 @@ class ResidencyStore:
 
         return await self._change(work)
 
+    async def evict(
+        self, wanted_bytes: int, *, node_id: str, device_id: str, actor: str
+    ) -> tuple[Eviction, list[Residency]]:
+        """Evicts idle models until so many bytes are free on a device, see `order_eviction`; so it is idempotent."""
+
+        async def work(conn: Connection) -> tuple[Eviction, list[Residency]]:
+            decided = await order_eviction(
+                conn, wanted_bytes, node_id=node_id, device_id=device_id, actor=actor, policy=self._policy
+            )
+            return decided, [await read_residency(conn, each.residency_id) for each in decided.victims]
+
+        return await self._change(work)
+
     async def report(self, report: ResidencyReport) -> None:
         """Follows a node's report. Raises EpochStale, and LeaseLost if the report answers an older assignment."""
 
@@ -262,6 +313,11 @@ class ResidencyStore:
 
         return page.cut(await self._database.run(work), lambda each: (each.create_time.isoformat(), each.id))
 
+    async def count(self, *, model_id: str, node_id: str, include_ended: bool) -> int:
+        """Counts the residencies on all pages."""
+        parameters = {"model_id": model_id, "node_id": node_id, "include_ended": include_ended}
+        return await self._database.count(RESIDENCIES_COUNT, parameters)
+
     async def details(self, ids: Sequence[str]) -> dict[str, Residency]:
         """Reads residencies with queue position, pins and holders, by id; purged ones are missing."""
 
@@ -303,7 +359,11 @@ async def _follow(conn: Connection, report: ResidencyReport, policy: Policy) -> 
         await conn.execute(RESIDENCY_MEASURED, values)
         await conn.execute(statements.RESIDENCY_USED, {"id": report.residency_id})
         await note_success(conn, row)
-    await conn.execute(statements.WAITERS_STANDING_END, {"residency_id": row["id"]})
+    if current is ResidencyState.LOADING and followed in (ResidencyState.RESIDENT, ResidencyState.FAILED):
+        await note_load(conn, report, row["model_id"])
+    # LoadModel keeps its place for a load that was ended from outside: upkeep begins it again.
+    if not (current is ResidencyState.LOADING and report.failure is not None and report.failure.interrupted):
+        await conn.execute(statements.WAITERS_STANDING_END, {"residency_id": row["id"]})
     reason = report.failure.message if report.failure is not None else f"reported {followed.lower()}"
     await move(conn, report.residency_id, followed, reason=reason, actor=f"node {report.node_id}")
     return True
@@ -315,6 +375,8 @@ async def _note_end(conn: Connection, report: ResidencyReport, row: dict[str, An
     if report.lost_bytes > 0:
         values = {"node_id": row["node_id"], "device_id": row["device_id"], "lost_bytes": report.lost_bytes}
         await conn.execute(RESIDENCY_LOST_BYTES, values)
+    if report.failure is not None and report.failure.interrupted:
+        return  # No fault of the model: nothing to remember, and calls that wait for it have it loaded again.
     if report.failure is not None:
         await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(report.failure)})
     failure = report.failure or Failure(reason="LOAD_FAILED", message="the node gave no reason; see its log")

@@ -21,6 +21,10 @@ UPDATE residencies
 SET state_time = CASE WHEN state = %(state)s THEN state_time ELSE registry_now() END,
     state = %(state)s, reason = %(reason)s, actor = %(actor)s, update_time = registry_now(),
     fence = CASE WHEN %(new_fence)s THEN nextval('residency_fences') ELSE fence END,
+    load_begin_time = CASE WHEN %(state)s::text = 'LOADING' AND state <> 'LOADING' THEN registry_now()
+                           ELSE load_begin_time END,
+    resident_time = CASE WHEN %(state)s::text = 'RESIDENT' AND state = 'LOADING' THEN registry_now()
+                         ELSE resident_time END,
     state_when_lost = NULL
 WHERE id = %(id)s
 """
@@ -79,7 +83,7 @@ async def move(
     new_fence = state in _NEEDS_NEW_FENCE
     values = {"id": residency_id, "state": state, "reason": reason, "actor": actor, "new_fence": new_fence}
     await conn.execute(RESIDENCY_MOVE, values)
-    await conn.execute(statements.RESIDENCY_EVENT, {"id": residency_id})
+    await conn.execute(statements.RESIDENCY_EVENTS, {"ids": [residency_id]})
 
 
 async def read_residency(conn: Connection, residency_id: str) -> Residency:

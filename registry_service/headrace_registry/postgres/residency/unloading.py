@@ -20,7 +20,7 @@ RESIDENCIES_OF_MODEL_TO_END = """
 SELECT id, state FROM residencies
 WHERE model_id = %(model_id)s AND (%(node_id)s = '' OR node_id = %(node_id)s)
   AND (state NOT IN ('UNLOADED', 'FAILED', 'LOST') OR state_when_lost IS NOT NULL)
-ORDER BY node_id, device_id, id FOR UPDATE
+ORDER BY id FOR UPDATE
 """
 HOLDERS_OF_MODEL = """
 SELECT l.holder FROM leases l JOIN residencies r ON r.id = l.residency_id

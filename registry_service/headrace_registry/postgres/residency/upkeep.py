@@ -13,6 +13,7 @@ from headrace_registry.errors import DatabaseUnavailable
 from headrace_registry.models.allowances import NOTHING_ALLOWED, Allowances
 from headrace_registry.models.models import Failure
 from headrace_registry.postgres import statements
+from headrace_registry.postgres.models.validations import note_load
 from headrace_registry.postgres.residency.failure_memory import note_failure
 from headrace_registry.postgres.residency.node_views import lock_nodes
 from headrace_registry.postgres.residency.placing import place
@@ -20,7 +21,7 @@ from headrace_registry.postgres.residency.transitions import move, plan_and_carr
 from headrace_registry.postgres.rows import json_of
 from headrace_registry.postgres.server.pool import Connection, Database
 from headrace_registry.residency.policy import Policy
-from headrace_registry.residency.residency import ResidencyState
+from headrace_registry.residency.residency import ResidencyReport, ResidencyState
 from headrace_registry.residency.wishes import Wish
 from headrace_registry.wakeups import Wakeups
 
@@ -47,25 +48,16 @@ ORDER BY r.node_id, r.id
 WAITERS_STANDING = """
 SELECT w.id, w.node_id, w.device_id, w.actor, r.model_id, r.id AS residency_id
 FROM waiters w JOIN residencies r ON r.id = w.residency_id
-WHERE w.standing AND r.state = 'QUEUED' AND w.expire_time > registry_now()
+WHERE w.standing AND (r.state = 'QUEUED' OR (r.state = 'FAILED' AND r.failure IS NULL))
+  AND w.expire_time > registry_now()
 ORDER BY r.queue_seq, w.id
 """
 WAITER_MOVE = "UPDATE waiters SET residency_id = %(residency_id)s WHERE id = %(id)s"
 WAITERS_EXPIRE = "DELETE FROM waiters WHERE expire_time <= registry_now()"
-PURGE = (
-    # A day is longer than any client retries one request.
-    "DELETE FROM requests WHERE create_time < registry_now() - interval '1 day'",
-    "DELETE FROM leases WHERE state <> 'HELD' AND end_time < registry_now() - interval '1 day'",
-    # A week of ended residencies answers "what happened".
-    """
-DELETE FROM residencies
-WHERE state IN ('UNLOADED', 'FAILED', 'LOST') AND update_time < registry_now() - interval '7 days'
-""",
-)
 
 log = logging.getLogger(__name__)
 
-# Most waiters of LoadModel placed anew in one round, which so stays short.
+# Most waiters of LoadModel placed anew in one round, which so stays short; rounds take turns through all of them.
 _MAX_STANDING = 64
 
 
@@ -79,13 +71,14 @@ class ResidencyUpkeep:
         self._wakeups = wakeups
         self._policy = policy
         self._allowances = allowances
+        self._last_standing = ""  # The waiter that was looked after last.
 
     async def tidy(self) -> None:
         """Does one round: makes the transitions that are due on every living node."""
         changed = False
         for row in await self._read(NODES_DUE, {"idle_timeout_s": self._policy.idle_timeout_s}):
             changed |= await self._plan_node(row["node_id"])
-        for row in (await self._read(WAITERS_STANDING, {}))[:_MAX_STANDING]:
+        for row in self._next_standing(await self._read(WAITERS_STANDING, {})):
             changed |= await self._place_again(row)
         silent = await self._read(RESIDENCIES_SILENT, self._silence(""))
         for node_id in sorted({row["node_id"] for row in silent}):
@@ -94,14 +87,12 @@ class ResidencyUpkeep:
         if changed:
             self._wakeups.wake()
 
-    async def purge(self) -> None:
-        """Removes old rows: answered requests, ended leases and ended residencies."""
-
-        async def work(conn: Connection) -> None:
-            for statement in PURGE:
-                await conn.execute(statement)
-
-        await self._database.run(work)
+    def _next_standing(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the waiters of this round: those behind the last one of the round before, then from the front."""
+        begin = next((place + 1 for place, row in enumerate(rows) if row["id"] == self._last_standing), 0)
+        chosen = [*rows[begin:], *rows[:begin]][:_MAX_STANDING]
+        self._last_standing = chosen[-1]["id"] if chosen else ""
+        return chosen
 
     async def _plan_node(self, node_id: str) -> bool:
         async def work(conn: Connection) -> bool:
@@ -146,6 +137,7 @@ class ResidencyUpkeep:
                     failure = Failure(reason="LOAD_FAILED", message=reason)
                     await conn.execute(statements.RESIDENCY_FAILURE, {"id": row["id"], "failure": json_of(failure)})
                     await note_failure(conn, row, failure, policy)
+                    await note_load(conn, _given_up(row, failure), row["model_id"])
                     # The node may still hold a part of the model: its bytes count until the node reports the end.
                     state = ResidencyState.UNLOADING
                 else:
@@ -170,3 +162,10 @@ class ResidencyUpkeep:
             "load_deadline_s": self._policy.load_deadline_s,
             "unload_silence_s": self._policy.unload_silence_s,
         }
+
+
+def _given_up(row: dict[str, Any], failure: Failure) -> ResidencyReport:
+    """Returns the report that the node has not sent."""
+    return ResidencyReport(
+        node_id=row["node_id"], epoch=0, residency_id=row["id"], fence=0, state=ResidencyState.FAILED, failure=failure
+    )

@@ -7,6 +7,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 
 from headrace_chassis.errors import StartError
 from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
+from headrace_registry.postgres.server.recipe import ConnectionRecipe
 
 # Compose files and systemd units start the database at the same time as the registry.
 _PATIENCE_S = 30.0
@@ -17,7 +18,8 @@ class DatabaseUnreachable(StartError):
 
 
 async def migrate_when_reachable(url: str, *, patience_s: float = _PATIENCE_S) -> None:
-    """Applies the migrations. Raises DatabaseUnreachable after `patience_s`, SchemaMismatch at once."""
+    """Applies the migrations. Raises DatabaseUnreachable after `patience_s`, other StartErrors at once."""
+    recipe = ConnectionRecipe.of(url)
     attempts = AsyncRetrying(
         retry=retry_if_exception_type(psycopg.OperationalError),
         stop=stop_after_delay(patience_s),
@@ -29,4 +31,5 @@ async def migrate_when_reachable(url: str, *, patience_s: float = _PATIENCE_S) -
             with attempt:
                 await migrate(url, packaged_migrations())
     except psycopg.Error as exc:
-        raise DatabaseUnreachable(f"The database can't be used ({str(exc).strip()}); check DATABASE_URL.") from exc
+        cause = recipe.without_secrets(str(exc).strip())
+        raise DatabaseUnreachable(f"The database can't be used ({cause}); check DATABASE_URL.") from None

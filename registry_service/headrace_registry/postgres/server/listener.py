@@ -14,7 +14,8 @@ import uuid
 import psycopg
 
 from headrace_registry.errors import DatabaseUnavailable
-from headrace_registry.postgres.server.pool import Database, connection_arguments
+from headrace_registry.postgres.server.pool import Database
+from headrace_registry.postgres.server.recipe import ConnectionRecipe
 from headrace_registry.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Listener:
     """Notifies the other replicas of this one's changes, and wakes this one's calls when another replica notifies."""
 
     def __init__(self, url: str, database: Database, wakeups: Wakeups) -> None:
-        self._url = url
+        self._recipe = ConnectionRecipe.of(url)
         self._database = database
         self._wakeups = wakeups
         self._replica = uuid.uuid4().hex  # To leave out this replica's own notifications.
@@ -49,15 +50,13 @@ class Listener:
             try:
                 await self._listen_once()
             except (psycopg.Error, OSError) as exc:
-                log.info("listening again soon: %s", str(exc).strip())
+                log.info("listening again soon: %s", self._recipe.without_secrets(str(exc).strip()))
             finally:
                 self.listening.clear()
             await asyncio.sleep(_RECONNECT_S)
 
     async def _listen_once(self) -> None:
-        arguments = connection_arguments(statement_timeout_s=_STATEMENT_TIMEOUT_S)
-        conn = await psycopg.AsyncConnection.connect(self._url, autocommit=True, **arguments)  # type: ignore[arg-type]
-        async with conn:
+        async with await self._recipe.connect(timeout_s=_STATEMENT_TIMEOUT_S) as conn:
             await conn.execute(f"LISTEN {_CHANNEL}")
             self.listening.set()
             self._wakeups.heard()
@@ -75,6 +74,6 @@ class Listener:
             await self._wakeups.news()
             try:
                 await self._database.run(lambda conn: conn.execute(_NOTIFY, parameters))
-            except (DatabaseUnavailable, psycopg.Error) as exc:  # Such as a server that became a read-only replica.
+            except (DatabaseUnavailable, psycopg.Error) as exc:
                 log.info("the other replicas find out by themselves: %s", str(exc).strip())
             await asyncio.sleep(_TELL_EVERY_S)

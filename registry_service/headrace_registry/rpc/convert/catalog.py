@@ -1,9 +1,10 @@
-"""ListCatalog: pages of curated models as messages."""
+"""ListCatalog and ListLoadOptions: what this version of the registry knows by itself, as messages."""
 
 from __future__ import annotations
 
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
+from headrace_models.load_options import OPTIONS
 from headrace_registry.errors import FieldInvalid
 from headrace_registry.paging import page_from
 from headrace_registry.sizing.catalog import CATALOG, Entry
@@ -23,7 +24,27 @@ def list_catalog(request: pb.ListCatalogRequest) -> pb.ListCatalogResponse:
         key_length=1,
     )
     entries, token = CATALOG.page(fits_bytes=request.fits_bytes, category=request.category, page=page)
-    return pb.ListCatalogResponse(entries=[entry_to_pb(entry) for entry in entries], next_page_token=token)
+    return pb.ListCatalogResponse(
+        entries=[entry_to_pb(entry) for entry in entries],
+        next_page_token=token,
+        total_size=len(CATALOG.matching(fits_bytes=request.fits_bytes, category=request.category)),
+    )
+
+
+def list_load_options() -> pb.ListLoadOptionsResponse:
+    """Answers ListLoadOptions, without I/O."""
+    return pb.ListLoadOptionsResponse(
+        options=[
+            pb.LoadOption(
+                name=name,
+                values=option.values,
+                default_value=option.default,
+                about=option.about,
+                changes_numbers=option.changes_numbers,
+            )
+            for name, option in sorted(OPTIONS.items(), key=lambda item: not item[1].changes_numbers)
+        ]
+    )
 
 
 def entry_to_pb(entry: Entry) -> pb.CatalogEntry:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format, struct_pb2
 
 from headrace.registry.v1 import model_pb2, model_service_pb2, node_service_pb2
 from headrace_models.errors import LoadOptionInvalid
+from headrace_models.folder import FileStamp
+from headrace_models.gguf import parts_of
 from headrace_models.load_options import checked_options
 from headrace_registry.errors import FieldInvalid
 from headrace_registry.inputs import checked_id, checked_labels, clean_text
@@ -42,6 +46,10 @@ def source_from_pb(message: model_pb2.ModelSource, roots: ModelRoots) -> m.Sourc
         return m.Source(kind=m.SourceKind.FOLDER, location=path)
     if kind == "gguf":
         path = roots.file(message.gguf.path, field="model.source.gguf.path")
+        try:
+            parts_of(Path(path))
+        except ValueError as exc:
+            raise FieldInvalid("model.source.gguf.path", str(exc)) from exc
         return m.Source(kind=m.SourceKind.GGUF, location=path)
     raise FieldInvalid("model.source", "set one of `hub`, `folder`, `gguf`")
 
@@ -88,6 +96,8 @@ def model_to_pb(model: m.Model) -> model_pb2.Model:
         etag=model.etag,
         fidelity=fidelity_to_pb(model.fidelity) if model.fidelity else None,
         store_bytes=model.store_bytes,
+        files=[_file_to_pb(stamp) for stamp in model.files] or None,
+        card=model_pb2.ModelCard(**asdict(model.card)) if model.card else None,
     )
     source = model.source
     if source.kind is m.SourceKind.HUB:
@@ -157,6 +167,16 @@ def model_event_to_pb(
         message=event.message,
         snapshot=snapshot,
         heartbeat=heartbeat,
+    )
+
+
+def _file_to_pb(stamp: FileStamp) -> model_pb2.ModelFile:
+    return model_pb2.ModelFile(
+        name=stamp.name,
+        size_bytes=stamp.size_bytes,
+        mtime_ns=stamp.mtime_ns,
+        inode=stamp.inode,
+        sha256=stamp.sha256,
     )
 
 

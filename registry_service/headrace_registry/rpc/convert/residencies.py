@@ -74,7 +74,11 @@ def failure_to_pb(failure: m.Failure) -> model_pb2.Failure:
 
 def failure_from_pb(message: model_pb2.Failure) -> m.Failure:
     """Cuts reason and message to a length worth keeping."""
-    return m.Failure(reason=clean_text(message.reason, 63), message=clean_text(message.message, 2000))
+    return m.Failure(
+        reason=clean_text(message.reason, 63),
+        message=clean_text(message.message, 2000),
+        interrupted=message.interrupted,
+    )
 
 
 def device_from_pb(message: residency_pb2.Device) -> Device:
@@ -166,6 +170,8 @@ def residency_to_pb(residency: Residency) -> residency_pb2.Residency:
         queue_position=residency.queue_position,
         pinned=residency.pinned,
         holders=residency.holders,
+        load_s=residency.load_s,
+        resident_time=time_to_pb(residency.resident_time) if residency.resident_time else None,
     )
 
 

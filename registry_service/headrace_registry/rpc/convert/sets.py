@@ -23,11 +23,12 @@ def set_report_from_pb(message: pb.ActivationSet, *, node_id: str) -> SetReport:
         path=message.path,
         last_used_time=time_from_pb(message.last_used_time, field="set.last_used_time") if used else None,
         holders=tuple(message.holders),
+        identity_json=message.identity_json,
     )
 
 
-def set_to_pb(held: ActivationSet) -> pb.ActivationSet:
-    """Total."""
+def set_to_pb(held: ActivationSet, *, in_full: bool = False) -> pb.ActivationSet:
+    """Total. Only a set `in_full` has its identity, which would make pages of sets large."""
     report = held.report
     return pb.ActivationSet(
         id=report.id,
@@ -46,6 +47,7 @@ def set_to_pb(held: ActivationSet) -> pb.ActivationSet:
         pins=[set_pin_to_pb(pin) for pin in held.pins],
         holders=report.holders,
         deleting=held.deleting,
+        identity_json=report.identity_json if in_full else "",
     )
 
 

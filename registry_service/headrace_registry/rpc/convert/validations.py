@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from headrace.registry.v1 import model_pb2
@@ -16,6 +16,8 @@ from headrace_registry.residency.desired import Validation
 from headrace_registry.rpc.convert.models import model_to_pb, quantization_to_pb
 from headrace_registry.rpc.convert.residencies import failure_from_pb, failure_to_pb, finite, time_to_pb
 
+MAX_LOG_TAIL = 8192
+_KINDS = {kind: model_pb2.AttemptKind.Value(f"ATTEMPT_KIND_{kind}") for kind in v.AttemptKind}
 _STATES = {state: model_pb2.ValidationStepState.Value(f"VALIDATION_STEP_STATE_{state}") for state in v.StepState}
 _STATE_FROM: dict[int, v.StepState] = {number: state for state, number in _STATES.items()}
 _MAX_STEPS = 32
@@ -54,6 +56,10 @@ def attempt_to_pb(attempt: v.Attempt) -> model_pb2.ValidationAttempt:
         versions=attempt.versions,
         create_time=time_to_pb(attempt.create_time),
         update_time=time_to_pb(attempt.update_time),
+        kind=_KINDS[attempt.kind],
+        log_tail=attempt.log_tail,
+        notes=attempt.notes,
+        residency_id=attempt.residency_id,
     )
     message.load_options.update(attempt.load_options)
     return message
@@ -87,8 +93,24 @@ def validation_report_from_pb(message: node_pb.ReportValidationRequest) -> Valid
         steps=tuple(_step_from_pb(step) for step in message.steps),
         done=message.done,
         failure=failure_from_pb(message.failure) if message.HasField("failure") else None,
-        versions={clean_text(name, 63): clean_text(value, 255) for name, value in message.versions.items()},
+        versions=versions_from_pb(message.versions),
     )
+
+
+def versions_from_pb(versions: Mapping[str, str]) -> dict[str, str]:
+    """Cuts names and versions to a length worth keeping; of many, the first are kept."""
+    kept = list(versions.items())[:_MAX_VERSIONS]
+    return {clean_text(name, 63): clean_text(value, 255) for name, value in kept}
+
+
+def attempt_kind_from_pb(number: int) -> v.AttemptKind | None:
+    """Returns the kind that a list is asked for; None for all. Raises FieldInvalid for one of another version."""
+    if number == model_pb2.ATTEMPT_KIND_UNSPECIFIED:
+        return None
+    for kind, known in _KINDS.items():
+        if known == number:
+            return kind
+    raise FieldInvalid("kind", f"{number} is no kind of this version")
 
 
 def _step_from_pb(message: model_pb2.ValidationStep) -> v.Step:
