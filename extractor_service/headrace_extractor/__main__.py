@@ -9,9 +9,7 @@ import os
 import re
 import socket
 import sys
-import uuid
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,17 +17,28 @@ import grpc
 
 from headrace.extractor.v1 import corpus_service_pb2, extraction_service_pb2
 from headrace_chassis import descriptors, logs
-from headrace_chassis.errors import StartError
+from headrace_chassis.advertising import advertised
+from headrace_chassis.auth import read_token
+from headrace_chassis.confined.environment import without_secrets
+from headrace_chassis.confined.pool import Confined
+from headrace_chassis.data_folder import make_private
+from headrace_chassis.dialing import Credentials, addresses_of, read_roots
+from headrace_chassis.errors import ServiceError
 from headrace_chassis.flags import add_common_flags, options_from
+from headrace_chassis.folders import readable_folder, usable_folder
+from headrace_chassis.loops import going_on
 from headrace_chassis.metrics import Metrics
 from headrace_chassis.server import Server
 from headrace_chassis.shutdown import Shutdown
+from headrace_chassis.start import exit_status
+from headrace_extractor.corpora.reports import CorpusReports
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.corpora.tokenizer import Tokenizer
+from headrace_extractor.corpora.tokens.texts import TokenTexts
 from headrace_extractor.extractions.estimates import CorpusRowCounter
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.extractions.reports import SetReports
 from headrace_extractor.hub.client import HubDatasets
+from headrace_extractor.node.data_folder import boot_nonce, lock_data_folder
 from headrace_extractor.node.devices import DEFAULT_MAX_LOADS, device_lister, machine_reader
 from headrace_extractor.node.node import Node
 from headrace_extractor.node.runner_process import RunnerProcess
@@ -45,18 +54,22 @@ logger = logging.getLogger("headrace_extractor")
 
 EXTRACTION = extraction_service_pb2.DESCRIPTOR.services_by_name["ExtractionService"]
 CORPUS = corpus_service_pb2.DESCRIPTOR.services_by_name["CorpusService"]
+# Imported once, in the process that all children of this server are forked from. Not pyarrow, which starts threads.
+_PARSERS = (
+    "headrace_extractor.hookpoints.catalogues",
+    "headrace_extractor.corpora.counting",
+    "headrace_extractor.corpora.ingest.steps",
+    "headrace_extractor.corpora.tokens.texts",
+    "headrace_extractor.corpora.chat",
+)
 # Loads that begin at the same moment are few; more spares hold memory for nothing.
 _MOST_SPARE_RUNNERS = 16
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the flags."""
-    parser = argparse.ArgumentParser(prog="headrace_extractor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="extractor", description=__doc__)
     parser.add_argument("--listen", default="127.0.0.1:7471", metavar="HOST:PORT")
-    parser.add_argument("--registry", default="127.0.0.1:7470", metavar="HOST:PORT")
-    parser.add_argument(
-        "--advertise", default="", metavar="HOST:PORT", help="address clients reach (default: --listen)"
-    )
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--node-id", default="", metavar="NAME", help="stable name of this node (default: host name)")
     parser.add_argument("--corpus-root", type=Path, action="append", default=[], metavar="PATH", help="may be repeated")
@@ -111,10 +124,32 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="bytes of the disk that activation sets leave free (default 1 GiB, at most 2 %% of the disk)",
     )
-    parser.add_argument("--registry-token-file", type=Path, metavar="F", help="bearer token for the registry")
-    parser.add_argument("--registry-ca", type=Path, metavar="F", help="PEM root certificates; switches to TLS")
+    _add_registry_flags(parser)
     add_common_flags(parser)
     return parser.parse_args(arguments)
+
+
+def _add_registry_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the way to the registry, and of the way back."""
+    parser.add_argument(
+        "--registry",
+        default="127.0.0.1:7470",
+        metavar="HOST:PORT[,...]",
+        help="address of the registry, or of its replicas, or unix:PATH; the next is asked when one does not answer",
+    )
+    parser.add_argument(
+        "--advertise",
+        default="",
+        metavar="HOST:PORT",
+        help="address clients reach (default: --listen; if that is every interface, this machine's towards --registry)",
+    )
+    parser.add_argument("--registry-token-file", type=Path, metavar="F", help="bearer token for the registry")
+    parser.add_argument(
+        "--registry-ca",
+        type=Path,
+        metavar="F",
+        help="PEM root certificates, or `system` for this machine's; switches to TLS, as a token beyond loopback does",
+    )
 
 
 def _device(text: str) -> str:
@@ -144,58 +179,67 @@ def _amount(text: str) -> int:
     return number
 
 
-@lru_cache(maxsize=4)
-def _tokenizer(files_path: str) -> Tokenizer:
-    return Tokenizer.load(files_path)
-
-
-async def _decode_tokens(files_path: str, token_ids: Sequence[int]) -> list[str]:
-    return await asyncio.to_thread(lambda: _tokenizer(files_path).decode_each(token_ids))
-
-
-def _registry_client(args: argparse.Namespace) -> RegistryClient:
+def _registry_client(args: argparse.Namespace, addresses: Sequence[str]) -> RegistryClient:
     name = args.node_id or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")
+    credentials = Credentials(
+        token=read_token(args.registry_token_file, flag="--registry-token-file") if args.registry_token_file else "",
+        root_certificates=read_roots(args.registry_ca, flag="--registry-ca") if args.registry_ca else None,
+        ca_flag="--registry-ca",
+    )
     return RegistryClient(
-        args.registry,
+        addresses,
         node_id=name if re.match(r"^[a-z]", name) else f"node-{name}"[:63],
         version=version("headrace"),
-        boot_nonce=uuid.uuid4().hex,
-        token=args.registry_token_file.read_text().strip() if args.registry_token_file else "",
-        root_certificates=args.registry_ca.read_bytes() if args.registry_ca else None,
+        boot_nonce=boot_nonce(args.data_dir),
+        credentials=credentials,
+    )
+
+
+def _warm_parsers() -> Confined:
+    confined = Confined(errors=ServiceError, preload=_PARSERS)
+    confined.warm()
+    return confined
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    return Limits(
+        quota_bytes=args.sets_quota_bytes, idle_s=args.sets_idle_days * 86_400, reserve_bytes=args.disk_reserve_bytes
     )
 
 
 async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
     """Serves until a signal."""
     shutdown, metrics = Shutdown(), Metrics()
+    options, registries = options_from(args), addresses_of(args.registry, flag="--registry")
     devices = device_lister(args.device, args.cpu_bytes)
-    registry = _registry_client(args)
-    corpora = CorpusStore(args.data_dir / "corpora", allowed_roots=args.corpus_root)
+    registry = _registry_client(args, registries)
+    confined = _warm_parsers()
+    ids = CorpusReports(registry, epoch=lambda: node.epoch, held=lambda: corpora.digests())  # noqa: PLW0108
+    corpora = CorpusStore(args.data_dir / "corpora", allowed_roots=args.corpus_root, confinement=confined, register=ids)
     machine = machine_reader(devices(), max_loads=args.max_loads, max_residents=args.max_residents)
-    runners = SpareRunners(RunnerProcess.start, environment=environment, n_spares=args.spare_runners)
-    node = Node(registry, runners, devices, environment=environment, machine=machine)
-    limits = Limits(
-        quota_bytes=args.sets_quota_bytes, idle_s=args.sets_idle_days * 86_400, reserve_bytes=args.disk_reserve_bytes
-    )
+    public = without_secrets(environment)
+    runners = SpareRunners(RunnerProcess.start, environment=public, n_spares=args.spare_runners)
+    node = Node(registry, runners, devices, environment=public, machine=machine)
     extractions = Extractions(
         args.data_dir,
         models=registry,
         corpora=corpora,
         node=node,
-        counter=CorpusRowCounter(corpora, registry),
+        counter=CorpusRowCounter(corpora, registry, confined),
         device_id=devices()[0].id,
         registry=registry,
-        limits=limits,
+        limits=_limits(args),
+        confinement=confined,
     )
-    extraction_rpc = ExtractionServicer(extractions, decode_tokens=_decode_tokens, metrics=metrics, shutdown=shutdown)
+    rpc = ExtractionServicer(extractions, decode_tokens=TokenTexts(confined).decode, metrics=metrics, shutdown=shutdown)
     corpus_rpc = CorpusServicer(corpora, HubDatasets(environment), in_use=extractions.uses_corpus, shutdown=shutdown)
 
     def add_services(server: grpc.aio.Server) -> None:
-        add_service(server, EXTRACTION, extraction_rpc, framed=("StreamActivations",))
+        add_service(server, EXTRACTION, rpc, framed=("StreamActivations",))
         add_service(server, CORPUS, corpus_rpc)
 
     server = Server(
-        options_from(args),
+        options,
         service_names=(EXTRACTION.full_name, CORPUS.full_name),
         add_services=add_services,
         statuses=status_table(),
@@ -203,19 +247,19 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         shutdown=shutdown,
     )
     extractions.recover()
+    advertised(options.listen, given=args.advertise, towards=registries)  # Better refused before than after the start.
     await server.start()
+    address = advertised(server.address, given=args.advertise, towards=registries)
     logger.info("listening", extra={"address": server.address, "data_dir": str(args.data_dir)})
-
     reports = SetReports(extractions.sets, extractions.keeper, registry, epoch=lambda: node.epoch)
     background = [
-        asyncio.create_task(
-            node.run(address=args.advertise or server.address, on_registered=extractions.report_all), name="node"
-        ),
-        asyncio.create_task(extractions.report_changes(reports.report), name="reports"),
-        asyncio.create_task(extractions.keeper.run(), name="sets"),
+        asyncio.create_task(node.run(address=address, on_registered=extractions.report_all), name="node"),
+        asyncio.create_task(going_on(ids.run, name="the reports of corpora")),
+        asyncio.create_task(going_on(lambda: extractions.report_changes(reports.report), name="reports")),
+        asyncio.create_task(going_on(extractions.keeper.run, name="the upkeep of sets")),
     ]
     if args.spare_runners:
-        background.append(asyncio.create_task(runners.run(), name="spare-runners"))
+        background.append(asyncio.create_task(going_on(runners.run, name="spare runners")))
     waiting = asyncio.create_task(server.wait(), name="wait")
     try:
         await asyncio.wait([waiting, *background], return_when=asyncio.FIRST_COMPLETED)
@@ -223,6 +267,7 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
         shutdown.begin()
         waiting.cancel()
         corpora.close()  # Ends running ingests: their threads would delay the exit.
+        confined.close()
         await server.stop()
         await extractions.close()
         for task in background:
@@ -237,16 +282,19 @@ async def serve(args: argparse.Namespace, environment: dict[str, str]) -> None:
 def main(arguments: Sequence[str], environment: dict[str, str]) -> int:
     """Runs the server; returns the exit status."""
     args = parse(arguments)
-    args.data_dir = args.data_dir.resolve()
-    args.data_dir.mkdir(parents=True, exist_ok=True)
     logs.configure(args.log_level, sys.stderr)
     descriptors.raise_limit()
-    try:
-        asyncio.run(serve(args, environment))
-    except StartError as exc:
-        logger.error("%s", exc)  # noqa: TRY400 -- the message says it all
-        return 1
-    return 0
+
+    def run() -> None:
+        make_private(args.data_dir)
+        args.data_dir = usable_folder(args.data_dir, flag="--data-dir")
+        args.corpus_root = [readable_folder(root, flag="--corpus-root") for root in args.corpus_root]
+        with lock_data_folder(args.data_dir):
+            for name in ("activations", "corpora", "extractions"):
+                usable_folder(args.data_dir / name, flag="--data-dir, its folder")
+            asyncio.run(serve(args, environment))
+
+    return exit_status("extractor", run)
 
 
 if __name__ == "__main__":

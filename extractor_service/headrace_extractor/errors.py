@@ -10,12 +10,12 @@ ServiceError                          headrace_chassis.errors
 │   └── CorpusEmpty
 ├── Refused
 │   ├── PathNotAllowed · AlreadyExists · StateConflict · HubGated
-│   ├── ModelNotReady · ModelUnsupported · ModelTooLarge
+│   ├── ModelNotReady · ModelUnsupported · ModelChanged · ModelTooLarge
 │   ├── LeaseLost · EpochStale
 │   ├── ExtraMissing                  an optional package is not installed here; metadata `extra`
 │   └── NotImplementedYet             in the contract, not in this version
 ├── Exhausted
-│   └── QueueFull · TooManyStreams · CapacityBusy · DiskFull · DeviceOom
+│   └── QueueFull · TooManyStreams · RowTooLarge · CapacityBusy · DiskFull · DeviceOom
 ├── Ended                             of an extraction or its rows
 │   ├── ExtractionCancelled · ReaderStalled · NonFinite
 │   ├── ExtractionFailed              a bug
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from headrace_chassis.errors import ServiceError
+from headrace_chassis.errors import ServiceError, StartError
 
 
 class ExtractorError(ServiceError):
@@ -46,6 +46,10 @@ class ExtractorError(ServiceError):
 
 class NotFound(ExtractorError):
     """Base: no resource with this name on this node or in the registry."""
+
+
+class NodeIdTaken(StartError):
+    """A living node on another data folder is registered under this node's id."""
 
 
 class ModelNotFound(NotFound):
@@ -146,6 +150,12 @@ class ModelUnsupported(Refused):
     reason = "MODEL_UNSUPPORTED"
 
 
+class ModelChanged(Refused):
+    """The model's files are not as they were when it was prepared; metadata `files` names some."""
+
+    reason = "MODEL_CHANGED"
+
+
 class ModelTooLarge(Refused):
     """The model fits on no device, ever; metadata `required_bytes`, `largest_bytes`."""
 
@@ -190,6 +200,12 @@ class TooManyStreams(Exhausted):
     """Too many open streams."""
 
     reason = "TOO_MANY_STREAMS"
+
+
+class RowTooLarge(Exhausted):
+    """One row of the columns asked for is larger than a message; metadata `row_bytes`, `limit_bytes`."""
+
+    reason = "MESSAGE_TOO_LARGE"
 
 
 class CapacityBusy(Exhausted):
@@ -254,6 +270,10 @@ class Lost(ExtractorError):
     """Base: a process or service that this server depends on is lost or too slow."""
 
 
+# Key of the metadata of a RunnerLost: `true` if the process was ended from outside, which is no fault of the model.
+INTERRUPTED = "interrupted"
+
+
 class RunnerLost(Lost):
     """The model's process died."""
 
@@ -270,6 +290,7 @@ class RegistryUnavailable(Lost):
     """The registry can't be reached."""
 
     reason = "REGISTRY_UNAVAILABLE"
+    waited = True
 
 
 class HubUnavailable(Lost):
@@ -338,6 +359,11 @@ class Failure:
     reason: str
     message: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def interrupted(self) -> bool:
+        """True if a process was ended from outside: the work did not fail by itself, and is soon tried again."""
+        return self.metadata.get(INTERRUPTED) == "true"
 
     def to_json(self) -> dict[str, Any]:
         """Inverse of the constructor."""

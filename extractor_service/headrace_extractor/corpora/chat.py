@@ -1,8 +1,8 @@
 """Renders conversations with a model's chat template, as transformers does.
 
 Templates are programs from model repos: they run in Jinja's sandbox, with a limit on their time and one on their
-output. A timer ends a loop without output. It needs the main thread of its process, so a server renders in child
-processes.
+output. Their memory has no limit but that of the process, so they are compiled and rendered under confinement. A timer
+ends a loop without output; it needs the main thread of its process.
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from headrace_chassis.confined.limits import Limits
+from headrace_chassis.confined.ports import Confinement, Talk
+from headrace_chassis.errors import ServiceError
 from headrace_extractor.corpora.chat_template import ChatTemplate
 from headrace_extractor.corpora.files import contents
 from headrace_extractor.corpora.files.contents import malformed, too_large
-from headrace_extractor.errors import ModelUnsupported
+from headrace_extractor.errors import CorpusMalformed, ModelUnsupported
 
-RENDER_DEADLINE_S = 10.0
+# Published templates take milliseconds.
+RENDER_DEADLINE_S = 4.0
+_LIMITS = Limits(memory_bytes=1024**3, cpu_s=6, wall_s=30.0, output_bytes=256 * 1024 * 1024)
 # Rows must not depend on the day they are made. A template that asks whether a date is defined is told that there is
 # none, and writes the date it was made with. Every other template gets this date, the default of Llama's templates.
 _DATE = datetime(2024, 7, 26, tzinfo=UTC)
@@ -44,8 +50,12 @@ class ChatRenderer:
 
     def __init__(self, template: ChatTemplate) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+            optimized=False,
         )
+        environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "dict": _Dict(), "namespace": _Namespace}
         del environment.globals["lipsum"]  # Random text.
@@ -54,8 +64,9 @@ class ChatRenderer:
         self._special_tokens = dict(template.special_tokens)
         try:
             self._template = environment.from_string(template.source)
-        except (jinja2.TemplateError, RecursionError, ValueError) as exc:
-            raise ModelUnsupported(f"The model's chat template can't be compiled: {str(exc)[:300]}.") from exc
+        except Exception as exc:  # A program: Jinja makes Python of it, which fails in any way.
+            why = f"{type(exc).__name__}: {exc}"[:300]
+            raise ModelUnsupported(f"The model's chat template can't be compiled: {why}.") from exc
 
     def render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
         """Returns the text of a conversation; raises CorpusMalformed if the template refuses it or fails on it."""
@@ -63,13 +74,13 @@ class ChatRenderer:
         parts: list[str] = []
         size = 0
         try:
-            for message in messages:
-                reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+            for told in messages:
+                # transformers leaves keys without a value out: templates handle absent ones, and would write "None".
+                message = {name: value for name, value in told.items() if value is not None}
+                reasoning = next((message[name] for name in _REASONING if name in message), None)
                 # Some templates read `thinking`, others `reasoning_content`.
                 given.append(
-                    dict(message)
-                    if reasoning is None
-                    else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+                    message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
                 )
             with _deadline(RENDER_DEADLINE_S):
                 for part in self._template.generate(
@@ -77,7 +88,7 @@ class ChatRenderer:
                 ):
                     size += len(part)
                     if size > contents.MAX_DOCUMENT_BYTES:
-                        raise too_large(f"Document {document} as the chat template writes it", document=document)
+                        raise too_large(f"Document {document} as the chat template writes it", document=document)  # noqa: TRY301
                     parts.append(part)
             return "".join(parts)
         except jinja2.TemplateError as exc:
@@ -86,12 +97,89 @@ class ChatRenderer:
                 " out, or write it as the template wants it.",
                 document=document,
             ) from exc
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as exc:
+        except ServiceError:
+            raise
+        except MemoryError as exc:
+            raise malformed(
+                f"Document {document} as the chat template writes it takes more memory than a conversation may; leave"
+                " it out, or mend the template.",
+                document=document,
+            ) from exc
+        except Exception as exc:
             raise malformed(
                 f"The model's chat template fails on document {document} ({type(exc).__name__}: {str(exc)[:300]}); it"
                 " may want other keys in its messages.",
                 document=document,
             ) from exc
+
+
+class ConfinedRenderer:
+    """Writes conversations as text under confinement, as a ChatRenderer does.
+
+    Raises ModelUnsupported for a template that can't be compiled, and CorpusMalformed for a conversation that the
+    template refuses or that takes more than the limits; the next one may be written all the same.
+    """
+
+    def __init__(self, template: ChatTemplate, confinement: Confinement) -> None:
+        self._job = {"source": template.source, "special_tokens": dict(template.special_tokens)}
+        self._confinement = confinement
+        self._document = 0
+        self._talk: Talk | None = None
+        self._stack = ExitStack()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
+        """Returns the text of a conversation; raises CorpusMalformed."""
+        self._document = document
+        try:
+            if self._talk is None:
+                opened = self._confinement.open(render_each, self._job, refuse=self._refuse, limits=_LIMITS)
+                talk = self._stack.enter_context(opened)
+                talk.ask(None)  # Compiles the template: from here on, a conversation is at fault.
+                self._talk = talk
+            told = self._talk.ask([messages, document])
+        except ServiceError:
+            self.close()
+            raise
+        if "text" in told:
+            text: str = told["text"]
+            return text
+        raise CorpusMalformed(told["message"], metadata=told["metadata"])
+
+    def close(self) -> None:
+        """Ends the conversation with the child; the next document begins another."""
+        self._talk = None
+        self._stack.close()
+
+    def _refuse(self, why: str) -> ServiceError:
+        if self._talk is None:
+            return ModelUnsupported(f"The model's chat template {why}; take it from the model's own repo.")
+        return malformed(
+            f"Document {self._document} as the chat template writes it {why}; leave the conversation out.",
+            document=self._document,
+        )
+
+
+def render_each(source: str, special_tokens: dict[str, str]) -> Generator[Any, Any, None]:
+    """Answers each `[messages, document]` with a text, or with the error that the template makes of it."""
+    renderer = ChatRenderer(ChatTemplate(source, special_tokens))
+    question = yield None
+    answer: dict[str, Any] = {}
+    while True:
+        if question is not None:
+            try:
+                answer = {"text": renderer.render(*question)}
+            except CorpusMalformed as exc:
+                answer = {"message": exc.message, "metadata": exc.metadata}
+        question = yield answer
+
+
+class _Unfolded(CodeGenerator):
+    """Leaves constant expressions to the rendering: while Jinja compiles, no timer would end them."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
 
 class _Generation(Extension):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace_chassis.confined.limits import Limits
+from headrace_chassis.confined.ports import Confinement
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import FieldInvalid, ModelUnsupported
+from headrace_models.errors import JsonInvalid
+from headrace_models.json_files import read_object
 
 MAX_TEMPLATE_BYTES = 1024 * 1024
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -31,14 +34,14 @@ class ChatTemplate:
     @property
     def digest(self) -> str:
         """SHA-256 of the template, hex."""
-        return hashlib.sha256(self.source.encode()).hexdigest()
+        return hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest()
 
     @classmethod
     def load(cls, files_path: Path | str) -> ChatTemplate:
         """Reads the template from a model's folder; raises ModelUnsupported if the folder has none."""
         folder = Path(files_path)
         source = _source(folder)
-        if len(source.encode()) > MAX_TEMPLATE_BYTES:
+        if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
             raise ModelUnsupported(f"The chat template in {folder} is larger than {MAX_TEMPLATE_BYTES} bytes.")
         files = [_read_json(folder / name) for name in (_CONFIG, _SPECIAL_TOKENS)]
         special_tokens = {}
@@ -49,6 +52,26 @@ class ChatTemplate:
             if isinstance(value, str):
                 special_tokens[name] = value
         return cls(source, special_tokens)
+
+
+async def template_digest(files_path: str, confinement: Confinement) -> str:
+    """Returns the digest of the template in a model's folder, whose files are parsed under confinement."""
+    digest: str = await confinement.call(
+        digest_in,
+        {"files_path": files_path},
+        refuse=_unreadable,
+        limits=Limits(memory_bytes=512 * 1024 * 1024, cpu_s=5),
+    )
+    return digest
+
+
+def digest_in(files_path: str) -> str:
+    """Returns the digest of the template in a model's folder."""
+    return ChatTemplate.load(files_path).digest
+
+
+def _unreadable(why: str) -> ModelUnsupported:
+    return ModelUnsupported(f"The chat template's files {why}; take them from the model's own repo.")
 
 
 def check_chat(recipe: Recipe, *, corpus_id: str, is_chat: bool) -> None:
@@ -69,7 +92,8 @@ def check_chat(recipe: Recipe, *, corpus_id: str, is_chat: bool) -> None:
 
 def _source(folder: Path) -> str:
     try:
-        return (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+        with (folder / _TEMPLATE_FILE).open(encoding="utf-8") as file:
+            return file.read(MAX_TEMPLATE_BYTES + 1)
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError) as exc:
@@ -89,9 +113,10 @@ def _source(folder: Path) -> str:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError:
         return {}
-    except ValueError as exc:
-        raise ModelUnsupported(f"{path} is no JSON: {exc}.") from exc
-    return value if isinstance(value, dict) else {}
+    except JsonInvalid as exc:
+        if exc.problem.endswith("no JSON object"):
+            return {}
+        raise ModelUnsupported(f"{path} {exc.problem}.") from exc

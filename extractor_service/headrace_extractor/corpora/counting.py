@@ -1,29 +1,33 @@
 """Counts the rows that a corpus gives under a recipe, without a forward pass.
 
-`python -m headrace_extractor.corpora.counting` counts in a process of its own: a line of JSON in, one out. Chat
-templates are programs from model repos, and a template that does not end must not keep a thread of the server busy.
+Tokenizers and chat templates are files from outside, so counting runs under confinement: neither the memory nor the
+interpreter of a server is theirs.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from headrace_chassis.errors import ServiceError
+from headrace_chassis.confined.in_process import IN_PROCESS
+from headrace_chassis.confined.limits import Limits
+from headrace_chassis.confined.ports import Confinement
 from headrace_extractor.corpora.documents import open_documents
 from headrace_extractor.corpora.packing import Packer
 from headrace_extractor.corpora.reader import DocumentReader
 from headrace_extractor.corpora.recipe import Recipe
-from headrace_extractor.errors import WaitTimeout, error_for, reason_of
+from headrace_extractor.errors import ModelUnsupported
 
 # After this time the rows of the documents counted so far stand for the rest.
 EXACT_WITHIN_S = 20.0
-# The rest is for starting a process, and for a block of documents that has begun by then.
-CHILD_DEADLINE_S = EXACT_WITHIN_S + 20.0
+# The rest is for parsing a tokenizer, and for a block of documents that has begun by then.
+_DEADLINE_S = EXACT_WITHIN_S + 20.0
+# The tokenizers of the largest vocabularies take half a gigabyte while they are parsed, and each thread 500 bytes a
+# token while it works.
+_LIMITS = Limits(memory_bytes=3 * 1024**3, cpu_s=int(_DEADLINE_S) * (os.cpu_count() or 1), wall_s=_DEADLINE_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,58 +39,41 @@ class RowCount:
     exact: bool
 
 
-def count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int = 0) -> RowCount:
+def count(
+    corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int = 0, confinement: Confinement = IN_PROCESS
+) -> RowCount:
     """Counts rows and tokens; exactly if that takes no longer than `EXACT_WITHIN_S`, else by extrapolation.
 
     Stops at the end of the batch that reaches `max_rows`; 0: at the end of the corpus. Raises the errors of the
-    recipe, the corpus and the tokenizer, and WaitTimeout for a chat template that takes too long.
+    recipe, the corpus and the tokenizer, and ModelUnsupported for a tokenizer or chat template beyond its limits.
     """
-    if not recipe.chat_template:
-        return _count(corpus_path, files_path, recipe, max_rows)
     job = {
         "corpus_path": str(corpus_path),
         "files_path": str(files_path),
         "recipe": recipe.to_json(),
         "max_rows": max_rows,
     }
-    command = [sys.executable, "-m", "headrace_extractor.corpora.counting"]
-    try:
-        done = subprocess.run(  # noqa: S603 -- our own module
-            command, input=json.dumps(job).encode(), capture_output=True, timeout=CHILD_DEADLINE_S, check=True
-        )
-        answer = json.loads(done.stdout)
-    except subprocess.TimeoutExpired as exc:
-        raise WaitTimeout("Counting rows with the model's chat template took too long; does the template end?") from exc
-    if "reason" in answer:
-        error = error_for(answer["reason"], answer["message"], metadata=answer["metadata"])
-        error.field = answer["field"]
-        raise error
-    return RowCount(**answer)
+    return RowCount(**confinement.run(told_count, job, refuse=_beyond_limits, limits=_LIMITS))
 
 
-def _count(corpus_path: Path, files_path: Path, recipe: Recipe, max_rows: int) -> RowCount:
+def told_count(*, corpus_path: str, files_path: str, recipe: dict[str, Any], max_rows: int) -> dict[str, Any]:
+    """Returns a RowCount as JSON."""
     deadline = time.monotonic() + EXACT_WITHIN_S
+    checked = Recipe.from_json(recipe)
     with DocumentReader(corpus_path) as reader:
-        documents, special = open_documents(reader, files_path, recipe)
-        packer = Packer(documents, recipe, special)
+        documents, special = open_documents(reader, files_path, checked)
+        packer = Packer(documents, checked, special)
         counts = packer.count(max_rows=max_rows, stop=lambda: time.monotonic() > deadline)
         counted_bytes = sum(reader.size_bytes(index) for index in range(counts.n_documents))
-        exact = counts.n_documents >= len(reader) or 0 < max_rows <= counts.n_rows
-        scale = 1.0 if exact or not counted_bytes else reader.corpus.size_bytes / counted_bytes
-    return RowCount(n_rows=round(counts.n_rows * scale), n_tokens=round(counts.n_tokens * scale), exact=exact)
+        exact = counts.n_documents >= len(documents) or 0 < max_rows <= counts.n_rows
+        share = len(documents) / len(reader)  # Of the corpus, if the recipe takes its first documents only.
+        scale = 1.0 if exact or not counted_bytes else max(1.0, share * reader.corpus.size_bytes / counted_bytes)
+    n_rows, n_tokens = round(counts.n_rows * scale), round(counts.n_tokens * scale)
+    return {"n_rows": n_rows, "n_tokens": n_tokens, "exact": exact}
 
 
-def main() -> None:
-    """Reads a job from standard input; writes its counts, or the error, to standard output."""
-    job = json.loads(sys.stdin.buffer.read())
-    try:
-        recipe = Recipe.from_json(job["recipe"])
-        answer = asdict(_count(Path(job["corpus_path"]), Path(job["files_path"]), recipe, job["max_rows"]))
-    except ServiceError as exc:
-        metadata = dict(exc.metadata)
-        answer = {"reason": reason_of(exc), "message": exc.message, "metadata": metadata, "field": exc.field}
-    sys.stdout.write(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
+def _beyond_limits(why: str) -> ModelUnsupported:
+    return ModelUnsupported(
+        f"The tokenizer or chat template of the model {why}; take these files from the model's own repo, or use a"
+        " corpus of token ids."
+    )

@@ -5,8 +5,9 @@ batches from `batch.next` on are the tail of the batches from the beginning, so 
 
 PACKED fills sequences of `context_size` without padding; a document that does not fit goes on as a further *piece* in
 the next sequence. ONE_DOCUMENT gives each piece a sequence and a batch of its own. TRUNCATE cuts a document to the
-tokens that one sequence can hold; SPLIT keeps all of its tokens. The EOS token counts as a document's last token, the
-BOS token precedes every piece. Documents without tokens of their own are skipped and keep their index.
+tokens that one sequence can hold; SPLIT keeps all of its tokens. A prefix, such as the BOS token, precedes every piece;
+a suffix, such as BERT's [SEP], ends the document, also one that is truncated. An EOS token that the recipe asks for
+counts as a document's last token. Documents without tokens of their own are skipped and keep their index.
 
 With a window of positions, sequences without any row never reach the model.
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace_extractor.corpora.recipe import ONE_DOCUMENT, TRUNCATE, Recipe
+from headrace_extractor.corpora.recipe import BY_TOKENIZER, ONE_DOCUMENT, TRUNCATE, Recipe
 from headrace_extractor.errors import FieldInvalid
 
 Int32Array = NDArray[np.int32]
@@ -28,7 +29,7 @@ BoolArray = NDArray[np.bool_]
 
 
 class Documents(Protocol):
-    """Documents as their own token ids, without BOS and EOS."""
+    """Documents as their own token ids, without those that the recipe inserts."""
 
     def __len__(self) -> int: ...
 
@@ -37,15 +38,22 @@ class Documents(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """The special token ids of a tokenizer. `ids` holds all of them, BOS and EOS among them."""
+    """The special token ids of a tokenizer; `ids` holds all of them, also those of the other fields.
+
+    `prefix` and `suffix` are what the tokenizer puts around one text. `written`: documents have both already, where
+    their tokenizer or chat template wants them, and only further pieces are given the prefix.
+    """
 
     bos_id: int | None = None
     eos_id: int | None = None
     ids: frozenset[int] = field(default_factory=frozenset)
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    written: bool = False
 
     def __post_init__(self) -> None:
         named = {token for token in (self.bos_id, self.eos_id) if token is not None}
-        object.__setattr__(self, "ids", frozenset(self.ids) | named)
+        object.__setattr__(self, "ids", frozenset(self.ids) | named | {*self.prefix, *self.suffix})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,13 +136,16 @@ class Packer:
         check_special(recipe, special)
         self._documents = documents
         self._recipe = recipe
-        self._bos = _one(special.bos_id) if recipe.bos == "document" else _NOTHING
-        self._eos = _one(special.eos_id) if recipe.eos == "document" else _NOTHING
+        around = _Around.of(recipe, special)
+        self._first, self._again, self._tail = (_array(ids) for ids in (around.first, around.again, around.tail))
+        # What TRUNCATE leaves of a document: of its whole stream, and of its own tokens.
+        truncates = recipe.long_documents == TRUNCATE
+        self._longest = recipe.context_size - self._first.size if truncates else None
+        self._longest_own = recipe.context_size - self._first.size - len(around.suffix) if truncates else None
         # Indexed with min(token id, last index); the last entry stands for all ids beyond the special ones.
         self._special = np.zeros(max(special.ids, default=0) + 2, dtype=np.bool_)
         self._special[list(special.ids)] = True
         self._alone = recipe.packing == ONE_DOCUMENT
-        self._longest = recipe.context_size - self._bos.size if recipe.long_documents == TRUNCATE else None
         # Index and tokens of the last document read: a document may span many sequences.
         self._held: tuple[int, Int32Array] = (-1, _NOTHING)
 
@@ -204,21 +215,27 @@ class Packer:
         """
         pieces: list[_Piece] = []
         document, token, position = cursor.document, cursor.token, cursor.position
-        room, n_documents, n_bos = self._recipe.context_size, len(self._documents), self._bos.size
-        first, window, longest = self._recipe.drop_first_positions, self._recipe.window, self._longest
+        room, n_documents = self._recipe.context_size, len(self._documents)
+        dropped, window = self._recipe.drop_first_positions, self._recipe.window
         while room > 0 and document < n_documents:
             if self._held[0] != document:
                 self._held = (document, self._documents[document])
             own = self._held[1]
-            n_stream = own.size + self._eos.size if own.size else 0
-            n_cut_off = 0
-            if longest is not None and n_stream > longest:
-                n_stream, n_cut_off = longest, max(0, own.size - longest)
+            n_own = own.size if self._longest_own is None else min(own.size, self._longest_own)
+            n_stream = n_own + self._tail.size if own.size else 0
+            n_stream = n_stream if self._longest is None else min(n_stream, self._longest)
             if token < n_stream:
-                end = min(n_stream, token + room - n_bos)  # A room of 1 may hold just the BOS.
-                length, has_eos = n_bos + end - token, end > own.size
-                kept = (first, length) if window is None else self._kept(position, length, n_stream - token, room)
-                pieces.append(_Piece(document, position, length, own[token:end], has_eos, *kept, n_cut_off))
+                prefix = (self._again if token else self._first)[:room]  # The last room may hold no other token.
+                end = min(n_stream, token + room - prefix.size)
+                length = prefix.size + end - token
+                kept = (dropped, length)
+                if window is not None:
+                    kept = self._kept(position, length, n_stream - token, prefix.size)
+                own_part, tail_part = (
+                    own[token : min(end, n_own)],
+                    self._tail[max(0, token - n_own) : max(0, end - n_own)],
+                )
+                pieces.append(_Piece(document, position, length, prefix, own_part, tail_part, *kept, own.size - n_own))
                 room, token, position = room - length, end, position + length
             if token == n_stream:
                 document, token, position = document + 1, 0, 0
@@ -226,24 +243,22 @@ class Packer:
                 break
         return pieces, Cursor(document=document, token=token, position=position), room == 0
 
-    def _kept(self, position: int, length: int, n_left: int, room: int) -> tuple[int, int]:
+    def _kept(self, position: int, length: int, n_left: int, n_prefix: int) -> tuple[int, int]:
         """Returns the part of a piece that the window keeps: its first position and one past its last, from 0.
 
-        The piece begins at `position`; `n_left` tokens of its document, the piece's included, are not yet in a
-        sequence.
+        The piece begins at `position` with `n_prefix` inserted tokens; `n_left` tokens of its document, the piece's
+        included, are not yet in a sequence.
         """
         assert self._recipe.window
-        n_bos, size = self._bos.size, self._recipe.context_size
-        # Every further piece inserts a BOS, so the length of the whole stream depends on the number of pieces to come.
-        n_more_pieces = -(-max(0, n_left - (room - n_bos)) // (size - n_bos))
-        start, end = self._recipe.window.bounds(position + n_left + n_bos * (1 + n_more_pieces))
+        n_again, n_behind = self._again.size, n_left - (length - n_prefix)
+        # Every further piece inserts a prefix: the length of the whole stream depends on the number of pieces to come.
+        n_more_pieces = -(-n_behind // (self._recipe.context_size - n_again))
+        start, end = self._recipe.window.bounds(position + n_left + n_prefix + n_again * n_more_pieces)
         return max(start - position, self._recipe.drop_first_positions), min(end - position, length)
 
     def _batch(self, plan: _Plan) -> TokenBatch:
         # A piece's values are repeated over its tokens; everything is built flat and reshaped at the end.
-        token_ids = np.concatenate(
-            [part for piece in plan.pieces for part in (self._bos, piece.own, self._eos if piece.has_eos else _NOTHING)]
-        )
+        token_ids = np.concatenate([part for piece in plan.pieces for part in (piece.prefix, piece.own, piece.tail)])
         lengths = np.array([piece.length for piece in plan.pieces])
         slots = np.arange(token_ids.size)
         within = slots - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -271,13 +286,14 @@ class Packer:
 
 
 class _Piece(NamedTuple):
-    """The part of a document in one sequence: a BOS if any, own tokens, and an EOS if the document ends here."""
+    """The part of a document in one sequence: a prefix if any, own tokens, and what ends the document."""
 
     document: int
     position: int
     length: int
+    prefix: Int32Array
     own: Int32Array
-    has_eos: bool
+    tail: Int32Array
     kept_start: int  # first position in the piece that becomes a row, from 0; at or beyond `kept_end`: none does
     kept_end: int
     n_cut_off: int  # of its document
@@ -337,14 +353,43 @@ def count_rows(documents: Documents, recipe: Recipe, special: SpecialTokens) -> 
     return counts.n_rows, counts.n_tokens
 
 
+class _Around(NamedTuple):
+    """The token ids that a recipe inserts: before a document, before its further pieces, and behind its own tokens."""
+
+    first: tuple[int, ...]
+    again: tuple[int, ...]
+    suffix: tuple[int, ...]  # The part of the tail that stays when a document is truncated.
+    tail: tuple[int, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, special: SpecialTokens) -> _Around:
+        """Returns the tokens that a recipe inserts around documents of a model."""
+        by_tokenizer = recipe.bos == BY_TOKENIZER
+        bos = () if special.bos_id is None or recipe.bos != "document" else (special.bos_id,)
+        again = special.prefix if by_tokenizer else bos
+        suffix = special.suffix if by_tokenizer and not special.written else ()
+        wants_eos = recipe.eos == "document" and special.eos_id is not None
+        # A tokenizer that ends its texts with the EOS token is not asked twice.
+        eos = (special.eos_id,) if wants_eos and suffix[-1:] != (special.eos_id,) else ()
+        return cls(() if by_tokenizer and special.written else again, again, suffix, (*suffix, *eos))
+
+
 def check_special(recipe: Recipe, special: SpecialTokens) -> None:
-    """Raises FieldInvalid if the recipe inserts an EOS token and the tokenizer has none."""
+    """Raises FieldInvalid if the recipe inserts an EOS token that the tokenizer lacks, or leaves no room for a text."""
     if recipe.eos == "document" and special.eos_id is None:
         raise FieldInvalid(
             "spec.recipe.eos is document, but the model's tokenizer has no EOS token; use none.",
             field="spec.recipe.eos",
         )
+    around = _Around.of(recipe, special)
+    n_inserted = len(around.again) + len(around.suffix)
+    if recipe.context_size <= n_inserted:
+        raise FieldInvalid(
+            f"spec.recipe.context_size is {recipe.context_size}, and the model's tokenizer puts {n_inserted} tokens "
+            f"around each text; use at least {n_inserted + 1}.",
+            field="spec.recipe.context_size",
+        )
 
 
-def _one(token_id: int | None) -> Int32Array:
-    return _NOTHING if token_id is None else np.array([token_id], dtype=np.int32)
+def _array(token_ids: tuple[int, ...]) -> Int32Array:
+    return np.array(token_ids, dtype=np.int32)

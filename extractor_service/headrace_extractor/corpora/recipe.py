@@ -15,11 +15,13 @@ from headrace_extractor.errors import FieldInvalid
 MIN_CONTEXT_SIZE = 2  # A BOS and one token.
 MAX_CONTEXT_SIZE = 131_072
 MAX_BATCH_SIZE = 1024
+MAX_DOCUMENTS = 2**31 - 1  # The log's `document` column is int32.
 
 PACKED = "packed"
 ONE_DOCUMENT = "one_document"
 SPLIT = "split"
 TRUNCATE = "truncate"
+BY_TOKENIZER = "tokenizer"
 MAX_POSITION = 2**31 - 1  # The log's `position` column is int32.
 
 # What happens by default to documents longer than a sequence.
@@ -27,7 +29,7 @@ _LONG_DOCUMENTS = {PACKED: SPLIT, ONE_DOCUMENT: TRUNCATE}
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "packing": (PACKED, ONE_DOCUMENT),
-    "bos": ("document", "none"),
+    "bos": (BY_TOKENIZER, "document", "none"),
     "eos": ("none", "document"),
     "long_documents": (SPLIT, TRUNCATE),
     "storage_dtype": ("float32", "float16", "bfloat16", "float8_e4m3", "int8"),
@@ -69,7 +71,8 @@ class Recipe:
     context_size: int = 256
     packing: str = PACKED  # PACKED or ONE_DOCUMENT
     attend_across_documents: bool = False
-    bos: str = "document"  # `document` or `none`
+    # BY_TOKENIZER: all that the model's own tokenizer puts around one text; `document`: BOS alone; or `none`.
+    bos: str = BY_TOKENIZER
     eos: str = "none"  # `none` or `document`
     drop_special_tokens: bool = False
     drop_first_positions: int = 0  # of each document piece
@@ -78,11 +81,14 @@ class Recipe:
     long_documents: str = ""  # SPLIT or TRUNCATE; empty becomes the default of the packing
     window: TokenWindow | None = None  # positions of each document that become rows; None: all
     chat_template: bool = False
+    skip_bad_documents: bool = False  # A document that can't be tokenized gives no rows, instead of an error.
+    max_documents: int = 0  # of the corpus, from its first; 0: all
 
     def __post_init__(self) -> None:
         _check_range("context_size", self.context_size, MIN_CONTEXT_SIZE, MAX_CONTEXT_SIZE)
         _check_range("batch_size", self.batch_size, 1, MAX_BATCH_SIZE)
         _check_range("drop_first_positions", self.drop_first_positions, 0, self.context_size - 1)
+        _check_range("max_documents", self.max_documents, 0, MAX_DOCUMENTS)
         if self.long_documents == "":
             object.__setattr__(self, "long_documents", _LONG_DOCUMENTS.get(str(self.packing), SPLIT))
         if not isinstance(self.window, TokenWindow | None):
@@ -91,7 +97,7 @@ class Recipe:
             object.__setattr__(self, "window", None)
         for name, allowed in _CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
-        for name in ("attend_across_documents", "drop_special_tokens", "chat_template"):
+        for name in ("attend_across_documents", "drop_special_tokens", "chat_template", "skip_bad_documents"):
             _check_choice(name, getattr(self, name), (False, True))
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +105,7 @@ class Recipe:
         value = asdict(self)
         if self.long_documents == _LONG_DOCUMENTS[self.packing]:
             del value["long_documents"]
-        for name in ("window", "chat_template"):
+        for name in ("window", "chat_template", "skip_bad_documents", "max_documents"):
             if not value[name]:
                 del value[name]
         return value

@@ -51,6 +51,7 @@ class TextSplit(StrEnum):
 _BY_ENDING: Mapping[str, CorpusFormat] = {
     ".txt": CorpusFormat.TXT,
     ".jsonl": CorpusFormat.JSONL,
+    ".json": CorpusFormat.JSONL,
     ".ndjson": CorpusFormat.JSONL,
     ".csv": CorpusFormat.CSV,
     ".parquet": CorpusFormat.PARQUET,

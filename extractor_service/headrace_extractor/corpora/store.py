@@ -1,7 +1,7 @@
 """The corpora of a node: ingest, read, list, delete.
 
-A corpus is a folder `<root>/<id>` that appears whole, by a rename, and never changes. Unfinished work has a name that
-starts with a dot; an interrupted ingest leaves such files, and the next start removes them. One process owns a root.
+A corpus is a folder `<root>/<id>` that appears whole, by a rename, and never changes. Unfinished work has a name such
+as `.ingest-7`; an interrupted ingest leaves such files, and the next start removes them. One process owns a root.
 All methods block and may be called from several threads.
 """
 
@@ -11,34 +11,61 @@ import base64
 import binascii
 import itertools
 import os
+import re
 import shutil
-import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
+from headrace_chassis.confined.in_process import IN_PROCESS, OwnTalk
+from headrace_chassis.confined.ports import Confinement, Talk
 from headrace_chassis.errors import ShuttingDown
 from headrace_extractor.corpora.files.contents import token_bytes
-from headrace_extractor.corpora.files.parsers import parse
-from headrace_extractor.corpora.mixing import Mix, check_kinds, draw
+from headrace_extractor.corpora.files.opening import open_beneath
+from headrace_extractor.corpora.ingest.mixing import Mix
+from headrace_extractor.corpora.ingest.steps import LIMITS, spec_to_json, write_documents, write_file, write_mix
+from headrace_extractor.corpora.ingest.upload import CorpusUpload
 from headrace_extractor.corpora.quota import Quota, Share
 from headrace_extractor.corpora.reader import DocumentReader, check_files, read_corpus
 from headrace_extractor.corpora.spec import Corpus, CorpusSpec, DocumentKind, check_id, is_id
-from headrace_extractor.corpora.upload import CorpusUpload
-from headrace_extractor.corpora.writer import DocumentWriter, disk_errors, sync_folder
-from headrace_extractor.errors import AlreadyExists, CorpusNotFound, DigestMismatch, FieldInvalid, PathNotAllowed
+from headrace_extractor.corpora.writer import sync_folder
+from headrace_extractor.errors import (
+    AlreadyExists,
+    CorpusMalformed,
+    CorpusNotFound,
+    DigestMismatch,
+    FieldInvalid,
+    PathNotAllowed,
+)
 from headrace_extractor.requests import Requests
 
 DEFAULT_MAX_BYTES = 1024**4
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+# Names of unfinished work. A file server may have names of its own that start with a dot.
+_TEMPORARY = re.compile(r"\.(upload|ingest|deleted)-\d+")
+
+
+class Register(Protocol):
+    """The registry, in which one corpus id names the same documents on all nodes."""
+
+    def claim(self, corpus: Corpus) -> None:
+        """Asks whether this node may keep a corpus; raises AlreadyExists if another node holds other documents."""
+
+    def changed(self) -> None:
+        """Has all corpora of this node told."""
 
 
 class CorpusStore:
-    """Keeps corpora of at most `max_bytes` under `root`; reads files of this machine only below `allowed_roots`."""
+    """Keeps corpora of at most `max_bytes` under `root`; reads files of this machine only below `allowed_roots`.
+
+    Files and mixtures are read, and their corpora written, under `confinement`.
+    """
 
     def __init__(
         self,
@@ -46,11 +73,16 @@ class CorpusStore:
         *,
         allowed_roots: Sequence[Path | str] = (),
         max_bytes: int = DEFAULT_MAX_BYTES,
+        confinement: Confinement = IN_PROCESS,
         now: Callable[[], float] = time.time,
+        register: Register | None = None,
     ) -> None:
         self._root = Path(root)
         self._allowed_roots = tuple(Path(os.path.realpath(allowed)) for allowed in allowed_roots)
+        self._confinement = confinement
         self._now = now
+        self._register = register
+        self._claims: dict[str, str] = {}  # Digests by id, between the claim and the corpus.
         self._lock = threading.Lock()
         self._closed = False
         self.deletions = Requests()
@@ -59,7 +91,7 @@ class CorpusStore:
         self._damaged: dict[str, DigestMismatch] = {}
         self._root.mkdir(parents=True, exist_ok=True)
         for entry in sorted(self._root.iterdir()):
-            if entry.name.startswith("."):
+            if _TEMPORARY.fullmatch(entry.name):
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
@@ -88,6 +120,10 @@ class CorpusStore:
                 raise _not_found(corpus_id)
             return self._corpora[corpus_id]
 
+    def __len__(self) -> int:
+        """Number of corpora."""
+        return len(self._corpora)
+
     def list(self, page_size: int = 0, page_token: str = "") -> tuple[Sequence[Corpus], str]:
         """Returns a page of corpora ordered by id, and the token of the next page, empty at the end."""
         if page_size < 0:
@@ -107,6 +143,11 @@ class CorpusStore:
         next_token = base64.urlsafe_b64encode(page[-1].id.encode()).decode() if len(rest) > size else ""
         return page, next_token
 
+    def digests(self) -> dict[str, str]:
+        """Returns the digest of each corpus, by id; also of those that are about to be kept."""
+        with self._lock:
+            return {**self._claims, **{corpus.id: corpus.digest for corpus in self._corpora.values()}}
+
     def delete(self, corpus_id: str, request_id: str = "") -> None:
         """Removes a corpus; open readers go on reading. Raises CorpusNotFound, unless this request has removed it."""
         trash = self._temporary("deleted")
@@ -123,6 +164,7 @@ class CorpusStore:
         shutil.rmtree(trash, ignore_errors=True)
         if corpus is not None:
             self._quota.give_back(_disk_bytes(corpus))
+        self._tell_changes()
 
     def open(self, corpus_id: str) -> DocumentReader:
         """Opens a corpus for reading; the caller closes it."""
@@ -146,14 +188,25 @@ class CorpusStore:
 
         Raises CorpusMalformed, CorpusEmpty, AlreadyExists (the id holds other documents), DiskFull.
         """
-        return self.ingest_documents(spec.id, parse(file, spec, origin), origin=origin, kind=spec.kind(origin))
+        spec.file_format(origin)
+        job = {"spec": spec_to_json(spec), "origin": origin}
+        with _descriptor(file) as descriptor:
+            return self._ingest(
+                spec.id,
+                lambda target: self._confinement.open(
+                    write_file, {**job, "target": target}, files=(descriptor,), refuse=_unreadable, limits=LIMITS
+                ),
+            )
 
     def ingest_path(self, spec: CorpusSpec, path: str) -> Corpus:
         """Ingests a file of this machine; raises PathNotAllowed unless it lies under an allowed root."""
         spec.file_format(path)
         if not Path(path).is_absolute() or "\0" in path:
             raise FieldInvalid(f"{path!r} is no absolute path.", field="path.path")
-        real = Path(os.path.realpath(path))
+        try:
+            real = Path(os.path.realpath(path))
+        except OSError as exc:  # A part of the path was replaced meanwhile.
+            raise FieldInvalid(f"{path} can't be opened: {exc.strerror}.", field="path.path") from exc
         if not any(real.is_relative_to(allowed) for allowed in self._allowed_roots):
             roots = ", ".join(map(str, self._allowed_roots)) or "there are none"
             raise PathNotAllowed(
@@ -161,7 +214,7 @@ class CorpusStore:
                 " --corpus-root for its folder.",
                 metadata={"path": path, "corpus_roots": roots},
             )
-        with _open_regular(real) as file:
+        with open_beneath(real) as file:
             return self.ingest(spec, file, origin=path)
 
     def ingest_tokens(self, corpus_id: str, documents: Iterable[Sequence[int]], *, origin: str = "token ids") -> Corpus:
@@ -173,10 +226,13 @@ class CorpusStore:
     def ingest_mix(self, corpus_id: str, mix: Mix) -> Corpus:
         """Ingests a mixture of this node's corpora; raises CorpusNotFound, CorpusMalformed for different kinds."""
         check_id(corpus_id)
-        with ExitStack() as stack:
-            readers = [stack.enter_context(self.open(part.corpus_id)) for part in mix.parts]
-            check_kinds(readers)
-            return self.ingest_documents(corpus_id, draw(mix, readers), origin=mix.origin, kind=readers[0].kind)
+        job = {"mix": asdict(mix), "folders": [str(self.path(part.corpus_id)) for part in mix.parts]}
+        return self._ingest(
+            corpus_id,
+            lambda target: self._confinement.open(
+                write_mix, {**job, "target": target}, refuse=_unreadable, limits=LIMITS
+            ),
+        )
 
     def known(self, corpus_id: str, origin: str) -> Corpus | None:
         """Returns the corpus if this node has it and it comes from `origin`."""
@@ -191,26 +247,30 @@ class CorpusStore:
 
         Raises the errors of `ingest`, and those of the iterator.
         """
+        return self._ingest(
+            corpus_id,
+            lambda target: nullcontext(OwnTalk(write_documents(documents, kind=kind, origin=origin, **target))),
+        )
+
+    def _ingest(self, corpus_id: str, write: Callable[[dict[str, Any]], AbstractContextManager[Talk]]) -> Corpus:
+        """Takes space for each write, and gives the finished folder its name."""
         folder = self._temporary("ingest")
         share = Share(self._quota, self._check_open)
-        tokenized, chat = kind == DocumentKind.TOKEN_IDS, kind == DocumentKind.CHAT
+        target = {"folder": str(folder), "corpus_id": corpus_id, "create_time": self._now()}
         try:
-            with (
-                disk_errors(self._root),
-                DocumentWriter(folder, tokenized=tokenized, chat=chat, take=share.take) as writer,
-            ):
-                for document in documents:
-                    writer.add(document)
-                corpus = writer.finish(corpus_id=corpus_id, origin=origin, create_time=self._now())
+            with write(target) as talk:
+                for n_bytes in talk:
+                    share.take(n_bytes)
+                corpus = Corpus.from_json(talk.answer)
+            if (existing := self._existing(corpus)) is not None:
+                return existing
+            if self._register is not None:
+                with self._lock:
+                    self._claims[corpus_id] = corpus.digest
+                self._register.claim(corpus)  # Not under the lock: the registry may take its time.
             with self._lock:
-                existing = self._corpora.get(corpus_id)
-                if existing is not None and existing.digest == corpus.digest:
+                if (existing := self._existing(corpus)) is not None:
                     return existing
-                if existing is not None or corpus_id in self._damaged:
-                    raise AlreadyExists(
-                        f"A corpus {corpus_id!r} with other documents exists; choose another id, or delete it first.",
-                        resource=("corpus", corpus_id),
-                    )
                 folder.rename(self._root / corpus_id)
                 sync_folder(self._root)
                 self._corpora[corpus_id] = corpus
@@ -218,8 +278,27 @@ class CorpusStore:
                 self._quota.take(_disk_bytes(corpus), forced=True)
                 return corpus
         finally:
+            with self._lock:
+                self._claims.pop(corpus_id, None)
             shutil.rmtree(folder, ignore_errors=True)
             share.give_back()
+
+    def _existing(self, corpus: Corpus) -> Corpus | None:
+        """Returns the corpus of this id if its documents are the same. Raises AlreadyExists if they are others."""
+        existing = self._corpora.get(corpus.id)
+        if existing is not None and existing.digest == corpus.digest:
+            return existing
+        if existing is not None or corpus.id in self._damaged:
+            self._tell_changes()
+            raise AlreadyExists(
+                f"A corpus {corpus.id!r} with other documents exists; choose another id, or delete it first.",
+                resource=("corpus", corpus.id),
+            )
+        return None
+
+    def _tell_changes(self) -> None:
+        if self._register is not None:
+            self._register.changed()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -230,17 +309,22 @@ class CorpusStore:
 
 
 @contextmanager
-def _open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Opens a regular file: reading a pipe could wait for ever, and a link put there since the check could lead out."""
+def _descriptor(file: BinaryIO) -> Iterator[int]:
+    """Yields the descriptor of a file; of a copy, if the file is in memory alone."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise FieldInvalid(f"{path} can't be opened: {exc.strerror}.", field="path.path") from exc
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FieldInvalid(f"{path} is no regular file; name a single file.", field="path.path")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
+        descriptor = file.fileno()
+    except OSError:
+        file.seek(0)
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            yield copy.fileno()
+    else:
+        yield descriptor
+
+
+def _unreadable(why: str) -> CorpusMalformed:
+    return CorpusMalformed(f"The file {why}; is its format right? Else split it.")
 
 
 def _disk_bytes(corpus: Corpus) -> int:

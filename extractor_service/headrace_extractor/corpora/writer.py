@@ -35,18 +35,17 @@ MAX_DOCUMENTS = 2**31 - 1  # The log's `document` column is int32.
 
 _BUFFER_BYTES = 1024 * 1024
 _LENGTH = struct.Struct("<Q")
-_NPY_HEADER_BYTES = 128  # numpy's own size for such a header; fixed, because the count is only known at the end
+NPY_HEADER_BYTES = 128  # numpy's own size for such a header; fixed, because the count is only known at the end
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DocumentWriter:
-    """Makes `folder` and fills it. Calls `take` with the number of bytes before each write."""
+    """Makes `folder` and fills it. Documents stay in memory until `flush`, which is due once the writer `is_full`."""
 
-    def __init__(self, folder: Path, *, tokenized: bool, chat: bool = False, take: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, *, tokenized: bool, chat: bool = False) -> None:
         folder.mkdir()
         self._folder = folder
         self._kind = DocumentKind.of(tokenized=tokenized, chat=chat)
-        self._take = take
         self._hash = digest_of(self._kind)
         self._size = 0
         self._n_documents = 0
@@ -54,7 +53,7 @@ class DocumentWriter:
         self._offsets = array("q", [0])
         self._documents_file: BinaryIO = (folder / DOCUMENTS).open("xb")
         self._offsets_file: BinaryIO = (folder / OFFSETS).open("xb")
-        self._offsets_file.write(bytes(_NPY_HEADER_BYTES))
+        self._offsets_file.write(bytes(NPY_HEADER_BYTES))
 
     def add(self, document: bytes) -> None:
         """Appends a document in the form of the corpus's kind (see the module)."""
@@ -64,8 +63,16 @@ class DocumentWriter:
         self._size += len(document)
         self._n_documents += 1
         self._offsets.append(self._size)
-        if len(self._buffer) + len(self._offsets) * 8 >= _BUFFER_BYTES:
-            self._flush()
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that the next `flush` writes."""
+        return len(self._buffer) + len(self._offsets) * 8
+
+    @property
+    def is_full(self) -> bool:
+        """True if the documents in memory are worth a write."""
+        return self.buffered_bytes >= _BUFFER_BYTES
 
     def finish(self, *, corpus_id: str, origin: str, create_time: float) -> Corpus:
         """Completes the folder and makes it durable; raises CorpusEmpty if no document has content."""
@@ -74,12 +81,9 @@ class DocumentWriter:
                 f"The corpus {corpus_id!r} holds no document with content; check the file and its format.",
                 resource=("corpus", corpus_id),
             )
-        self._flush()
-        # The header of a one-dimensional int64 array in numpy's format 1.0, padded to its fixed size.
-        fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({self._n_documents + 1},), }}"
-        header = fields.encode().ljust(_NPY_HEADER_BYTES - 11) + b"\n"
+        self.flush()
         self._offsets_file.seek(0)
-        self._offsets_file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+        self._offsets_file.write(npy_header(self._n_documents + 1))
         for file in (self._documents_file, self._offsets_file):
             file.flush()
             os.fsync(file.fileno())
@@ -100,12 +104,12 @@ class DocumentWriter:
         sync_folder(self._folder)
         return corpus
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes the documents in memory. Raises DiskFull for more documents than a corpus can hold."""
         if self._n_documents > MAX_DOCUMENTS:
             raise DiskFull(
                 f"A corpus holds at most {MAX_DOCUMENTS} documents; split it.", metadata={"limit": str(MAX_DOCUMENTS)}
             )
-        self._take(len(self._buffer) + len(self._offsets) * 8)
         self._documents_file.write(self._buffer)
         self._offsets_file.write(np.array(self._offsets, dtype="<i8").tobytes())
         self._buffer = bytearray()
@@ -129,6 +133,13 @@ class DocumentWriter:
 def digest_of(kind: DocumentKind) -> hashlib._Hash:
     """Returns the digest of a corpus before its first document."""
     return hashlib.sha256(f"headrace corpus 1 {kind}\n".encode())
+
+
+def npy_header(n_offsets: int) -> bytes:
+    """Returns the header of a one-dimensional int64 array in numpy's format 1.0, padded to its fixed size."""
+    fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({n_offsets},), }}"
+    header = fields.encode().ljust(NPY_HEADER_BYTES - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
 
 
 @contextmanager

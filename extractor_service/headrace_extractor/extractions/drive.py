@@ -176,6 +176,7 @@ class SetPasses:
 
         Raises ExtractionFailed if the next pass is `done`, the last one that ran to its end: it sealed no row.
         """
+        await self._set.mend()
         total_rows, index, aboard = self._set.manifest().total_rows, self._set.index(), self._next_aboard()
         planned = next_pass(index, [job.want for job in aboard], total_rows)
         if planned is None:
@@ -230,7 +231,7 @@ class SetPasses:
         if isinstance(event, Committed):
             running.n_rows = event.n_rows
             for job in running.growing():
-                job.on_committed(running.rows_of(job), event.n_non_finite)
+                job.on_committed(running.rows_of(job), event.n_non_finite, event.n_skipped)
             if running.any_has_its_rows() and running.sealed_more():
                 self._end_served_jobs()
         elif isinstance(event, Blocked):

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from headrace_chassis.confined.in_process import IN_PROCESS
+from headrace_chassis.confined.ports import Confinement
 from headrace_extractor.corpora.counting import RowCount, count
 from headrace_extractor.extractions.ports import Corpora, Models
 from headrace_extractor.sets.spec import ExtractionSpec
@@ -29,11 +31,13 @@ class RowCounter(Protocol):
 class CorpusRowCounter:
     """Counts by tokenizing and packing the corpus, once for each corpus, tokenizer and recipe."""
 
-    def __init__(self, corpora: Corpora, models: Models) -> None:
+    def __init__(self, corpora: Corpora, models: Models, confinement: Confinement = IN_PROCESS) -> None:
         self._corpora = corpora
         self._models = models
         # By digest as well as by path: a corpus may be deleted, and another one take its id.
-        self._count = lru_cache(maxsize=MAX_REMEMBERED)(lambda _digest, *what: count(*what))
+        self._count = lru_cache(maxsize=MAX_REMEMBERED)(
+            lambda _digest, path, files_path, recipe, max_rows: count(path, files_path, recipe, max_rows, confinement)
+        )
         # Threads of their own: the default threads, which heartbeats need too, must not be busy for a minute.
         self._threads = ThreadPoolExecutor(MAX_COUNTS, thread_name_prefix="counts")
 

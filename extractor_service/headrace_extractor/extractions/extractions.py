@@ -14,17 +14,31 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from headrace_extractor.corpora.chat_template import ChatTemplate, check_chat
-from headrace_extractor.errors import ExtractionNotFound, FieldInvalid, ModelNotReady, QueueFull
+from headrace_chassis.confined.in_process import IN_PROCESS
+from headrace_chassis.confined.ports import Confinement
+from headrace_chassis.errors import ServiceError
+from headrace_extractor.corpora.chat_template import check_chat, template_digest
+from headrace_extractor.corpora.tokens.proven import ProvenTokenizers
+from headrace_extractor.errors import (
+    ExtractionNotFound,
+    Failure,
+    FieldInvalid,
+    ModelNotReady,
+    ModelUnsupported,
+    QueueFull,
+    SetNotFound,
+    reason_of,
+)
 from headrace_extractor.extractions.drive import SetPasses
 from headrace_extractor.extractions.estimates import Estimate, RowCounter, estimate
 from headrace_extractor.extractions.job import ExtractionJob
 from headrace_extractor.extractions.ports import Corpora, Models
 from headrace_extractor.extractions.records import Records
 from headrace_extractor.extractions.services import Services
-from headrace_extractor.extractions.values import Extraction
-from headrace_extractor.hookpoints.catalogue import catalogue_of, check_isolation
-from headrace_extractor.models import ModelInfo
+from headrace_extractor.extractions.values import Extraction, ExtractionState
+from headrace_extractor.hookpoints.catalogue import check_isolation
+from headrace_extractor.hookpoints.catalogues import Catalogues
+from headrace_extractor.models import ModelInfo, check_files
 from headrace_extractor.node.node import Node
 from headrace_extractor.requests import checked_request_id
 from headrace_extractor.sets import eviction
@@ -36,6 +50,7 @@ from headrace_extractor.sets.keeper import SetKeeper
 from headrace_extractor.sets.log_errors import log_errors_as_typed
 from headrace_extractor.sets.ports import SetRegistry
 from headrace_extractor.sets.spec import ExtractionSpec, Retention
+from headrace_extractor.sets.verification import Verification
 from headrace_log.manifest import Manifest
 
 MAX_ACTIVE = 64
@@ -62,7 +77,11 @@ class Extractions:
         device_id: str,
         registry: SetRegistry,
         limits: Limits | None = None,
+        confinement: Confinement = IN_PROCESS,
     ) -> None:
+        self.catalogues = Catalogues(confinement)
+        self._confinement = confinement
+        self._tokenizers = ProvenTokenizers(confinement)
         self.sets = ActivationSets(data_dir / "activations")
         self.keeper = SetKeeper(self.sets, limits or Limits(), registry=registry, epoch=lambda: node.epoch)
         self._services = Services(
@@ -101,7 +120,7 @@ class Extractions:
                 return known.value
             spec, model = await self.check(spec)
             with log_errors_as_typed():
-                manifest = self._new_manifest(spec, model)
+                manifest = await self._new_manifest(spec, model)
                 retained = self.sets.retained(manifest.set_id)
                 if spec.retention.kind is Kind.WINDOW and retained.has_all_rows(spec.hookpoints):
                     spec = replace(spec, retention=Retention())  # The rows need not be computed: a plain read.
@@ -121,10 +140,18 @@ class Extractions:
             raise FieldInvalid("spec.model_id is empty; name a registered model.", field="spec.model_id")
         _check_numbers(spec)
         model = await self.ready_model(spec.model_id)
-        check_chat(spec.recipe, corpus_id=spec.corpus_id, is_chat=self._services.corpora.get(spec.corpus_id).chat)
-        catalogue = catalogue_of(model)
-        names = tuple(point.name for point in catalogue.resolve(spec.hookpoints))
-        check_isolation(spec.recipe, catalogue)
+        # Rows of a cached set would be those of the model as it was.
+        await asyncio.to_thread(check_files, Path(model.files_path), model.files)
+        corpus = self._services.corpora.get(spec.corpus_id)
+        check_chat(spec.recipe, corpus_id=spec.corpus_id, is_chat=corpus.chat)
+        if not corpus.tokenized and not model.tokenizer_digest:
+            raise ModelUnsupported(
+                f"{model.id} has no tokenizer.json, nor a tokenizer that it could be made of; extract from a corpus of "
+                "token ids, or save the model's tokenizer with save_pretrained() into its folder and prepare it again."
+            )
+        names = tuple(point.name for point in await self.catalogues.resolve(model, spec.hookpoints))
+        check_isolation(spec.recipe, await self.catalogues.of(model))
+        await self._tokenizers.prove(model)
         if model.context_window and spec.recipe.context_size > model.context_window:
             raise FieldInvalid(
                 f"spec.recipe.context_size is {spec.recipe.context_size}; {model.id} reads at most "
@@ -146,7 +173,7 @@ class Extractions:
     async def estimate(self, spec: ExtractionSpec) -> Estimate:
         """Rows, bytes and seconds that a request would take, before any work."""
         spec, model = await self.check(spec)
-        manifest = self._new_manifest(spec, model)
+        manifest = await self._new_manifest(spec, model)
         estimated = estimate(
             await self._services.counter.count(spec),
             max_rows=spec.max_rows,
@@ -159,7 +186,7 @@ class Extractions:
 
     async def space_for(self, spec: ExtractionSpec, model: ModelInfo, n_rows: int) -> tuple[int, int]:
         """Bytes that so many rows of a checked request would add to the disk, and bytes that could be added."""
-        manifest = self._new_manifest(spec, model)
+        manifest = await self._new_manifest(spec, model)
         of = self.sets.retained(manifest.set_id)
         index = of.index()
         new_bytes = eviction.promised(manifest, index, [(spec.columns, n_rows)])[0]
@@ -176,7 +203,18 @@ class Extractions:
         for value, request_ids in records.load():
             of = self._set_of(value.spec, value.set_id, value.id)
             if value.state.ended or of.exists:
-                self._add_job(replace(value, path=str(of.folder)), of, request_ids)
+                try:
+                    self._add_job(replace(value, path=str(of.folder)), of, request_ids)
+                except ServiceError as exc:
+                    if not of.is_window:
+                        raise
+                    of.delete()  # Which of its rows are kept can't be told, and no other extraction has them.
+                    logger.error("the window of extraction %s is damaged: %s", value.id, exc.message)  # noqa: TRY400
+                    why = f"The window of extraction {value.id} was damaged and is gone; start it again."
+                    failure = Failure(reason=reason_of(exc), message=why, metadata=exc.metadata)
+                    failed = replace(value, state=ExtractionState.FAILED, failure=failure, path=str(of.folder))
+                    self._add_job(failed, of, request_ids)
+                    records.save_change(failed, request_ids)
             else:
                 logger.warning("extraction %s can't go on: its set is gone", value.id)
                 records.forget(value.id)
@@ -190,6 +228,7 @@ class Extractions:
     async def close(self) -> None:
         """Ends all tasks; extractions that have not ended go on at the next start."""
         await asyncio.gather(*(job.close() for job in self._jobs.values()))
+        self.sets.close()
 
     async def report_changes(self, report: Callable[[ExtractionJob], Awaitable[None]], interval_s: float = 2.0) -> None:
         """Reports the sets of extractions that changed, every interval and soon after a set has lost a holder."""
@@ -205,6 +244,18 @@ class Extractions:
                 if job.value.rows_per_s:
                     self._rates[job.value.spec.model_id] = job.value.rows_per_s
                 await report(job)
+
+    def verify(self, set_id: str) -> Verification:
+        """Begins to compare a RETAIN set with its digests. Raises SetNotFound and QueueFull."""
+        if not self.sets.has(set_id):
+            raise SetNotFound(
+                f"There is no set {set_id[:64]!r} on this node; ListActivationSets of the registry lists them.",
+                resource=("ActivationSet", set_id[:64]),
+            )
+        of = self.sets.retained(set_id)
+        if any(isinstance(user, Verification) for user in of.users):
+            raise QueueFull(f"Set {set_id} is being verified already; wait until that ends.", retry_after_s=10.0)
+        return Verification(of, n_at_once=self.sets.n_threads)
 
     def report_all(self) -> None:
         """Marks every set for a report: the registry has a new epoch of this node."""
@@ -265,16 +316,20 @@ class Extractions:
         self._jobs[value.id] = job
         return job
 
-    def _new_manifest(self, spec: ExtractionSpec, model: ModelInfo) -> Manifest:
+    async def _new_manifest(self, spec: ExtractionSpec, model: ModelInfo) -> Manifest:
         """The manifest that the set of a checked request has when it is new; its id is the set's id."""
+        chat_template_digest = ""
+        if spec.recipe.chat_template:
+            chat_template_digest = await template_digest(model.files_path, self._confinement)
         identity = identity_of(
             spec,
             model,
             corpus_digest=self._services.corpora.get(spec.corpus_id).digest,
             compute_dtype=model.compute_dtype(self._device_id),
-            chat_template_digest=ChatTemplate.load(model.files_path).digest if spec.recipe.chat_template else "",
+            chat_template_digest=chat_template_digest,
         )
-        return new_manifest(spec, identity, catalogue_of(model).shapes(spec.hookpoints))
+        points = await self.catalogues.resolve(model, spec.hookpoints)
+        return new_manifest(spec, identity, {point.name: point.shape for point in points})
 
 
 def _check_numbers(spec: ExtractionSpec) -> None:

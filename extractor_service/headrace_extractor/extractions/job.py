@@ -22,6 +22,7 @@ from headrace_extractor.errors import (
     CorpusEmpty,
     ExtractionCancelled,
     Failure,
+    ModelUnsupported,
     ReaderStalled,
     RowsExpired,
     SetNotFound,
@@ -213,6 +214,7 @@ class ExtractionJob:
         self.start_grace()
 
     async def _get_all_rows(self) -> None:
+        await self.set.look_for_damage(self.columns, self.value.spec.max_rows)
         if self.passes.tell_rows(self):
             return
         counting = asyncio.create_task(self._count_and_reserve(), name=f"count-{self.value.id}")
@@ -234,6 +236,9 @@ class ExtractionJob:
         spec = self.value.spec
         try:
             count = await self._services.counter.count(spec)
+        except ModelUnsupported as exc:  # The runner would fail as well, or take for ever.
+            await self._end_early(exc)
+            raise
         except ServiceError as exc:
             logger.info("rows of extraction %s can't be counted: %s", self.value.id, exc)
             return
@@ -268,7 +273,10 @@ class ExtractionJob:
     def _end_badly(self, exc: ServiceError) -> None:
         state = ExtractionState.CANCELLED if isinstance(exc, ExtractionCancelled) else ExtractionState.FAILED
         failure = Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata)
-        n_rows = self._at_most_wanted(self.set.n_rows(self.columns))
+        try:
+            n_rows = self._at_most_wanted(self.set.n_rows(self.columns))
+        except ServiceError:  # The set's manifest can't be read, which may be why the extraction ends.
+            n_rows = 0
         self.generation += 1
         self.update(state=state, failure=failure, n_rows=n_rows, rows_per_s=0.0, waiting_for=(), queue_position=0)
 
@@ -286,7 +294,7 @@ class ExtractionJob:
         self._rate.clear()
         self.update(state=ExtractionState.RUNNING, waiting_for=(), queue_position=0, transfer=None)
 
-    def on_committed(self, n_rows: int, n_non_finite: int) -> None:
+    def on_committed(self, n_rows: int, n_non_finite: int, n_skipped: int) -> None:
         """Rows before `n_rows` are readable in all its columns."""
         value, n_rows = self.value, self._at_most_wanted(n_rows)
         self.update(
@@ -298,6 +306,7 @@ class ExtractionJob:
             rows_per_s=self._rate.at(n_rows, time.monotonic()),
             size_bytes=self._size_bytes(n_rows),
             n_non_finite=n_non_finite,
+            n_documents_skipped=n_skipped,
         )
 
     def on_blocked(self) -> None:
@@ -328,6 +337,7 @@ class ExtractionJob:
             n_rows_expected=n_rows,
             n_rows_exact=True,
             n_non_finite=n_non_finite,
+            n_documents_skipped=max(self.value.n_documents_skipped, self.set.n_skipped(self.columns)),
             cached=self.value.n_rows_computed == 0 and not self._recovered,
             waiting_for=(),
             queue_position=0,
@@ -359,8 +369,8 @@ class ExtractionJob:
                 raise rows_expired(start_row, first_row=first_row, n_rows=self.value.n_rows)
         elif self.value.state.ended and self.set.n_rows(self.columns) < self.value.n_rows:
             raise SetNotFound(
-                f"The rows of extraction {self.value.id} were evicted or deleted; call StartExtraction with the same "
-                "spec, which computes them again.",
+                f"Rows of extraction {self.value.id} are not on disk any more: they were evicted, deleted or damaged. "
+                "Call StartExtraction with the same spec, which computes them again.",
                 metadata={"set_id": self.value.set_id},
                 resource=("ActivationSet", self.value.set_id),
             )
@@ -438,6 +448,6 @@ class ExtractionJob:
 
 
 def rows_expired(row: int, *, first_row: int, n_rows: int) -> RowsExpired:
-    """The error for a row that was dropped, or that there will never be."""
+    """The error for a row that was dropped."""
     metadata = {"first_available_row": str(first_row), "n_rows": str(n_rows)}
     return RowsExpired(f"Row {row} is gone; the first one still there is {first_row}.", metadata=metadata)

@@ -27,8 +27,9 @@ class Pass:
 def next_pass(index: SegmentIndex, wants: Sequence[Want], total_rows: int | None = None) -> Pass | None:
     """The next pass, for the columns with the fewest rows, up to the row where the next column begins to lack rows too.
 
-    A segment that exists in other columns is filled to its end, even beyond the rows wanted: a segment has one row
-    count. `total_rows` is the set's extent if that is known. None when no row is missing.
+    Where a repair has left a hole in a column, the pass ends with that hole. A segment that exists in other columns is
+    filled to its end, even beyond the rows wanted: a segment has one row count. `total_rows` is the set's extent if
+    that is known. None when no row is missing.
     """
     targets: dict[str, int] = {}  # Rows wanted of each column; 0: all.
     for want in wants:
@@ -42,7 +43,8 @@ def next_pass(index: SegmentIndex, wants: Sequence[Want], total_rows: int | None
     least = min(rows[name] for name in lacking)
     behind = tuple(name for name in lacking if rows[name] == least)
     ahead = [rows[name] for name in lacking if rows[name] > least]
-    limits = [*([min(ahead)] if ahead else []), *(targets[name] for name in behind if targets[name])]
+    holes = [end for name in behind if (end := index.hole_end(name, least)) is not None]
+    limits = [*([min(ahead)] if ahead else []), *holes, *(targets[name] for name in behind if targets[name])]
     if not limits:
         return Pass(columns=behind, max_rows=0)
     limit = min(limits)

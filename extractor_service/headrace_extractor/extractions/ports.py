@@ -48,6 +48,10 @@ class HasDigest(Protocol):
     def chat(self) -> bool:
         """True if its documents are conversations."""
 
+    @property
+    def tokenized(self) -> bool:
+        """True if its documents are token ids, which need no tokenizer."""
+
 
 class Corpora(Protocol):
     """Corpora on this node."""

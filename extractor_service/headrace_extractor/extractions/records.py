@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,7 @@ class Records:
             "n_rows_computed": value.n_rows_computed,
             "size_bytes": value.size_bytes,
             "n_non_finite": value.n_non_finite,
+            "n_documents_skipped": value.n_documents_skipped,
             "cached": value.cached,
             "create_time": value.create_time,
         }
@@ -56,15 +58,17 @@ class Records:
         self._path(extraction_id).unlink(missing_ok=True)
 
     def load(self) -> Iterator[tuple[Extraction, list[str]]]:
-        """Yields the extractions with their request ids; removes records that can't be read."""
+        """Yields the extractions with their request ids; sets aside records that can't be read."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._folder.glob("*.json")):
             try:
                 record = json.loads(path.read_bytes())
                 yield _value_of(record), record["request_ids"]
-            except (ServiceError, ValueError, KeyError, TypeError, FileNotFoundError) as exc:
-                logger.warning("%s is not a record of an extraction: %s", path.name, exc)
-                path.unlink(missing_ok=True)
+            except (ServiceError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as exc:
+                # Another version may have written it, or its disk may be back tomorrow.
+                logger.warning("%s is no record of an extraction that can be read, and set aside: %s", path.name, exc)
+                with contextlib.suppress(OSError):
+                    path.rename(path.with_suffix(".unreadable"))
 
     def _path(self, extraction_id: str) -> Path:
         return self._folder / f"{extraction_id}.json"
@@ -83,8 +87,9 @@ def _value_of(record: dict[str, Any]) -> Extraction:
         n_rows_expected=record["n_rows"] if state.ended else 0,
         n_rows_exact=state.ended,
         n_rows_computed=record["n_rows_computed"],
-        size_bytes=record.get("size_bytes", 0),  # Older records lack this field and the next.
+        size_bytes=record.get("size_bytes", 0),  # Older records lack this field and the next two.
         n_non_finite=record.get("n_non_finite", 0),
+        n_documents_skipped=record.get("n_documents_skipped", 0),
         cached=record["cached"],
         create_time=record["create_time"],
     )

@@ -62,6 +62,7 @@ class Extraction:
     create_time: float = field(default_factory=time.time)
     update_time: float = field(default_factory=time.time)
     n_non_finite: int = 0
+    n_documents_skipped: int = 0
     receipt: ParityReceipt | None = None
 
     @property

@@ -9,8 +9,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from headrace_extractor.errors import DiskFull
 from headrace_extractor.sets.activation_set import ActivationSet
-from headrace_log.errors import DiskFull
 from headrace_log.manifest import Manifest
 
 # Sealing takes milliseconds; readers must not wait for it longer than they notice.

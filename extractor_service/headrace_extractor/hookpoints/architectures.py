@@ -161,7 +161,8 @@ def _opt(network: Network) -> Family:
         isolation=BY_MASK,
     )
     if network.fields.get("do_layer_norm_before") is False:
-        return _without(family, POST_NORM, *SITES, EMBED, FINAL)
+        family = replace(family, block=_RESIDUAL)
+        return _without(family, POST_NORM, *(site for site in SITES if site not in _RESIDUAL), EMBED, FINAL)
     if network.fields.get("_remove_final_layer_norm"):
         family = _without(family, "it has no norm behind its last block", FINAL)
     if network.fields.get("word_embed_proj_dim", network.d_model) != network.d_model:
@@ -185,7 +186,8 @@ def _bloom(network: Network) -> Family:
     if network.fields.get("apply_residual_connection_post_layernorm"):
         return _without(family, POST_NORM, "hook_attn_out", "hook_resid_mid", "hook_mlp_out")
     if network.fields.get("slow_but_exact") and network.fields.get("pretraining_tp", 1) > 1:
-        return _without(family, "slow_but_exact computes it in slices", "hook_attn_out", "hook_mlp_out")
+        sliced = ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
+        return _without(family, "slow_but_exact computes it in slices", *sliced)
     return family
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 from headrace_extractor.corpora.recipe import PACKED, Recipe
-from headrace_extractor.errors import FieldInvalid, HookpointNotFound
+from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
 from headrace_extractor.hookpoints.architectures import family_of
 from headrace_extractor.hookpoints.names import (
     BLOCK_SITE,
@@ -40,13 +41,16 @@ from headrace_extractor.hookpoints.places import (
     place_of,
     place_unknown,
 )
-from headrace_extractor.hookpoints.weight_shapes import WeightShapes, module_shape
+from headrace_extractor.hookpoints.weight_shapes import Shape, WeightShapes, module_shape
 from headrace_extractor.models import ModelInfo
 from headrace_models.config import Network
-from headrace_models.errors import JsonInvalid
-from headrace_models.json_files import read_object
+from headrace_models.errors import ConfigInvalid, JsonInvalid
+from headrace_models.json_files import read_config
 
 __all__ = ["EMBED", "FINAL", "SITES", "Catalogue", "Hookpoint", "catalogue_of", "forward_order", "layer_of"]
+
+# Returns the shape of a row at a module's side, `in` or `out`, or why it can't be told.
+ShapeOf: TypeAlias = Callable[[str, str], Shape | str]
 
 MAX_NEAREST = 5
 # Most hookpoints in a request; wildcards over the largest models stay below.
@@ -71,12 +75,12 @@ class Hookpoint:
 
 
 class Catalogue:
-    """The hookpoints of a model, in forward order."""
+    """The hookpoints of a model, in forward order. `shape_of` tells the shapes of modules that are no site."""
 
-    def __init__(self, network: Network, files_path: str = "") -> None:
+    def __init__(self, network: Network, shape_of: ShapeOf | None = None) -> None:
         self.network = network
         self.family = family_of(network)
-        self._files_path = files_path
+        self._shape_of = shape_of or (lambda _path, _side: "shapes of modules are not known here")
 
     @cached_property
     def offered(self) -> tuple[Hookpoint, ...]:
@@ -140,7 +144,7 @@ class Catalogue:
         module = f"{path}:{side}"
         if module in self._by_module:
             return self._by_module[module]
-        shape = module_shape(path, side, self.network, WeightShapes.of_folder(self._files_path))
+        shape = self._shape_of(path, side)
         if isinstance(shape, str):
             raise self._not_found(asked, shape)
         # A copy: the network may change the tensor of an arbitrary module in place.
@@ -204,18 +208,39 @@ class Catalogue:
         exact = [point.name for point in there if not point.unavailable]
         return list(dict.fromkeys([*exact, *close]))[:MAX_NEAREST]
 
+    def with_shapes(self, shape_of: ShapeOf) -> Catalogue:
+        """Returns the same catalogue with another way to the shapes of modules."""
+        other = Catalogue(self.network, shape_of)
+        vars(other)["offered"] = self.offered
+        return other
+
 
 def catalogue_of(model: ModelInfo) -> Catalogue:
-    """Reads a model's config; headers of its weight files are only read for names that are module paths."""
-    return Catalogue(network_of(model), model.files_path)
+    """Reads a model's config in this process; its weight files' headers only for names that are module paths."""
+    network = network_of(model)
+    return Catalogue(
+        network, lambda path, side: module_shape(path, side, network, WeightShapes.of_folder(model.files_path))
+    )
 
 
 def network_of(model: ModelInfo) -> Network:
-    """Reads the config beside a model's files; without one, takes the numbers that the registry has."""
+    """Reads the config beside a model's files; without one, takes the numbers that the registry has.
+
+    Raises ModelUnsupported for a config with numbers beyond their bounds.
+    """
     try:
-        return Network.of_config(read_object(Path(model.files_path) / "config.json"))
+        return Network.of_config(read_config(Path(model.files_path)))
     except (OSError, JsonInvalid):
-        return Network(model_type=model.model_type, n_layers=model.n_layers, d_model=model.d_model)
+        return registered_network(model)
+    except ConfigInvalid as exc:
+        raise ModelUnsupported(
+            f"config.json of {model.id}: {exc}; mend the config and prepare the model again."
+        ) from exc
+
+
+def registered_network(model: ModelInfo) -> Network:
+    """Returns the few numbers of a model that the registry has."""
+    return Network(model_type=model.model_type, n_layers=model.n_layers, d_model=model.d_model)
 
 
 def check_isolation(recipe: Recipe, catalogue: Catalogue) -> None:
@@ -225,18 +250,19 @@ def check_isolation(recipe: Recipe, catalogue: Catalogue) -> None:
         raise cannot_isolate(catalogue.network.model_type)
 
 
-def cannot_isolate(model_type: str) -> FieldInvalid:
+def cannot_isolate(model_type: str, metadata: Mapping[str, str] | None = None) -> FieldInvalid:
     """Returns the error for a recipe that packs documents which the model can't keep apart."""
     return FieldInvalid(
         f"Documents in one sequence of a {model_type} model can't be kept apart; use packing one_document, or let them "
         "attend to one another.",
         field="spec.recipe.packing",
+        metadata=metadata or {},
     )
 
 
 def attention_of(model: ModelInfo) -> str:
     """Returns the attention implementation that a model's family needs; empty for the usual one, sdpa."""
-    family = family_of(network_of(model))
+    family = family_of(registered_network(model))  # Its model type decides, which the registry has too.
     return family.attention if family and family.attention != "sdpa" else ""
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from headrace_models.config import Network
-from headrace_models.errors import HeaderInvalid
+from headrace_models.errors import ModelFilesError
 from headrace_models.safetensors import read_header
 
 Shape = tuple[int, ...]
@@ -79,6 +79,6 @@ def _matrix_shape(path: str, side: str, weight: Shape, network: Network) -> Shap
 def _read(files: tuple[tuple[str, int], ...]) -> WeightShapes:
     shapes: dict[str, Shape] = {}
     for path, _mtime_ns in files:
-        with contextlib.suppress(OSError, HeaderInvalid):
+        with contextlib.suppress(OSError, ModelFilesError):
             shapes |= {name: tensor.shape for name, tensor in read_header(Path(path)).tensors.items()}
     return WeightShapes(shapes=shapes)

@@ -7,11 +7,14 @@ import os
 import sys
 import threading
 
+from headrace_chassis.confined.limits import Limits, limit_memory
 from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import reason_of
 from headrace_extractor.hub.job import DONE, FAILED, HubJob, frame
 
 _BUFFER_BYTES = 256 * 1024
+# `datasets` holds row groups of Parquet files, which have some hundred megabytes, a few at a time.
+_MEMORY_BYTES = 8 * 1024**3
 
 
 class Output:
@@ -35,6 +38,7 @@ def main() -> None:
     fd = os.dup(1)
     os.dup2(2, 1)  # Output printed by the libraries must not get between the frames.
     output = Output(fd)
+    limit_memory(Limits(memory_bytes=_MEMORY_BYTES))
     job = HubJob.parse(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_input, name="input", daemon=True).start()
     try:
@@ -50,6 +54,10 @@ def main() -> None:
             "field": exc.field,
             "retry_after_s": exc.retry_after_s,
         }
+        output.send(FAILED, json.dumps(event).encode(), now=True)
+    except MemoryError:
+        message = f"Dataset {job.repo_id} takes more than {_MEMORY_BYTES // 2**30} GiB of memory to read; take another."
+        event = {"reason": "CORPUS_MALFORMED", "message": message, "metadata": {}, "field": None, "retry_after_s": None}
         output.send(FAILED, json.dumps(event).encode(), now=True)
     except BrokenPipeError:
         pass

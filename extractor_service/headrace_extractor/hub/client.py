@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+from headrace_chassis.confined.environment import hub_environment
 from headrace_extractor.errors import ExtraMissing, HubUnavailable, error_for
 from headrace_extractor.hub.job import DOCUMENT, DONE, FAILED, RESOLVED, WAITING, FrameReader, HubJob
 
@@ -30,10 +31,14 @@ _RETRY_AFTER_S = 30.0
 
 
 class HubDatasets:
-    """Opens datasets; `environment` is for the processes that read them. All methods block."""
+    """Opens datasets in processes that get the part of `environment` that concerns the hub. All methods block."""
 
     def __init__(self, environment: Mapping[str, str], *, silence_s: float = SILENCE_S) -> None:
-        self._environment = {**environment, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        self._environment = {
+            **hub_environment(environment),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
         self._silence_s = silence_s
 
     @contextmanager

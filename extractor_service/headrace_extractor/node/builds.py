@@ -70,7 +70,7 @@ class Builds:
             try:
                 fidelity = await self._in_runner(build)
             except ServiceError as exc:
-                failure = Failure(reason=reason_of(exc), message=exc.message)
+                failure = Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata)
             except OSError as exc:  # TimeoutError is one.
                 failure = Failure(
                     reason=LoadFailed.reason, message=f"The build broke off ({exc!r}); look at the node's log."
@@ -156,6 +156,8 @@ def command_of(build: Build) -> Message:
         return Convert(source_path=model.gguf_path, target_path=build.target_path)
     if build.kind is BuildKind.CONVERT_PICKLED:
         return Convert(source_path=build.source_path, target_path=build.target_path)
+    if build.kind is BuildKind.CONVERT_TOKENIZER:
+        return Convert(source_path=build.source_path, target_path=build.target_path, tokenizer=True)
     if build.kind is BuildKind.QUANTIZE:
         dtype = model.compute_dtype("cpu")
         return Quantize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -49,8 +51,10 @@ def device_lister(wanted: str, cpu_bytes: int) -> Callable[[], Sequence[Device]]
         apple = platform.system() == "Darwin" and platform.machine() == "arm64"
         kind = wanted or ("mps" if apple else "cpu")
 
+        read_memory = _memory_reader()
+
         def main_memory() -> Sequence[Device]:
-            memory = psutil.virtual_memory()
+            memory = read_memory()
             cpu = Device(
                 id=kind,
                 kind=kind,
@@ -82,8 +86,10 @@ def machine_reader(devices: Sequence[Device], *, max_loads: int, max_residents: 
         small = sum(device.capacity_bytes for device in devices) < _SMALL_NODE_BYTES
         max_residents = _SMALL_NODE_RESIDENTS if small else 0
 
+    read_memory = _memory_reader()
+
     def machine() -> Machine:
-        memory = psutil.virtual_memory()
+        memory = read_memory()
         return Machine(
             memory_bytes=memory.total,
             memory_free_bytes=memory.available,
@@ -99,6 +105,19 @@ async def free_bytes(devices: Callable[[], Sequence[Device]], device_id: str) ->
     # In a thread: nvidia-smi may take seconds.
     listed = await asyncio.to_thread(devices)
     return next((device.free_bytes for device in listed if device.id == device_id), 0)
+
+
+def _memory_reader() -> Callable[[], Any]:
+    """Returns a function that reads the main memory; its last known figures while the system has no file to spare."""
+    known = psutil.virtual_memory()
+
+    def read() -> Any:
+        nonlocal known
+        with contextlib.suppress(OSError):
+            known = psutil.virtual_memory()
+        return known
+
+    return read
 
 
 @functools.cache

@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from headrace_chassis.errors import ServiceError
 from headrace_chassis.meters import Meter
 from headrace_extractor.errors import (
+    AlreadyExists,
     EpochStale,
     Failure,
     LoadFailed,
+    NodeIdTaken,
     RegistryUnavailable,
     RunnerLost,
     WaitTimeout,
@@ -32,9 +34,12 @@ from headrace_extractor.node.reporting import REPORT_INTERVAL_S, RETRY_S, try_to
 from headrace_extractor.node.runner_protocol import Load, Loaded, Loading
 from headrace_extractor.node.validations import Validations
 from headrace_extractor.node.values import Assignment, DesiredState, Device, Machine, ResidencyReport
+from headrace_extractor.node.versions import library_versions
 
 # 400 GB from a slow disk; longer is a hang.
 LOAD_DEADLINE_S = 3600.0
+# The registry calls a silent node lost after 15 s by default; its id is free then.
+ID_WAIT_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +81,24 @@ class Node:
         """Registers under `address`, which clients reach, then sends heartbeats and reconciles until it is cancelled.
 
         Registers again whenever the registry is lost or calls the epoch stale; `on_registered` is called each time.
+        Raises NodeIdTaken if another node keeps this one from registering at all.
         """
+        began = time.monotonic()
         try:
             while True:
                 try:
                     await self._live_one_epoch(address, on_registered)
-                except ServiceError as exc:  # Whatever the error is, models stay loaded and readers stay served.
+                except AlreadyExists as exc:  # Another node has this id. A dead one frees it within a minute.
+                    if not self.epoch and time.monotonic() - began > ID_WAIT_S:
+                        raise NodeIdTaken(exc.message) from exc
+                    logger.error("registering again: %s", exc.message)  # noqa: TRY400 -- the message says it all
                     self.registered.clear()
-                    level = logging.INFO if isinstance(exc, RegistryUnavailable | EpochStale) else logging.ERROR
-                    logger.log(level, "registering again: %s", exc.message)
+                    await asyncio.sleep(RETRY_S)
+                except Exception as exc:
+                    self.registered.clear()
+                    usual = isinstance(exc, RegistryUnavailable | EpochStale)
+                    stack = None if isinstance(exc, ServiceError) else exc
+                    logger.log(logging.INFO if usual else logging.ERROR, "registering again: %s", exc, exc_info=stack)
                     await asyncio.sleep(RETRY_S)
         finally:
             await self._builds.close()
@@ -188,7 +202,7 @@ class Node:
             if residency.loaded and assignment.state != "RESIDENT":
                 await self._report_resident(residency)
         self._builds.follow(desired.builds)
-        await self._validations.follow(desired.validations)
+        self._validations.follow(desired.validations)
 
     async def _load_and_watch(self, residency: Residency) -> None:
         """Loads one model, waits for the end of its process and reports it as a failure."""
@@ -202,7 +216,7 @@ class Node:
             await self._report_resident(residency)
             residency.baseline = await self._reclaimer.note_baseline(residency.assignment.device_id)
             await runner.wait()
-            raise RunnerLost("The model's process died; it is loaded again on demand.", retry_after_s=RETRY_S)
+            raise runner.lost()
         except (ServiceError, OSError) as raised:
             if isinstance(raised, ServiceError):
                 exc = raised
@@ -223,6 +237,8 @@ class Node:
                     state="FAILED",
                     failure=Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata),
                     lost_bytes=lost_bytes,
+                    versions=library_versions(),
+                    log_tail=residency.runner.log_tail if residency.runner else "",
                 )
             )
 
@@ -235,6 +251,7 @@ class Node:
             dtype=assignment.model.compute_dtype(assignment.device_id),
             quantization=assignment.model.quantization,
             load_options=dict(assignment.model.load_options),
+            files=assignment.model.files,
         )
         meter, reported = Meter(), 0.0
         meter.at(0, time.monotonic())
@@ -310,6 +327,8 @@ class Node:
                 fence=residency.assignment.fence,
                 state="RESIDENT",
                 measured_bytes=residency.measured_bytes,
+                versions=library_versions(),
+                log_tail=residency.runner.log_tail if residency.runner else "",
             )
         )
 

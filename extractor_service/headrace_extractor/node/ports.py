@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from headrace_extractor.errors import Failure
+from headrace_extractor.errors import Failure, RunnerLost
 from headrace_extractor.meters import Transfer
 from headrace_extractor.node.runner_protocol import Message
 from headrace_extractor.node.values import Build, DesiredState, Device, Machine, ResidencyReport, ValidationReport
@@ -49,6 +49,10 @@ class Runner(Protocol):
     def busy(self) -> bool:
         """True while a command runs; the next command waits for its end."""
 
+    @property
+    def log_tail(self) -> str:
+        """The last lines that the process wrote to its standard error."""
+
     def run(self, command: Message, *, ends: Sequence[type[Message]]) -> AsyncGenerator[Message, None]:
         """Sends a command and yields its events up to one of the types `ends`.
 
@@ -60,6 +64,9 @@ class Runner(Protocol):
 
     async def wait(self) -> None:
         """Waits until the process has ended."""
+
+    def lost(self) -> RunnerLost:
+        """Returns the error of the process once it has ended."""
 
     async def kill(self) -> None:
         """Ends the process and waits until it has gone; TimeoutError if it does not."""

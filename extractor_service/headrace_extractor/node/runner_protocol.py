@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from headrace_models.folder import FileStamp
+
 # The longest line is an `extract` of all hookpoints of a large model: a few thousand names.
 MAX_LINE_BYTES = 4 * 1024 * 1024
 
@@ -44,6 +46,7 @@ class Load(Message):
     dtype: str  # compute dtype: `float32`, `bfloat16`, `float16`
     quantization: str = "none"
     load_options: Mapping[str, Any] = field(default_factory=dict)
+    files: Sequence[FileStamp] = ()  # The files as they were when the model was prepared; empty: not known.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +91,15 @@ class Stop(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convert(Message):
-    """Convert `source_path`, a GGUF file or a folder with pickled weights, to a folder with safetensors."""
+    """Convert `source_path`, a GGUF file or a folder with pickled weights, to a folder with safetensors.
+
+    With `tokenizer`, make a folder of links to the files in `source_path`, and a tokenizer.json from its tokenizer.
+    """
 
     KIND: ClassVar[str] = "convert"
     source_path: str
     target_path: str
+    tokenizer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +127,7 @@ class Validate(Message):
     dtype: str
     quantization: str = "none"
     load_options: Mapping[str, Any] = field(default_factory=dict)
+    files: Sequence[FileStamp] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +144,10 @@ class Loading(Message):
     KIND: ClassVar[str] = "loading"
     done_bytes: int
     total_bytes: int
+
+
+# Under this key, a set's resume points have the number of documents that were skipped up to there.
+N_SKIPPED = "n_skipped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +168,7 @@ class Committed(Message):
     n_rows: int  # The watermark, counted from the set's first row: the server serves rows before it to readers.
     n_tokens: int = 0  # Tokens through the model in this run, dropped ones included: the work done, also without rows.
     n_non_finite: int = 0  # NaN and infinite values in the columns of this run so far, for the extractions' state.
+    n_skipped: int = 0  # Documents from the corpus's first on that gave no rows since they can't be tokenized.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +189,7 @@ class Finished(Message):
     n_rows: int  # Fewer than the last `committed` if a segment of added columns stayed partial, which is not sealed.
     complete: bool  # False after `stop` and at `max_rows`: the corpus may have more rows.
     n_non_finite: int = 0  # As in `committed`, which a run over a complete set never sends.
+    n_skipped: int = 0  # As in `committed`.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +265,8 @@ def decode(line: bytes) -> Message:
     """Decodes one line; raises ValueError if it is not a known message."""
     fields = json.loads(line)
     try:
+        if "files" in fields:
+            fields["files"] = tuple(FileStamp(**each) for each in fields["files"])
         return _KINDS[fields.pop("kind")](**fields)
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError(f"not a runner message: {line[:200]!r}") from exc

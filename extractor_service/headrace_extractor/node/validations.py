@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace_chassis.errors import ServiceError
-from headrace_extractor.errors import Failure, LoadFailed, reason_of
+from headrace_extractor.errors import Failure, LoadFailed, StateConflict, reason_of
 from headrace_extractor.models import compute_dtype
 from headrace_extractor.node.devices import free_bytes
 from headrace_extractor.node.ports import NodeRegistry, RunnerFactory
@@ -43,22 +43,41 @@ class Validations:
         self._epoch = epoch
         self._environment = environment
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._endings: set[asyncio.Task[None]] = set()
 
-    async def follow(self, wanted: Sequence[Validation]) -> None:
+    def follow(self, wanted: Sequence[Validation]) -> None:
         """Starts the wanted validations that are new, and ends the running ones that are not wanted any more."""
         ids = {validation.attempt_id for validation in wanted}
         for attempt_id in [each for each in self._running if each not in ids]:
             task = self._running.pop(attempt_id)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            if not task.done():
+                ending = asyncio.create_task(self._end(attempt_id, task), name=f"end-{attempt_id}")
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
         for validation in wanted:
             if validation.attempt_id not in self._running:
                 task = asyncio.create_task(self._validate(validation), name=f"validate-{validation.attempt_id}")
                 self._running[validation.attempt_id] = task
 
     async def close(self) -> None:
-        """Ends all validations and their runners."""
-        await self.follow(())
+        """Ends all validations and their runners; their memory goes with this node's epoch."""
+        tasks = [*self._running.values(), *self._endings]
+        for task in self._running.values():
+            task.cancel()
+        self._running.clear()
+        for ending in self._endings:
+            ending.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _end(self, attempt_id: str, task: asyncio.Task[None]) -> None:
+        """Ends a validation, then tells the registry that its memory is free: until then its bytes count there."""
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        stopped = Failure(reason=StateConflict.reason, message="it was not wanted any more")
+        report = ValidationReport(attempt_id=attempt_id, steps=(), done=True, failure=stopped, versions={})
+        await try_to_tell(
+            lambda: self._registry.report_validation(self._epoch(), report), 5, f"the end of validation {attempt_id}"
+        )
 
     async def _validate(self, validation: Validation) -> None:
         """Runs all steps; stays in `_running` afterwards, until the registry has taken it off its list."""
@@ -82,6 +101,7 @@ class Validations:
                 dtype=compute_dtype(validation.load_options, validation.device_id),
                 quantization=model.quantization,
                 load_options=dict(validation.load_options),
+                files=model.files,
             )
             async for event in runner.run(command, ends=(Validated,)):
                 if isinstance(event, Step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -57,6 +57,7 @@ class BuildKind(StrEnum):
 
     CONVERT_GGUF = "CONVERT_GGUF"  # From the model's GGUF file.
     CONVERT_PICKLED = "CONVERT_PICKLED"  # From a folder of pickled weights.
+    CONVERT_TOKENIZER = "CONVERT_TOKENIZER"  # From a folder with its tokenizer in an older form.
     QUANTIZE = "QUANTIZE"  # From a folder of unquantized weights.
 
 
@@ -115,6 +116,8 @@ class ResidencyReport:
     measured_bytes: int = 0
     failure: Failure | None = None
     lost_bytes: int = 0  # of its device, which did not get them back after the end
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that loaded the model
+    log_tail: str = ""  # what the model's process wrote last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,14 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from headrace_chassis.shutdown import Shutdown
-from headrace_extractor.errors import DigestMismatch, FieldInvalid, HookpointNotFound
+from headrace_extractor.errors import DigestMismatch, FieldInvalid, HookpointNotFound, RowsExpired, RowTooLarge
 from headrace_extractor.extractions.job import ExtractionJob, rows_expired
 from headrace_extractor.extractions.readers import Reader
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading.reading_order import OrderRequest, way_of
 from headrace_extractor.sets.log_errors import log_errors_as_typed, too_many_streams
 from headrace_log import errors as log_errors
+from headrace_log.index import SegmentRecord
 from headrace_log.reader import KEPT_SEGMENTS, RowRun, SetReader
 
 DEFAULT_CHUNK_BYTES = 1024 * 1024
@@ -28,6 +29,11 @@ DEFAULT_RANGE_BYTES = 64 * 1024 * 1024
 WINDOW_RANGE_BYTES = 16 * 1024 * 1024
 MAX_CHUNK_BYTES = 3_500_000
 MAX_LARGE_CHUNK_BYTES = 16 * 1024 * 1024
+# The largest message of a server: a chunk and its frame. And gRPC's default limit in a client.
+MAX_MESSAGE_BYTES = 17 * 1024 * 1024
+MAX_SMALL_MESSAGE_BYTES = 4 * 1024 * 1024
+# Alignment and offset of a column, and the head of a message; a bound, not the exact size.
+_COLUMN_FRAME_BYTES, _FRAME_BYTES = 80, 1024
 HEARTBEAT_S = 15.0
 # A reader that has all committed rows is told so after this time: it then knows that it waits for the extractor.
 CAUGHT_UP_S = 0.02
@@ -106,10 +112,13 @@ class RowStream:
         try:
             self._set_reader = self._open(columns)
             self.nonce = self._nonce() if request.mapped else ""
+            # Wide rows of a mapped stream come as ranges, once they are sealed.
+            self._inline = self._fits_message(columns)
         except BaseException:
             job.detach(self._attached)
             raise
-        self._generation = job.generation
+        self._generation = self._job_generation
+        self._checked = range(0)  # Rows of the segment whose bytes were compared with their digests.
         self.next_row = request.start_row
         self._over = False
         row_bytes = self._set_reader.row_bytes
@@ -152,7 +161,7 @@ class RowStream:
         quiet_until, told = time.monotonic() + CAUGHT_UP_S, self._job.value.state
         while not self._at_end():
             self._shutdown.check()
-            if self.next_row < self._way.n_there and (run := self._read()):
+            if self.next_row < self._way.n_there and (run := await self._next_run()):
                 yield run
                 self.next_row += run.n_rows
                 if not self._request.explicit_release:
@@ -185,6 +194,21 @@ class RowStream:
             logger.warning("no nonce for %s, so its rows are sent inline: %s", self._job.folder, exc)
             return ""
 
+    def _fits_message(self, columns: Sequence[str]) -> bool:
+        """True if a row fits into a message. Raises RowTooLarge if it does not, and rows are sent in messages alone."""
+        large = self._request.allow_large_chunks
+        limit = MAX_MESSAGE_BYTES if large else MAX_SMALL_MESSAGE_BYTES
+        row_bytes = self._set_reader.row_bytes
+        size = row_bytes + _COLUMN_FRAME_BYTES * len(columns) + _FRAME_BYTES
+        if size <= limit or self.nonce:
+            return size <= limit
+        more = "" if large or size > MAX_MESSAGE_BYTES else "set allow_large_chunks and accept such messages, "
+        raise RowTooLarge(
+            f"One row of these {len(columns)} columns has {row_bytes} bytes, and a message at most {limit}: {more}"
+            "read fewer columns at a time, or map the rows on the node itself (TRANSPORT_MAPPED).",
+            metadata={"row_bytes": str(row_bytes), "limit_bytes": str(limit)},
+        )
+
     def _open(self, columns: Sequence[str]) -> SetReader:
         try:
             returns = self._way.block_rows and not self._job.set.is_window  # To segments that it has read before.
@@ -199,29 +223,78 @@ class RowStream:
     def _at_end(self) -> bool:
         end_row, value = self.end_row, self._job.value
         if self._request.start_row > end_row > 0 and value.state == ExtractionState.DONE:
-            raise rows_expired(self._request.start_row, first_row=0, n_rows=value.n_rows)
+            raise RowsExpired(
+                f"There is no row {self._request.start_row}: the last one is {end_row - 1}.",
+                metadata={"first_available_row": "0", "n_rows": str(value.n_rows)},
+            )
         return bool(end_row) and self.next_row >= end_row
 
+    async def _next_run(self) -> RowRun | None:
+        """The next rows, of files that are as they were sealed; None if there are none yet after all.
+
+        Raises DigestMismatch, which names the damaged rows.
+        """
+        if unchecked := self._unchecked():
+            await self._shutdown.race(self._check(unchecked))
+        try:
+            return self._read()
+        except log_errors.SetCorrupt as exc:
+            row, _ = self._way.stretch(self.next_row)
+            if row >= self._set_reader.sealed_rows and not self._job.value.state.ended:
+                return None  # The job was not told yet.
+            if changed := self._set_reader.sealed_segment(row):
+                await self._shutdown.race(self._check(changed))
+            raise DigestMismatch(f"{exc}.", resource=("ActivationSet", self._job.value.set_id)) from exc
+
+    @property
+    def _job_generation(self) -> tuple[int, int]:
+        """Changes whenever rows may lie in other files than before: a writer died, or damage was mended."""
+        return self._job.generation, self._job.set.integrity.n_mended
+
+    def _unchecked(self) -> SegmentRecord | None:
+        """The sealed segment that is read next, unless its files are known to be as they were sealed."""
+        row, _ = self._way.stretch(self.next_row)
+        if row in self._checked and self._generation == self._job_generation:
+            return None
+        reader = self._set_reader
+        with log_errors_as_typed():
+            if self._generation != self._job_generation:
+                reader.forget_files()
+                self._generation = self._job_generation
+        record = reader.sealed_segment(row)
+        if record is None or row < reader.first_row:
+            return None  # Of the segment being written, or dropped.
+        self._job.set.index()  # Segments sealed since the last look count as compared.
+        try:
+            known = self._job.set.integrity.knows(record, reader.columns, reader.stamps(record.segment))
+        except OSError:
+            known = False
+        if known:
+            self._checked = range(record.first_row, record.end_row)
+        return None if known else record
+
+    async def _check(self, record: SegmentRecord) -> None:
+        """Compares a segment with its digests, in a thread. Raises DigestMismatch, which names its damaged rows."""
+        await self._job.set.check_segment(record, self._set_reader.columns)
+        with log_errors_as_typed():
+            self._set_reader.forget_files()  # Open ones may be other files than those that were compared.
+        self._checked = range(record.first_row, record.end_row)
+
     def _read(self) -> RowRun | None:
-        """The next rows; None if the runner has lost them before they were sealed, and the job was not told yet."""
+        """The next rows; None if they are not sealed and too wide for a message."""
         n_rows, end = self._job.value.n_rows, self.end_row
         row, together = self._way.stretch(self.next_row)
         end_row = min(n_rows, row + together, row + end - self.next_row) if end else min(n_rows, row + together)
         try:
-            if self._generation != self._job.generation:
-                self._set_reader.forget_open_segment()
-                self._generation = self._job.generation
             if self.nonce and (n_sealed := self._set_reader.sealed_after(row)):
                 return RowRun(row, min(n_sealed, self._range_rows, end_row - row), ())
+            if not self._inline:
+                return None
             return self._set_reader.read(row, self._chunk_rows, end_row=end_row)
         except log_errors.RowsExpired as exc:
             raise rows_expired(exc.row, first_row=exc.first_available_row, n_rows=n_rows) from exc
         except log_errors.TooManyFiles as exc:
             raise too_many_streams(exc) from exc
-        except (log_errors.SetCorrupt, log_errors.DigestMismatch) as exc:
-            if row >= self._set_reader.sealed_rows and not self._job.value.state.ended:
-                return None
-            raise DigestMismatch(str(exc), resource=("ActivationSet", self._job.value.set_id)) from exc
 
 
 def check_columns(wanted: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,7 +19,7 @@ from headrace_chassis.errors import ShuttingDown
 from headrace_chassis.shutdown import Shutdown
 from headrace_extractor.corpora.spec import Corpus, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.errors import FieldInvalid, QueueFull, StateConflict
+from headrace_extractor.errors import FieldInvalid, QueueFull, StateConflict, WaitTimeout
 from headrace_extractor.hub.client import HubDatasets
 from headrace_extractor.requests import Requests, checked_request_id
 from headrace_extractor.rpc.convert import corpora as convert
@@ -26,6 +27,11 @@ from headrace_extractor.rpc.convert import corpora as convert
 MAX_CONTENT_BYTES = 1024 * 1024
 # An ingest parses in a thread, and Python's threads share one core: more at once would only be slower.
 MAX_INGESTS = 4
+# Open uploads take no ingest's place while their pieces come in: a client that says nothing must not hold up others.
+MAX_UPLOADS = 64
+UPLOAD_SILENCE_S = 30.0
+# An upload that is here waits so long for a place: to send it again would cost more.
+INGEST_WAIT_S = 3600.0
 
 T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -35,25 +41,44 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
     """Serves the corpora of this node."""
 
     def __init__(
-        self, store: CorpusStore, hub: HubDatasets, *, in_use: Callable[[str], bool], shutdown: Shutdown
+        self,
+        store: CorpusStore,
+        hub: HubDatasets,
+        *,
+        in_use: Callable[[str], bool],
+        shutdown: Shutdown,
+        upload_silence_s: float = UPLOAD_SILENCE_S,
     ) -> None:
         self._store = store
         self._hub = hub
         self._in_use = in_use
         self._shutdown = shutdown
         self._registrations = Requests()
+        self._upload_silence_s = upload_silence_s
         self._n_ingests = 0
+        self._n_uploads = 0
+        self._place_given = asyncio.Event()
         # Datasets take hours: they must not block the default threads, which heartbeats need too.
         self._threads = ThreadPoolExecutor(MAX_INGESTS, thread_name_prefix="corpora")
+        self._writers = ThreadPoolExecutor(2, thread_name_prefix="uploads")  # More would wait for the same disk.
 
     async def UploadCorpus(
         self, request_iterator: AsyncIterator[corpus_service_pb2.UploadCorpusRequest], context: Context
     ) -> corpus_service_pb2.UploadCorpusResponse:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("part") != "spec":
-            raise FieldInvalid("The first message of an upload must hold `spec`.", field="spec")
-        with self._ingesting():
-            corpus = await self._receive(convert.corpus_spec_from_pb(first.spec), request_iterator)
+        requests = self._pieces(request_iterator)
+        async with aclosing(requests):
+            first = await anext(requests, None)
+            if first is None or first.WhichOneof("part") != "spec":
+                raise FieldInvalid("The first message of an upload must hold `spec`.", field="spec")
+            if self._n_ingests >= MAX_INGESTS:  # Better refused now than after the last piece.
+                raise QueueFull(f"{MAX_INGESTS} corpora are being ingested; try again later.", retry_after_s=2.0)
+            if self._n_uploads >= MAX_UPLOADS:
+                raise QueueFull(f"{MAX_UPLOADS} uploads are under way; try again later.", retry_after_s=2.0)
+            self._n_uploads += 1
+            try:
+                corpus = await self._receive(convert.corpus_spec_from_pb(first.spec), requests)
+            finally:
+                self._n_uploads -= 1
         return corpus_service_pb2.UploadCorpusResponse(corpus=convert.corpus_to_pb(corpus))
 
     async def RegisterCorpus(
@@ -77,7 +102,9 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
     ) -> corpus_service_pb2.ListCorporaResponse:
         corpora, token = self._store.list(request.page_size, request.page_token)
         return corpus_service_pb2.ListCorporaResponse(
-            corpora=[convert.corpus_to_pb(corpus) for corpus in corpora], next_page_token=token
+            corpora=[convert.corpus_to_pb(corpus) for corpus in corpora],
+            next_page_token=token,
+            total_size=len(self._store),
         )
 
     async def DeleteCorpus(
@@ -138,18 +165,45 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
     async def _receive(
         self, spec: CorpusSpec, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]
     ) -> Corpus:
-        upload = await self._in_thread(self._store.upload, spec)
+        upload = self._store.upload(spec)
         try:
-            async for request in self._shutdown.watching(requests):
+            async for request in requests:
                 if request.WhichOneof("part") != "content":
                     raise FieldInvalid("Only the first message of an upload may hold `spec`.", field="content")
                 if len(request.content) > MAX_CONTENT_BYTES:
                     raise FieldInvalid("A piece of an upload has at most 1 MiB.", field="content")
-                await self._in_thread(upload.write, request.content)
-            return await self._in_thread(upload.finish)
+                await self._written(upload.write, request.content)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(INGEST_WAIT_S):
+                    while self._n_ingests >= MAX_INGESTS:
+                        self._place_given.clear()
+                        await self._shutdown.race(self._place_given.wait())
+            with self._ingesting():
+                return await self._in_thread(upload.finish)
         finally:
             # In a default thread: closing must not wait until an ingest's thread is free.
             await asyncio.to_thread(upload.__exit__, *sys.exc_info())
+
+    async def _pieces(
+        self, requests: AsyncIterator[corpus_service_pb2.UploadCorpusRequest]
+    ) -> AsyncGenerator[corpus_service_pb2.UploadCorpusRequest, None]:
+        """Yields the messages of an upload. Raises WaitTimeout if the client falls silent."""
+        async with aclosing(self._shutdown.watching(requests)) as pieces:
+            while True:
+                try:
+                    async with asyncio.timeout(self._upload_silence_s):
+                        piece = await anext(pieces, None)
+                except TimeoutError:
+                    raise WaitTimeout(
+                        f"No piece of the upload came for {self._upload_silence_s:g} s; upload the file again."
+                    ) from None
+                if piece is None:
+                    return
+                yield piece
+
+    async def _written(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs a part of an upload that writes, in a thread that no ingest uses."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, work, *args)
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Runs a part of an ingest in a thread; if the call is cut, its place stays taken until the thread is done."""
@@ -170,6 +224,7 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
 
     def _give_place(self) -> None:
         self._n_ingests -= 1
+        self._place_given.set()
 
     @contextlib.contextmanager
     def _ingesting(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -16,17 +17,18 @@ from headrace_chassis.watch import watch
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.extractions.extractions import Extractions
 from headrace_extractor.extractions.job import ExtractionJob
-from headrace_extractor.hookpoints.catalogue import catalogue_of
 from headrace_extractor.reading.row_stream import RowStream
 from headrace_extractor.rpc.convert import extractions as convert
 from headrace_extractor.rpc.convert import hookpoints as convert_hookpoint
 from headrace_extractor.rpc.convert.streams import header_to_bytes, stream_request_from_pb
-from headrace_extractor.rpc.pages import offset_of, page_size, token_for
+from headrace_extractor.rpc.pages import of_a_page, offset_of, page_size, token_for
 from headrace_extractor.rpc.row_messages import framed_rows, one_ahead
 
 MAX_TOKEN_IDS = 100_000
 # Progress is for people; ten a second is smooth.
 WATCH_INTERVAL_S = 0.1
+# The runner ends its pass between two batches, which takes a second or so.
+CANCEL_WAIT_S = 10.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -79,12 +81,12 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
     ) -> extraction_service_pb2.ListExtractionsResponse:
         values = [job.value for job in self._extractions.list()]
         start = offset_of(request.page_token)
-        size = page_size(request.page_size)
-        page = values[start : start + size]
-        more = start + size < len(values)
+        page = of_a_page(map(convert.extraction_to_pb, values[start : start + page_size(request.page_size)]))
+        end = start + len(page)
         return extraction_service_pb2.ListExtractionsResponse(
-            extractions=[convert.extraction_to_pb(value) for value in page],
-            next_page_token=token_for(start + size) if more else "",
+            extractions=page,
+            next_page_token=token_for(end) if page and end < len(values) else "",
+            total_size=len(values),
         )
 
     async def CancelExtraction(
@@ -92,6 +94,10 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
     ) -> extraction_service_pb2.CancelExtractionResponse:
         job = self._extractions.get(request.extraction_id)
         await job.cancel()
+        with contextlib.suppress(TimeoutError):  # A pass that is slow to end goes on ending; the answer says so.
+            async with asyncio.timeout(CANCEL_WAIT_S):
+                while not job.value.state.ended:
+                    await job.changed(CANCEL_WAIT_S)
         return extraction_service_pb2.CancelExtractionResponse(extraction=convert.extraction_to_pb(job.value))
 
     async def WatchExtraction(
@@ -125,11 +131,19 @@ class ExtractionServicer(extraction_service_pb2_grpc.ExtractionServiceServicer):
         self._extractions.get(request.extraction_id).release(request.reader, request.row)
         return extraction_service_pb2.ReleaseRowsResponse()
 
+    async def VerifySet(
+        self, request: extraction_service_pb2.VerifySetRequest, context: Context
+    ) -> AsyncIterator[extraction_service_pb2.VerifySetResponse]:
+        verification = self._extractions.verify(request.set_id)
+        async with aclosing(self._shutdown.watching(verification.progress())) as steps:
+            async for verified in steps:
+                yield convert.verified_to_pb(verified)
+
     async def ListHookpoints(
         self, request: extraction_service_pb2.ListHookpointsRequest, context: Context
     ) -> extraction_service_pb2.ListHookpointsResponse:
         model = await self._extractions.ready_model(request.model_id)
-        offered = catalogue_of(model).offered
+        offered = (await self._extractions.catalogues.of(model)).offered
         return extraction_service_pb2.ListHookpointsResponse(
             hookpoints=[convert_hookpoint.hookpoint_to_pb(point) for point in offered]
         )

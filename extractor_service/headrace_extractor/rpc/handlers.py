@@ -15,7 +15,7 @@ def add_service(
 ) -> None:
     """Adds all methods of a service; the methods in `framed` yield `bytes` instead of messages."""
     handlers = {method.name: _handler(method, servicer, method.name in framed) for method in descriptor.methods}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
+    server.add_registered_method_handlers(descriptor.full_name, handlers)
 
 
 def _handler(method: MethodDescriptor, servicer: object, framed: bool) -> grpc.RpcMethodHandler[Any, Any]:

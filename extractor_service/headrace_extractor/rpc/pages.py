@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from headrace_extractor.errors import FieldInvalid
 
 MAX_PAGE_SIZE = 1000
+# Half of the largest message that a client of gRPC takes unless told otherwise.
+_MAX_PAGE_BYTES = 2 * 1024 * 1024
+
+M = TypeVar("M", bound=Message)
 
 
 def page_size(asked: int) -> int:
@@ -25,6 +33,21 @@ def token_for(offset: int) -> str:
 def offset_of(token: str) -> int:
     """Inverse of `token_for`; 0 for an empty token. Raises FieldInvalid."""
     try:
-        return int(base64.urlsafe_b64decode(token.encode())) if token else 0
-    except (binascii.Error, ValueError) as exc:
-        raise FieldInvalid("page_token is none that ListExtractions gave out.", field="page_token") from exc
+        offset = int(base64.urlsafe_b64decode(token.encode())) if token else 0
+    except (binascii.Error, ValueError):
+        offset = -1
+    if offset < 0:
+        raise FieldInvalid("page_token is none that ListExtractions gave out.", field="page_token")
+    return offset
+
+
+def of_a_page(entries: Iterable[M]) -> list[M]:
+    """Returns the first entries, as many as a message may hold: one at least, if there is one."""
+    page: list[M] = []
+    n_bytes = 0
+    for entry in entries:
+        n_bytes += entry.ByteSize()
+        if page and n_bytes > _MAX_PAGE_BYTES:
+            break
+        page.append(entry)
+    return page

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -21,6 +21,8 @@ from headrace.registry.v1 import (
     residency_service_pb2,
     residency_service_pb2_grpc,
 )
+from headrace_chassis.dialing import Credentials
+from headrace_chassis.replicas import Replicas, is_away
 from headrace_extractor.errors import ExtractorError, Failure, RegistryUnavailable, error_for
 from headrace_extractor.extractions.ports import QueuePosition
 from headrace_extractor.meters import Transfer
@@ -43,49 +45,40 @@ CALL_DEADLINE_S = 15.0
 # The registry repeats the desired state every 15 s; three of them missing is silence.
 ASSIGNMENT_SILENCE_S = 45.0
 LEASE_TTL_S = 60.0
-_KEEPALIVE = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # A registry that comes back is found within a second or two.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 
-T = TypeVar("T")
+
+class _Stubs:
+    """The registry's services over one channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.models = model_service_pb2_grpc.ModelServiceStub(channel)
+        self.nodes = node_service_pb2_grpc.NodeServiceStub(channel)
+        self.residencies = residency_service_pb2_grpc.ResidencyServiceStub(channel)
+        self.sets = activation_set_service_pb2_grpc.ActivationSetServiceStub(channel)
 
 
 class RegistryClient:
-    """Implements the ports NodeRegistry, SetRegistry and Models over one channel."""
+    """Implements the ports NodeRegistry, CorpusRegistry, SetRegistry and Models, at the first replica that answers."""
 
     def __init__(
         self,
-        address: str,
+        addresses: Sequence[str],
         *,
         node_id: str,
         version: str,
         boot_nonce: str,
-        token: str = "",
-        root_certificates: bytes | None = None,
+        credentials: Credentials,
     ) -> None:
-        if root_certificates is None:
-            self._channel = grpc.aio.insecure_channel(address, options=_KEEPALIVE)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates)
-            self._channel = grpc.aio.secure_channel(address, credentials, options=_KEEPALIVE)
-        self._address = address
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._replicas = Replicas(addresses, credentials)
+        self._metadata = (("authorization", f"Bearer {credentials.token}"),) if credentials.token else ()
         self.node_id = node_id
         self._version = version
         self._boot_nonce = boot_nonce
-        self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
-        self._nodes = node_service_pb2_grpc.NodeServiceStub(self._channel)
-        self._residencies = residency_service_pb2_grpc.ResidencyServiceStub(self._channel)
-        self._sets = activation_set_service_pb2_grpc.ActivationSetServiceStub(self._channel)
+        self._stubs: dict[grpc.aio.Channel, _Stubs] = {}
 
     async def close(self) -> None:
-        """Closes the channel."""
-        await self._channel.close()
+        """Closes the channels."""
+        await self._replicas.close()
 
     # -- NodeRegistry -------------------------------------------------------------------------------------------------
 
@@ -102,8 +95,7 @@ class RegistryClient:
             max_loads=machine.max_loads,
             max_residents=machine.max_residents,
         )
-        with self._errors():
-            answer = await self._nodes.RegisterNode(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        answer = await self._call(lambda stubs: stubs.nodes.RegisterNode, request)
         return answer.epoch, answer.heartbeat_interval_s
 
     async def heartbeat(self, epoch: int, devices: Sequence[Device], machine: Machine) -> None:
@@ -115,31 +107,20 @@ class RegistryClient:
             memory_free_bytes=machine.memory_free_bytes,
             runtime_bytes=machine.runtime_bytes,
         )
-        with self._errors():
-            await self._nodes.Heartbeat(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        await self._call(lambda stubs: stubs.nodes.Heartbeat, request)
 
     async def assignments(self, epoch: int) -> AsyncGenerator[DesiredState, None]:
         """Yields the whole desired state at once and after each change."""
         request = node_service_pb2.WatchAssignmentsRequest(node_id=self.node_id, epoch=epoch)
-        call = self._nodes.WatchAssignments(request, metadata=self._metadata)
-        try:
-            with self._errors():
-                while True:
-                    async with asyncio.timeout(ASSIGNMENT_SILENCE_S):
-                        message = await call.read()
-                    if not isinstance(message, node_service_pb2.WatchAssignmentsResponse):
-                        return  # End of the stream.
-                    yield convert.desired_from_pb(message)
-        except TimeoutError:
-            raise self._unavailable("says nothing") from None
-        finally:
-            call.cancel()
+        messages = self._stream(lambda stubs: stubs.nodes.WatchAssignments, request, silence_s=ASSIGNMENT_SILENCE_S)
+        async with aclosing(messages):
+            async for message in messages:
+                yield convert.desired_from_pb(message)
 
     async def report_residency(self, epoch: int, report: ResidencyReport) -> None:
         """Tells how a residency stands."""
         request = convert.report_to_pb(self.node_id, epoch, report)
-        with self._errors():
-            await self._nodes.ReportResidency(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        await self._call(lambda stubs: stubs.nodes.ReportResidency, request)
 
     async def report_build(
         self,
@@ -162,14 +143,22 @@ class RegistryClient:
             failure=convert.failure_to_pb(failure),
             fidelity=convert.fidelity_to_pb(fidelity),
         )
-        with self._errors():
-            await self._nodes.ReportBuild(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        await self._call(lambda stubs: stubs.nodes.ReportBuild, request)
 
     async def report_validation(self, epoch: int, report: ValidationReport) -> None:
         """Tells how a validation stands."""
         request = convert.validation_to_pb(self.node_id, epoch, report)
-        with self._errors():
-            await self._nodes.ReportValidation(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        await self._call(lambda stubs: stubs.nodes.ReportValidation, request)
+
+    async def report_corpora(self, epoch: int, digests: Mapping[str, str], *, everything: bool) -> None:
+        """Tells which corpora are here, or asks whether some may be kept."""
+        request = node_service_pb2.ReportCorporaRequest(
+            node_id=self.node_id,
+            epoch=epoch,
+            corpora=[node_service_pb2.HeldCorpus(id=name, digest=digest) for name, digest in sorted(digests.items())],
+            all=everything,
+        )
+        await self._call(lambda stubs: stubs.nodes.ReportCorpora, request)
 
     # -- SetRegistry --------------------------------------------------------------------------------------------------
 
@@ -182,8 +171,7 @@ class RegistryClient:
             deleted=held.deleted,
             evict=evict,
         )
-        with self._errors():
-            answer = await self._sets.ReportActivationSet(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        answer = await self._call(lambda stubs: stubs.sets.ReportActivationSet, request)
         return set_convert.answer_from_pb(answer)
 
     async def set_orders(self) -> dict[str, SetOrders]:
@@ -191,8 +179,7 @@ class RegistryClient:
         orders: dict[str, SetOrders] = {}
         request = activation_set_service_pb2.ListActivationSetsRequest(node_id=self.node_id, page_size=1000)
         while True:
-            with self._errors():
-                page = await self._sets.ListActivationSets(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+            page = await self._call(lambda stubs: stubs.sets.ListActivationSets, request)
             orders |= {each.id: set_convert.orders_from_pb(each) for each in page.sets}
             if not page.next_page_token:
                 return orders
@@ -203,8 +190,7 @@ class RegistryClient:
     async def get_model(self, model_id: str) -> ModelInfo:
         """Reads one model."""
         request = model_service_pb2.GetModelRequest(model_id=model_id)
-        with self._errors():
-            answer = await self._models.GetModel(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        answer = await self._call(lambda stubs: stubs.models.GetModel, request)
         return convert.model_from_pb(answer.model)
 
     async def acquire_lease(
@@ -214,57 +200,109 @@ class RegistryClient:
         request = residency_service_pb2.AcquireLeaseRequest(
             model_id=model_id, node_id=self.node_id, holder=holder, ttl_s=LEASE_TTL_S, wait_s=wait_s
         )
-        call = self._residencies.AcquireLease(request, timeout=wait_s + CALL_DEADLINE_S, metadata=self._metadata)
         lease: Lease | None = None
-        try:
-            with self._errors():
-                async for event in call:
-                    kind = event.WhichOneof("event")
-                    if kind == "granted":
-                        # Kept to the end of the stream: a call cancelled before that is a lease given back.
-                        lease = convert.lease_from_pb(event.granted.lease)
-                    elif kind == "loading":
-                        yield transfer_from_pb(event.loading.transfer)
-                    elif kind == "queued":
-                        yield QueuePosition(event.queued.position)
-        finally:
-            call.cancel()
+        events = self._stream(lambda stubs: stubs.residencies.AcquireLease, request, life_s=wait_s + CALL_DEADLINE_S)
+        async with aclosing(events):
+            async for event in events:
+                kind = event.WhichOneof("event")
+                if kind == "granted":
+                    # Kept to the end of the stream: a call cancelled before that is a lease given back.
+                    lease = convert.lease_from_pb(event.granted.lease)
+                elif kind == "loading":
+                    yield transfer_from_pb(event.loading.transfer)
+                elif kind == "queued":
+                    yield QueuePosition(event.queued.position)
         if lease:
             yield lease
 
     async def renew_lease(self, lease: Lease) -> None:
         """Extends a lease."""
         request = residency_service_pb2.RenewLeaseRequest(lease_id=lease.id, fence=lease.fence)
-        with self._errors():
-            await self._residencies.RenewLease(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        await self._call(lambda stubs: stubs.residencies.RenewLease, request)
 
     async def release_lease(self, lease: Lease) -> None:
         """Ends a lease."""
         request = residency_service_pb2.ReleaseLeaseRequest(lease_id=lease.id, fence=lease.fence)
-        with self._errors():
-            await self._residencies.ReleaseLease(request, timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        await self._call(lambda stubs: stubs.residencies.ReleaseLease, request)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    async def _call(self, method: Callable[[_Stubs], Any], request: Any) -> Any:
+        """Calls a unary method; all of those used here may be repeated."""
+
+        async def call(channel: grpc.aio.Channel, timeout_s: float) -> Any:
+            return await method(self._stubs_of(channel))(request, timeout=timeout_s, metadata=self._metadata)
+
         try:
-            yield
+            return await self._replicas.answer(call, deadline_s=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as exc:
-            raise self._error_of(exc) from exc
+            raise await self._error_of(exc) from exc
 
-    def _error_of(self, exc: grpc.aio.AioRpcError) -> ExtractorError:
+    async def _stream(
+        self,
+        method: Callable[[_Stubs], Any],
+        request: Any,
+        *,
+        silence_s: float | None = None,
+        life_s: float | None = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Yields the messages of a streaming method that sends the first one at once; cancels the stream at the end.
+
+        Raises RegistryUnavailable after `silence_s` without a message.
+        """
+        address = self._replicas.address
+
+        async def open_(channel: grpc.aio.Channel, timeout_s: float) -> Any:
+            nonlocal address
+            address = self._replicas.address
+            call = method(self._stubs_of(channel))(request, timeout=life_s, metadata=self._metadata)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return call, await call.read()
+            except BaseException as exc:
+                call.cancel()
+                if isinstance(exc, TimeoutError):  # As gRPC ends a unary call.
+                    code, nothing = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata()
+                    raise grpc.aio.AioRpcError(code, nothing, nothing, details="no message came") from None
+                raise
+
+        call = None
+        try:
+            call, message = await self._replicas.answer(open_, deadline_s=CALL_DEADLINE_S)
+            while message is not grpc.aio.EOF:
+                yield message
+                async with asyncio.timeout(silence_s):
+                    message = await call.read()
+        except TimeoutError:
+            self._replicas.move_on(address)
+            raise self._unavailable("says nothing") from None
+        except grpc.aio.AioRpcError as exc:
+            if is_away(exc):
+                self._replicas.move_on(address)
+            raise await self._error_of(exc) from exc
+        finally:
+            if call is not None:
+                call.cancel()
+
+    def _stubs_of(self, channel: grpc.aio.Channel) -> _Stubs:
+        if channel not in self._stubs:
+            self._stubs[channel] = _Stubs(channel)
+        return self._stubs[channel]
+
+    async def _error_of(self, exc: grpc.aio.AioRpcError) -> ExtractorError:
         reason, metadata = _error_info(exc)
         if reason and reason not in ("SHUTTING_DOWN", "DATABASE_UNAVAILABLE"):
             left_alone_s = float(metadata.get("left_alone_s", "0"))
             return error_for(reason, exc.details() or reason, metadata=metadata, left_alone_s=left_alone_s)
         if exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-            return self._unavailable(f"answers {exc.code().name}: {exc.details()}")
+            hint = await self._replicas.hint(exc, self._replicas.asked)
+            return self._unavailable(f"answers {exc.code().name}: {exc.details()}", hint or "Is it running?")
         return error_for("INTERNAL", f"The registry answered {exc.code().name}: {exc.details()}")
 
-    def _unavailable(self, what: str) -> RegistryUnavailable:
+    def _unavailable(self, what: str, hint: str = "Is it running?") -> RegistryUnavailable:
+        address = self._replicas.asked
         return RegistryUnavailable(
-            f"The registry at {self._address} {what}. Is it running?"[:500],
-            metadata={"registry": self._address},
-            retry_after_s=1.0,
+            f"The registry at {address} {what[:400]}. {hint}", metadata={"registry": address}, retry_after_s=1.0
         )
 
 

@@ -29,6 +29,7 @@ _BY_CODE: Mapping[grpc.StatusCode, tuple[type[errors.ExtractorError], ...]] = {
         errors.StateConflict,
         errors.ModelNotReady,
         errors.ModelUnsupported,
+        errors.ModelChanged,
         errors.LeaseLost,
         errors.EpochStale,
         errors.ReaderStalled,
@@ -40,6 +41,7 @@ _BY_CODE: Mapping[grpc.StatusCode, tuple[type[errors.ExtractorError], ...]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: (
         errors.QueueFull,
         errors.TooManyStreams,
+        errors.RowTooLarge,
         errors.DiskFull,
         errors.DeviceOom,
         errors.CapacityBusy,

@@ -44,7 +44,7 @@ from headrace_extractor.node.runner_protocol import (
 from headrace_extractor.runner.freed_memory import freed_memory_kept
 from headrace_extractor.runner.gate import Gate, Gates
 from headrace_extractor.runner.throttle import Throttle
-from headrace_log.errors import DiskFull, LogError, TooManyFiles
+from headrace_log.errors import DiskFull, LockHeld, LogError, NoLocks, TooManyFiles
 
 if TYPE_CHECKING:
     from headrace_extractor.runner.models.loading import LoadedModel
@@ -81,6 +81,7 @@ class Runner:
         self._waiting: queue.Queue[tuple[Message, Gate]] = queue.Queue(_MAX_WAITING)
         self._gates = Gates()
         self._loaded: LoadedModel | None = None
+        self._verified: set[tuple[int, ...]] = set()  # Stamps of corpora that were compared with their digests.
 
     def read_commands(self, stream: BinaryIO) -> None:
         """Takes commands until the end of input, which means that the server is gone: then ends the process."""
@@ -110,7 +111,7 @@ class Runner:
                 from headrace_extractor.runner.passes.extract import run_extraction  # noqa: PLC0415 -- torch
 
                 with freed_memory_kept():
-                    run_extraction(command, gate, self._loaded, self._emit)
+                    run_extraction(command, gate, self._loaded, self._emit, verified=self._verified)
             elif isinstance(command, Convert):
                 self._convert(command)
             elif isinstance(command, Quantize):
@@ -171,13 +172,19 @@ class Runner:
             command.load_options,
             self._progress(Loading),
             quantization=command.quantization or "none",
+            files=command.files,
         )
         self._emit(Loaded(measured_bytes=self._loaded.measured_bytes, runtime_bytes=self._loaded.runtime_bytes))
 
     def _convert(self, command: Convert) -> None:
-        """Converts a GGUF file, or a folder with pickled weights, for which transformers is not imported."""
+        """Converts a GGUF file, a tokenizer, or pickled weights, for which transformers is not imported."""
         source, target = Path(command.source_path), Path(command.target_path)
-        if source.is_dir():
+        if command.tokenizer:
+            with _collector_paused():
+                from headrace_extractor.runner.models.tokenizer_files import convert_tokenizer  # noqa: PLC0415
+
+            convert_tokenizer(source, target)
+        elif source.is_dir():
             from headrace_extractor.runner.models.pickles import convert_pickled  # noqa: PLC0415 -- torch
 
             convert_pickled(source, target, self._progress(Converting))
@@ -229,7 +236,9 @@ def failure_of(exc: Exception) -> Failed:
     if isinstance(exc, TooManyFiles):
         limit = {"max_files": str(exc.max_files)}
         return Failed(reason=errors.TooManyStreams.reason, message=str(exc), metadata=limit)
-    if isinstance(exc, LogError):  # The set contradicts itself.
-        return Failed(reason=errors.DigestMismatch.reason, message=str(exc))
+    if isinstance(exc, LogError):
+        # A runner of a server that was killed may hold the lock for a moment; else the set contradicts itself.
+        kinds = {LockHeld: errors.WaitTimeout, NoLocks: errors.StateConflict}
+        return Failed(reason=kinds.get(type(exc), errors.DigestMismatch).reason, message=str(exc))
     traceback.print_exception(exc, file=sys.stderr)
     return Failed(reason="INTERNAL", message="Unexpected error in the runner; its standard error has the details.")

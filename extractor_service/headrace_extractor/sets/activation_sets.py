@@ -6,8 +6,11 @@ A RETAIN set lies in `<activations>/<set id>`. A WINDOW set belongs to one extra
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -17,6 +20,8 @@ TRASH_NAME = ".trash"
 WINDOWS_NAME = ".windows"
 # Folders of any other name are not the extractor's to remove.
 _SET_NAME = re.compile(r"[0-9a-f]{32}")
+# A digest takes a core, and streams and heartbeats need one too.
+_MAX_DIGEST_THREADS = 4
 
 
 class ActivationSets:
@@ -25,6 +30,10 @@ class ActivationSets:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._in_use: WeakValueDictionary[Path, ActivationSet] = WeakValueDictionary()
+        self.n_threads = max(1, min(_MAX_DIGEST_THREADS, (os.cpu_count() or 1) // 2))
+        # Threads of their own: the default threads, which heartbeats need too, must not be busy for seconds.
+        self._threads = ThreadPoolExecutor(self.n_threads, thread_name_prefix="digests")
+        self._closing = threading.Event()
 
     @property
     def trash(self) -> Path:
@@ -35,6 +44,15 @@ class ActivationSets:
         """Makes the folders that sets are put in; a disk that has filled up has no space for them any more."""
         for each in (self.folder, self.trash, self.folder / WINDOWS_NAME):
             each.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """Ends the comparing of digests."""
+        self._closing.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def has(self, set_id: str) -> bool:
+        """True if a RETAIN set with this id is on disk; any text may be asked for."""
+        return bool(_SET_NAME.fullmatch(set_id)) and self.retained(set_id).exists
 
     def retained(self, set_id: str) -> ActivationSet:
         """The RETAIN set with this id, whether it is on disk or not."""
@@ -60,5 +78,7 @@ class ActivationSets:
     def _at(self, folder: Path, set_id: str, kind: Kind) -> ActivationSet:
         found = self._in_use.get(folder)
         if found is None:
-            found = self._in_use[folder] = ActivationSet(set_id, folder, kind)
+            found = self._in_use[folder] = ActivationSet(
+                set_id, folder, kind, threads=self._threads, closing=self._closing
+            )
         return found

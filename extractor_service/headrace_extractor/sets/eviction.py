@@ -53,6 +53,7 @@ class CachedSet:
     promised_bytes: int = 0  # Size once the extractions have ended.
     peak_bytes: int = 0  # Largest size on the way there, while the last segment is written.
     last_used: float = 0.0
+    idle_s: float = 0.0  # Seconds that a server has run since the last use.
     held: bool = False  # Written, read, or a WINDOW.
     pinned: bool = False
 
@@ -93,11 +94,11 @@ def victims(sets: Iterable[CachedSet], wanted_bytes: int) -> tuple[CachedSet, ..
     return tuple(chosen)
 
 
-def unused(sets: Iterable[CachedSet], limits: Limits, now: float) -> tuple[CachedSet, ...]:
+def unused(sets: Iterable[CachedSet], limits: Limits) -> tuple[CachedSet, ...]:
     """Sets that were not used for longer than the limit, the longest unused first."""
     if not limits.idle_s:
         return ()
-    return tuple(sorted((s for s in sets if s.may_go and now - s.last_used > limits.idle_s), key=_by_use))
+    return tuple(sorted((s for s in sets if s.may_go and s.idle_s > limits.idle_s), key=_by_use))
 
 
 def available_bytes(sets: Sequence[CachedSet], limits: Limits, disk: Disk) -> int:
@@ -149,5 +150,6 @@ def _over_disk(sets: Sequence[CachedSet], limits: Limits, disk: Disk) -> int:
     return to_come + reserve_bytes(limits, disk) - disk.free_bytes
 
 
-def _by_use(each: CachedSet) -> tuple[float, str]:
-    return each.last_used, each.folder.name
+def _by_use(each: CachedSet) -> tuple[float, float, str]:
+    # The wall clock decides only between sets that were used in the same minute.
+    return -each.idle_s, each.last_used, each.folder.name

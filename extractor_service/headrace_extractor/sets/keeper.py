@@ -9,6 +9,7 @@ can't be reached, a set that was pinned by its last answer stays.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -24,9 +25,11 @@ from headrace_extractor.sets import eviction
 from headrace_extractor.sets.activation_set import ActivationSet
 from headrace_extractor.sets.activation_sets import ActivationSets
 from headrace_extractor.sets.eviction import CachedSet, Disk, Limits
+from headrace_extractor.sets.idleness import Idleness
 from headrace_extractor.sets.notes import HeldSet, SetNotes, SetOrders, note_use
 from headrace_extractor.sets.ports import SetRegistry
 from headrace_log import retention
+from headrace_log.errors import DiskFull as DiskFullOfLog
 from headrace_log.errors import LogError
 from headrace_log.holding import nobody_holds
 
@@ -34,6 +37,10 @@ from headrace_log.holding import nobody_holds
 POLL_S = 3.0
 # Sets in use are noted as used this often, so that a crash loses no more of their last use.
 USE_NOTE_S = 60.0
+# After the wall clock was set, times of last use can't be compared for a while.
+CALM_S = 3600.0
+# A crash costs the count of so many seconds.
+_SAVE_IDLENESS_S = 600.0
 # Each round evicts at least one set; a node has no use for more rounds than this.
 _MAX_ROUNDS = 100
 
@@ -51,10 +58,20 @@ class Reservation:
 
 
 class SetKeeper:
-    """Reserves, evicts and deletes. `epoch` is the node's epoch, which the registry wants with every report."""
+    """Reserves, evicts and deletes. `epoch` is the node's epoch, which the registry wants with every report.
+
+    `wall` is the clock of files; `monotonic` goes on evenly, only while the machine runs.
+    """
 
     def __init__(
-        self, sets: ActivationSets, limits: Limits, *, registry: SetRegistry, epoch: Callable[[], int]
+        self,
+        sets: ActivationSets,
+        limits: Limits,
+        *,
+        registry: SetRegistry,
+        epoch: Callable[[], int],
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sets = sets
         self._limits = limits
@@ -63,6 +80,12 @@ class SetKeeper:
         self._orders: dict[Path, SetOrders] = {}  # The registry's last word on each set on disk.
         self._reservations: dict[str, Reservation] = {}  # By holder.
         self._deciding = asyncio.Lock()
+        self._wall, self._monotonic = wall, monotonic
+        before = Idleness.load(sets.folder)
+        self._idleness = replace(before, wall=0.0)
+        self._counted_at = self._saved_at = monotonic()
+        # The clock went back while no server ran. A jump ahead looks like a long pause, and does no harm.
+        self._calm_until = monotonic() + CALM_S if wall() < before.wall else 0.0
 
     # -- space --------------------------------------------------------------------------------------------------------
 
@@ -126,8 +149,8 @@ class SetKeeper:
             await asyncio.sleep(POLL_S)
             try:
                 await self.follow_orders()
-                if time.monotonic() - noted >= USE_NOTE_S:
-                    noted = time.monotonic()
+                if self._monotonic() - noted >= USE_NOTE_S:
+                    noted = self._monotonic()
                     await self.keep_limits()
             except ServiceError as exc:
                 logger.info("the registry's orders for sets could not be read: %s", exc.message)
@@ -152,17 +175,37 @@ class SetKeeper:
             await self._registry.report_set(self._epoch(), HeldSet.gone(of.id, of.folder))
 
     async def keep_limits(self) -> None:
-        """Notes which sets are in use; evicts sets that were not used for long, and sets over the quota."""
+        """Notes which sets are in use; evicts sets that were not used for long, and sets over the quota.
+
+        Evicts nothing for an hour after the wall clock was set.
+        """
         for folder in self._sets.held_folders():
-            note_use(folder)
+            note_use(folder, self._wall())
         async with self._deciding:
             sets, disk = await self._look(self._reservations)
-            for each in eviction.unused(sets, self._limits, time.time()):
+            self._count_idleness(sets)
+            if self._monotonic() < self._calm_until:
+                return
+            sets, disk = await self._look(self._reservations)
+            for each in eviction.unused(sets, self._limits):
                 await self._evict(each, "it was not used for long")
             sets, disk = await self._look(self._reservations)
             excess = eviction.excess_bytes(sets, self._limits, disk)
             for each in eviction.victims(sets, excess):
                 await self._evict(each, "the sets are over their quota")
+
+    def _count_idleness(self, sets: Sequence[CachedSet]) -> None:
+        now, wall = self._monotonic(), self._wall()
+        elapsed_s, self._counted_at = now - self._counted_at, now
+        if self._idleness.jumped(elapsed_s=elapsed_s, wall=wall):
+            logger.warning("the clock of this machine was set; no set is evicted for %.0f minutes", CALM_S / 60)
+            self._calm_until = now + CALM_S
+        last_used = {each.folder.name: each.last_used for each in sets}
+        self._idleness = self._idleness.after(last_used, elapsed_s=elapsed_s, wall=wall)
+        if now - self._saved_at >= _SAVE_IDLENESS_S:
+            self._saved_at = now
+            with contextlib.suppress(DiskFullOfLog):
+                self._idleness.save(self._sets.folder)
 
     # -- eviction -----------------------------------------------------------------------------------------------------
 
@@ -230,7 +273,7 @@ class SetKeeper:
 
     def _survey(self, held: AbstractSet[Path], reservations: Sequence[Reservation]) -> tuple[list[CachedSet], Disk]:
         """Measures all sets and the disk. Runs in a thread, so it makes no set's object."""
-        now, sets, windows = time.time(), [], set(self._sets.window_folders())
+        now, sets, windows = self._wall(), [], set(self._sets.window_folders())
         for folder in sorted({*self._sets.retained_folders(), *windows, *held}):
             sealed, opened = retention.sizes(folder)
             notes = SetNotes.load(folder)
@@ -242,6 +285,7 @@ class SetKeeper:
                 promised_bytes=in_the_end,
                 peak_bytes=at_most,
                 last_used=notes.last_used,
+                idle_s=self._idleness.idle_s(folder.name, notes.last_used),
                 held=folder in held or folder in windows or _is_mapped(folder),
                 pinned=SetOrders(pinned=notes.pinned, pinned_until=notes.pinned_until).pinned_at(now),
             )

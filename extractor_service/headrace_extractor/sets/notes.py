@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from headrace_log.errors import DiskFull
@@ -34,8 +34,9 @@ class SetNotes:
     def load(cls, folder: Path) -> SetNotes:
         """Reads the notes; a set that was never used counts as last used when its manifest was written."""
         known: dict[str, object] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            known = dict(json.loads((folder / NOTES_NAME).read_bytes()))
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            names = {field.name for field in fields(cls)}
+            known = {k: v for k, v in json.loads((folder / NOTES_NAME).read_bytes()).items() if k in names}
         last_used = 0.0
         for name in ("manifest.json", LAST_USED_NAME):
             with contextlib.suppress(FileNotFoundError):
@@ -45,8 +46,8 @@ class SetNotes:
     def save(self, folder: Path) -> None:
         """Writes everything but the last use. On a full disk the old notes stay."""
         with contextlib.suppress(DiskFull, FileNotFoundError):
-            fields = {name: value for name, value in asdict(self).items() if name != "last_used"}
-            write_atomically(folder / NOTES_NAME, json.dumps(fields).encode() + b"\n")
+            notes = {name: value for name, value in asdict(self).items() if name != "last_used"}
+            write_atomically(folder / NOTES_NAME, json.dumps(notes).encode() + b"\n")
 
 
 def note_use(folder: Path, now: float | None = None) -> None:
@@ -91,6 +92,7 @@ class HeldSet:
     deleted: bool = False
     last_used: float = 0.0
     holders: tuple[str, ...] = ()
+    identity_json: str = ""
 
     @classmethod
     def gone(cls, set_id: str, folder: Path) -> HeldSet:

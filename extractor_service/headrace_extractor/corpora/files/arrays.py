@@ -7,6 +7,7 @@ and reading a mapping beyond the end of its file ends the process.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -49,13 +50,18 @@ def _read_header(file: BinaryIO) -> tuple[int, int, np.dtype[Any]]:
     try:
         major, _ = npy.read_magic(file)
         read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
-        shape, fortran_order, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
-    except (ValueError, OverflowError, TypeError) as exc:
-        raise malformed(f"The file is no readable .npy: {str(exc)[:300]}") from exc
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Headers of Python 2 are read all the same.
+            shape, fortran_order, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
+    except Exception as exc:
+        # The header is Python's own syntax, and a crooked one fails in any part of Python's parser.
+        raise malformed(f"The file is no readable .npy: {type(exc).__name__}: {str(exc)[:300]}") from exc
     if dtype.kind not in "iu":
         raise malformed(f"The array is of type {dtype}; token ids are integers.", type=dtype)
     if len(shape) not in (1, 2):
         raise malformed(f"The array has {len(shape)} dimensions; make it one document a row.", shape=shape)
+    if any(extent < 0 for extent in shape):
+        raise malformed(f"No array has the shape {shape}.", shape=shape)
     if fortran_order and len(shape) == 2 and min(shape) > 1:
         raise malformed("The array lies column by column; save numpy.ascontiguousarray of it.")
     if math.prod(shape) >= 2**62:

@@ -17,7 +17,6 @@ from headrace_extractor.errors import CorpusMalformed
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 MAX_COLUMNS_NAMED = 20  # in messages
 TOKEN_LIMIT = 2**31
-_MESSAGE_KEYS = ("role", "content")
 
 # `line` and its number from 1, or `row` and its number from 0. A plain tuple: every document has one.
 Place: TypeAlias = tuple[str, int]
@@ -48,18 +47,7 @@ def chat_content(value: Any, column: str, place: Place) -> bytes:
             " with `role` and `content`.",
             place,
         )
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in _MESSAGE_KEYS):
-            raise malformed(
-                f"{spell(place)} has a message under {column!r} without a string for each of `role` and `content`; add"
-                " them.",
-                place,
-            )
-        others = {key: message[key] for key in sorted(message) if key not in _MESSAGE_KEYS}
-        # Parquet has a null for every key that a message lacks.
-        named = {key: other for key, other in others.items() if other is not None}
-        messages.append({"role": message["role"], "content": message["content"], **named})
+    messages = [_message(message, column, place) for message in value]
     if not messages:
         return b""
     try:
@@ -67,6 +55,28 @@ def chat_content(value: Any, column: str, place: Place) -> bytes:
     except (TypeError, ValueError, RecursionError) as exc:
         raise malformed(f"{spell(place)} holds what JSON can't under {column!r}: {exc}; leave it out.", place) from exc
     return _encoded(text, column, place)
+
+
+def _message(message: Any, column: str, place: Place) -> dict[str, Any]:
+    """Returns a message with its role and content first and its other keys in order.
+
+    The content is text, a list of parts such as `{"type": "text", "text": …}`, or null, which a message that calls
+    tools may have: the model's template writes it. A role is text.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise malformed(f"{spell(place)} has a message under {column!r} without a string for `role`; add it.", place)
+    content = message.get("content")
+    parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
+    empty = content is None and ("content" in message or "tool_calls" in message)
+    if not (isinstance(content, str) or parts or empty):
+        raise malformed(
+            f"{spell(place)} has a message under {column!r} without text or parts as its `content`; add it.", place
+        )
+    if parts:  # Parquet has a null for every key that a part lacks.
+        content = [{key: value for key, value in part.items() if value is not None} for part in content or ()]
+    others = {key: message[key] for key in sorted(message) if key not in ("role", "content")}
+    named = {key: other for key, other in others.items() if other is not None}
+    return {"role": message["role"], "content": content, **named}
 
 
 def token_content(value: Any, column: str, place: Place) -> bytes:

@@ -23,7 +23,10 @@ from headrace_extractor.corpora.files.contents import (
 from headrace_extractor.corpora.spec import DocumentKind
 
 _BATCH_BYTES = 8 * 1024 * 1024  # The aim for a batch of rows: a whole row group may be gigabytes.
+_BUFFER_BYTES = 1024 * 1024
 _MAX_BATCH_ROWS = 4096
+# Arrow makes objects of each.
+_MAX_COLUMNS = 10_000
 
 # Yields documents from the values of a batch, the number of its first row, and the column's name.
 _Read: TypeAlias = Callable[[Any, int, str], Iterator[bytes]]
@@ -35,7 +38,9 @@ def parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[b
     `a.b` is the field `b` of the struct column `a`, unless a column has that whole name.
     """
     with _arrow_errors():
-        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1024 * 1024)
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+    if parquet.metadata.num_columns > _MAX_COLUMNS:
+        raise malformed(f"The file has more than {_MAX_COLUMNS} columns; keep those that are needed.")
     schema = parquet.schema_arrow
     path = [column] if column in schema.names else column.split(".")
     if schema.names.count(column) > 1:
@@ -45,6 +50,12 @@ def parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[b
         raise missing_column(column, schema.names, "The file")
     read = _READS[kind]
     _check_type(found, column, kind)
+    if kind == DocumentKind.TEXT:
+        # Texts that repeat stay single in memory: a dictionary of one text may stand for a million rows.
+        with _arrow_errors():
+            parquet = pq.ParquetFile(
+                file, pre_buffer=False, buffer_size=_BUFFER_BYTES, read_dictionary=[".".join(path)]
+            )
     row = 0
     for group in range(parquet.num_row_groups):
         for values in _batches(parquet, group, path):
@@ -66,7 +77,7 @@ def _batches(parquet: Any, group: int, path: Sequence[str]) -> Iterator[Any]:
             values = batch.column(0)
             for name in path[1:]:
                 values = pc.struct_field(values, [name])
-            if pa.types.is_dictionary(values.type):
+            if pa.types.is_dictionary(values.type) and not _is_text(values.type.value_type):
                 values = values.dictionary_decode()
         yield values
 
@@ -86,9 +97,8 @@ def _type_at(schema: Any, path: Sequence[str]) -> Any:
 def _check_type(found: Any, column: str, kind: DocumentKind) -> None:
     found = found.value_type if pa.types.is_dictionary(found) else found
     is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
-    is_text = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
     fits, what = {
-        DocumentKind.TEXT: (is_text, "the text must be strings"),
+        DocumentKind.TEXT: (_is_text(found), "the text must be strings, or bytes in UTF-8"),
         DocumentKind.CHAT: (is_list and pa.types.is_struct(found.value_type), "a conversation is a list of structs"),
         DocumentKind.TOKEN_IDS: (is_list and pa.types.is_integer(found.value_type), "token ids are lists of integers"),
     }[kind]
@@ -96,10 +106,16 @@ def _check_type(found: Any, column: str, kind: DocumentKind) -> None:
         raise malformed(f"The column {column!r} is of type {found}; {what}.", type=found)
 
 
+def _is_text(found: Any) -> bool:
+    """Returns whether values of a type may be text: strings, or bytes, which some writers store texts as."""
+    strings = pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+    return bool(
+        strings or pa.types.is_binary(found) or pa.types.is_large_binary(found) or pa.types.is_binary_view(found)
+    )
+
+
 def _texts(values: Any, first: int, column: str) -> Iterator[bytes]:
-    with _arrow_errors():
-        values = values.cast(pa.large_binary())  # As binary, values come out as bytes and are checked below.
-    for row, value in enumerate(values, first):
+    for row, value in enumerate(_bytes_of(values), first):
         data: bytes | None = value.as_py()
         if data is None:
             raise _null(row, column, "the text must be a string")
@@ -114,6 +130,20 @@ def _texts(values: Any, first: int, column: str) -> Iterator[bytes]:
                 byte=exc.start,
             ) from exc
         yield data
+
+
+def _bytes_of(values: Any) -> Iterator[Any]:
+    """Yields the values as scalars of bytes, which `_texts` checks; of a dictionary, each text is in memory once."""
+    with _arrow_errors():
+        if not pa.types.is_dictionary(values.type):
+            yield from values.cast(pa.large_binary())
+            return
+        texts, indices = values.dictionary.cast(pa.large_binary()), values.indices
+    for index in indices:
+        place = index.as_py()
+        if place is not None and not 0 <= place < len(texts):  # Arrow's reader does not look.
+            raise malformed("The file is no readable Parquet: a dictionary lacks a text that it is asked for.")
+        yield pa.scalar(None, pa.large_binary()) if place is None else texts[place]
 
 
 def _chats(values: Any, first: int, column: str) -> Iterator[bytes]:
@@ -155,5 +185,7 @@ _READS: dict[DocumentKind, _Read] = {
 def _arrow_errors() -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise  # Arrow's own is an ArrowException too.
     except (pa.ArrowException, OSError, ValueError) as exc:
         raise malformed(f"The file is no readable Parquet: {str(exc).strip()[:500]}") from exc

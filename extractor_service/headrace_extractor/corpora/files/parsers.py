@@ -3,7 +3,7 @@
 Every parser here is a generator of documents as UTF-8 bytes, reads the file once and forwards, and holds one document
 at a time. Input that it can't read raises CorpusMalformed with `line` (counted from 1) and, for broken UTF-8, `byte`
 (the offset in the file). Text is never altered inside a document; a line end next to a cut belongs to no document, and
-a byte order mark at the start of the file to no text.
+a byte order mark at the start of the file to no text. `lines` reads lines, `json_arrays` files that are one array.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from headrace_extractor.corpora.files import contents
 from headrace_extractor.corpora.files.arrays import NPY_MAGIC, parse_npy
@@ -24,12 +24,11 @@ from headrace_extractor.corpora.files.contents import (
     too_large,
     value_at,
 )
+from headrace_extractor.corpora.files.json_arrays import LONG_BYTES, check_structure, is_array, parse_array
+from headrace_extractor.corpora.files.lines import Line, lines
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, DocumentKind, TextSplit
 
-# A JSON line may hold the text in escapes, and other fields. A longer line is most likely a file without line ends.
-MAX_LINE_BYTES = 2 * contents.MAX_DOCUMENT_BYTES
 _PARQUET_MAGIC = b"PAR1"
-_BOM = b"\xef\xbb\xbf"
 
 
 def parse(file: BinaryIO, spec: CorpusSpec, file_name: str = "") -> Iterator[bytes]:
@@ -69,18 +68,24 @@ def _parse_parquet(file: BinaryIO, column: str, kind: DocumentKind) -> Iterator[
 
 def parse_txt(file: BinaryIO, split: TextSplit) -> Iterator[bytes]:
     """Yields the parts of a text that are not blank."""
-    pieces = _SPLITS[split](_lines(file))
+    pieces = _SPLITS[split](lines(file))
     return (piece for piece in pieces if piece and not piece.isspace())
 
 
 def parse_jsonl(file: BinaryIO, key: str, content: Content) -> Iterator[bytes]:
     """Yields the value under `key` of every JSON object; blank lines are skipped.
 
-    `a.b` is the value `b` of the object `a`, unless the object has that whole key.
+    `a.b` is the value `b` of the object `a`, unless the object has that whole key. A file that begins with a bracket is
+    one array, and its elements count as lines do.
     """
-    for number, line in _lines(file):
+    if is_array(file):
+        yield from parse_array(file, key, content)
+        return
+    for number, line in lines(file):
         if line.isspace():
             continue
+        if len(line) > LONG_BYTES:
+            check_structure(line.decode(), ("line", number))
         try:
             record = json.loads(line)
         except json.JSONDecodeError as exc:
@@ -103,7 +108,7 @@ def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
     """Yields the field under the header `column` of every record; empty lines are skipped."""
     # The limit belongs to the whole process; every call sets the same.
     csv.field_size_limit(contents.MAX_DOCUMENT_BYTES)
-    records = csv.reader((line.content.decode() for line in _lines(file)), strict=True)
+    records = csv.reader((line.content.decode() for line in lines(file)), strict=True)
     header = _next_record(records)
     if header is None:
         return
@@ -128,11 +133,6 @@ def parse_csv(file: BinaryIO, column: str) -> Iterator[bytes]:
         yield contents.text_content(record[index], column, ("line", number))
 
 
-class _Line(NamedTuple):
-    number: int  # from 1
-    content: bytes  # valid UTF-8, with its line end
-
-
 class _Gathered:
     """Collects the bytes of one document, up to the limit."""
 
@@ -152,30 +152,9 @@ class _Gathered:
         return whole
 
 
-def _lines(file: BinaryIO) -> Iterator[_Line]:
-    """Yields lines, which end at a line feed only: str.splitlines would cut at form feeds and other characters too."""
-    offset = number = 0
-    while raw := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_LINE_BYTES:
-            raise malformed(f"Line {number} is longer than {MAX_LINE_BYTES} bytes; is the format right?", line=number)
-        try:
-            raw.decode()
-        except UnicodeDecodeError as exc:
-            raise malformed(
-                f"Line {number} is not UTF-8 at byte {offset + exc.start} of the file; convert the file to UTF-8.",
-                line=number,
-                byte=offset + exc.start,
-            ) from exc
-        offset += len(raw)
-        content = raw.removeprefix(_BOM) if number == 1 else raw
-        if content:
-            yield _Line(number, content)
-
-
-def _paragraphs(lines: Iterable[_Line]) -> Iterator[bytes]:
+def _paragraphs(read: Iterable[Line]) -> Iterator[bytes]:
     gathered = _Gathered()
-    for line in lines:
+    for line in read:
         if line.content.isspace():
             yield _without_line_end(gathered.take())
         else:
@@ -183,17 +162,17 @@ def _paragraphs(lines: Iterable[_Line]) -> Iterator[bytes]:
     yield _without_line_end(gathered.take())
 
 
-def _single_lines(lines: Iterable[_Line]) -> Iterator[bytes]:
-    for line in lines:
+def _single_lines(read: Iterable[Line]) -> Iterator[bytes]:
+    for line in read:
         text = _without_line_end(line.content)
         if len(text) > contents.MAX_DOCUMENT_BYTES:
             raise too_large(f"Line {line.number}", line=line.number)
         yield text
 
 
-def _pages(lines: Iterable[_Line]) -> Iterator[bytes]:
+def _pages(read: Iterable[Line]) -> Iterator[bytes]:
     gathered = _Gathered()
-    for line in lines:
+    for line in read:
         first, *others = line.content.split(b"\f")
         gathered.add(first, line.number)
         for part in others:
@@ -202,9 +181,9 @@ def _pages(lines: Iterable[_Line]) -> Iterator[bytes]:
     yield gathered.take().strip(b"\r\n")
 
 
-def _whole(lines: Iterable[_Line]) -> Iterator[bytes]:
+def _whole(read: Iterable[Line]) -> Iterator[bytes]:
     gathered = _Gathered()
-    for line in lines:
+    for line in read:
         gathered.add(line.content, line.number)
     yield gathered.take()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.extractor.v1 import corpus_service_pb2
-from headrace_extractor.corpora.mixing import Mix, MixPart
+from headrace_extractor.corpora.ingest.mixing import Mix, MixPart
 from headrace_extractor.corpora.spec import Corpus, CorpusFormat, CorpusSpec, DocumentKind, TextSplit
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.hub.job import HubJob

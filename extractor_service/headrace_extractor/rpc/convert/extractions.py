@@ -9,6 +9,7 @@ from headrace_extractor.rpc.convert.receipts import receipt_to_pb
 from headrace_extractor.rpc.convert.recipes import DTYPES, recipe_from_pb, recipe_to_pb
 from headrace_extractor.sets.activation_set import Kind
 from headrace_extractor.sets.spec import ExtractionSpec, Retention
+from headrace_extractor.sets.verification import Verified
 from headrace_log.layout import ColumnSpec
 
 
@@ -91,6 +92,7 @@ def extraction_to_pb(value: Extraction) -> extraction_pb2.Extraction:
         create_time=timestamp(value.create_time),
         update_time=timestamp(value.update_time),
         n_non_finite=value.n_non_finite,
+        n_documents_skipped=value.n_documents_skipped,
         receipt=receipt_to_pb(value.receipt),
     )
 
@@ -103,4 +105,27 @@ def column_to_pb(column: ColumnSpec) -> extraction_service_pb2.Column:
         width=column.width,
         scale_column=column.scale_column or "",
         shape=column.shape,
+    )
+
+
+def verified_to_pb(verified: Verified) -> extraction_service_pb2.VerifySetResponse:
+    """The damaged rows only at the end: they may be many."""
+    return extraction_service_pb2.VerifySetResponse(
+        n_files=verified.n_files,
+        n_files_total=verified.n_files_total,
+        size_bytes=verified.size_bytes,
+        total_bytes=verified.total_bytes,
+        n_damaged=verified.n_damaged,
+        damages=[
+            extraction_service_pb2.DamagedRows(
+                file=each.file,
+                column=each.column,
+                first_row=each.first_row,
+                end_row=each.end_row,
+                message=each.message,
+            )
+            for each in verified.damages
+            if verified.done
+        ],
+        done=verified.done,
     )

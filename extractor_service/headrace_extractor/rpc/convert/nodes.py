@@ -23,6 +23,7 @@ from headrace_extractor.node.values import (
     ValidationReport,
 )
 from headrace_extractor.rpc.convert.common import transfer_to_pb
+from headrace_models.folder import FileStamp
 
 _QUANTIZATIONS = {
     model_pb2.QUANTIZATION_UNSPECIFIED: "none",
@@ -43,6 +44,7 @@ _DEVICE_KINDS = {
 _BUILD_KINDS: dict[int, BuildKind] = {
     node_service_pb2.BUILD_KIND_CONVERT_GGUF: BuildKind.CONVERT_GGUF,
     node_service_pb2.BUILD_KIND_CONVERT_PICKLED: BuildKind.CONVERT_PICKLED,
+    node_service_pb2.BUILD_KIND_CONVERT_TOKENIZER: BuildKind.CONVERT_TOKENIZER,
     node_service_pb2.BUILD_KIND_QUANTIZE: BuildKind.QUANTIZE,
 }
 
@@ -72,6 +74,16 @@ def model_from_pb(message: model_pb2.Model) -> ModelInfo:
         files_path=message.files_path,
         tokenizer_digest=message.tokenizer_digest,
         gguf_path=message.source.gguf.path,
+        files=tuple(
+            FileStamp(
+                name=each.name,
+                size_bytes=each.size_bytes,
+                mtime_ns=each.mtime_ns,
+                inode=each.inode,
+                sha256=each.sha256,
+            )
+            for each in message.files
+        ),
     )
 
 
@@ -153,6 +165,8 @@ def report_to_pb(node_id: str, epoch: int, report: ResidencyReport) -> node_serv
         measured_bytes=report.measured_bytes,
         failure=failure_to_pb(report.failure),
         lost_bytes=report.lost_bytes,
+        versions=report.versions,
+        log_tail=report.log_tail,
     )
 
 
@@ -178,7 +192,9 @@ def lease_from_pb(message: residency_pb2.Lease) -> Lease:
 
 def failure_to_pb(failure: Failure | None) -> model_pb2.Failure | None:
     """Why work ended badly."""
-    return model_pb2.Failure(reason=failure.reason, message=failure.message) if failure else None
+    if failure is None:
+        return None
+    return model_pb2.Failure(reason=failure.reason, message=failure.message, interrupted=failure.interrupted)
 
 
 def _source(source: model_pb2.ModelSource) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headrace.common.v1 import dtype_pb2
 from headrace.extractor.v1 import extraction_pb2
-from headrace_extractor.corpora.recipe import ONE_DOCUMENT, PACKED, SPLIT, TRUNCATE, Recipe, TokenWindow
+from headrace_extractor.corpora.recipe import BY_TOKENIZER, ONE_DOCUMENT, PACKED, SPLIT, TRUNCATE, Recipe, TokenWindow
 from headrace_extractor.errors import FieldInvalid
 from headrace_log.layout import Dtype
 
@@ -14,6 +14,20 @@ _LONG_DOCUMENTS = {
     extraction_pb2.LONG_DOCUMENTS_TRUNCATE: TRUNCATE,
 }
 _LONG_DOCUMENTS_BACK = {name: number for number, name in _LONG_DOCUMENTS.items()}
+_BOS_BACK = {
+    BY_TOKENIZER: extraction_pb2.BOS_POLICY_TOKENIZER,
+    "document": extraction_pb2.BOS_POLICY_DOCUMENT,
+    "none": extraction_pb2.BOS_POLICY_NONE,
+}
+_BOS = {number: name for name, number in _BOS_BACK.items()} | {extraction_pb2.BOS_POLICY_UNSPECIFIED: BY_TOKENIZER}
+
+
+def bos_from_pb(number: int) -> str:
+    """Returns the recipe's value; raises FieldInvalid."""
+    for known, name in _BOS.items():
+        if known == number:
+            return name
+    raise FieldInvalid("spec.recipe.bos is unknown.", field="spec.recipe.bos")
 
 
 def long_documents_from_pb(number: int) -> str:
@@ -63,7 +77,7 @@ def recipe_from_pb(message: extraction_pb2.Recipe) -> Recipe:
         context_size=message.context_size or defaults.context_size,
         packing=ONE_DOCUMENT if message.packing == extraction_pb2.PACKING_ONE_DOCUMENT else PACKED,
         attend_across_documents=message.attend_across_documents,
-        bos="none" if message.bos == extraction_pb2.BOS_POLICY_NONE else "document",
+        bos=bos_from_pb(message.bos),
         eos="document" if message.eos == extraction_pb2.EOS_POLICY_DOCUMENT else "none",
         drop_special_tokens=message.drop_special_tokens,
         drop_first_positions=message.drop_first_positions,
@@ -72,6 +86,8 @@ def recipe_from_pb(message: extraction_pb2.Recipe) -> Recipe:
         long_documents=long_documents_from_pb(message.long_documents),
         window=window_from_pb(message),
         chat_template=message.chat_template,
+        skip_bad_documents=message.skip_bad_documents,
+        max_documents=message.max_documents,
     )
 
 
@@ -82,7 +98,7 @@ def recipe_to_pb(recipe: Recipe) -> extraction_pb2.Recipe:
         context_size=recipe.context_size,
         packing=extraction_pb2.PACKING_ONE_DOCUMENT if one else extraction_pb2.PACKING_PACKED,
         attend_across_documents=recipe.attend_across_documents,
-        bos=extraction_pb2.BOS_POLICY_NONE if recipe.bos == "none" else extraction_pb2.BOS_POLICY_DOCUMENT,
+        bos=_BOS_BACK[recipe.bos],
         eos=extraction_pb2.EOS_POLICY_DOCUMENT if recipe.eos == "document" else extraction_pb2.EOS_POLICY_NONE,
         drop_special_tokens=recipe.drop_special_tokens,
         drop_first_positions=recipe.drop_first_positions,
@@ -91,4 +107,6 @@ def recipe_to_pb(recipe: Recipe) -> extraction_pb2.Recipe:
         long_documents=long_documents_to_pb(recipe.long_documents),
         window=window_to_pb(recipe.window),
         chat_template=recipe.chat_template,
+        skip_bad_documents=recipe.skip_bad_documents,
+        max_documents=recipe.max_documents,
     )

@@ -25,6 +25,7 @@ def held_set_to_pb(held: HeldSet, node_id: str) -> pb.ActivationSet:
         path=held.path,
         last_used_time=last_used if held.last_used else None,
         holders=held.holders,
+        identity_json=held.identity_json,
     )
 
 

@@ -24,9 +24,10 @@ from headrace_extractor.hookpoints.names import BLOCK_SITE, split_path
 from headrace_extractor.hookpoints.places import Copied
 from headrace_extractor.runner.hooks.capture import Site, capture
 from headrace_extractor.runner.hooks.isolation import isolated_by
-from headrace_extractor.runner.hooks.structure import Found, search
+from headrace_extractor.runner.hooks.structure import Found, search, trial_ids
 from headrace_extractor.runner.hooks.takes import function_of
 from headrace_models.config import Network
+from headrace_models.unsupported import why_unsupported
 
 # Two lengths: with one, a dimension could have that size by chance, and not because it counts tokens.
 _TRIAL_LENGTHS = (5, 7)
@@ -58,7 +59,10 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     known = _ANATOMIES.get(model)
     if known is not None:
         return known
-    catalogue = Catalogue(Network.of_config({**model.config.to_dict(), "model_type": model.config.model_type}))
+    config = {**model.config.to_dict(), "model_type": model.config.model_type}
+    if why := why_unsupported(config):
+        raise _unsupported(model, why)
+    catalogue = Catalogue(Network.of_config(config))
     family = catalogue.family
     if family is None:
         found = search(model, catalogue.network)
@@ -174,10 +178,9 @@ def check_identity(model: PreTrainedModel) -> None:
 
 
 def run_through(model: PreTrainedModel, sites: Sequence[Site], n_tokens: int) -> dict[str, Tensor]:
-    """Runs the first token ids through a model; returns the captured tensors by site."""
-    token_ids = torch.arange(n_tokens, device=model.device)[None]
+    """Runs a few tokens through a model; returns the captured tensors by site."""
     with torch.inference_mode(), capture(sites) as captured:
-        model(input_ids=token_ids, use_cache=False)
+        model(input_ids=trial_ids(model, n_tokens), use_cache=False)
     return captured
 
 

@@ -3,13 +3,13 @@
 A few tokens run through the model, and the inputs and outputs of every module below its blocks are compared.
 `hook_attn_out` and `hook_mlp_out` are a pair of outputs, one of the attention or behind it, one of the MLP or behind
 it, that add up with the block's input to its output in every block. `hook_resid_mid` is an input that equals the sum of
-the block's input and the first of the pair. `attn.hook_z` and `mlp.hook_post` are the inputs of the projections that
-give the output of attention and MLP. Two documents, in one sequence and each alone, tell how the model keeps documents
-apart.
+the block's input and the first of the pair. `attn.hook_z` and `mlp.hook_post` are the inputs of the linear layers whose
+product is the output of attention and MLP. How the model keeps documents apart is tried too (`proof.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,14 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from headrace_extractor.hookpoints.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
 from headrace_extractor.runner.hooks.isolation import isolated_by
+from headrace_extractor.runner.hooks.proof import try_isolation
+from headrace_extractor.runner.hooks.rounding import least_beyond_rounding, row_errors
 from headrace_models.config import Network
 
 _N_TOKENS = 6
+# The largest number of a stream that counts as small: far below what attention and MLP add, far above float16's least.
+_SMALL_LOG2 = -6
+# For three documents of several tokens each; and of two tokens, for the shortest windows.
+_TRIED_LENGTHS = (24, 6)
 # One of these is in the name of a block's child that is its attention or its MLP.
 _ATTENTION = ("attn", "attention", "mixer")
+# The modules whose output is the product of their input with a matrix; quantized ones are among their subclasses.
+_LINEAR = (nn.Linear, Conv1D)
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "ff", "moe", "experts", "fc")
 
 
@@ -78,8 +87,8 @@ class _Passed:
             self.inputs[path] = value.clone()
 
     def leave(self, path: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        """Keeps a module's output: the tensor, or the first of a tuple."""
-        value = output[0] if isinstance(output, tuple) and output else output
+        """Keeps a module's output: the tensor, or the first of several."""
+        value = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(value, Tensor):
             self.outputs[path] = value.clone()
 
@@ -87,13 +96,20 @@ class _Passed:
 def search(model: PreTrainedModel, network: Network) -> Found | str:
     """Returns the structure that can be proven, or the reason why not even the residual stream can be taken."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    candidates = [(name, module) for name, module in lists if network.n_layers and len(module) == network.n_layers]
+    candidates = [(name, module) for name, module in lists if len(module) == network.n_layers]
+    if not network.n_layers:
+        return "its config.json does not tell how many blocks it has"
     if not candidates:
         return f"no list of {network.n_layers} blocks could be found in it"
-    token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
+    token_ids = trial_ids(model, _N_TOKENS)
     for path, blocks in sorted(candidates, key=lambda pair: pair[0].count(".")):  # The outermost first.
-        with torch.inference_mode(), _watched(blocks) as passed:
-            model(input_ids=token_ids, use_cache=False)
+        try:
+            with torch.inference_mode(), _watched(blocks) as passed:
+                model(input_ids=token_ids, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as exc:  # noqa: BLE001 -- the code of any architecture, which may need other arguments
+            return f"its code does not run on token ids alone ({type(exc).__name__}: {str(exc)[:200]})"
         for seen in passed:
             for twice in seen.twice:  # A module that was passed twice has no one value.
                 del seen.inputs[twice]
@@ -101,38 +117,56 @@ def search(model: PreTrainedModel, network: Network) -> Found | str:
         if all("" in seen.inputs and "" in seen.outputs for seen in passed) and all(
             torch.equal(one.outputs[""], other.inputs[""]) for one, other in pairwise(passed)
         ):
+            shape = [*passed[0].inputs[""].shape]
+            if shape != [1, _N_TOKENS, network.d_model]:
+                return f"its blocks pass on a tensor of {shape} for {_N_TOKENS} tokens: no row for each of them"
             return _prove(model, network, path, blocks, passed)
     return "what leaves one of its blocks is not what enters the next"
+
+
+def trial_ids(model: PreTrainedModel, n_tokens: int) -> Tensor:
+    """Returns the first token ids that are not special, `[1, n_tokens]`: code treats padding and pictures otherwise."""
+    config = model.config.get_text_config().to_dict() | model.config.to_dict()
+    special = {value for name, value in config.items() if "token_i" in name and isinstance(value, int)}
+    plain = [number for number in range(n_tokens + len(special)) if number not in special][:n_tokens]
+    return torch.tensor([plain], device=model.device)
 
 
 def _prove(
     model: PreTrainedModel, network: Network, path: str, blocks: nn.ModuleList, passed: Sequence[_Passed]
 ) -> Found | str:
     """Returns the structure of blocks that pass on a residual stream, or the reason why they can't be used."""
-    token_ids = torch.arange(_N_TOKENS, device=model.device)[None]
-    last = partial(_last, model, blocks, causal=True)
-    plain = last(token_ids, None, BY_POSITIONS)
+    token_ids, positions = trial_ids(model, _N_TOKENS), torch.arange(_N_TOKENS, device=model.device)[None]
+    plain = _last(model, blocks, token_ids)
     try:
-        numbered = last(token_ids, token_ids, BY_POSITIONS)
+        numbered = _last(model, blocks, token_ids, positions)
     except TypeError:  # Its code has no such argument.
         numbered = None
     if numbered is not None and not torch.equal(numbered.nan_to_num(), plain.nan_to_num()):
-        return "it does not number positions from 0"
+        numbered = None  # It does not number positions from 0, as RoBERTa: then its own code has to do so.
     other_ids = token_ids.clone()
-    other_ids[0, -1] = 0
-    change = plain - last(other_ids, None, BY_POSITIONS)
-    # A later token changes nothing before it.
-    causal = not network.looks_ahead and _is_nothing(change[:, :-1], beside=change[:, -1:])
-    # A mask that is passed would replace the windows of layers that look back only so far.
-    config = model.config.get_text_config().to_dict()
-    has_window = any(value and ("window" in key or "chunk" in key) for key, value in config.items())
-    ways = [] if numbered is None else [BY_POSITIONS] if has_window else [BY_POSITIONS, BY_MASK]
+    other_ids[0, -1] = token_ids[0, 0]
+    other = _last(model, blocks, other_ids)
+    # A later token changes nothing before it. Experts see batches of another size, which rounds otherwise.
+    changes = row_errors(other[0, :-1].flatten(1), plain[0, :-1].flatten(1))
+    causal = not (network.looks_ahead or network.picks_tokens)
+    causal = causal and bool((changes <= least_beyond_rounding(model.dtype)).all())
+    # Which tokens are the best is decided over the whole sequence: with equal scores a row depends on all others.
+    ways = [] if numbered is None or network.picks_tokens else [BY_POSITIONS, BY_MASK]
+    # A mask that is passed replaces windows: whether that matters is tried for the length of each recipe.
+    lengths = [length for length in _TRIED_LENGTHS if length <= (network.context_window or length)]
+    isolation = NOT_AT_ALL
+    for length, how in product(lengths, ways):
+        apart = partial(isolated_by, how, model, causal=causal, blocks=blocks)
+        if try_isolation(model, blocks, apart, length, causal=causal).holds:
+            isolation = how
+            break
     stream = {"hook_resid_pre": ":in", "hook_resid_post": ":out"}
     return Found(
         path=path,
         blocks=blocks,
-        places=stream | _sublayers(passed) | _projections(passed, network),
-        isolation=next((how for how in ways if _isolates(model, blocks, how, causal)), NOT_AT_ALL),
+        places=stream | _sublayers([*passed, *_passed_small(model, blocks)]) | _projections(blocks, passed, network),
+        isolation=isolation,
         causal=causal,
         takes_positions=numbered is not None,
     )
@@ -152,6 +186,34 @@ def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[_Passed]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _passed_small(model: PreTrainedModel, blocks: nn.ModuleList) -> Sequence[_Passed]:
+    """Runs the trial with a small residual stream before each block.
+
+    In 16 bits a large one hides in its rounding what is added to it, and any small vector would seem to add up.
+    """
+
+    def shrink(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args and isinstance(args[0], Tensor):
+            return (_shrunk(args[0]), *args[1:]), kwargs
+        name = next(key for key in ("hidden_states", *kwargs) if isinstance(kwargs.get(key), Tensor))
+        return args, {**kwargs, name: _shrunk(kwargs[name])}
+
+    handles = [block.register_forward_pre_hook(shrink, with_kwargs=True) for block in blocks]
+    try:
+        with torch.inference_mode(), _watched(blocks) as passed:
+            model(input_ids=trial_ids(model, _N_TOKENS), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passed
+
+
+def _shrunk(value: Tensor) -> Tensor:
+    """Returns a tensor times a power of two, which keeps the bits of its numbers; norms give nearly the same for it."""
+    largest = float(value.abs().max())
+    return value * 2.0 ** (_SMALL_LOG2 - math.frexp(largest)[1]) if math.isfinite(largest) else value
 
 
 def _sublayers(passed: Sequence[_Passed]) -> dict[str, str]:
@@ -189,29 +251,25 @@ def _sublayers(passed: Sequence[_Passed]) -> dict[str, str]:
     return {}
 
 
-def _projections(passed: Sequence[_Passed], network: Network) -> dict[str, str]:
-    """Finds the leaf module that gives the output of the attention, and the leaf that gives the output of the MLP."""
+def _projections(blocks: nn.ModuleList, passed: Sequence[_Passed], network: Network) -> dict[str, str]:
+    """Finds the linear layer that gives the output of the attention, and the one that gives the output of the MLP."""
     found = {}
     wanted = (("attn.hook_z", _ATTENTION, network.n_heads * network.d_head), ("mlp.hook_post", _MLP, network.d_mlp))
+
+    def gives(block: nn.Module, seen: _Passed, path: str, whole: str, width: int) -> bool:
+        """True for a linear layer that takes rows of this width and gives the output of `whole`."""
+        entering, leaving, result = seen.inputs.get(path), seen.outputs.get(path), seen.outputs.get(whole)
+        if entering is None or leaving is None or result is None or entering.shape[-1] != width:
+            return False
+        return isinstance(block.get_submodule(path), _LINEAR) and torch.equal(leaving.flatten(), result.flatten())
+
     for site, words, width in wanted:
         parts = [path for path in passed[0].outputs if path and _is_part(path, words)]
         for path in parts:
-            if all(_gives(seen, path, parts[-1], width) for seen in passed):
+            if all(gives(block, seen, path, parts[-1], width) for block, seen in zip(blocks, passed, strict=True)):
                 found[site] = f"{path}:in"
                 break
     return found
-
-
-def _gives(seen: _Passed, path: str, whole: str, width: int) -> bool:
-    """True for a leaf module that takes rows of this width and gives the output of `whole`."""
-    if path not in seen.inputs or any(other.startswith(f"{path}.") for other in seen.outputs):
-        return False
-    entering, leaving, result = seen.inputs[path], seen.outputs.get(path), seen.outputs.get(whole)
-    if leaving is None or result is None or entering.shape[-1] != width or leaving.numel() != result.numel():
-        return False
-    # Dropout and the like give back their input.
-    is_projection = entering.shape != leaving.shape or not torch.equal(entering, leaving)
-    return is_projection and torch.equal(leaving.flatten(), result.flatten())
 
 
 def _is_part(path: str, words: Sequence[str]) -> bool:
@@ -230,35 +288,9 @@ def _same_sum(parts: Sequence[Tensor | None], whole: Tensor) -> bool:
     return bool((difference <= allowed).all())
 
 
-def _isolates(model: PreTrainedModel, blocks: nn.ModuleList, how: str, causal: bool) -> bool:
-    """True if two documents in a sequence give what each gives alone; they don't if they see one another."""
-    half = _N_TOKENS // 2
-    ids = torch.arange(_N_TOKENS, device=model.device)[None]
-    positions = torch.arange(half, device=model.device).repeat(2)[None]
-    try:
-        together = _last(model, blocks, ids, positions, how, causal=causal)
-        alone = [_last(model, blocks, part, positions[:, :half], how, causal=causal) for part in ids.split(half, 1)]
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # Its code does not take the arguments.
-    joined = _last(model, blocks, ids, None, how, causal=causal)
-    apart = torch.cat(alone, 1)
-    return _is_nothing(together - apart, beside=joined - apart)
-
-
-def _last(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, positions: Tensor | None, how: str, *, causal: bool
-) -> Tensor:
-    """Returns the output of the last block; `positions` None: the model numbers them itself."""
-    where = ids if positions is None else positions
-    with (
-        torch.inference_mode(),
-        _watched([blocks[-1]]) as passed,
-        isolated_by(how, model, where, causal=causal, blocks=blocks) as arguments,
-    ):
-        model(input_ids=ids, use_cache=False, **({} if positions is None else arguments))
+def _last(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Returns the output of the last block; without `positions` the model numbers them itself."""
+    arguments = {} if positions is None else {"position_ids": positions}
+    with torch.inference_mode(), _watched([blocks[-1]]) as passed:
+        model(input_ids=ids, use_cache=False, **arguments)
     return passed[0].outputs[""]
-
-
-def _is_nothing(difference: Tensor, *, beside: Tensor) -> bool:
-    """True if it is far below the change that another token or document makes, as rounding is, also in 16 bits."""
-    return bool(difference.float().norm() <= 0.05 * beside.float().norm())

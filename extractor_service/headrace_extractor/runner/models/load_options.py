@@ -6,6 +6,7 @@ A residency is on one device, so `device_map` may only name that device, and `ma
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def check_options(options: Mapping[str, Any], device: torch.device) -> dict[str,
 
 
 def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
-    """Returns the argument that leaves out BERT's pooler: files of a masked language model have no weights for it."""
-    return {"add_pooling_layer": False} if config.model_type == "bert" else {}
+    """Returns the argument that leaves out an encoder's pooler: files of a language model have no weights for it."""
+    kind = MODEL_MAPPING.get(type(config), None)
+    has_pooler = isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
 
 
 def supports_sdpa(config: PretrainedConfig) -> bool:

@@ -6,7 +6,7 @@ say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,11 @@ from safetensors import SafetensorError
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import DeviceOom, FieldInvalid, LoadFailed, ModelUnsupported, NotImplementedYet
+from headrace_extractor.models import check_files
 from headrace_extractor.runner.hooks.binding import check_identity
+from headrace_extractor.runner.models.accounting import check_weights, conversions_named
 from headrace_extractor.runner.models.load_options import (
     attention_of,
     check_options,
@@ -30,13 +33,17 @@ from headrace_extractor.runner.models.load_options import (
 )
 from headrace_extractor.runner.models.progress import OnProgress
 from headrace_extractor.runner.models.quantizers import quantizer_for
-from headrace_models.errors import HeaderInvalid, JsonInvalid
+from headrace_models import folder
+from headrace_models.errors import HeaderInvalid, JsonInvalid, WeightsAbsent
+from headrace_models.folder import FileStamp
 from headrace_models.json_files import read_object
 from headrace_models.load_options import trusts_remote_code
 from headrace_models.safetensors import TensorEntry, read_header
 
 # Large enough for a disk's sequential speed, small enough for smooth progress.
 _PIECE_BYTES = 8 * 1024 * 1024
+# Preparing again looks at dates alone; a file that a disk has damaged keeps its own.
+MEND = "mend it, then prepare the model again with --verify"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,12 +55,23 @@ class LoadedModel:
     device: torch.device
     files_path: Path
     measured_bytes: int
+    files: tuple[FileStamp, ...]  # As they were when it was loaded.
     runtime_bytes: int = 0  # The part of `measured_bytes` that the process took before the load.
+
+    def check_files(self) -> None:
+        """Raises ModelChanged if a file changed since: tokens would not be the model's, nor weights that are mapped."""
+        check_files(self.files_path, self.files)
 
     @property
     def n_positions(self) -> int | None:
         """Number of positions of the text model; None where the config sets no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for module in self.model.modules():
+            # RoBERTa's positions begin behind the row of padding, so that its table has more rows than a text tokens.
+            is_table = isinstance(module, torch.nn.Embedding) and module.num_embeddings == limit
+            if limit and is_table and module.padding_idx is not None:
+                return limit - module.padding_idx - 1
+        return limit
 
 
 def load_model(
@@ -64,17 +82,24 @@ def load_model(
     on_progress: OnProgress,
     *,
     quantization: str = "none",
+    files: Sequence[FileStamp] = (),
 ) -> LoadedModel:
     """Loads the model in `files_path`, telling `on_progress` how many bytes of weights were read.
 
-    With a quantization, `files_path` holds the weights that its quantizer saved. Raises FieldInvalid,
-    NotImplementedYet, ModelUnsupported, LoadFailed, DeviceOom and ExtraMissing.
+    With a quantization, `files_path` holds the weights that its quantizer saved. `files` are the files as they were
+    when the model was prepared. Raises FieldInvalid, NotImplementedYet, ModelUnsupported, ModelChanged, LoadFailed,
+    DeviceOom and ExtraMissing.
     """
     target, compute_dtype = device_of(device), compute_dtype_of(device, dtype)
     options = check_options(load_options, target)
     stored = stored_config(files_path)
     _check_stored(stored, quantization, files_path)
     weights = weight_files(files_path)
+    # As this node sees them: another mount of the same disk may give other inodes.
+    digests = {stamp.name: stamp.sha256 for stamp in files}
+    read = sorted({*weights, *folder.files_beside(files_path)})
+    stamps = tuple(FileStamp.of(path, sha256=digests.get(path.name, "")) for path in read)
+    check_files(files_path, files)
     estimated_bytes = sum(
         # Floats are loaded in the compute dtype, integers (quantized weights) as they are.
         tensor.n_elements * compute_dtype.itemsize if "F" in tensor.dtype else tensor.n_bytes
@@ -94,13 +119,15 @@ def load_model(
     warm_page_cache(weights, total_bytes, on_progress)
     with out_of_memory_as_typed(target, estimated_bytes), load_errors(files_path, stored):
         arguments = from_pretrained_arguments(files_path, target, compute_dtype, options)
-        model = _from_pretrained(files_path, arguments, quantization)
+        model = from_pretrained(files_path, arguments, quantization).requires_grad_(requires_grad=False)
         check_identity(model)
+    check_files(files_path, stamps)  # Nothing was written while they were read.
     on_progress(total_bytes, total_bytes)
     return LoadedModel(
         model=model,
         device=target,
         files_path=files_path,
+        files=stamps,
         measured_bytes=measured_bytes(model, runtime_bytes),
         runtime_bytes=runtime_bytes,
     )
@@ -117,35 +144,40 @@ def _check_stored(config: Mapping[str, Any], quantization: str, files_path: Path
 
 
 def from_pretrained_arguments(
-    files_path: Path, device: torch.device, dtype: torch.dtype, load_options: Mapping[str, Any]
+    files_path: Path, device: torch.device, dtype: torch.dtype | str, load_options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the arguments of from_pretrained. Raises FieldInvalid for an option that the model does not have."""
+    """Returns the arguments of from_pretrained. Raises FieldInvalid for an option that the model does not have.
+
+    The dtype may be `auto`, that of the files.
+    """
     config: PretrainedConfig = config_of(files_path, load_options)
+    attention: str | None = attention_of(load_options, supports_sdpa=supports_sdpa(config))
+    if config.sub_configs and "attn_implementation" not in load_options:
+        attention = None  # The parts of a multimodal model may differ in what they have; transformers asks each.
     return {
         "config": config,
         "dtype": dtype,
-        "attn_implementation": attention_of(load_options, supports_sdpa=supports_sdpa(config)),
+        "attn_implementation": attention,
         "device_map": None if device.type == "cpu" else {"": device},
         "local_files_only": True,
         "use_safetensors": True,
         "trust_remote_code": trusts_remote_code(load_options),
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # They are in the loading info then, by name.
         **without_pooler(config),
     }
 
 
-def _from_pretrained(files_path: Path, arguments: dict[str, Any], quantization: str) -> PreTrainedModel:
+def from_pretrained(files_path: Path, arguments: dict[str, Any], quantization: str) -> PreTrainedModel:
+    """Builds a model in evaluation mode from its files, every weight of which has its place. Raises LoadFailed."""
     hush_transformers()
-    if quantization == "none":
-        model, report = AutoModel.from_pretrained(files_path, **arguments)
-    else:
-        model, report = quantizer_for(quantization).load(files_path, arguments)
-    # transformers would go on with random numbers in place of absent weights.
-    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-        raise LoadFailed(
-            f"The files lack {len(absent)} weights of this model, {absent[0]} among them; prepare it again."
-        )
-    return model.eval().requires_grad_(requires_grad=False)
+    with conversions_named():
+        if quantization == "none":
+            model, report = AutoModel.from_pretrained(files_path, **arguments)
+        else:
+            model, report = quantizer_for(quantization).load(files_path, arguments)
+    check_weights(model, report)
+    return model.eval()
 
 
 def warm_page_cache(paths: list[Path], total_bytes: int, on_progress: OnProgress) -> None:
@@ -268,18 +300,16 @@ def stored_config(files_path: Path) -> Mapping[str, Any]:
 
 
 def weight_files(files_path: Path) -> list[Path]:
-    """Lists the files that from_pretrained will read: the index's, or the single file. Raises ModelUnsupported."""
-    index = files_path / "model.safetensors.index.json"
+    """Lists the files that from_pretrained will read. Raises ModelUnsupported."""
     try:
-        names = set(read_object(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        paths = [files_path / name for name in sorted(names)]
-    except (OSError, JsonInvalid, KeyError, AttributeError, TypeError) as exc:
-        raise ModelUnsupported(f"{index} can't be read; prepare the model again.") from exc
-    if missing := [path.name for path in paths if not path.is_file()]:
+        return folder.weight_files(files_path)
+    except WeightsAbsent as exc:
         raise ModelUnsupported(
-            f"{files_path} has no {missing[0]}; only safetensors are loaded. Prepare the model again."
-        )
-    return paths
+            f"{files_path} lacks {exc.problem}; only safetensors are loaded. Complete the folder, then prepare the "
+            "model again."
+        ) from exc
+    except (OSError, JsonInvalid) as exc:
+        raise ModelUnsupported(f"{files_path} can't be read ({exc}); prepare the model again.") from exc
 
 
 def tensors_in(path: Path) -> Mapping[str, TensorEntry]:
@@ -287,7 +317,7 @@ def tensors_in(path: Path) -> Mapping[str, TensorEntry]:
     try:
         return read_header(path).tensors
     except HeaderInvalid as exc:
-        raise LoadFailed(f"{path} is no safetensors file, or is damaged; prepare the model again.") from exc
+        raise LoadFailed(f"{path} is no safetensors file, or is damaged; {MEND}.") from exc
 
 
 def hush_transformers() -> None:
@@ -302,14 +332,16 @@ def load_errors(files_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except SafetensorError as exc:
-        raise LoadFailed(f"A weight file in {files_path} is damaged ({exc}); prepare the model again.") from exc
-    except (OSError, ValueError, KeyError, ImportError) as exc:
+        raise LoadFailed(f"A weight file in {files_path} is damaged ({exc}); {MEND}.") from exc
+    except (ServiceError, MemoryError):
+        raise
+    except RuntimeError as exc:
+        if isinstance(exc, torch.OutOfMemoryError) or _is_cpu_oom(exc):
+            raise
+        raise LoadFailed(f"The model in {files_path} can't be loaded: {str(exc)[:500]}") from exc
+    except Exception as exc:  # The code of any architecture: a config that it does not expect fails in any way.
         known = config.get("model_type")
         raise ModelUnsupported(
             f"transformers can't build a model of type {known!r} from {files_path}: {str(exc)[:500]}",
             metadata={"model_type": str(known)},
         ) from exc
-    except RuntimeError as exc:
-        if isinstance(exc, torch.OutOfMemoryError) or _is_cpu_oom(exc):
-            raise
-        raise LoadFailed(f"The model in {files_path} can't be loaded: {str(exc)[:500]}") from exc

@@ -40,6 +40,8 @@ def new_folder(target_path: Path) -> Iterator[Path]:
             # that only their owner can read, and nodes that share a disk may run as different users.
             mode = (folder / "config.json").stat().st_mode & 0o777
             for path in folder.iterdir():
+                if path.is_symlink():  # The file of another folder.
+                    continue
                 path.chmod(mode)
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 from headrace_extractor.errors import LoadFailed, ModelUnsupported
 from headrace_extractor.runner.models.new_folder import new_folder
 from headrace_extractor.runner.models.progress import OnProgress
+from headrace_models.errors import JsonInvalid
+from headrace_models.folder import has_older_tokenizer
+from headrace_models.json_files import read_config
 
 _PATTERN = "pytorch_model*.bin"
 _INDEX = "model.safetensors.index.json"
@@ -42,9 +45,9 @@ def convert_pickled(source_path: Path, target_path: Path, on_progress: OnProgres
             raise ModelUnsupported("The repo has no config.json; use one in transformers' layout.")
         try:
             # Where the config is silent, transformers assumes that the head is the embedding.
-            ties_head = bool(json.loads(config.read_text()).get("tie_word_embeddings", True))
-        except (ValueError, AttributeError) as exc:
-            raise ModelUnsupported(f"config.json is no JSON object: {exc}") from exc
+            ties_head = bool(read_config(folder).get("tie_word_embeddings", True))
+        except JsonInvalid as exc:
+            raise ModelUnsupported(f"{exc}; mend the config.") from exc
         weight_map: dict[str, str] = {}
         for shard in shards:
             on_progress(done_bytes, total_bytes)
@@ -55,6 +58,10 @@ def convert_pickled(source_path: Path, target_path: Path, on_progress: OnProgres
             done_bytes += shard.stat().st_size
         if len(shards) > 1:
             (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+        if has_older_tokenizer({path.name for path in folder.iterdir()}):
+            from headrace_extractor.runner.models.tokenizer_files import try_to_add  # noqa: PLC0415 -- transformers
+
+            try_to_add(source_path, folder)
     on_progress(total_bytes, total_bytes)
 
 

@@ -39,8 +39,7 @@ def sample_ids(files_path: Path, *, limit: int = MAX_TOKENS, longest: int | None
     limit = min(limit, longest or limit)
     if not tokenizer.digest:
         return [(position * _STRIDE) % tokenizer.vocab_size for position in range(limit)]
-    bos = [] if tokenizer.special.bos_id is None else [tokenizer.special.bos_id]
-    return [*bos, *tokenizer.encode_batch([SAMPLE_TEXT])[0].tolist()][:limit]
+    return [*tokenizer.special.prefix, *tokenizer.encode_batch([SAMPLE_TEXT])[0].tolist()][:limit]
 
 
 def residuals(model: PreTrainedModel, token_ids: Sequence[int]) -> list[Tensor]:

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from headrace_extractor.errors import ExtraMissing, FieldInvalid
+from headrace_extractor.runner.models.accounting import check_weights, conversions_named
+from headrace_extractor.runner.models.load_options import without_pooler
 from headrace_extractor.runner.models.progress import OnProgress, bar_watched
 
 GROUP = "headrace.quantizers"
@@ -87,8 +89,9 @@ class BitsAndBytes:
         config = AutoConfig.from_pretrained(source_path, local_files_only=True, trust_remote_code=False)
         n_bytes = sum(path.stat().st_size for path in source_path.glob("*.safetensors"))
         # Bytes by the share of parameters loaded: which bytes of the files were read can't be seen from here.
-        with bar_watched(core_model_loading, lambda done, total: on_progress(n_bytes * done // total, n_bytes)):
-            model = AutoModel.from_pretrained(
+        watched = bar_watched(core_model_loading, lambda done, total: on_progress(n_bytes * done // total, n_bytes))
+        with conversions_named(), watched:
+            model, report = AutoModel.from_pretrained(
                 source_path,
                 config=config,
                 dtype="auto",
@@ -96,7 +99,11 @@ class BitsAndBytes:
                 quantization_config=self.config(),
                 local_files_only=True,
                 use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **without_pooler(config),
             )
+        check_weights(model, report)
         model.save_pretrained(target_path)
 
     def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,15 @@ from transformers import AutoModel
 from headrace_chassis.errors import ServiceError
 from headrace_extractor.errors import LoadFailed, ModelUnsupported, NonFinite, reason_of
 from headrace_extractor.node.runner_protocol import Step, Validate, Validated
+from headrace_extractor.node.versions import library_versions
 from headrace_extractor.runner.hooks.binding import anatomy_of, n_layers_of
+from headrace_extractor.runner.models.accounting import named
 from headrace_extractor.runner.models.load_options import check_options, config_of, without_pooler
 from headrace_extractor.runner.models.loading import (
     LoadedModel,
     compute_dtype_of,
     device_of,
+    from_pretrained,
     from_pretrained_arguments,
     hush_transformers,
     load_errors,
@@ -36,11 +36,9 @@ from headrace_extractor.runner.models.loading import (
     weight_files,
 )
 from headrace_extractor.runner.models.probe import difference, residuals, sample_ids, worst
-from headrace_extractor.runner.models.quantizers import quantizer_for
 from headrace_models.load_options import trusts_remote_code
 
 _N_TOKENS = 128
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 # Both sides run the same kernels on the same shapes; only masks and the order of sums may differ. In 16 bits that may
 # come to a few roundings: bfloat16 rounds by a third of a percent.
 _MAX_RELATIVE_ERROR = {torch.float32: 1e-4}
@@ -96,11 +94,7 @@ def validate(command: Validate, emit: Emit) -> Validated:
                 reason=reason,
             )
         )
-    versions = {"python": platform.python_version()}
-    for package in (*_PACKAGES, "headrace"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return Validated(versions=versions)
+    return Validated(versions=library_versions())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,38 +119,24 @@ class _Trial:
             config = config_of(files_path, self.options)
             trusted = trusts_remote_code(self.options)
             if command.quantization == "none":
-                model, report = AutoModel.from_pretrained(
-                    files_path,
-                    config=config,
-                    device_map={"": "meta"},
-                    dtype="auto",
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=trusted,
-                    output_loading_info=True,
-                    **without_pooler(config),
-                )
-                parameters = dict(model.named_parameters())
-                absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+                meta = torch.device("meta")
+                arguments = from_pretrained_arguments(files_path, meta, "auto", self.options)
+                model = from_pretrained(files_path, arguments, "none")
             else:
                 # Packed tensors have shapes of their own: only shapes of unquantized ones can be compared.
                 del config.quantization_config
                 with torch.device("meta"):
                     model = AutoModel.from_config(config, trust_remote_code=trusted, **without_pooler(config))
                 stored = {name: entry for path in weight_files(files_path) for name, entry in tensors_in(path).items()}
-                parameters = dict(model.named_parameters())
                 absent = {
                     name
-                    for name, parameter in parameters.items()
+                    for name, parameter in model.named_parameters()
                     if name not in stored
                     or ("F" in stored[name].dtype and tuple(parameter.shape) != stored[name].shape)
                 }
-            if absent:
-                raise LoadFailed(
-                    f"Config and files differ in {len(absent)} weights, {min(absent)} among them; prepare the model "
-                    "again."
-                )
-        n_parameters = sum(parameter.numel() for parameter in parameters.values())
+                if absent:
+                    raise LoadFailed(f"Config and files differ in {named(absent)}; prepare the model again.")
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
         return f"{n_parameters} parameters, all in the files", {"n_parameters": float(n_parameters)}
 
     def load(self) -> tuple[str, Figures]:
@@ -170,6 +150,7 @@ class _Trial:
             command.load_options,
             lambda *_: None,
             quantization=command.quantization,
+            files=command.files,
         )
         measured = self.loaded.measured_bytes
         figures = {"measured_bytes": float(measured), "load_s": time.monotonic() - started}
@@ -228,11 +209,7 @@ class _Trial:
             torch.cuda.empty_cache()
         arguments = from_pretrained_arguments(files_path, device, dtype, self.options)
         with out_of_memory_as_typed(device, 0), load_errors(files_path, stored_config(files_path)):
-            if command.quantization == "none":
-                plain, _ = AutoModel.from_pretrained(files_path, **arguments)
-            else:
-                plain, _ = quantizer_for(command.quantization).load(files_path, arguments)
-            plain.eval()
+            plain = from_pretrained(files_path, arguments, command.quantization)
             with torch.inference_mode():
                 ids = torch.tensor([self.token_ids], device=device)
                 states = plain(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states

@@ -49,6 +49,10 @@ class RowSource:
                     "for another model, delete it."
                 )
 
+    def origins(self, first: int, n_rows: int) -> dict[str, np.ndarray]:
+        """Returns token, document and position of rows from `first` on."""
+        return {name: values[first : first + n_rows] for name, values in self._provenance.items()}
+
     def copy_to(self, reservation: Reservation, first: int) -> dict[str, int]:
         """Fills the reservation with rows from `first` on; returns how many values are not finite, by column.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headrace_extractor.corpora.reader import DocumentReader
-from headrace_extractor.errors import CorpusMalformed, FieldInvalid
+from headrace_extractor.errors import FieldInvalid
 
 MAX_PARTS = 256
 
@@ -57,13 +57,14 @@ class Mix:
 
 
 def check_kinds(readers: Sequence[DocumentReader]) -> None:
-    """Raises CorpusMalformed unless all corpora hold documents of one kind."""
+    """Raises FieldInvalid unless all corpora hold documents of one kind."""
     first = readers[0]
     for reader in readers:
         if reader.kind != first.kind:
-            raise CorpusMalformed(
+            raise FieldInvalid(
                 f"Corpus {first.corpus.id} holds {first.kind} and {reader.corpus.id} holds {reader.kind}; mix corpora"
                 " of one kind.",
+                field="mix.parts",
                 metadata={"corpus": reader.corpus.id},
             )
 
