@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line; HEADRACE_REGISTRY and HEADRACE_TOKEN stand in for options that are not given."""
+    """Runs the command line; HEADRACE_REGISTRY, HEADRACE_TOKEN and HEADRACE_CA_FILE stand in for options."""
     # gRPC's core would print lines of its own between ours, and between the JSON lines of the servers started here.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
@@ -19,16 +19,17 @@ def main() -> None:
         sys.exit(2)
 
     from headrace_cli.app import app  # noqa: PLC0415
-    from headrace_cli.exits import end_when_interrupted  # noqa: PLC0415
+    from headrace_cli.exits import end_when_interrupted, ends_with_its_reader  # noqa: PLC0415
     from headrace_cli.settings import Defaults  # noqa: PLC0415
 
-    end_when_interrupted()
-    app(
-        obj=Defaults(
-            registry=os.environ.get("HEADRACE_REGISTRY") or None, token=os.environ.get("HEADRACE_TOKEN") or None
-        ),
-        prog_name="headrace",
+    defaults = Defaults(
+        registry=os.environ.get("HEADRACE_REGISTRY") or None,
+        token=os.environ.get("HEADRACE_TOKEN") or None,
+        ca_file=os.environ.get("HEADRACE_CA_FILE") or None,
     )
+    end_when_interrupted()
+    with ends_with_its_reader():
+        app(obj=defaults, prog_name="headrace")
 
 
 if __name__ == "__main__":

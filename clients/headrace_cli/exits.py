@@ -1,19 +1,21 @@
 """Exit codes, and the printing of errors as text or as JSON.
 
 0 done · 1 failed · 2 usage · 3 not found · 4 unavailable or out of time · 5 refused: permission, state or capacity ·
-130 interrupted, by Ctrl-C or SIGTERM
+130 interrupted, by Ctrl-C or SIGTERM · 141 (SIGPIPE) the reader of the output is gone
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -43,6 +45,32 @@ def end_when_interrupted() -> None:
         signal.signal(number, interrupt)
 
 
+@contextlib.contextmanager
+def ends_with_its_reader() -> Iterator[None]:
+    """Ends the process without a word if nobody reads its output any more, as in `headrace models list | head -1`.
+
+    Python ignores SIGPIPE, so that a lost connection is an error and not an end: here the process ends by it in the way
+    of other programs.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        _end_by_sigpipe()
+    finally:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:  # A process may be started without them.
+                    stream.flush()
+        except BrokenPipeError:
+            _end_by_sigpipe()
+
+
+def _end_by_sigpipe() -> NoReturn:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGPIPE)
+    os._exit(FAILED)  # Only where the signal is blocked.
+
+
 def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """Wraps a command whose first argument is its typer.Context: an error becomes a message and an exit code."""
 
@@ -55,6 +83,8 @@ def reported(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            _end_by_sigpipe()
         except Exception as exc:
             # typer prints its own exceptions (typer.Exit, usage errors): they carry an exit code.
             if hasattr(exc, "exit_code"):
@@ -87,6 +117,7 @@ def report(exc: Exception, settings: Settings) -> int:
             "fields": error.fields,
             "retry_after_s": error.retry_after_s,
             "remedy": error.remedy,
+            "request_id": error.request_id,
             "exit_code": code,
         }
         typer.echo(json.dumps({"error": facts}), err=True)
@@ -98,10 +129,13 @@ def report(exc: Exception, settings: Settings) -> int:
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble((error.reason, "bold red"), (f": {error.message}", "red")))
     for name, why in error.fields.items():
-        if why and why not in error.message:
+        # A long description is sent with a gap in its middle.
+        if why and not all(part in error.message for part in why.split(" … ")):
             console.print(Text(f"  {name}: {why}", style="red"))
     if error.remedy:
         console.print(Text(f"  what to do: {error.remedy}", style="red"))
+    if error.request_id:
+        console.print(Text(f"  request: {error.request_id}", style="dim"))
     return code
 
 

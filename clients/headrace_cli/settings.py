@@ -20,6 +20,7 @@ class Defaults:
 
     registry: str | None = None
     token: str | None = None
+    ca_file: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Settings:
     token_file: Path | None = None
     ca_file: Path | None = None
     json: bool = False
+    wide: bool = False
     debug: bool = False
 
     def connect(self, *, deadline_s: float = 30.0) -> HeadraceClient:

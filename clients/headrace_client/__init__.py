@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from headrace_client.aio import AsyncHeadraceClient
 from headrace_client.client import HeadraceClient
 from headrace_client.errors import HeadraceError
+from headrace_client.extras import needing
 from headrace_client.reading.chunk import ActivationChunk
 from headrace_client.reading.stream import ChunkStream
 from headrace_client.values import (
     ActivationSet,
     Backoff,
+    BosPolicy,
     Corpus,
     Device,
     Dtype,
@@ -22,6 +25,7 @@ from headrace_client.values import (
     Extraction,
     ExtractionState,
     Hookpoint,
+    Listing,
     LongDocuments,
     Model,
     ModelState,
@@ -51,7 +55,9 @@ __all__ = [
     "ActivationChunk",
     "ActivationSet",
     "ActivationStream",
+    "AsyncHeadraceClient",
     "Backoff",
+    "BosPolicy",
     "ChunkStream",
     "Corpus",
     "Device",
@@ -62,6 +68,7 @@ __all__ = [
     "HeadraceClient",
     "HeadraceError",
     "Hookpoint",
+    "Listing",
     "LongDocuments",
     "Model",
     "ModelState",
@@ -88,6 +95,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "ActivationStream":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from headrace_client.reading.tensors import ActivationStream  # noqa: PLC0415 - needs torch.
+    with needing("headrace[torch]"):
+        from headrace_client.reading.tensors import ActivationStream  # noqa: PLC0415
 
     return ActivationStream

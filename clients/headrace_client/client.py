@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,23 +13,37 @@ from typing import TYPE_CHECKING, Self
 from headrace_client.corpora import Corpora
 from headrace_client.errors import InvalidArgument
 from headrace_client.extractions import Extractions
+from headrace_client.extras import needing
 from headrace_client.models import Models
 from headrace_client.pins import Pins
 from headrace_client.reading.columns import default_columns, with_scales
 from headrace_client.reading.source import StreamRequest, reader_name
 from headrace_client.reading.stream import ChunkStream
 from headrace_client.residencies import Residencies
+from headrace_client.rpc.addresses import addresses_of
 from headrace_client.rpc.convert.extractions import hookpoint_from_pb
-from headrace_client.rpc.endpoint import DEADLINE_S, Endpoint, Security
+from headrace_client.rpc.endpoint import DEADLINE_S, Endpoint
 from headrace_client.rpc.nodes import Nodes
+from headrace_client.rpc.security import Security
 from headrace_client.sets import Sets
-from headrace_client.values import DEFAULT_TUNING, PLAIN, Extraction, Hookpoint, Node, Progress, Reading, StreamTuning
+from headrace_client.values import (
+    DEFAULT_TUNING,
+    PLAIN,
+    Extraction,
+    Hookpoint,
+    Listing,
+    Node,
+    Progress,
+    Reading,
+    StreamTuning,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from headrace_client.reading.tensors import ActivationStream
 
+DEFAULT_REGISTRY = "127.0.0.1:7470"
 _MOST_TOKENS_PER_CALL = 100_000  # The server's limit for one DecodeTokens call.
 
 
@@ -50,12 +65,12 @@ class HeadraceClient:
         self.extractions = Extractions(nodes)
         self.residencies = Residencies(registry, nodes)
         self.pins = Pins(registry)
-        self.sets = Sets(registry)
+        self.sets = Sets(registry, nodes)
 
     @classmethod
     def connect(
         cls,
-        registry: str = "127.0.0.1:7470",
+        registry: str | None = None,
         *,
         extractor: str | None = None,
         token: str | None = None,
@@ -64,13 +79,20 @@ class HeadraceClient:
     ) -> Self:
         """Makes a client; connections are opened by the first calls.
 
-        `extractor` is the address of one extractor; without it the registry tells where they are. `ca_file` (PEM)
-        turns TLS on, for all servers. `deadline_s` holds for every call that has no deadline of its own.
+        Addresses are `host:port` or `unix:path`. Several addresses of `registry` with commas between are replicas: the
+        next one is asked when one does not answer. `extractor` is the address of one extractor; without it the registry
+        tells where they are. `ca_file` (PEM, or `system` for the certificates of this machine) turns TLS on, for all
+        servers; a `token` does too beyond loopback, since it is never sent in clear. `deadline_s` holds for every call
+        that has no deadline of its own. Without a `registry`, `token` or `ca_file` it takes HEADRACE_REGISTRY (or
+        127.0.0.1:7470), HEADRACE_TOKEN and HEADRACE_CA_FILE of the environment.
         """
-        for name, address in (("registry", registry), ("extractor", extractor)):
-            host, _, port = (address or "").rpartition(":")
-            if address is not None and not (host and port.isdigit() and int(port) <= 65535):
-                raise InvalidArgument(f"{name} is host:port, not {address!r}", fields={name: address})
+        if registry is None:
+            registry = os.environ.get("HEADRACE_REGISTRY") or DEFAULT_REGISTRY
+        token = token or os.environ.get("HEADRACE_TOKEN") or None
+        ca_file = ca_file or os.environ.get("HEADRACE_CA_FILE") or None
+        addresses_of(registry, name="registry")
+        if extractor is not None and len(addresses_of(extractor, name="extractor")) > 1:
+            raise InvalidArgument("extractor is one address", fields={"extractor": extractor})
         security = Security.load(token, ca_file)
 
         def dial(address: str) -> Endpoint:
@@ -79,7 +101,7 @@ class HeadraceClient:
         first = dial(registry)
         return cls(first, Nodes(registry=first, dial=dial, fixed=extractor))
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> Listing[Node]:
         """Lists the nodes with their devices, alive or not."""
         return self._nodes.list()
 
@@ -93,11 +115,11 @@ class HeadraceClient:
         finally:
             probe.close()
 
-    def hookpoints(self, model: str, *, node: str = "") -> tuple[Hookpoint, ...]:
+    def hookpoints(self, model: str, *, node: str = "") -> Listing[Hookpoint]:
         """Lists the hookpoints of a model, in the order of the forward pass."""
         endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node, model_id=model))
         answer = endpoint.unary("ExtractionService.ListHookpoints", model_id=model)
-        return tuple(hookpoint_from_pb(one) for one in answer.hookpoints)
+        return Listing(hookpoint_from_pb(one) for one in answer.hookpoints)
 
     def decode_tokens(self, model: str, ids: Sequence[int]) -> list[str]:
         """Turns token ids into text, one string per id."""
@@ -163,10 +185,8 @@ class HeadraceClient:
         `columns`, `start_row`, `end_row` are as in `chunks`. `epochs` None stands for endless ones; a shuffled
         `reading` has another order in each epoch.
         """
-        from headrace_client.reading.tensors import (  # noqa: PLC0415 - needs torch, which nothing else here does.
-            ActivationStream,
-            BatchOptions,
-        )
+        with needing("headrace[torch]"):  # Nothing else here needs torch.
+            from headrace_client.reading.tensors import ActivationStream, BatchOptions  # noqa: PLC0415
 
         known = self.extractions.get(extraction) if isinstance(extraction, str) else extraction
         options = BatchOptions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from headrace_client.rpc.convert.corpora import (
 )
 from headrace_client.rpc.endpoint import Endpoint, new_request_id
 from headrace_client.rpc.nodes import Nodes, pages
-from headrace_client.values import Corpus
+from headrace_client.values import Corpus, Listing
 
 UPLOAD_DEADLINE_S = 3600.0
 _BLOCK_BYTES = 4 * 1024 * 1024  # Read at once from a file; messages are pieces of it.
@@ -45,7 +46,7 @@ class Corpora:
         node: str = "",
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> Corpus:
-        """Sends a local file (`.txt`, `.jsonl`, `.csv`, `.parquet`, `.npy`) or texts. Sending it twice is no error.
+        """Sends a local file (text, JSON, CSV, Parquet, `.npy`) or texts. Sending it twice is no error.
 
         With `chat`, documents are conversations: `text_column` holds lists of messages with `role` and `content`.
         """
@@ -65,9 +66,10 @@ class Corpora:
             chat=chat,
         )
         messages = upload_parts(spec, _blocks(file, documents or ()))
-        endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
+        extractor = self._nodes.pick(node_id=node)
+        endpoint = self._nodes.endpoint(extractor)
         answer = endpoint.upload("CorpusService.UploadCorpus", messages, deadline_s=deadline_s)
-        return corpus_from_pb(answer.corpus)
+        return corpus_from_pb(answer.corpus, node_id=extractor.node_id)
 
     def register_path(
         self,
@@ -152,35 +154,39 @@ class Corpora:
 
     def get(self, corpus_id: str) -> Corpus:
         """Reads one corpus, from the first node that holds it."""
+        extractor, answer = self._nodes.find(
+            lambda endpoint: endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
+        )
+        return corpus_from_pb(answer.corpus, node_id=extractor.node_id)
 
-        def probe(endpoint: Endpoint) -> Corpus:
-            answer = endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
-            return corpus_from_pb(answer.corpus)
-
-        return self._nodes.find(probe)[1]
-
-    def list(self, *, node: str = "") -> Iterator[Corpus]:
-        """Iterates over the corpora of one node, or of all living nodes, node by node."""
+    def list(self, *, node: str = "") -> Listing[Corpus]:
+        """Lists the corpora of one node, or of all living nodes, node by node."""
+        found: Listing[Corpus] = Listing()
         for extractor in (self._nodes.pick(node_id=node),) if node else self._nodes.alive():
             endpoint = self._nodes.endpoint(extractor)
-            yield from pages(endpoint, "CorpusService.ListCorpora", "corpora", corpus_from_pb)
+            read = partial(corpus_from_pb, node_id=extractor.node_id)
+            found += pages(endpoint, "CorpusService.ListCorpora", "corpora", read)
+        return found
 
-    def delete(self, corpus_id: str) -> None:
-        """Deletes a corpus; sets made from it stay."""
+    def delete(self, corpus_id: str, *, node: str = "") -> tuple[str, ...]:
+        """Deletes a corpus from one node, or from all; sets made from it stay. Returns the nodes that held it.
+
+        Raises CorpusNotFound if none did, and the error of a node that can't be asked, which may hold it still.
+        """
         request_id = new_request_id()
 
-        def probe(endpoint: Endpoint) -> None:
+        def delete(endpoint: Endpoint) -> None:
             endpoint.unary("CorpusService.GetCorpus", corpus_id=corpus_id)
             endpoint.unary("CorpusService.DeleteCorpus", request_id=request_id, corpus_id=corpus_id)
 
-        self._nodes.find(probe)
+        return tuple(extractor.node_id for extractor in self._nodes.on_each(delete, node_id=node))
 
     def _register(self, node: str, deadline_s: float, **fields: object) -> Corpus:
-        endpoint = self._nodes.endpoint(self._nodes.pick(node_id=node))
-        answer = endpoint.unary(
+        extractor = self._nodes.pick(node_id=node)
+        answer = self._nodes.endpoint(extractor).unary(
             "CorpusService.RegisterCorpus", deadline_s=deadline_s, request_id=new_request_id(), **fields
         )
-        return corpus_from_pb(answer.corpus)
+        return corpus_from_pb(answer.corpus, node_id=extractor.node_id)
 
 
 def _blocks(file: Path | None, documents: Iterable[str | Sequence[Mapping[str, Any]]]) -> Iterator[bytes]:

@@ -2,13 +2,13 @@
 
 HeadraceError
 ├── NotFound            ModelNotFound HookpointNotFound CorpusNotFound SetNotFound ExtractionNotFound NodeNotFound
-│                       LeaseNotFound HubNotFound
+│                       LeaseNotFound AttemptNotFound HubNotFound
 ├── InvalidArgument     CorpusMalformed CorpusEmpty
 ├── AlreadyExists
-├── PermissionDenied    PathNotAllowed HubGated
+├── PermissionDenied    PathNotAllowed NotAllowed HubGated ProxyRefused
 ├── Unauthenticated
-├── FailedPrecondition  ModelTooLarge ModelInUse ModelNotReady ModelUnsupported LeaseLost NonFinite ReaderStalled
-│                       StateConflict EpochStale
+├── FailedPrecondition  ModelTooLarge ModelInUse ModelNotReady ModelUnsupported ModelChanged LeaseLost NonFinite
+│                       ReaderStalled StateConflict EpochStale ExtraMissing PackageMissing
 ├── Aborted             EtagMismatch
 ├── ResourceExhausted   CapacityBusy QueueFull TooManyStreams MessageTooLarge DeviceOutOfMemory DiskFull
 ├── OutOfRange          RowsExpired
@@ -32,7 +32,8 @@ class HeadraceError(Exception):
 
     `reason` is an ErrorReason without its prefix, or the name of a gRPC code where the server gave no reason.
     `message` is the server's sentence. `metadata` holds its figures, `fields` the request fields at fault.
-    `retry_after_s` says when trying again may help, `remedy` names a way out for the caller.
+    `retry_after_s` says when trying again may help, `remedy` names a way out for the caller. The server's log has the
+    call under `request_id`, which is empty where no server answered.
     """
 
     REASON: ClassVar[str] = "UNKNOWN"
@@ -47,6 +48,7 @@ class HeadraceError(Exception):
         fields: Mapping[str, str] | None = None,
         retry_after_s: float | None = None,
         remedy: str = "",
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -55,6 +57,7 @@ class HeadraceError(Exception):
         self.fields = dict(fields or {})
         self.retry_after_s = retry_after_s
         self.remedy = remedy or self.REMEDY
+        self.request_id = request_id
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
@@ -112,7 +115,10 @@ class ExtractionNotFound(NotFound):
     """No extraction with this id on any node that is alive."""
 
     REASON = "EXTRACTION_NOT_FOUND"
-    REMEDY = "start it again with `headrace extract`: rows that exist are not computed twice"
+    REMEDY = (
+        "list the extractions with `headrace extractions list`, or start it again with `headrace extract`: "
+        "rows that exist are not computed twice"
+    )
 
 
 class NodeNotFound(NotFound):
@@ -126,6 +132,13 @@ class LeaseNotFound(NotFound):
     """No lease with this id."""
 
     REASON = "LEASE_NOT_FOUND"
+
+
+class AttemptNotFound(NotFound):
+    """No attempt to load a model with this id."""
+
+    REASON = "ATTEMPT_NOT_FOUND"
+    REMEDY = "list the attempts with `headrace models attempts MODEL`"
 
 
 class HubNotFound(NotFound):
@@ -195,6 +208,15 @@ class HubGated(PermissionDenied):
     REMEDY = "accept the repo's terms on the hub, and give a token with --hub-token-file"
 
 
+class ProxyRefused(PermissionDenied):
+    """A proxy or web server answered in place of the server; metadata `http_status`."""
+
+    REASON = "PROXY_REFUSED"
+    REMEDY = (
+        "name the server's host in no_proxy, log in at the proxy, or check the address: no Headrace server answered"
+    )
+
+
 class Unauthenticated(HeadraceError):
     """The bearer token is missing or wrong."""
 
@@ -235,11 +257,25 @@ class ModelUnsupported(FailedPrecondition):
     REASON = "MODEL_UNSUPPORTED"
 
 
+class ModelChanged(FailedPrecondition):
+    """The model's files are not as they were when it was prepared; metadata `files`."""
+
+    REASON = "MODEL_CHANGED"
+    REMEDY = "prepare it again: `headrace models add` with the same source, then start the extraction again"
+
+
 class ExtraMissing(FailedPrecondition):
     """An optional package is not installed where it is needed."""
 
     REASON = "EXTRA_MISSING"
     REMEDY = "install the extra that the message names on the node"
+
+
+class PackageMissing(ExtraMissing, ImportError):
+    """An optional package is not installed here; metadata `package`."""
+
+    REASON = "PACKAGE_MISSING"
+    REMEDY = "install the extra that the message names"
 
 
 class LeaseLost(FailedPrecondition):
@@ -348,7 +384,7 @@ class RowsExpired(OutOfRange):
     """The rows are gone already, or will never exist; metadata `first_available_row`, `n_rows`."""
 
     REASON = "ROWS_EXPIRED"
-    REMEDY = "start at first_available_row, or retain the rows instead of a window"
+    REMEDY = "read rows from first_available_row on, below n_rows; to keep all rows, retain them instead of a window"
 
 
 class Cancelled(HeadraceError):

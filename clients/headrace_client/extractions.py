@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from headrace_client.errors import BY_REASON, DeadlineExceeded, ExtractionCancelled, HeadraceError
+from headrace_client.progress import of_extraction, told
 from headrace_client.reading.source import StreamRequest, StreamSource
 from headrace_client.rpc.convert.extractions import (
     estimate_from_pb,
@@ -16,7 +19,16 @@ from headrace_client.rpc.endpoint import STREAM_LIFE_S, Endpoint, new_request_id
 from headrace_client.rpc.nodes import ExtractorAddress, Nodes, pages
 from headrace_client.rpc.server_stream import ServerStream
 from headrace_client.rpc.watch import watch
-from headrace_client.values import Estimate, Extraction, ExtractionEvent, ExtractionState, Recipe, Retain, Retention
+from headrace_client.values import (
+    Estimate,
+    Extraction,
+    ExtractionEvent,
+    ExtractionState,
+    Listing,
+    Recipe,
+    Retain,
+    Retention,
+)
 
 ESTIMATE_DEADLINE_S = 300.0  # Counting rows reads the whole corpus.
 
@@ -66,7 +78,7 @@ class Extractions:
         answer = self._nodes.endpoint(extractor).unary(
             "ExtractionService.StartExtraction", request_id=new_request_id(), spec=spec
         )
-        extraction = extraction_from_pb(answer.extraction)
+        extraction = extraction_from_pb(answer.extraction, node_id=extractor.node_id)
         self._extractors[extraction.id] = extractor
         return extraction
 
@@ -74,11 +86,14 @@ class Extractions:
         """Reads one extraction."""
         return self._located(extraction_id)[1]
 
-    def list(self, *, node: str = "") -> Iterator[Extraction]:
-        """Iterates over the extractions of one node, or of all living nodes, node by node, the newest first."""
+    def list(self, *, node: str = "") -> Listing[Extraction]:
+        """Lists the extractions of one node, or of all living nodes, node by node, the newest first."""
+        found: Listing[Extraction] = Listing()
         for extractor in (self._nodes.pick(node_id=node),) if node else self._nodes.alive():
             endpoint = self._nodes.endpoint(extractor)
-            yield from pages(endpoint, "ExtractionService.ListExtractions", "extractions", extraction_from_pb)
+            read = partial(extraction_from_pb, node_id=extractor.node_id)
+            found += pages(endpoint, "ExtractionService.ListExtractions", "extractions", read)
+        return found
 
     def cancel(self, extraction_id: str) -> Extraction:
         """Stops an extraction; rows so far stay."""
@@ -86,7 +101,7 @@ class Extractions:
         answer = self._nodes.endpoint(extractor).unary(
             "ExtractionService.CancelExtraction", request_id=new_request_id(), extraction_id=extraction_id
         )
-        return extraction_from_pb(answer.extraction)
+        return extraction_from_pb(answer.extraction, node_id=extractor.node_id)
 
     def watch(
         self, extraction_id: str, *, after_seq: int = 0, deadline_s: float | None = None
@@ -107,20 +122,26 @@ class Extractions:
                 after_seq=seq,
             )
 
-        return watch(connect, extraction_event_from_pb, after_seq=after_seq, deadline_s=deadline_s)
+        read = partial(extraction_event_from_pb, node_id=extractor.node_id)
+        return watch(connect, read, after_seq=after_seq, deadline_s=deadline_s)
 
     def wait(
         self,
         extraction_id: str,
         on_progress: Callable[[Extraction], None] | None = None,
         deadline_s: float | None = None,
+        *,
+        progress: bool = False,
     ) -> Extraction:
-        """Waits until it is DONE. Raises its failure's error class, ExtractionCancelled or DeadlineExceeded."""
-        for event in self.watch(extraction_id, deadline_s=deadline_s):
-            if on_progress is not None:
-                on_progress(event.extraction)
-            if event.extraction.ended:
-                return _done(event.extraction)
+        """Waits until it is DONE, with `progress` under a bar, which needs headrace[progress].
+
+        Raises its failure's error class, ExtractionCancelled or DeadlineExceeded.
+        """
+        with told(extraction_id, on_progress, progress=progress, measure=of_extraction) as tell:
+            for event in self.watch(extraction_id, deadline_s=deadline_s):
+                tell(event.extraction)
+                if event.extraction.ended:
+                    return _done(event.extraction)
         return _done(self.get(extraction_id))
 
     def source(self, request: StreamRequest) -> StreamSource:
@@ -131,19 +152,20 @@ class Extractions:
         return StreamSource(nodes=self._nodes, extractor=extractor, request=request, relocate=self._relocated)
 
     def _located(self, extraction_id: str) -> tuple[ExtractorAddress, Extraction]:
-        def probe(endpoint: Endpoint) -> Extraction:
-            answer = endpoint.unary("ExtractionService.GetExtraction", extraction_id=extraction_id)
-            return extraction_from_pb(answer.extraction)
+        def probe(endpoint: Endpoint) -> Any:
+            return endpoint.unary("ExtractionService.GetExtraction", extraction_id=extraction_id).extraction
 
-        extractor = self._extractors.get(extraction_id)
+        # A wrong argument, such as an Extraction, need not have a hash: it is refused as it is put on the wire.
+        extractor = self._extractors.get(extraction_id) if isinstance(extraction_id, str) else None
         if extractor is not None:
             try:
-                return extractor, probe(self._nodes.endpoint(extractor))
+                found = probe(self._nodes.endpoint(extractor))
+                return extractor, extraction_from_pb(found, node_id=extractor.node_id)
             except HeadraceError:
                 self._extractors.pop(extraction_id, None)  # It may have moved: ask all extractors.
-        extractor, extraction = self._nodes.find(probe)
+        extractor, found = self._nodes.find(probe)
         self._extractors[extraction_id] = extractor
-        return extractor, extraction
+        return extractor, extraction_from_pb(found, node_id=extractor.node_id)
 
     def _relocated(self, extraction_id: str, extractor: ExtractorAddress) -> ExtractorAddress:
         """The extraction's node at its present address."""

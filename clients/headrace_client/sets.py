@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 
 from headrace_client.rpc.convert import sets as convert
 from headrace_client.rpc.endpoint import Endpoint, new_request_id
-from headrace_client.rpc.nodes import pages
-from headrace_client.values import ActivationSet
+from headrace_client.rpc.nodes import Nodes, pages
+from headrace_client.values import ActivationSet, Listing, SetVerification
 
 # Any past time ends a pin.
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -17,18 +17,32 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 class Sets:
     """Activation sets, as the registry knows them."""
 
-    def __init__(self, registry: Endpoint) -> None:
+    def __init__(self, registry: Endpoint, nodes: Nodes) -> None:
         self._registry = registry
+        self._nodes = nodes
 
-    def list(self, *, model: str = "", node: str = "") -> Iterator[ActivationSet]:
-        """Iterates over sets, the newest first, all pages."""
+    def list(self, *, model: str = "", node: str = "") -> Listing[ActivationSet]:
+        """Lists sets, the newest first, all pages."""
         method = "ActivationSetService.ListActivationSets"
-        return pages(self._registry, method, "sets", convert.set_from_pb, model_id=model, node_id=node)
+        return Listing(pages(self._registry, method, "sets", convert.set_from_pb, model_id=model, node_id=node))
 
-    def get(self, set_id: str) -> tuple[ActivationSet, ...]:
+    def get(self, set_id: str) -> Listing[ActivationSet]:
         """Reads one set: one value per node that holds it."""
         answer = self._registry.unary("ActivationSetService.GetActivationSet", set_id=set_id)
-        return tuple(convert.set_from_pb(one) for one in answer.sets)
+        return Listing(convert.set_from_pb(one) for one in answer.sets)
+
+    def verify(self, set_id: str) -> Iterator[SetVerification]:
+        """Has each node that holds a set compare all its files with their digests, one node after the other.
+
+        Yields how far it is, twice a second, and for each node one value that is `done`. Damaged segments are set
+        aside: starting the extraction again computes their rows.
+        """
+        for held in self.get(set_id):
+            extractor = self._nodes.pick(node_id=held.node_id)
+            endpoint = self._nodes.endpoint(extractor)
+            with endpoint.stream("ExtractionService.VerifySet", set_id=set_id) as stream:
+                for message in stream:
+                    yield convert.verification_from_pb(message, set_id, held.node_id)
 
     def pin(self, set_id: str, owner: str, *, reason: str = "", expire_time: datetime | None = None) -> None:
         """Keeps a set from eviction, for ever or until `expire_time`; a second pin changes reason and end."""

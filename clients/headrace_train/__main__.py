@@ -13,7 +13,7 @@ from headrace_train.arguments import DEFAULT_REGISTRY, Arguments, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one training; returns the exit code. HEADRACE_REGISTRY and HEADRACE_TOKEN stand in for their options."""
+    """Runs one training; returns the exit code. HEADRACE_REGISTRY, HEADRACE_TOKEN and HEADRACE_CA_FILE stand in."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would print into the progress.
     arguments = parse(argv, registry=os.environ.get("HEADRACE_REGISTRY") or DEFAULT_REGISTRY)
     try:
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         exits.say(sys.stderr, "interrupted")
         return exits.INTERRUPTED
+    except BrokenPipeError:
+        exits.end_by_sigpipe()
     except ModuleNotFoundError as exc:
         if arguments.debug or (exc.name or "").startswith("headrace"):  # A bug of ours, or the stack is wanted.
             return exits.report(exc, sys.stderr, as_json=arguments.json, debug=arguments.debug)
@@ -37,14 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Arguments, token: str | None) -> int:
     from headrace_client import HeadraceClient  # noqa: PLC0415 - not for --help.
     from headrace_train.reporting.reporters import new_reporter  # noqa: PLC0415
+    from headrace_train.results.folder import check_free  # noqa: PLC0415
 
+    check_free(arguments.out, overwrite=arguments.overwrite)  # Before anything that takes time; checked again later.
     if arguments.token_file is not None:
         try:
             token = arguments.token_file.read_text().strip() or token
         except (OSError, UnicodeDecodeError) as exc:
             raise InvalidArgument(f"the token file can't be read: {exc}", remedy="check --token-file") from exc
     with (
-        HeadraceClient.connect(arguments.registry, token=token, ca_file=arguments.ca_file) as client,
+        HeadraceClient.connect(
+            arguments.registry, token=token, ca_file=arguments.ca_file or os.environ.get("HEADRACE_CA_FILE")
+        ) as client,
         new_reporter(sys.stdout, as_json=arguments.json) as reporter,
     ):
         client.nodes()  # A registry that does not answer is an error before SAELens is loaded, which takes seconds.

@@ -50,6 +50,7 @@ class Arguments:
     top_rows: int
     context_tokens: int
     out: Path
+    overwrite: bool
     json: bool
     debug: bool
 
@@ -72,6 +73,9 @@ def parse(argv: Sequence[str] | None = None, *, registry: str = DEFAULT_REGISTRY
     results.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the results; made if missing"
     )
+    results.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier result in --out, once the new one is complete"
+    )
     results.add_argument("--top-rows", type=positive, default=10, metavar="N", help="strongest rows kept per feature")
     results.add_argument(
         "--context-tokens", type=whole_number, default=12, metavar="N", help="tokens of text on each side of a top row"
@@ -89,7 +93,10 @@ def parse(argv: Sequence[str] | None = None, *, registry: str = DEFAULT_REGISTRY
 
 def _add_source(group: argparse._ArgumentGroup, registry: str) -> None:
     group.add_argument(
-        "--registry", default=registry, metavar="HOST:PORT", help="address of the registry; env: HEADRACE_REGISTRY"
+        "--registry",
+        default=registry,
+        metavar="HOST:PORT[,...]",
+        help="address of the registry, or of its replicas, or unix:PATH; env: HEADRACE_REGISTRY",
     )
     group.add_argument("--extraction", default="", metavar="ID", help="extraction to read; it must keep all its rows")
     group.add_argument(
@@ -108,7 +115,12 @@ def _add_source(group: argparse._ArgumentGroup, registry: str) -> None:
     group.add_argument(
         "--token-file", type=Path, metavar="FILE", help="file with the bearer token; env: HEADRACE_TOKEN, the token"
     )
-    group.add_argument("--ca-file", type=Path, metavar="FILE", help="root certificates (PEM); turns TLS on")
+    group.add_argument(
+        "--ca-file",
+        type=Path,
+        metavar="FILE",
+        help="root certificates (PEM), or `system` for this machine's; turns TLS on; env: HEADRACE_CA_FILE",
+    )
     group.add_argument(
         "--drop-bos",
         action=argparse.BooleanOptionalAction,

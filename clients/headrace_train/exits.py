@@ -1,14 +1,16 @@
 """Exit codes, the same as those of the `headrace` command, and the printing of errors as text or as JSON.
 
 0 done · 1 failed · 2 usage · 3 not found · 4 unavailable or out of time · 5 refused: permission, state or capacity ·
-130 interrupted
+130 interrupted · 141 (SIGPIPE) the reader of the output is gone
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import traceback
-from typing import IO
+from typing import IO, Any, NoReturn
 
 from headrace_client import errors
 from headrace_client.errors import HeadraceError
@@ -21,6 +23,13 @@ _REFUSALS = (
     errors.FailedPrecondition,
     errors.ResourceExhausted,
 )
+
+
+def end_by_sigpipe() -> NoReturn:
+    """Ends the process without a word, in the way of other programs whose output nobody reads any more."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGPIPE)
+    os._exit(FAILED)  # Only where the signal is blocked.
 
 
 def say(stream: IO[str], line: str) -> None:
@@ -36,12 +45,20 @@ def report(exc: Exception, err: IO[str], *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(exc, file=err)
     if as_json:
-        facts = {"reason": error.reason, "message": error.message, "metadata": error.metadata, "fields": error.fields}
-        say(err, json.dumps({"error": {**facts, "remedy": error.remedy, "exit_code": code}}))
+        facts: dict[str, Any] = {
+            "reason": error.reason,
+            "message": error.message,
+            "metadata": error.metadata,
+            "fields": error.fields,
+        }
+        facts |= {"remedy": error.remedy, "request_id": error.request_id, "exit_code": code}
+        say(err, json.dumps({"error": facts}))
         return code
     say(err, str(error))
     if error.remedy:
         say(err, f"  what to do: {error.remedy}")
+    if error.request_id:
+        say(err, f"  request: {error.request_id}")
     return code
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from headrace_train.arguments import Arguments
 from headrace_train.reporting.progress import Meter, Reporter
 from headrace_train.results import metadata
 from headrace_train.results.findings import FILES, Findings, analyse
+from headrace_train.results.folder import SAE_FOLDER, new_result
 from headrace_train.rows.blocks import RowBlock, RowFilter, read_blocks
 from headrace_train.rows.provider import MixingProvider
 from headrace_train.rows.source import Source, locate
@@ -25,7 +26,6 @@ from headrace_train.training.evaluation import HeldOut, evaluate, held_out_rows
 from headrace_train.training.trainer import Trained, choose_device, d_sae_of, fit, new_trainer
 from headrace_train.training.watching import TrainingWatch
 
-SAE_FOLDER = "sae"
 _READ_ROWS = 2048
 
 
@@ -49,12 +49,16 @@ def run(client: HeadraceClient, arguments: Arguments, reporter: Reporter) -> boo
     device = choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    # An earlier run's files go first, its metadata before all others: they say that the rest is complete.
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in (metadata.FILE, *FILES):
-        (arguments.out / name).unlink(missing_ok=True)
-    shutil.rmtree(arguments.out / SAE_FOLDER, ignore_errors=True)
+    with new_result(arguments.out, overwrite=arguments.overwrite) as folder:
+        facts = _run(client, arguments, reporter, device=device, folder=folder, started=started)
+    reporter.finished(metadata.lines(facts, arguments.out), facts)
+    return not facts["training"]["interrupted"]
 
+
+def _run(
+    client: HeadraceClient, arguments: Arguments, reporter: Reporter, *, device: str, folder: Path, started: float
+) -> Mapping[str, Any]:
+    """Trains, analyses, and writes all files into `folder`; returns the metadata."""
     meter = Meter()
 
     def waiting(extraction: Extraction) -> None:
@@ -64,8 +68,8 @@ def run(client: HeadraceClient, arguments: Arguments, reporter: Reporter) -> boo
     plan = _plan(arguments, locate(client, arguments, waiting), device)
     _announce(plan, reporter)
     trained = _train(plan, reporter)
-    trained.sae.save_inference_model(arguments.out / SAE_FOLDER)
-    sae = SAE.load_from_disk(arguments.out / SAE_FOLDER, device=device)  # The SAE as its users will load it.
+    trained.sae.save_inference_model(folder / SAE_FOLDER)
+    sae = SAE.load_from_disk(folder / SAE_FOLDER, device=device)  # The SAE as its users will load it.
     findings = None
     if not trained.interrupted:
         findings = analyse(
@@ -73,14 +77,13 @@ def run(client: HeadraceClient, arguments: Arguments, reporter: Reporter) -> boo
             plan.source,
             plan.row_filter,
             reporter,
-            out=arguments.out,
+            out=folder,
             n_top=arguments.top_rows,
             n_context_tokens=arguments.context_tokens,
         )
     facts = _facts(plan, trained, findings, sae, seconds=time.monotonic() - started)
-    metadata.write(arguments.out, facts)
-    reporter.finished(metadata.lines(facts, arguments.out), facts)
-    return not trained.interrupted
+    metadata.write(folder, facts)
+    return facts
 
 
 def _plan(arguments: Arguments, source: Source, device: str) -> Plan:

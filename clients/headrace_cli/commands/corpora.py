@@ -11,6 +11,7 @@ from headrace_cli.commands.options import CorpusId, HubTokenFile, NewCorpusId, O
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import print_done, print_rows, print_value
+from headrace_cli.output.tables import Column, facts_of
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def add(
     context: typer.Context,
     *,
     corpus_id: NewCorpusId,
-    path: Annotated[str, typer.Argument(metavar="FILE", help="A .txt, .jsonl, .csv, .parquet or .npy file.")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="A .txt, .jsonl, .json, .csv, .parquet or .npy file.")],
     on_node: Annotated[
         bool, typer.Option("--on-node", help="FILE is a path on the node's disk: nothing is uploaded.")
     ] = False,
@@ -132,31 +133,45 @@ def list_corpora(context: typer.Context, node: OnlyNode = "") -> None:
     """List corpora."""
     settings = settings_of(context)
     with settings.connect() as client:
-        corpora = list(client.corpora.list(node=node))
+        corpora = client.corpora.list(node=node)
     rows = [_row(corpus) for corpus in corpora]
-    print_rows(settings, corpora, _HEADINGS, rows, empty="no corpora; add one with `headrace corpora add`")
+    print_rows(settings, corpora, _COLUMNS, rows, empty="no corpora; add one with `headrace corpora add`")
 
 
 @reported
-def remove(context: typer.Context, corpus_id: CorpusId) -> None:
-    """Delete a corpus. Activation sets made from it stay."""
+def remove(
+    context: typer.Context,
+    corpus_id: CorpusId,
+    node: Annotated[str, typer.Option(metavar="NODE", help="Node to delete it from.  (default: all nodes)")] = "",
+) -> None:
+    """Delete a corpus from all nodes, or from one. Activation sets made from it stay."""
     settings = settings_of(context)
     with settings.connect() as client:
-        client.corpora.delete(corpus_id)
-    print_done(settings, {"deleted": corpus_id}, f"deleted {corpus_id}")
+        nodes = [each for each in client.corpora.delete(corpus_id, node=node) if each]
+    where = f" from {', '.join(nodes)}" if nodes else ""
+    print_done(settings, {"deleted": corpus_id, "nodes": nodes}, f"deleted {corpus_id}{where}")
 
 
 def _print_corpus(settings: Settings, corpus: Corpus) -> None:
-    facts = dict(zip(_HEADINGS, _row(corpus), strict=True)) | {"digest": corpus.digest}
+    facts = facts_of(_COLUMNS, _row(corpus)) | {"digest": corpus.digest}
     print_value(settings, corpus, facts)
 
 
-_HEADINGS = ("id", "documents", "size", "kind", "origin", "added")
+_COLUMNS = (
+    Column("id"),
+    Column("node", 2),
+    Column("documents", 1),
+    Column("size", 3),
+    Column("kind", 4),
+    Column("origin", 6),
+    Column("added", 5),
+)
 
 
 def _row(corpus: Corpus) -> tuple[str, ...]:
     return (
         corpus.id,
+        corpus.node_id,
         formats.count(corpus.n_documents),
         formats.size(corpus.size_bytes),
         "token ids" if corpus.tokenized else "chat" if corpus.chat else "text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,24 +11,32 @@ from headrace_cli.commands.models import residencies
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import print_json, print_rows
+from headrace_cli.output.tables import Column
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
     from headrace_client.values import Device, Node, Residency
 
-_NODES = ("node", "state", "address", "memory", "free", "limits")
+_NODES = (
+    Column("node"),
+    Column("state"),
+    Column("address", 1),
+    Column("memory", 3),
+    Column("free", 2),
+    Column("limits", 4),
+)
 _DEVICES = (
-    "node",
-    "device",
-    "name",
-    "capability",
-    "flash attention",
-    "total",
-    "for models",
-    "held",
-    "free",
-    "lost",
-    "held by",
+    Column("node", 1),
+    Column("device"),
+    Column("name", 6),
+    Column("capability", 7),
+    Column("flash attention", 8),
+    Column("total", 5),
+    Column("for models", 4),
+    Column("held", 3),
+    Column("free"),
+    Column("lost", 9),
+    Column("held by", 2, prose=True),
 )
 
 
@@ -50,13 +59,13 @@ def devices(
     if nodes:
         typer.echo()
         rows = [_device_row(node, device, found) for node in nodes for device in node.devices]
-        # Columns that are empty in every row are left out: without a GPU there are several, and terminals are narrow.
+        # Without a GPU, several columns are empty in every row.
         kept = [n for n in range(len(_DEVICES)) if any(row[n] for row in rows)]
-        headings = [_DEVICES[n] for n in kept]
-        print_rows(settings, nodes, headings, [[row[n] for n in kept] for row in rows], empty="no devices")
+        columns = [_DEVICES[n] for n in kept]
+        print_rows(settings, nodes, columns, [[row[n] for n in kept] for row in rows], empty="no devices")
     if found:
         typer.echo()
-        print_rows(settings, found, residencies.HEADINGS, map(residencies.row, found), empty="")
+        print_rows(settings, found, residencies.COLUMNS, map(residencies.row, found), empty="")
 
 
 def _node_row(node: Node) -> tuple[str, ...]:
@@ -72,7 +81,7 @@ def _node_row(node: Node) -> tuple[str, ...]:
     )
 
 
-def _device_row(node: Node, device: Device, found: tuple[Residency, ...]) -> tuple[str, ...]:
+def _device_row(node: Node, device: Device, found: Sequence[Residency]) -> tuple[str, ...]:
     held_by = []
     for residency in found:
         holds_memory = not residency.ended and residency.state != "QUEUED"

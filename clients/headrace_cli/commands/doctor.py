@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 from headrace_cli.commands.up import DEFAULT_DATA_DIR
 from headrace_cli.exits import FAILED, reported
 from headrace_cli.output import formats
-from headrace_cli.output.results import print_json
+from headrace_cli.output.results import print_json, print_wrapped
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _CLOCK_SKEW_S = 5.0
 _HEARTBEAT_OLD_S = 60.0
+_RETIRED_S = 86400.0  # A node that was lost longer ago is taken for retired, not for broken.
 _FREE_BYTES = 5 * 1024**3  # One small model and its activations.
 _CALL_DEADLINE_S = 5.0
 
@@ -43,20 +45,28 @@ def doctor(
     context: typer.Context,
     *,
     data_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder on the disk whose free space is checked.")
-    ] = DEFAULT_DATA_DIR,
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder whose disk is checked.  (default: the folders of this machine that hold models and sets)",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Check servers, database, clock, disk space and versions."""
+    """Check servers, database, clock, disk space and versions. Exit code 1 if something is broken."""
     settings = settings_of(context)
     with settings.connect(deadline_s=_CALL_DEADLINE_S) as client:
-        findings = [*_server_findings(client, settings.registry), *_machine_findings(data_dir)]
+        findings = [*_server_findings(client, settings.registry)]
+        reached = all(finding.ok for finding in findings[:2])
+        folders = [data_dir] if data_dir else _data_folders(client if reached else None)
+    findings += [*_disk_findings(folders), _versions()]
     if settings.json:
         print_json(findings)
     else:
         for finding in findings:
-            typer.echo(f"{'ok ' if finding.ok else 'BAD'}  {finding.subject:<11} {finding.text}")
+            print_wrapped(f"{'ok ' if finding.ok else 'BAD'}  {finding.subject:<11} ", finding.text)
             if finding.remedy:
-                typer.echo(f"     {'':<11} what to do: {finding.remedy}")
+                print_wrapped(f"     {'':<11} ", f"what to do: {finding.remedy}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(FAILED)
 
@@ -69,7 +79,7 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
         return f"{registry} says {health}, {1000 * (time.monotonic() - began):.0f} ms a call"
 
     def check_database() -> str:
-        models = list(client.models.list())
+        models = client.models.list()
         # By path: models that share files are counted once.
         stored = {model.files_path: model.store_bytes for model in models if model.store_bytes}
         n_models, n_bytes = formats.things(len(models), "model"), formats.size(sum(stored.values()))
@@ -94,11 +104,11 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
 
 def _node_findings(client: HeadraceClient, node: Node) -> Iterator[Finding]:
     if node.state != "ALIVE":
-        text, remedy = (
-            f"{node.id} at {node.address} is {node.state.value}",
-            "start it again; ignore it if it is retired",
-        )
-        yield Finding(subject="extractor", ok=True, text=text, remedy=remedy)
+        seen_s = (datetime.now(UTC) - node.heartbeat_time).total_seconds() if node.heartbeat_time else 0.0
+        text = f"{node.id} at {node.address} is {node.state.value}, last heard of {formats.duration(seen_s)} ago"
+        retired = seen_s > _RETIRED_S
+        remedy = "" if retired else "start it again: `headrace serve extractor`, or `headrace up`; see its log"
+        yield Finding(subject="extractor", ok=retired, text=text, remedy=remedy)
         return
 
     def check_extractor() -> str:
@@ -136,15 +146,32 @@ def _health(client: HeadraceClient, address: str | None) -> str:
     return answer
 
 
-def _machine_findings(data_dir: Path) -> Iterator[Finding]:
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+def _data_folders(client: HeadraceClient | None) -> list[Path]:
+    """Returns the folders of this machine that hold models and sets, one a disk; else where they would be."""
+    named = [DEFAULT_DATA_DIR.expanduser()]
+    if client is not None:
+        # A path of another machine, or of a folder that a user registered, tells nothing about this disk.
+        named += [Path(model.files_path) for model in client.models.list() if model.store_bytes]
+        named += [Path(held.path).parent for held in client.sets.list() if held.path]
+    by_disk = {folder.stat().st_dev: folder for folder in reversed(named) if folder.is_dir()}
+    return list(by_disk.values()) or [DEFAULT_DATA_DIR]
 
-    wanted = data_dir.expanduser().absolute()
-    folder = next(path for path in (wanted, *wanted.parents) if path.exists())
-    free_bytes = shutil.disk_usage(folder).free
-    ok = free_bytes >= _FREE_BYTES
-    remedy = "" if ok else "free some space, or put --data-dir elsewhere"
-    yield Finding(subject="disk", ok=ok, text=f"{formats.size(free_bytes)} free at {data_dir}", remedy=remedy)
+
+def _disk_findings(folders: Iterable[Path]) -> Iterator[Finding]:
+    for folder in folders:
+        wanted = folder.expanduser().absolute()
+        found = next(path for path in (wanted, *wanted.parents) if path.exists())
+        free_bytes = shutil.disk_usage(found).free
+        text, remedy = f"{formats.size(free_bytes)} free at {wanted}", ""
+        if not os.access(found, os.W_OK):
+            text, remedy = f"{found} can't be written by this user", "see who owns it, or choose another --data-dir"
+        elif free_bytes < _FREE_BYTES:
+            remedy = "free some space, or put --data-dir elsewhere"
+        yield Finding(subject="disk", ok=not remedy, text=text, remedy=remedy)
+
+
+def _versions() -> Finding:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
     parts = [f"python {platform.python_version()}"]
     for package in ("headrace", "grpcio", "protobuf", "numpy", "torch"):
@@ -152,7 +179,7 @@ def _machine_findings(data_dir: Path) -> Iterator[Finding]:
             parts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             parts.append(f"{package} not installed")
-    yield Finding(subject="versions", ok=True, text=", ".join(parts))
+    return Finding(subject="versions", ok=True, text=", ".join(parts))
 
 
 def _tried(subject: str, check: Callable[[], str]) -> Finding:

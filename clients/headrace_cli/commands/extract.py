@@ -1,4 +1,4 @@
-"""`headrace extract`, `watch` and `cancel`."""
+"""`headrace extract`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace_cli.commands.options import CorpusId, ExtractionId, ModelId
+from headrace_cli.commands.extractions import follow, print_extraction
+from headrace_cli.commands.options import CorpusId, ModelId
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
-from headrace_cli.output.progress import Bar, show_extraction
-from headrace_cli.output.results import note, print_json, print_value
+from headrace_cli.output.results import print_value
 from headrace_cli.settings import Settings, settings_of
 
 if TYPE_CHECKING:
-    from headrace_client import HeadraceClient
-    from headrace_client.values import Estimate, Extraction
+    from headrace_client.values import Estimate
 
 
 _Hookpoints = Annotated[
@@ -33,7 +32,13 @@ _Packing = Annotated[str, typer.Option(help="packed: as many documents in a sequ
 _AttendAcross = Annotated[
     bool, typer.Option("--attend-across-documents", help="Let packed documents attend to one another.")
 ]
-_Bos = Annotated[str, typer.Option(help="Beginning-of-sequence token: document (before each document) or none.")]
+_Bos = Annotated[
+    str,
+    typer.Option(
+        help="Tokens around each document: tokenizer (those that the model's tokenizer puts around a text), document"
+        " (BOS alone) or none."
+    ),
+]
 _Eos = Annotated[str, typer.Option(help="End-of-sequence token: document (after each document) or none.")]
 _DropSpecial = Annotated[bool, typer.Option("--drop-special-tokens", help="Leave out the rows of special tokens.")]
 _DropFirst = Annotated[int, typer.Option(metavar="N", help="Leave out the rows of each document's first N positions.")]
@@ -52,6 +57,10 @@ _TokenWindow = Annotated[
 _ChatTemplate = Annotated[
     bool, typer.Option("--chat-template", help="Documents are conversations: apply the tokenizer's chat template.")
 ]
+_MaxDocuments = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, help="Only the first N documents of the corpus; another set; 0: all."),
+]
 _Dtype = Annotated[str, typer.Option(help="Stored dtype: float32, float16, bfloat16, float8_e4m3 or int8.")]
 _MaxRows = Annotated[int, typer.Option(metavar="N", help="Largest number of rows; 0: the whole corpus.")]
 _Window = Annotated[
@@ -60,6 +69,9 @@ _Window = Annotated[
         metavar="SIZE",
         help="Keep a window of SIZE (256MiB) on disk instead of all rows; the extraction waits for its readers.",
     ),
+]
+_SkipBad = Annotated[
+    bool, typer.Option("--skip-bad-documents", help="Leave out documents that can't be tokenized, and count them.")
 ]
 _AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Keep NaN and infinite values instead of failing.")
@@ -80,13 +92,15 @@ def extract(
     batch_size: _BatchSize = 4,
     packing: _Packing = "packed",
     attend_across_documents: _AttendAcross = False,
-    bos: _Bos = "document",
+    bos: _Bos = "tokenizer",
     eos: _Eos = "none",
     drop_special_tokens: _DropSpecial = False,
     drop_first_positions: _DropFirst = 0,
     long_documents: _LongDocuments = "",
     token_window: _TokenWindow = "",
     chat_template: _ChatTemplate = False,
+    skip_bad_documents: _SkipBad = False,
+    max_documents: _MaxDocuments = 0,
     dtype: _Dtype = "float32",
     max_rows: _MaxRows = 0,
     window: _Window = "",
@@ -112,6 +126,8 @@ def extract(
         "long_documents": long_documents or None,
         "window": TokenWindow.parse(token_window) if token_window else None,
         "chat_template": chat_template,
+        "skip_bad_documents": skip_bad_documents,
+        "max_documents": max_documents,
     }
     try:
         retention = Window(window_bytes=formats.parse_size(window)) if window else Retain()
@@ -124,46 +140,8 @@ def extract(
             return
         extraction = client.extractions.start(model, corpus, hookpoint, allow_non_finite=allow_non_finite, **job)
         if wait:
-            extraction = _follow(client, extraction.id)
-    _print_extraction(settings, extraction)
-
-
-@reported
-def watch(
-    context: typer.Context,
-    *,
-    extraction_id: ExtractionId,
-    wait_s: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Longest time to watch.  (default: until it ends)")
-    ] = None,
-) -> None:
-    """Watch an extraction until it ends. With --json, one event a line."""
-    settings = settings_of(context)
-    with settings.connect() as client:
-        if settings.json:
-            client.extractions.wait(extraction_id, print_json, deadline_s=wait_s)
-        else:
-            _print_extraction(settings, _follow(client, extraction_id, wait_s))
-
-
-@reported
-def cancel(context: typer.Context, extraction_id: ExtractionId) -> None:
-    """Stop an extraction. Its rows so far are kept."""
-    settings = settings_of(context)
-    with settings.connect() as client:
-        _print_extraction(settings, client.extractions.cancel(extraction_id))
-
-
-def _follow(client: HeadraceClient, extraction_id: str, wait_s: float | None = None) -> Extraction:
-    try:
-        with Bar(extraction_id) as bar:
-            return client.extractions.wait(extraction_id, lambda now: show_extraction(bar, now), deadline_s=wait_s)
-    except KeyboardInterrupt:
-        note(
-            f"the extraction goes on; watch it: `headrace watch {extraction_id}`, "
-            f"or stop it: `headrace cancel {extraction_id}`"
-        )
-        raise
+            extraction = follow(client, extraction.id)
+    print_extraction(settings, extraction)
 
 
 def _print_estimate(settings: Settings, counted: Estimate) -> None:
@@ -179,28 +157,3 @@ def _print_estimate(settings: Settings, counted: Estimate) -> None:
         else formats.duration(counted.seconds),
     }
     print_value(settings, counted, facts)
-
-
-def _print_extraction(settings: Settings, extraction: Extraction) -> None:
-    parity = ""
-    if (receipt := extraction.receipt) is not None:
-        worst, cosine = receipt.worst, min(column.min_cosine for column in receipt.columns)
-        parity = (
-            f"{receipt.n_rows} rows a column compared with transformers: at most {worst.max_relative_error:.1e} off, "
-            f"cosine at least {cosine:.6f} ({worst.name})"
-        )
-    facts = {
-        "extraction": extraction.id,
-        "state": extraction.state.value,
-        "failure": f"{extraction.failure.reason}: {extraction.failure.message}" if extraction.failure else "",
-        "model": extraction.model_id,
-        "corpus": extraction.corpus_id,
-        "hookpoints": ", ".join(extraction.hookpoints),
-        "set": extraction.set_id,
-        "rows": formats.count(extraction.n_rows),
-        "computed": "none, all cached" if extraction.cached else formats.count(extraction.n_rows_computed),
-        "size": formats.size(extraction.size_bytes),
-        "parity": parity,
-        "path": extraction.path,
-    }
-    print_value(settings, extraction, facts)

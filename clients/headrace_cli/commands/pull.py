@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headrace_cli.commands.options import ExtractionId
+from headrace_cli.commands.set_rows import extraction_or_set
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import print_done
@@ -19,7 +19,12 @@ from headrace_cli.settings import settings_of
 def pull(
     context: typer.Context,
     *,
-    extraction_id: ExtractionId,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="EXTRACTION|SET", help="Id of an extraction, or of a set that is kept (its beginning is enough)."
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -51,7 +56,10 @@ def pull(
         str, typer.Option(help="mapped (from the set's files on this machine), inline (from the server), or auto.")
     ] = "auto",
 ) -> None:
-    """Write an extraction's rows to files while they are computed. The same command resumes an interrupted pull."""
+    """Write the rows of an extraction or a set to files. The same command resumes an interrupted pull.
+
+    Rows that are still being computed follow as they come.
+    """
     from headrace_client import StreamTuning  # noqa: PLC0415
     from headrace_client.reading.columns import all_columns, with_scales  # noqa: PLC0415
     from headrace_client.values import Reading  # noqa: PLC0415
@@ -62,8 +70,8 @@ def pull(
     how: dict[str, Any] = {"transport": transport}  # StreamTuning checks it.
     reading = Reading(seed=seed, epoch=epoch, shard=parse_shard(shard), block_rows=block_rows, **words)
     with settings.connect() as client:
-        extraction = client.extractions.get(extraction_id)
         named = tuple(name.strip() for name in columns.split(",") if name.strip())
+        extraction = extraction_or_set(client, source, named)
         result = Pull(
             client,
             extraction,

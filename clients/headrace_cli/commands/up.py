@@ -1,8 +1,9 @@
-"""`headrace up`: registry and extractor on this machine, on loopback, until Ctrl-C."""
+"""`headrace up`: registry and extractor on this machine, on loopback, until Ctrl-C or `headrace down`."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from headrace_cli.exits import reported
-from headrace_cli.output.results import note, print_json
+from headrace_cli.output.results import note, print_done, print_json
+from headrace_cli.processes.detached import NotStarted, holder_of, start_detached, stop_detached, write_note
 from headrace_cli.processes.only_one import only_one
 from headrace_cli.processes.servers import server_child
 from headrace_cli.processes.supervisor import StartFailed, Supervisor
-from headrace_cli.settings import settings_of
+from headrace_cli.settings import Settings, settings_of
 
 DEFAULT_DATA_DIR = Path("~/.headrace")
+_LOCK = "up.lock"
+_NOTE = "run/up.json"  # Written once both servers are ready.
 
 
 _ModelRoots = Annotated[
@@ -76,6 +80,9 @@ def up(
     grace_s: Annotated[
         float, typer.Option(metavar="SECONDS", help="Longest time that each server may take to stop.")
     ] = 10.0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once both are ready, and leave them running: `headrace down`.")
+    ] = False,
 ) -> None:
     """Start registry and extractor on this machine. A server that crashes is restarted; Ctrl-C stops both."""
     settings = settings_of(context)
@@ -89,30 +96,73 @@ def up(
                 note(f"{name:<10} {text}")
 
     of_registry = _words(
-        grace_s=grace_s,
         models_root=models_root,
         models_quota_bytes=models_quota_bytes,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )
     of_extractor = _words(
-        grace_s=grace_s,
         corpus_root=corpus_root,
         device=device,
         cpu_bytes=cpu_bytes,
         spare_runners=spare_runners,
         sets_quota_bytes=sets_quota_bytes,
     )
+    of_both = _words(grace_s=grace_s)
+    if detach:
+        listen = _words(data_dir=folder, registry_listen=registry_listen, extractor_listen=extractor_listen)
+        _detach(settings, folder, [*listen, *of_both, *of_registry, *of_extractor])
+        return
     children = [
-        server_child("registry", folder, registry_listen, of_registry),
-        server_child("extractor", folder, extractor_listen, of_extractor),
+        server_child("registry", folder, registry_listen, [*of_both, *of_registry]),
+        server_child("extractor", folder, extractor_listen, [*of_both, *of_extractor]),
     ]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     supervisor = Supervisor(children, grace_s=grace_s, on_event=tell)
     busy, remedy = f"`headrace up` already runs on {folder}", "use that one, stop it, or choose another --data-dir"
     # Two pairs of servers would write into the same database and sets.
-    with only_one(folder / "up.lock", busy=busy, remedy=remedy):
-        _supervise(supervisor, folder / "logs")
+    with only_one(folder / _LOCK, busy=busy, remedy=remedy):
+        _supervise(supervisor, folder)
+
+
+@reported
+def down(
+    context: typer.Context,
+    *,
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder that `headrace up` was given.")
+    ] = DEFAULT_DATA_DIR,
+    wait_s: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time to wait for the end.")] = 60.0,
+) -> None:
+    """Stop the registry and the extractor that `headrace up` runs on this machine."""
+    from headrace_client.errors import DeadlineExceeded  # noqa: PLC0415
+
+    settings = settings_of(context)
+    folder = data_dir.expanduser().absolute()
+    pid = holder_of(folder / _LOCK)
+    if pid is None:
+        print_done(settings, {"stopped": False}, f"nothing runs on {folder}")
+        return
+    tell = (lambda: None) if settings.json else (lambda: note(f"stopping process {pid}"))
+    if not stop_detached(folder / _LOCK, pid, wait_s=wait_s, tell=tell):
+        remedy = f"see {folder / 'logs'}, or end it by force: kill -9 {pid}"
+        raise DeadlineExceeded(f"process {pid} still runs after {wait_s:g} s", remedy=remedy)
+    print_done(settings, {"stopped": True, "pid": pid}, "stopped")
+
+
+def _detach(settings: Settings, folder: Path, words: list[str]) -> None:
+    from headrace_client.errors import HeadraceError  # noqa: PLC0415
+
+    logs = folder / "logs"
+    try:
+        up_now = start_detached(words, up_file=folder / _NOTE, log=logs / "up.log")
+    except NotStarted as exc:
+        told = {"message": str(exc), "reason": "START_FAILED", "remedy": f"see {logs}"}
+        told |= {key: text for key, text in exc.error.items() if text}
+        raise HeadraceError(told["message"], reason=told["reason"], remedy=told["remedy"]) from exc
+    where = "" if folder == DEFAULT_DATA_DIR.expanduser() else f" --data-dir {folder}"
+    text = f"up: registry at {up_now['registry']}, logs in {logs}; `headrace down{where}` stops it"
+    print_done(settings, up_now | {"logs": str(logs)}, text)
 
 
 def _words(**options: Any) -> list[str]:
@@ -126,7 +176,7 @@ def _words(**options: Any) -> list[str]:
     return words
 
 
-def _supervise(supervisor: Supervisor, logs: Path) -> None:
+def _supervise(supervisor: Supervisor, folder: Path) -> None:
     from headrace_client.errors import HeadraceError  # noqa: PLC0415
 
     stopping: list[int] = []
@@ -134,12 +184,18 @@ def _supervise(supervisor: Supervisor, logs: Path) -> None:
         try:
             supervisor.start(lambda: bool(stopping))
             if not stopping:
-                note(f"up; logs in {logs}. Ctrl-C stops it.")
+                write_note(folder / _NOTE, supervisor.addresses | {"pid": str(os.getpid())})
+                with contextlib.suppress(OSError):
+                    note(f"up; logs in {folder / 'logs'}. Ctrl-C stops it.")
             supervisor.run(lambda: bool(stopping))
         except StartFailed as exc:
-            remedy = "read the log; if a port is in use, choose another with --registry-listen or --extractor-listen"
+            remedy = (
+                "choose another address on loopback with --registry-listen or --extractor-listen; to serve other "
+                f"machines, run `headrace serve registry` and `headrace serve extractor`; logs in {folder / 'logs'}"
+            )
             raise HeadraceError(str(exc), reason="START_FAILED", remedy=remedy) from exc
         finally:
+            (folder / _NOTE).unlink(missing_ok=True)
             supervisor.stop()
 
 

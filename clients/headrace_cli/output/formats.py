@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
+import typer
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$", re.IGNORECASE)
@@ -45,6 +47,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def seconds(value: float | None) -> str:
+    """Seconds to one decimal: `12.3 s`; empty for None."""
+    return "" if value is None else f"{value:.1f} s"
+
+
 def parse_duration(text: str) -> float:
     """Reads `90s`, `15m`, `1.5h` or `7d`; returns seconds. ValueError otherwise."""
     match = _DURATION.match(text)
@@ -70,6 +77,23 @@ def short_count(number: float) -> str:
 def local_time(when: datetime | None) -> str:
     """Date and time in the local time zone; empty for None."""
     return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
+
+
+def ago(when: datetime | None, now: datetime) -> str:
+    """The time since then in its largest unit: `42 s ago`, `3 h ago`, `12 d ago`; empty for None."""
+    if when is None:
+        return ""
+    seconds = max((now - when).total_seconds(), 0.0)
+    unit, length = next((u, n) for u, n in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)) if seconds >= n or n == 1)
+    return f"{int(seconds / length)} {unit} ago"
+
+
+def bytes_of(option: str, text: str) -> int:
+    """Reads the size that an option was given; a wrong one is a wrong use of the command."""
+    try:
+        return parse_size(text)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint=option) from None
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from headrace_cli.output.tables import Column, layout, table_of, terminal_width
+
 if TYPE_CHECKING:
     from headrace_client import HeadraceClient
     from headrace_client.values import Residency, ResidencyEvent
@@ -21,17 +23,17 @@ class LiveResidencies:
         client: HeadraceClient,
         *,
         model: str,
-        headings: Sequence[str],
+        columns: Sequence[Column],
         row: Callable[[Residency], Sequence[str]],
         line: Callable[[ResidencyEvent], str],
     ) -> None:
         self._client = client
         self._model = model
-        self._headings = headings
+        self._columns = columns
         self._row = row
         self._line = line
         self._events: deque[str] = deque(maxlen=_N_EVENTS)
-        self._listed: tuple[Residency, ...] = ()
+        self._listed: Sequence[Residency] = ()
         self._trouble = ""
 
     def show(self, events: Iterable[ResidencyEvent]) -> None:
@@ -46,7 +48,6 @@ class LiveResidencies:
 
     def _drawn(self) -> Any:
         from rich.console import Group  # noqa: PLC0415
-        from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         from headrace_client.errors import HeadraceError  # noqa: PLC0415
@@ -57,11 +58,8 @@ class LiveResidencies:
         except HeadraceError as exc:
             # An exception would end rich's drawing thread. The last table stays, marked as out of date.
             self._trouble = f"not current: {exc.message}"
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-        for heading in self._headings:
-            table.add_column(heading, overflow="fold")
-        for residency in self._listed:
-            table.add_row(*(Text(cell) for cell in self._row(residency)))
+        rows = [self._row(residency) for residency in self._listed]
+        table = table_of(self._columns, rows, layout(self._columns, rows, terminal_width()))
         nothing = [] if self._listed else [Text("no model is resident", style="dim")]
         trouble = [Text(self._trouble, style="yellow")] if self._trouble else []
         lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._events]

@@ -106,6 +106,8 @@ def show_extraction(bar: Bar, extraction: Extraction) -> None:
         facts.append("all cached, nothing computed")
     if extraction.n_non_finite:
         facts.append(f"{formats.count(extraction.n_non_finite)} non-finite values")
+    if extraction.n_documents_skipped:
+        facts.append(f"{formats.count(extraction.n_documents_skipped)} documents skipped")
     if extraction.state == "WAITING":
         readers = [f"{reader.reader} at row {formats.count(reader.next_row)}" for reader in extraction.waiting_for]
         facts.append(f"waits for {', '.join(readers) or 'a reader'}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
 
 from headrace_cli.output.formats import plain
+from headrace_cli.output.tables import Column, layout, table_of, terminal_width
 from headrace_cli.settings import Settings
-
-_PIPE_WIDTH = 1000  # Columns of a table that goes into a pipe or a file: wide enough that no cell is folded.
 
 
 def print_json(value: Any) -> None:
@@ -21,9 +20,12 @@ def print_json(value: Any) -> None:
 
 
 def print_rows(
-    settings: Settings, values: Iterable[Any], headings: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
+    settings: Settings, values: Iterable[Any], columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str
 ) -> None:
-    """Prints a list: as a JSON array of `values`, as a table of `rows`, or as `empty` on standard error if none."""
+    """Prints a list: as a JSON array of `values`, as a table of `rows`, or as `empty` on standard error if none.
+
+    Where the terminal is too narrow for a column, it is left out, and a note on standard error names it.
+    """
     if settings.json:
         print_json(list(values))
         return
@@ -32,15 +34,15 @@ def print_rows(
         note(empty)
         return
     from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in kept:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    width = None if settings.wide else terminal_width()
+    shown = layout(columns, kept, width)
+    console = Console(width=shown.width)
+    with console.capture() as capture:  # rich would end the process by itself where the reader is gone.
+        console.print(table_of(columns, kept, shown))
+    typer.echo(capture.get(), nl=False)
+    if shown.left_out and width is not None:
+        note(textwrap.fill(f"--wide shows {', '.join(shown.left_out)} too", width))
 
 
 def print_value(settings: Settings, value: Any, facts: Mapping[str, str]) -> None:
@@ -48,10 +50,24 @@ def print_value(settings: Settings, value: Any, facts: Mapping[str, str]) -> Non
     if settings.json:
         print_json(value)
         return
-    width = max((len(name) for name in facts), default=0)
-    for name, text in facts.items():
-        if text:
-            typer.echo(f"{name:<{width}}  {text}")
+    shown = {name: text for name, text in facts.items() if text}
+    indent = max((len(name) for name in shown), default=0) + 2
+    for name, text in shown.items():
+        print_wrapped(f"{name:<{indent}}", text)
+
+
+def print_wrapped(beginning: str, text: str) -> None:
+    """Prints a text behind its beginning; on a terminal it is wrapped between words, and further lines are indented.
+
+    An id or a path that is longer than a line stays whole.
+    """
+    lines, width = [text], terminal_width()
+    if width is not None:
+        room = max(width - len(beginning), 1)
+        lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [text]
+    typer.echo(f"{beginning}{lines[0]}")
+    for line in lines[1:]:
+        typer.echo(f"{'':<{len(beginning)}}{line}")
 
 
 def print_done(settings: Settings, value: Any, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import IO
 from headrace_cli.output.results import note
 
 # Errors of file systems without locks (Lustre without its flock option) and of file servers that keep none.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def _lock(file: IO[str], path: Path) -> bool:
     except (BlockingIOError, FileNotFoundError):  # Not found: the holder removed the folder when it was done.
         return False
     except OSError as exc:
-        if exc.errno not in _NO_LOCKS:
+        if exc.errno not in LOCKS_UNSUPPORTED:
             raise
         note(f"{path.parent} can't be locked: make sure that no other process writes there")
         return True

@@ -63,6 +63,11 @@ class Supervisor:
         self._most_backoff_s = most_backoff_s
         self._steady_s = steady_s
 
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Addresses of the children by name; empty for one that is not ready."""
+        return {child.name: child.address for child in self._children}
+
     def start(self, stopping: Callable[[], bool]) -> None:
         """Starts all children, each after its predecessor is ready. Raises StartFailed."""
         for child in self._children:
@@ -73,6 +78,10 @@ class Supervisor:
                 if child.address:
                     break  # From now on, the end of its process is a crash: `run` starts it again.
                 if (code := process.poll()) is not None:
+                    # A server that can't start says why in its last line, after its own name.
+                    why = "".join(_last_lines(child.log_file, 1))
+                    if why.startswith(f"{child.name}: "):
+                        raise StartFailed(why)
                     problem = f"ended with {_ending(code)} before it was ready"
                 elif time.monotonic() - child.started_at > child.ready_s:
                     problem = f"was not ready within {child.ready_s:g} s"
@@ -162,11 +171,15 @@ def _ending(code: int) -> str:
 
 
 def _tail(path: Path, n_lines: int = 5) -> str:
+    lines = _last_lines(path, n_lines)
+    return f"last lines of {path}:\n" + "\n".join(lines) if lines else f"{path} is empty"
+
+
+def _last_lines(path: Path, n_lines: int) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()[-n_lines:]
+            return file.read().decode(errors="replace").strip().splitlines()[-n_lines:]
     except OSError:
-        lines = []
-    return f"last lines of {path}:\n" + "\n".join(lines) if lines else f"{path} is empty"
+        return []

@@ -23,6 +23,7 @@ class ColumnFiles:
         self, folder: Path, columns: Sequence[ColumnSpec], n_rows: int, *, sync_bytes: float = math.inf
     ) -> None:
         self.n_rows = n_rows
+        self._folder = folder
         self._n_synced = n_rows
         self._row_bytes = sum(column.row_bytes for column in columns)
         self._sync_bytes = sync_bytes
@@ -57,9 +58,10 @@ class ColumnFiles:
         self._n_synced, self._synced_at = self.n_rows, time.monotonic()
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Writes the headers, and syncs."""
+        """Writes the headers, syncs, and gives the files their names."""
         for file in self._files:
             file.finish(self.n_rows, metadata)
+        fsync_folder(self._folder)
 
     def __enter__(self) -> Self:
         return self

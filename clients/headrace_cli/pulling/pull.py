@@ -83,6 +83,7 @@ class Pull:
         if self._one_file and self._out.exists():
             metadata = tensor_files.read_metadata(self._out)
             if metadata.get("pull") == self._fingerprint():
+                tensor_files.check_whole(self._out)
                 return self._result(int(metadata["n_rows"]), self._out.stat().st_size)
             raise _in_the_way(self._out)
         state = tensor_files.read_state(self._folder)
@@ -91,6 +92,8 @@ class Pull:
                 raise _in_the_way(self._folder)
             return None
         if state["identity"] != self._identity:
+            if not tensor_files.has_rows(self._folder, state):
+                return None
             raise _in_the_way(self._folder)
         if not state.get("complete"):
             return None
@@ -110,7 +113,7 @@ class Pull:
 
         try:
             state = tensor_files.read_state(self._folder)
-            if state is None:
+            if state is None or state["identity"] != self._identity:
                 state = self._save(reader_name(), self._start_row)
             elif state["next_row"] > self._start_row:
                 note(f"goes on at row {formats.count(state['next_row'])}")

@@ -3,9 +3,10 @@
     out/                       out.safetensors.part/        while rows arrive
       pull.json                  pull.json                  the rows and columns wanted, and how many rows are synced
       pull.lock                  pull.lock                  locked by the process that writes here
-      token_id.safetensors       token_id.safetensors       one tensor per column: space for the header, then the rows
+      token_id.safetensors.part  token_id.safetensors.part  one tensor per column: room for a header, then rows
 
-Headers are written once all rows have arrived. For a single file the columns are then joined and the folder removed.
+Headers are written once all rows have arrived; only then do the files lose `.part`: each `.safetensors` opens. For
+a single file the columns are then joined, and the folder is removed.
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ class ColumnSpec:
     row_bytes: int
 
     def path(self, folder: Path) -> Path:
-        """Returns the column's file in a folder."""
+        """Returns the column's finished file in a folder."""
         return folder / f"{self.name}.safetensors"
+
+    def part(self, folder: Path) -> Path:
+        """Returns the column's file while it is written."""
+        return folder / f"{self.name}.safetensors.part"
 
     def entry(self, n_rows: int, start: int) -> dict[str, Any]:
         """Returns the column's entry in a safetensors header; its data begin at byte `start`."""
@@ -61,8 +66,10 @@ class ColumnFile:
     def __init__(self, folder: Path, spec: ColumnSpec, n_rows: int) -> None:
         check_rows(folder, spec, n_rows)
         self.spec = spec
-        self.path = spec.path(folder)
-        self._file: IO[bytes] = self.path.open("r+b" if self.path.exists() else "w+b")
+        self._finished, self._part = spec.path(folder), spec.part(folder)
+        if not self._part.exists() and self._finished.exists():  # A crash cut the finish of all columns short.
+            self._finished.rename(self._part)
+        self._file: IO[bytes] = self._part.open("r+b" if self._part.exists() else "w+b")
         # Rows after the last sync may be torn by a crash: they are cut off, and pulled again.
         self._file.truncate(HEADER_BYTES + n_rows * spec.row_bytes)
         self._file.seek(0, os.SEEK_END)
@@ -77,10 +84,11 @@ class ColumnFile:
         os.fsync(self._file.fileno())
 
     def finish(self, n_rows: int, metadata: Mapping[str, str]) -> None:
-        """Writes the header into the space before the rows, and syncs."""
+        """Writes the header into the space before the rows, syncs, and gives the file its name."""
         self._file.seek(0)
         self._file.write(_header([(self.spec, 0)], n_rows, metadata, HEADER_BYTES))
         self.sync()
+        self._part.rename(self._finished)
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +101,7 @@ def check_rows(folder: Path, column: ColumnSpec, n_rows: int) -> None:
     """Raises DataLoss unless a column's file holds `n_rows` rows: missing rows must not be replaced by zeros."""
     from headrace_client.errors import DataLoss  # noqa: PLC0415
 
-    path = column.path(folder)
+    path = column.path(folder) if column.path(folder).exists() else column.part(folder)
     size_bytes = path.stat().st_size if path.exists() else 0
     n_found = max(size_bytes - HEADER_BYTES, 0) // column.row_bytes
     if n_found < n_rows:
@@ -101,6 +109,23 @@ def check_rows(folder: Path, column: ColumnSpec, n_rows: int) -> None:
             f"{path.name} holds {n_found} rows, but {STATE_FILE} says that {n_rows} were written",
             reason="ROWS_MISSING",
             remedy=f"put the file back as it was; or remove {folder}, and pull all rows again",
+        )
+
+
+def check_whole(path: Path) -> None:
+    """Raises DataLoss unless a finished file is as long as its header says."""
+    from headrace_client.errors import DataLoss  # noqa: PLC0415
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    due = 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    found = path.stat().st_size
+    if found != due:
+        raise DataLoss(
+            f"{path} has {found} bytes, but its header says {due}",
+            reason="ROWS_MISSING",
+            remedy="put the file back as it was; or remove it, and pull all rows again",
         )
 
 
@@ -163,6 +188,13 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 def is_used(folder: Path) -> bool:
     """True if a folder without a state holds files that are not from a pull that has just begun."""
     return folder.exists() and any(path.name not in (LOCK_FILE, _NEW_STATE_FILE) for path in folder.iterdir())
+
+
+def has_rows(folder: Path, state: Mapping[str, Any]) -> bool:
+    """True if a pull has begun to write. A pull that was refused, for a mistyped column say, leaves nothing to keep."""
+    return state["next_row"] > state["identity"]["start_row"] or any(
+        path.name not in (LOCK_FILE, STATE_FILE, _NEW_STATE_FILE) for path in folder.iterdir()
+    )
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:

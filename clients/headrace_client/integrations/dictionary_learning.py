@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from headrace_client.client import HeadraceClient
+from headrace_client.extras import needing
 from headrace_client.reading.scaling import dictionary_learning_norm
 from headrace_client.reading.tensors import ActivationStream
 from headrace_client.values import Extraction
@@ -52,7 +53,8 @@ def known_norm(stream: ActivationStream) -> Iterator[float]:
     FailedPrecondition if the header has no statistics yet. Not for several threads that train at once.
     """
     norm = dictionary_learning_norm(stream.header, stream.config["columns"][0])
-    training: Any = importlib.import_module("dictionary_learning.training")
+    with needing("dictionary-learning"):  # It needs nnsight to import, which `--no-deps` leaves out.
+        training: Any = importlib.import_module("dictionary_learning.training")
     estimate = training.get_norm_factor
     training.get_norm_factor = lambda _data, steps=0: norm  # noqa: ARG005 -- its name
     try:

@@ -17,7 +17,8 @@ from uuid import uuid4
 import torch
 
 from headrace_client.client import HeadraceClient
-from headrace_client.errors import HeadraceError, InvalidArgument
+from headrace_client.errors import InvalidArgument
+from headrace_client.extras import needing
 from headrace_client.integrations.contexts import Columns, ContextCutter
 from headrace_client.values import PROVENANCE_COLUMNS, Extraction
 
@@ -171,10 +172,6 @@ class _Writer:
 
 
 def _datasets() -> tuple[Any, Any]:
-    try:
-        from datasets import arrow_writer, features  # noqa: PLC0415 -- an extra
-    except ImportError as exc:
-        raise HeadraceError(
-            "the package datasets is not installed here", reason="EXTRA_MISSING", remedy="pip install headrace[train]"
-        ) from exc
+    with needing("headrace[train]"):
+        from datasets import arrow_writer, features  # noqa: PLC0415
     return arrow_writer, features

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,18 @@ _NUMPY_DTYPES: Mapping[Dtype, npt.DTypeLike] = {
 }
 
 
+class InFiles(Protocol):
+    """Rows that lie in files and are not in memory yet."""
+
+    def read_into(self, column: int, offset: int, rows: memoryview) -> None:
+        """Fills memory with rows of a column, by its number, from the chunk's row `offset` on. Raises DataLoss."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationChunk:
     """Rows `first_row` to `end_row` of some columns; `buffers` are read-only, one for each column.
+
+    Rows `in_files` are read when a buffer is first asked for, which raises DataLoss if the files have changed.
 
     `place` is the place of the first row in the reading order: its number, unless rows are shuffled or sharded.
     """
@@ -33,8 +42,9 @@ class ActivationChunk:
     n_rows: int
     place: int
     columns: tuple[Column, ...]
-    buffers: tuple[memoryview, ...]
+    buffers: Sequence[memoryview]
     size_bytes: int
+    in_files: InFiles | None = None
 
     @property
     def end_row(self) -> int:

@@ -86,8 +86,8 @@ class Prefetcher:
 
     @property
     def mapped(self) -> bool:
-        """True while rows come from the set's files."""
-        return self._mapping is not None
+        """True if the latest connection announces rows in files, or did so until it ended."""
+        return self.header is not None and self.header.mapped
 
     @property
     def held_up(self) -> bool:

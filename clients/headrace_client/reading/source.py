@@ -26,7 +26,6 @@ from headrace_client.values import (
 )
 
 RELEASE_DEADLINE_S = 5.0
-_MOST_SMALL_CHUNK_BYTES = 3_670_016  # 3.5 MiB: fits gRPC's default limit of 4 MiB.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +88,7 @@ class StreamSource:
             end_row=request.end_row,
             columns=list(request.columns),
             chunk_bytes=tuning.chunk_bytes,
-            allow_large_chunks=tuning.chunk_bytes > _MOST_SMALL_CHUNK_BYTES,
+            allow_large_chunks=True,  # A single row may be larger than gRPC's default limit of 4 MiB.
             reader=request.reader,
             explicit_release=request.explicit_release,
             **more,

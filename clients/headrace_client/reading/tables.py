@@ -28,7 +28,9 @@ _TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 def view(
     columns: Sequence[str], chunk: ActivationChunk, offset: int, n_rows: int, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor] | None:
-    """Rows of a chunk as tensors that share its memory; None where a column has to be copied."""
+    """Rows of a chunk as tensors that share its memory; None where a column has to be copied, or is not in memory."""
+    if chunk.in_files is not None:
+        return None  # Reading them into a batch is their first copy.
     by_name = {column.name: at for at, column in enumerate(chunk.columns)}
     tensors: dict[str, torch.Tensor] = {}
     for name in columns:
@@ -91,7 +93,11 @@ class Table:
                     )
                 scale = _rows(chunk, by_name[column.scale_column], offset, n_rows)
             part = self.tensors[name][self.n_rows : self.n_rows + n_rows]
-            _copy(part, _rows(chunk, by_name[name], offset, n_rows), scale)
+            if chunk.in_files is not None and scale is None and part.dtype == _TORCH_DTYPES[column.dtype]:
+                # Straight into the batch, which is the only copy.
+                chunk.in_files.read_into(by_name[name], offset, part.view(torch.uint8).numpy().reshape(-1).data)
+            else:
+                _copy(part, _rows(chunk, by_name[name], offset, n_rows), scale)
         self.n_rows += self._keep(n_rows) if self._limits else n_rows
         return n_rows
 

@@ -27,13 +27,17 @@ import h2.exceptions
 import h2.settings
 import numpy as np
 
-CONNECT_DEADLINE_S = 5.0
+from headrace_client.rpc.addresses import is_unix
+
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+REQUEST_ID_KEY = "x-request-id"
 _WINDOW_BYTES = 16 * 1024 * 1024  # The server may send so much before it hears from the client.
 _MAX_FRAME_BYTES = 1024 * 1024
 _STREAM_ID = 1  # A client's first stream; a connection has no second one.
 _DATA, _GOAWAY, _WINDOW_UPDATE = 0x0, 0x7, 0x8  # Frame types of RFC 9113.
-_PADDED = 0x8
+_END_STREAM, _PADDED = 0x1, 0x8
+# The server has so long to take the request and, if it is long, to make room for the rest of it.
+_REQUEST_DEADLINE_S = 20.0
 _HEAD = struct.Struct(">HBBBI")  # Length in 24 bits, type, flags, stream.
 _CREDIT = struct.Struct(">HBBBII")  # A whole WINDOW_UPDATE frame.
 _PREFIX = struct.Struct(">BI")  # gRPC's: compressed or not, and the message's length.
@@ -76,52 +80,16 @@ class CallFailed(Exception):
     code: str
     text: str
     details: bytes = b""  # A google.rpc.Status.
+    http_status: str = ""  # Of an answer that is no gRPC server's.
+    request_id: str = ""  # Of the server's log.
 
     def __str__(self) -> str:
         return f"{self.code}: {self.text}"
 
 
-def connect(address: str, ca_pem: bytes | None) -> socket.socket:
-    """Connects to `host:port` or `unix:path`, with TLS if there is a root certificate. Raises CallFailed.
-
-    Proxies that the environment names are not used: rows go straight to the server.
-    """
-    is_unix = address.startswith("unix:")
-    host, _, port = address.rpartition(":")
-    if not is_unix and not (host and port.isdecimal()):
-        raise CallFailed("UNAVAILABLE", f"can't connect: {address!r} is no host:port")
-    try:
-        if is_unix:
-            sock, host = _unix_socket("/" + address.removeprefix("unix:").lstrip("/")), "localhost"
-        else:
-            host = host.strip("[]")
-            sock = socket.create_connection((host, int(port)), CONNECT_DEADLINE_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if ca_pem is not None:
-            context = ssl.create_default_context(cadata=ca_pem.decode("ascii"))
-            context.set_alpn_protocols(["h2"])
-            context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # As strict as gRPC's other calls, not more.
-            sock = context.wrap_socket(sock, server_hostname=host)
-        sock.settimeout(None)
-    except (OSError, ValueError) as exc:
-        raise CallFailed("UNAVAILABLE", f"can't connect: {exc}") from exc
-    return sock
-
-
-def _unix_socket(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.settimeout(CONNECT_DEADLINE_S)
-        sock.connect(path)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 def authority(address: str) -> str:
     """The server's name in a request."""
-    return "localhost" if address.startswith("unix:") else address
+    return "localhost" if is_unix(address) else address
 
 
 @dataclass
@@ -151,7 +119,7 @@ class SocketCall:
     def start(
         self, path: str, request: bytes, metadata: Iterable[tuple[str, str]], *, authority: str, life_s: float
     ) -> Self:
-        """Sends the request; the server ends the call after `life_s`."""
+        """Sends the request; the server ends the call after `life_s`. Raises CallFailed."""
         codes = h2.settings.SettingCodes
         self._h2.local_settings = h2.settings.Settings(
             client=True,
@@ -176,8 +144,17 @@ class SocketCall:
             *metadata,
         )
         self._h2.send_headers(_STREAM_ID, headers)
-        self._h2.send_data(_STREAM_ID, _PREFIX.pack(0, len(request)) + request, end_stream=True)
-        self._send(self._h2.data_to_send())
+        self._sock.settimeout(_REQUEST_DEADLINE_S)
+        left = memoryview(_PREFIX.pack(0, len(request)) + request)
+        while left and not self._ended:  # In frames as large as the server takes, and beyond its window with its leave.
+            room = min(self._h2.local_flow_control_window(_STREAM_ID), self._h2.max_outbound_frame_size)
+            part, left = left[: max(room, 0)], left[max(room, 0) :]
+            if part:
+                self._h2.send_data(_STREAM_ID, bytes(part), end_stream=not left)
+                self._send(self._h2.data_to_send())
+            else:
+                self._read_frame()
+        self._sock.settimeout(None)
         return self
 
     def __iter__(self) -> Self:
@@ -234,6 +211,7 @@ class SocketCall:
         if kind == _DATA and stream_id == _STREAM_ID:
             self._credit += length
             self._read_data(length, flags)
+            self._ended = self._ended or bool(flags & _END_STREAM)
             return
         payload = bytearray(length)
         self._fill(memoryview(payload))
@@ -284,6 +262,11 @@ class SocketCall:
         for event in events:
             if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
                 self._headers.update((str(name), str(value)) for name, value in event.headers or ())
+                status, kind = self._headers.get(":status", ""), self._headers.get("content-type", "application/grpc")
+                if "grpc-status" not in self._headers and (status != "200" or not kind.startswith("application/grpc")):
+                    # The page of a proxy or web server, whatever its body is: messages are not in it.
+                    text = f"HTTP status {status} and {kind}, which is not a gRPC server's answer"
+                    raise CallFailed(_HTTP_CODES.get(status, "UNKNOWN"), text, http_status=status)
             elif isinstance(event, h2.events.StreamEnded):
                 self._ended = True
             elif isinstance(event, h2.events.StreamReset):
@@ -291,9 +274,6 @@ class SocketCall:
 
     def _check_status(self) -> None:
         headers = self._headers
-        http_status = headers.get(":status", "")
-        if "grpc-status" not in headers and http_status != "200":
-            raise CallFailed(_HTTP_CODES.get(http_status, "UNKNOWN"), f"HTTP status {http_status}, not a gRPC answer")
         if "grpc-status" not in headers:
             raise CallFailed("UNAVAILABLE", "the call ended without a status")
         number = headers["grpc-status"]
@@ -302,7 +282,9 @@ class SocketCall:
             text, details = headers.get(STATUS_DETAILS_KEY, ""), b""
             with suppress(binascii.Error):
                 details = base64.b64decode(text + "=" * (-len(text) % 4))  # gRPC sends no padding.
-            raise CallFailed(code, unquote(headers.get("grpc-message", "")), details)
+            raise CallFailed(
+                code, unquote(headers.get("grpc-message", "")), details, request_id=headers.get(REQUEST_ID_KEY, "")
+            )
 
     def _fill(self, view: memoryview) -> None:
         try:

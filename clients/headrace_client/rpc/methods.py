@@ -72,4 +72,12 @@ def request_of(method: Method, fields: dict[str, Any]) -> Any:
     try:
         return method.request(**fields)
     except (TypeError, ValueError) as exc:
+        for name, value in fields.items():
+            try:
+                method.request(**{name: value})
+            except (TypeError, ValueError):
+                raise errors.InvalidArgument(
+                    f"{name} can't be put on the wire, a value of type {type(value).__name__}: {exc}",
+                    fields={name: str(exc)},
+                ) from exc
         raise errors.InvalidArgument(f"the request can't be put on the wire: {exc}") from exc

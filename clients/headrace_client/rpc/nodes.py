@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from headrace_client.errors import HeadraceError, NodeLost, NodeNotFound, NotFound, Unavailable
+from headrace_client.errors import AlreadyExists, HeadraceError, NodeLost, NodeNotFound, NotFound, Unavailable
 from headrace_client.rpc.convert.residencies import node_from_pb, residency_from_pb
 from headrace_client.rpc.endpoint import Endpoint
 from headrace_client.rpc.status import client_closed
-from headrace_client.values import Node, NodeState, Residency, ResidencyState
+from headrace_client.values import Listing, Node, NodeState, Residency, ResidencyState
 
 LOOKUP_DEADLINE_S = 5.0  # Re-resolving an address must not hold up a reconnect for long.
 PAGE_SIZE = 1000  # The largest page of the servers.
@@ -39,15 +39,13 @@ class Nodes:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
 
-    def list(self, *, deadline_s: float | None = None) -> tuple[Node, ...]:
+    def list(self, *, deadline_s: float | None = None) -> Listing[Node]:
         """All nodes, alive or not."""
-        return tuple(pages(self.registry, "ResidencyService.ListNodes", "nodes", node_from_pb, deadline_s=deadline_s))
+        return Listing(pages(self.registry, "ResidencyService.ListNodes", "nodes", node_from_pb, deadline_s=deadline_s))
 
-    def residencies(
-        self, *, model_id: str = "", node_id: str = "", include_ended: bool = False
-    ) -> tuple[Residency, ...]:
+    def residencies(self, *, model_id: str = "", node_id: str = "", include_ended: bool = False) -> Listing[Residency]:
         """Residencies, the newest first."""
-        return tuple(
+        return Listing(
             pages(
                 self.registry,
                 "ResidencyService.ListResidencies",
@@ -108,17 +106,48 @@ class Nodes:
         if len(extractors) == 1:
             return extractors[0]
         if corpus_id:
-            holders = []
-            for extractor in extractors:
-                with suppress(NotFound, Unavailable):
-                    self.endpoint(extractor).unary("CorpusService.GetCorpus", corpus_id=corpus_id)
-                    holders.append(extractor)
-            extractors = tuple(holders) or extractors
+            extractors = self._holders(extractors, corpus_id) or extractors
         if model_id:
             residencies = self.residencies(model_id=model_id)
             resident = {one.node_id for one in residencies if one.state is ResidencyState.RESIDENT}
             extractors = tuple(extractor for extractor in extractors if extractor.node_id in resident) or extractors
         return extractors[0]
+
+    def _holders(self, extractors: Sequence[ExtractorAddress], corpus_id: str) -> tuple[ExtractorAddress, ...]:
+        """Returns the extractors that hold a corpus. Raises AlreadyExists if its id names different documents."""
+        digests = {}
+        for extractor in extractors:
+            with suppress(NotFound, Unavailable):
+                answer = self.endpoint(extractor).unary("CorpusService.GetCorpus", corpus_id=corpus_id)
+                digests[extractor] = answer.corpus.digest
+        if len(set(digests.values())) > 1:
+            held = ", ".join(f"{extractor.node_id} ({digest[:12]})" for extractor, digest in digests.items())
+            raise AlreadyExists(
+                f"corpus {corpus_id!r} is not the same on all nodes: {held}; name a node, or remove one of them with "
+                f"`headrace corpora rm {corpus_id} --node NODE`",
+                reason="ALREADY_EXISTS",
+            )
+        return tuple(digests)
+
+    def on_each(self, work: Callable[[Endpoint], object], *, node_id: str = "") -> tuple[ExtractorAddress, ...]:
+        """Does `work` on one extractor, or on all; returns those that did not answer NotFound.
+
+        Raises NotFound if all did, or else the last error once every extractor was asked.
+        """
+        done: list[ExtractorAddress] = []
+        missing: HeadraceError = NodeLost("no extractor is alive")
+        failed: HeadraceError | None = None
+        for extractor in (self.pick(node_id=node_id),) if node_id else self.alive():
+            try:
+                work(self.endpoint(extractor))
+                done.append(extractor)
+            except NotFound as exc:
+                missing = exc
+            except HeadraceError as exc:
+                failed = exc
+        if failed is not None or not done:
+            raise failed or missing
+        return tuple(done)
 
     def find(self, probe: Callable[[Endpoint], _T]) -> tuple[ExtractorAddress, _T]:
         """Asks the extractors in turn until one does not answer NotFound; raises the last error if all do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,17 +12,20 @@ import grpc
 
 from headrace_client import errors
 from headrace_client.rpc.http2 import CallFailed, SocketCall
-from headrace_client.rpc.status import error_from_rpc
 
 
 class ServerStream:
     """The messages of one server-streaming call. Raises StreamSilent when none comes for `silence_s`.
 
     The limit runs only while the reader waits for a message, so that a slow reader is not taken for a silent server.
+    `failed` turns gRPC's error into the one to raise.
     """
 
-    def __init__(self, call: Any, *, silence_s: float, address: str) -> None:
+    def __init__(
+        self, call: Any, *, silence_s: float, address: str, failed: Callable[[Any], errors.HeadraceError]
+    ) -> None:
         self._call = call
+        self._failed = failed
         self._silence_s = silence_s
         self._address = address
         self._waiting_since: float | None = None
@@ -45,7 +49,7 @@ class ServerStream:
             if self._silent:
                 message = f"{self._address} sent nothing, not even a heartbeat, for {self._silence_s:g} s"
                 raise errors.StreamSilent(message) from exc
-            raise error_from_rpc(exc, self._address, streaming=True) from exc
+            raise self._failed(exc) from exc
         finally:
             self._waiting_since = None
 
@@ -75,8 +79,10 @@ class ServerStream:
 class RawStream(ServerStream):
     """The serialized messages of a call over a connection of its own."""
 
-    def __init__(self, call: SocketCall, *, silence_s: float, address: str) -> None:
-        super().__init__(call, silence_s=silence_s, address=address)
+    def __init__(
+        self, call: SocketCall, *, silence_s: float, address: str, failed: Callable[[Any], errors.HeadraceError]
+    ) -> None:
+        super().__init__(call, silence_s=silence_s, address=address, failed=failed)
         self._socket_call = call
 
     def tend(self) -> None:

@@ -1,7 +1,6 @@
 """Arguments and results of the client: frozen values, without gRPC and without torch."""
 
-from headrace_client.values.choices import choice
-from headrace_client.values.common import Dtype, Failure, Transfer
+from headrace_client.values.common import Dtype, Failure, Transfer, choice
 from headrace_client.values.extractions import (
     Estimate,
     Extraction,
@@ -13,6 +12,7 @@ from headrace_client.values.extractions import (
     Retention,
     Window,
 )
+from headrace_client.values.listing import Listing
 from headrace_client.values.memory import (
     CatalogBatch,
     CatalogEntry,
@@ -26,7 +26,9 @@ from headrace_client.values.models import (
     Architecture,
     Fidelity,
     LayerFidelity,
+    LoadOption,
     Model,
+    ModelCard,
     ModelEvent,
     ModelSource,
     ModelState,
@@ -35,9 +37,18 @@ from headrace_client.values.models import (
 from headrace_client.values.outliers import NormLimit
 from headrace_client.values.reading import PLAIN, Reading, ReadOrder
 from headrace_client.values.receipts import ColumnParity, ParityReceipt
-from headrace_client.values.recipes import Corpus, LongDocuments, Packing, Recipe, TokenPolicy, TokenWindow
-from headrace_client.values.residencies import Device, Node, NodeState, Pin, Residency, ResidencyEvent, ResidencyState
-from headrace_client.values.sets import ActivationSet, SetPin
+from headrace_client.values.recipes import BosPolicy, Corpus, LongDocuments, Packing, Recipe, TokenPolicy, TokenWindow
+from headrace_client.values.residencies import (
+    Device,
+    Eviction,
+    Node,
+    NodeState,
+    Pin,
+    Residency,
+    ResidencyEvent,
+    ResidencyState,
+)
+from headrace_client.values.sets import ActivationSet, DamagedRows, SetPin, SetVerification
 from headrace_client.values.streams import (
     PROVENANCE_COLUMNS,
     Bottleneck,
@@ -48,7 +59,7 @@ from headrace_client.values.streams import (
     StreamState,
 )
 from headrace_client.values.tuning import DEFAULT_TUNING, SILENCE_S, Backoff, StreamTuning, Transport
-from headrace_client.values.validations import StepState, ValidationAttempt, ValidationStep
+from headrace_client.values.validations import AttemptKind, StepState, ValidationAttempt, ValidationStep
 
 __all__ = [
     "DEFAULT_TUNING",
@@ -57,7 +68,9 @@ __all__ = [
     "SILENCE_S",
     "ActivationSet",
     "Architecture",
+    "AttemptKind",
     "Backoff",
+    "BosPolicy",
     "Bottleneck",
     "CatalogBatch",
     "CatalogEntry",
@@ -66,9 +79,11 @@ __all__ = [
     "ColumnParity",
     "ColumnStatistics",
     "Corpus",
+    "DamagedRows",
     "Device",
     "Dtype",
     "Estimate",
+    "Eviction",
     "Extraction",
     "ExtractionEvent",
     "ExtractionState",
@@ -77,10 +92,13 @@ __all__ = [
     "Fit",
     "Hookpoint",
     "LayerFidelity",
+    "Listing",
+    "LoadOption",
     "LongDocuments",
     "MemoryAdvice",
     "MemoryEstimate",
     "Model",
+    "ModelCard",
     "ModelEvent",
     "ModelSource",
     "ModelState",
@@ -103,6 +121,7 @@ __all__ = [
     "Retain",
     "Retention",
     "SetPin",
+    "SetVerification",
     "StepState",
     "StreamHeader",
     "StreamState",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
+
+from headrace_client.errors import InvalidArgument
+
+_E = TypeVar("_E", bound=StrEnum)
 
 
 class Dtype(StrEnum):
@@ -41,3 +46,14 @@ class Failure:
     reason: str
     message: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def choice(kind: type[_E], value: str, name: str, *, but: Sequence[_E] = ()) -> _E:
+    """Returns `value` as a member of `kind`, `but` for some, or raises InvalidArgument that lists the members."""
+    try:
+        if (found := kind(value)) not in but:
+            return found
+    except ValueError:
+        pass
+    known = ", ".join(member.value for member in kind if member not in but)
+    raise InvalidArgument(f"{name} is one of {known}, not {str(value)!r}", fields={name: known})

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import ClassVar
 
 from headrace_client.errors import InvalidArgument
 from headrace_client.values.common import Failure, Transfer
+from headrace_client.values.listing import Shown
 from headrace_client.values.receipts import ParityReceipt
 from headrace_client.values.recipes import Recipe
 
@@ -59,9 +61,11 @@ class ReaderStatus:
     next_row: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extraction:
-    """The job that appends rows of some columns to a set."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Extraction(Shown):
+    """The job that appends rows of some columns to a set; `node_id` is empty where the caller named an address."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("id", "state", "model_id", "corpus_id", "hookpoints", "n_rows", "set_id")
 
     id: str
     set_id: str
@@ -87,9 +91,11 @@ class Extraction:
     path: str = ""
     cached: bool = False
     n_non_finite: int = 0
+    n_documents_skipped: int = 0
     receipt: ParityReceipt | None = None
     create_time: datetime | None = None
     update_time: datetime | None = None
+    node_id: str = ""
 
     @property
     def ended(self) -> bool:
@@ -122,13 +128,15 @@ class Estimate:
     available_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hookpoint:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Hookpoint(Shown):
     """A named place in the network; `unavailable` says why it can't be captured, empty when it can.
 
     `shape` is the shape of one row, such as (heads, width of a head); `module` names where it is taken, `<path>:in` or
     `<path>:out`.
     """
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("name", "shape", "unavailable")
 
     name: str
     width: int

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
+from headrace_client.values.listing import Shown
 from headrace_client.values.models import Quantization
 
 
@@ -77,9 +79,11 @@ class CatalogBatch:
     quantization: Quantization
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CatalogEntry:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CatalogEntry(Shown):
     """One curated model."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("name", "repo_id", "n_parameters", "n_layers", "d_model")
 
     name: str
     repo_id: str

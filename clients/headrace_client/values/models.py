@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from headrace_client.values.common import Failure, Transfer
+from headrace_client.values.listing import Shown
 
 
 class ModelState(StrEnum):
@@ -66,6 +67,15 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the authors of a model say of it: its licence, and the dtype it was published for; empty if they do not."""
+
+    license: str = ""
+    license_link: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFidelity:
     """How far the residual stream behind a layer is from the unquantized model's, over all positions.
 
@@ -86,9 +96,11 @@ class Fidelity:
     layers: tuple[LayerFidelity, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Model(Shown):
     """One registered (source, commit, quantization, load options)."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("id", "state", "quantization", "n_parameters", "weight_bytes")
 
     id: str
     source: ModelSource
@@ -110,7 +122,21 @@ class Model:
     update_time: datetime | None = None
     store_bytes: int = 0
     fidelity: Fidelity | None = None
+    card: ModelCard | None = None
     last_used_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class LoadOption(Shown):
+    """A key of `load_options`, its values and default in words; `changes_numbers` if activations depend on it."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("name", "values", "default")
+
+    name: str
+    values: str
+    default: str
+    about: str
+    changes_numbers: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from headrace_client.errors import InvalidArgument
-from headrace_client.values.choices import choice
+from headrace_client.values.common import choice
 from headrace_client.values.outliers import NormLimit
 from headrace_log.order import DEFAULT_BLOCK_ROWS, Sequential, Shard
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import ClassVar
 
 from headrace_client.values.common import Failure, Transfer
+from headrace_client.values.listing import Shown
 
 
 class ResidencyState(StrEnum):
@@ -31,9 +33,11 @@ class NodeState(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Device(Shown):
     """One GPU of a node, or its CPU; sizes in bytes."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("id", "name", "capacity_bytes", "free_bytes")
 
     id: str
     kind: str
@@ -47,9 +51,11 @@ class Device:
     flash_attention: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Node(Shown):
     """A machine running one extractor. Bytes are 0 while unknown; a limit of 0 stands for no limit."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("id", "state", "address")
 
     id: str
     address: str
@@ -65,9 +71,11 @@ class Node:
     max_residents: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Residency:
-    """One model on one device of one node."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Residency(Shown):
+    """One model on one device of one node. Its load took `load_s` and was over at `resident_time`."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("model_id", "node_id", "device_id", "state", "reserved_bytes")
 
     id: str
     model_id: str
@@ -87,11 +95,23 @@ class Residency:
     queue_position: int = 0
     pinned: bool = False
     holders: tuple[str, ...] = ()
+    load_s: float | None = None
+    resident_time: datetime | None = None
 
     @property
     def ended(self) -> bool:
         """True once the state is final."""
         return self.state in (ResidencyState.UNLOADED, ResidencyState.FAILED, ResidencyState.LOST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eviction:
+    """The models that leave a device; `free_bytes` are free there once they are gone."""
+
+    residencies: tuple[Residency, ...]
+    node_id: str
+    device_id: str
+    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +128,11 @@ class ResidencyEvent:
     time: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Pin(Shown):
     """An owner's wish that a model stays resident, on one node or on any (an empty `node_id`)."""
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("model_id", "owner", "node_id", "expire_time")
 
     model_id: str
     owner: str

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any, ClassVar
+
+from headrace_client.values.listing import Shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,9 +19,14 @@ class SetPin:
     expire_time: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationSet:
-    """One node's copy of a set; `holders` read or extend it now."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ActivationSet(Shown):
+    """One node's copy of a set; `holders` read or extend it now.
+
+    `identity` is everything that its rows depend on, `identity["recipe"]` among it; empty in lists.
+    """
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("id", "node_id", "model_id", "corpus_id", "n_rows", "size_bytes")
 
     id: str
     node_id: str
@@ -35,3 +44,30 @@ class ActivationSet:
     pins: tuple[SetPin, ...] = ()
     holders: tuple[str, ...] = ()
     deleting: bool = False
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedRows:
+    """A file of a set that is not as it was sealed; no column, and no `end_row`, for the set's index."""
+
+    file: str
+    column: str
+    first_row: int
+    end_row: int | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetVerification:
+    """How far a node's comparison of a set with its digests is; the first thousand `damages` come when it is `done`."""
+
+    set_id: str
+    node_id: str
+    n_files: int
+    n_files_total: int
+    size_bytes: int
+    total_bytes: int
+    n_damaged: int
+    damages: tuple[DamagedRows, ...] = ()
+    done: bool = False

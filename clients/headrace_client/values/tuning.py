@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from headrace_client.values.choices import choice
+from headrace_client.values.common import choice
 
 SILENCE_S = 45.0  # Three heartbeats of the servers.
 
@@ -39,7 +39,7 @@ class StreamTuning:
     `chunk_bytes` bounds a message; 0 leaves its size to the server. `queue_bytes` bounds the rows read ahead. A server
     that sends nothing for `silence_s` is given up and connected again; without a row for `reconnect_deadline_s` the
     stream raises StreamLost, and `backoff` spaces the attempts until then. `copy` false lets batches of tensors be
-    views of a chunk where no conversion is needed; chunks themselves are always views.
+    views of a message where no conversion is needed; chunks themselves are always views.
     """
 
     chunk_bytes: int = 0

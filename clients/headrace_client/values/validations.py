@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from headrace_client.values.common import Failure
+from headrace_client.values.listing import Shown
 from headrace_client.values.models import Quantization
+
+
+class AttemptKind(StrEnum):
+    """A run of the test profile, or an ordinary load."""
+
+    VALIDATION = "VALIDATION"
+    LOAD = "LOAD"
 
 
 class StepState(StrEnum):
@@ -33,9 +41,14 @@ class ValidationStep:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationAttempt:
-    """One run of the test profile; `passed` if it is done and no step failed."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ValidationAttempt(Shown):
+    """One attempt to load a model, `passed` if it is done and no step failed.
+
+    A LOAD for a lease, a pin or `load` has the step `load` only. `log_tail` is what the model's process wrote last.
+    """
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("id", "kind", "model_id", "node_id", "device_id", "passed")
 
     id: str
     model_id: str
@@ -50,3 +63,7 @@ class ValidationAttempt:
     versions: Mapping[str, str] = field(default_factory=dict)
     create_time: datetime | None = None
     update_time: datetime | None = None
+    kind: AttemptKind = AttemptKind.VALIDATION
+    log_tail: str = ""
+    notes: str = ""
+    residency_id: str = ""

@@ -11,7 +11,8 @@ import torch
 from headrace_client.values import PROVENANCE_COLUMNS, Progress, StreamState
 from headrace_train.reporting.progress import Meter, Reporter
 from headrace_train.results.analysis import Contexts, FeatureCounter, RowCounts, TopRows, count_features, find_contexts
-from headrace_train.results.tables import FEATURES_FILE, TOP_ROWS_FILE, features_table, top_rows_table, write_table
+from headrace_train.results.folder import FEATURES_FILE, TOP_ROWS_FILE
+from headrace_train.results.tables import features_table, top_rows_table, write_table
 from headrace_train.rows.blocks import RowFilter, read_blocks
 from headrace_train.rows.source import Source
 from headrace_train.training.evaluation import batch_rows

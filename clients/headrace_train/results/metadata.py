@@ -11,16 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from headrace_client.values import Model, TokenPolicy
+from headrace_client.values import Model
 from headrace_train.arguments import Arguments
 from headrace_train.reporting.reporters import duration
 from headrace_train.results.analysis import RowCounts
 from headrace_train.results.findings import Findings
+from headrace_train.results.folder import METADATA_FILE
 from headrace_train.rows.source import Source, Traffic
 from headrace_train.training.evaluation import Metrics
 from headrace_train.training.trainer import Trained
 
-FILE = "metadata.json"
+FILE = METADATA_FILE
 _PACKAGES = ("headrace", "sae-lens", "torch", "pyarrow")
 _SETTINGS = (
     "architecture", "k", "sparsity", "lr", "batch_size", "normalize", "drop_bos", "max_norm_multiple", "buffer_rows",
@@ -35,7 +36,7 @@ def about_sae(source: Source, model: Model | None) -> dict[str, Any]:
         "model_name": _model_name(source, model),
         "hook_name": source.hookpoint,
         "context_size": recipe.context_size,
-        "prepend_bos": recipe.bos is TokenPolicy.DOCUMENT,
+        "prepend_bos": source.begins_with_bos(),
         "headrace_set_id": source.extraction.set_id,
         "headrace_commit_sha": model.commit_sha if model else "",
     }

@@ -11,9 +11,6 @@ import pyarrow.parquet as pq
 
 from headrace_train.results.analysis import Contexts, Features, IntArray, TopRows
 
-FEATURES_FILE = "features.parquet"
-TOP_ROWS_FILE = "top_rows.parquet"
-
 FEATURES = pa.schema(
     [
         pa.field("feature", pa.int32(), nullable=False),

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from headrace_client.values import Packing, Recipe, TokenPolicy
+from headrace_client.values import BosPolicy, Packing, Recipe
 
 POSITION = "position"
 
@@ -51,7 +51,8 @@ class RowFilter:
     """
 
     def __init__(self, recipe: Recipe, *, drop_bos: bool, max_norm_multiple: float) -> None:
-        bos_is_dropped = recipe.bos is TokenPolicy.DOCUMENT and recipe.drop_special_tokens
+        # By the tokenizer's own rule there may be no BOS. If there is one and it is dropped, no row has position 0.
+        bos_is_dropped = recipe.bos is BosPolicy.DOCUMENT and recipe.drop_special_tokens
         # The recipe may have left out first positions already.
         self.drop_bos = drop_bos and not (recipe.drop_first_positions > 0 or bos_is_dropped)
         self.norm_limit: float | None = None  # Set by `calibrate`.

@@ -12,10 +12,12 @@ import torch
 
 from headrace_client import ActivationStream, HeadraceClient
 from headrace_client.errors import FailedPrecondition, HookpointNotFound, InvalidArgument, ModelNotFound
-from headrace_client.values import Extraction, ExtractionState, Model, Progress, Window
+from headrace_client.values import BosPolicy, Extraction, ExtractionState, Model, Progress, Window
 from headrace_train.arguments import Arguments
 from headrace_train.rows.blocks import POSITION
 
+# Rows that show how documents begin: some dozens of documents, in one chunk.
+_FIRST_ROWS = 4096
 OnProgress = Callable[[Progress], None]
 _COUNTED = (ExtractionState.RUNNING, ExtractionState.WAITING, ExtractionState.RECOVERING)
 
@@ -82,6 +84,14 @@ class Source:
             return self.client.models.get(self.extraction.model_id)
         except ModelNotFound:
             return None
+
+    def begins_with_bos(self) -> bool:
+        """Returns whether documents begin with a BOS; by the tokenizer's own rule, if all begin with the same token."""
+        if self.extraction.recipe.bos is not BosPolicy.TOKENIZER:
+            return self.extraction.recipe.bos is BosPolicy.DOCUMENT
+        with self.stream(("token_id", POSITION), batch_size=_FIRST_ROWS, end_row=min(self.n_rows, _FIRST_ROWS)) as rows:
+            first = [batch["token_id"][batch[POSITION] == 0] for batch in rows]
+        return len({*torch.cat(first).tolist()}) <= 1
 
     def width(self) -> int:
         """Reads the width of a row from the header of a stream; waits until the extraction can send one."""

@@ -1,4 +1,4 @@
-"""`headrace models catalog`, and the short names of curated models."""
+"""`headrace models catalog` and `headrace models options`, and the short names of curated models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from headrace_cli.commands.models.fit import form_name
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import print_rows
+from headrace_cli.output.tables import Column
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
@@ -17,6 +18,26 @@ if TYPE_CHECKING:
     from headrace_client.values import CatalogEntry
 
 _FORMS = ("bfloat16", "int8", "int4")  # Each has a column with the memory it takes.
+_COLUMNS = (
+    Column("name"),
+    Column("parameters", 1),
+    Column("layers", 7),
+    Column("width", 8),
+    Column("context", 6),
+    Column("probe layers", 11),
+    *(Column(form, rank) for form, rank in zip(_FORMS, (2, 4, 3), strict=True)),
+    Column("batch", 9),
+    Column("repo", 10),
+    Column("terms", 5),
+)
+
+_OPTIONS = (
+    Column("option"),
+    Column("in the identity", 3),
+    Column("values", 2, prose=True),
+    Column("default", 4, prose=True),
+    Column("effect", 1, prose=True),
+)
 
 
 @reported
@@ -33,15 +54,24 @@ def catalog(
 ) -> None:
     """List curated models with the memory they take."""
     settings = settings_of(context)
-    try:
-        fits_bytes = formats.parse_size(fits) if fits else 0
-    except ValueError as exc:
-        raise typer.BadParameter(str(exc), param_hint="--fits") from None
+    fits_bytes = formats.bytes_of("--fits", fits) if fits else 0
     with settings.connect() as client:
-        entries = list(client.models.catalog(fits_bytes=fits_bytes, category=category))
-    headings = ("name", "parameters", "layers", "width", "context", "probe layers", *_FORMS, "batch", "repo", "")
+        entries = client.models.catalog(fits_bytes=fits_bytes, category=category)
     rows = [_row(entry, fits_bytes) for entry in entries]
-    print_rows(settings, entries, headings, rows, empty="no curated model fits; try more memory or another category")
+    print_rows(settings, entries, _COLUMNS, rows, empty="no curated model fits; try more memory or another category")
+
+
+@reported
+def options(context: typer.Context) -> None:
+    """List the load options that `headrace models add --load-option` takes."""
+    settings = settings_of(context)
+    with settings.connect() as client:
+        found = client.models.load_options()
+    rows = [
+        (option.name, "yes" if option.changes_numbers else "no", option.values, option.default, option.about)
+        for option in found
+    ]
+    print_rows(settings, found, _OPTIONS, rows, empty="the registry takes no load options")
 
 
 def repo_of(client: HeadraceClient, name: str) -> str:
@@ -49,7 +79,7 @@ def repo_of(client: HeadraceClient, name: str) -> str:
 
     The beginning of a name is enough if only one model's name begins so; otherwise it is refused.
     """
-    entries = list(client.models.catalog())
+    entries = client.models.catalog()
     exact = next((entry for entry in entries if entry.name == name.lower()), None)
     alike = [entry for entry in entries if entry.name.startswith(name.lower())]
     if exact is not None:

@@ -10,6 +10,7 @@ from headrace_cli.commands.options import ModelId
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import note, print_json, print_rows
+from headrace_cli.output.tables import Column
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,17 @@ _FITS = {
     "AFTER_EVICTION": "{place} (after eviction)",
     "BUSY": "{place} (busy)",
 }
+
+_COLUMNS = (
+    Column("form"),
+    Column("weights", 5),
+    Column("overhead", 6),
+    Column("total"),
+    Column("fits on", 1, prose=True),
+    Column("evicts", 4, prose=True),
+    Column("batch up to", 3),
+    Column("advice", 2),
+)
 
 
 @reported
@@ -45,8 +57,7 @@ def fit(
     if settings.json:
         print_json(advice)
         return
-    headings = ("form", "weights", "overhead", "total", "fits on", "evicts", "batch up to", "")
-    print_rows(settings, advice.estimates, headings, [_row(advice, each) for each in advice.estimates], empty="")
+    print_rows(settings, advice.estimates, _COLUMNS, [_row(advice, each) for each in advice.estimates], empty="")
     if advice.recommended is None:
         note("no form has room on a living node now; see `headrace devices`")
 

@@ -11,6 +11,7 @@ from headrace_cli.commands.options import ModelId, PinFor, PinOwner, PinReason, 
 from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.results import print_done, print_rows, print_value
+from headrace_cli.output.tables import Column, facts_of
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ def pin(
     ] = "",
     for_: PinFor = "",
 ) -> None:
-    """Protect a resident model from eviction and idle unloading. Pinning it again changes the pin."""
+    """Protect a model from eviction and idle unloading. Pinning it again changes the pin.
+
+    It is not loaded now, but when a node starts and no device has it.
+    """
     settings = settings_of(context)
     end = expire_time(for_)
     with settings.connect() as client:
         made = client.pins.pin(model_id, owner or getpass.getuser(), reason=reason, node=node, expire_time=end)
-    print_value(settings, made, dict(zip(_HEADINGS, _row(made), strict=True)))
+    print_value(settings, made, facts_of(_COLUMNS, _row(made)))
 
 
 @reported
@@ -66,11 +70,17 @@ def list_pins(
     """List the pins of models."""
     settings = settings_of(context)
     with settings.connect() as client:
-        found = list(client.pins.list(model=model_id))
-    print_rows(settings, found, _HEADINGS, map(_row, found), empty="no pins")
+        found = client.pins.list(model=model_id)
+    print_rows(settings, found, _COLUMNS, map(_row, found), empty="no pins")
 
 
-_HEADINGS = ("model", "node", "owner", "reason", "until")
+_COLUMNS = (
+    Column("model"),
+    Column("node", 2),
+    Column("owner", 1),
+    Column("reason", 4, prose=True),
+    Column("until", 3),
+)
 
 
 def _row(pin: Pin) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,15 +13,26 @@ from headrace_cli.exits import reported
 from headrace_cli.output import formats
 from headrace_cli.output.live import LiveResidencies
 from headrace_cli.output.progress import Bar, show_residency
-from headrace_cli.output.results import print_json, print_rows, print_value
+from headrace_cli.output.results import note, print_json, print_rows, print_value
+from headrace_cli.output.tables import Column, facts_of
 from headrace_cli.settings import settings_of
 
 if TYPE_CHECKING:
     from headrace_client import HeadraceClient
     from headrace_client.values import Residency, ResidencyEvent
 
-HEADINGS = ("model", "node", "device", "state", "size", "holders", "queue", "reason")
-_POLL_S = 0.3
+COLUMNS = (
+    Column("model"),
+    Column("node", 3),
+    Column("device", 2),
+    Column("state"),
+    Column("size", 1),
+    Column("loaded", 4),
+    Column("load time", 6),
+    Column("holders", 7, prose=True),
+    Column("queue", 5),
+    Column("reason", 8, prose=True),
+)
 
 
 @reported
@@ -36,7 +47,7 @@ def list_residencies(
     settings = settings_of(context)
     with settings.connect() as client:
         found = client.residencies.list(model=model, node=node, include_ended=include_ended)
-    print_rows(settings, found, HEADINGS, map(row, found), empty="no model is resident")
+    print_rows(settings, found, COLUMNS, map(row, found), empty="no model is resident")
 
 
 @reported
@@ -54,7 +65,7 @@ def watch(
     with settings.connect() as client:
         events = client.residencies.watch(model=model, after_seq=after_seq, deadline_s=wait_s)
         if sys.stdout.isatty() and not settings.json:
-            LiveResidencies(client, model=model, headings=HEADINGS, row=row, line=_line).show(events)
+            LiveResidencies(client, model=model, columns=COLUMNS, row=row, line=_line).show(events)
             return
         for event in events:
             if settings.json:
@@ -81,10 +92,9 @@ def load(
     settings = settings_of(context)
     with settings.connect() as client:
         residency = client.residencies.load(model_id, node=node, device=device)
-        if wait and residency.state != "RESIDENT":
-            with Bar(model_id) as bar:
-                residency = _until_resident(client, residency, bar, wait_s)
-    print_value(settings, residency, dict(zip(HEADINGS, row(residency), strict=True)))
+        if wait:
+            residency = until_resident(client, residency, wait_s)
+    print_value(settings, residency, facts_of(COLUMNS, row(residency)))
 
 
 @reported
@@ -101,21 +111,59 @@ def unload(
     settings = settings_of(context)
     with settings.connect() as client:
         found = client.residencies.unload(model_id, node=node, force=force)
-    print_rows(settings, found, HEADINGS, map(row, found), empty=f"{model_id} is not resident")
+    print_rows(settings, found, COLUMNS, map(row, found), empty=f"{model_id} is not resident")
+
+
+@reported
+def evict(
+    context: typer.Context,
+    *,
+    free: Annotated[str, typer.Option(metavar="SIZE", help="Bytes that shall be free: 20GB, 8GiB.")],
+    node: Annotated[str, typer.Option(metavar="NODE", help="Node.  (default: where the fewest bytes have to go)")] = "",
+    device: Annotated[
+        str, typer.Option(help="Device of the node, such as cuda:0.  (default: GPUs before the CPU)")
+    ] = "",
+) -> None:
+    """Unload the least recently used idle models of a device until so many bytes are free there.
+
+    Models in use or pinned stay. If they are in the way, nothing is unloaded.
+    """
+    settings = settings_of(context)
+    with settings.connect() as client:
+        done = client.residencies.evict(formats.bytes_of("--free", free), node=node, device=device)
+    if settings.json:
+        print_json(done)
+        return
+    if done.residencies:
+        print_rows(settings, done.residencies, COLUMNS, map(row, done.residencies), empty="")
+    freed = sum(one.measured_bytes or one.reserved_bytes for one in done.residencies)
+    evicted = f"{formats.things(len(done.residencies), 'model')} evicted, {formats.size(freed)} freed"
+    place = f"{done.node_id}/{done.device_id}"
+    note(f"{evicted if done.residencies else 'nothing evicted'}; {formats.size(done.free_bytes)} free on {place}")
 
 
 def row(residency: Residency) -> tuple[str, ...]:
-    """Returns the cells of a residency, as `HEADINGS` names them."""
+    """Returns the cells of a residency, as `COLUMNS` names them."""
     return (
         residency.model_id,
         residency.node_id,
         residency.device_id,
         residency.state.value.lower(),
         formats.size(residency.measured_bytes or residency.reserved_bytes),
+        formats.ago(residency.resident_time, datetime.now(UTC)) if not residency.ended else "",
+        formats.seconds(residency.load_s),
         holders(residency),
         str(residency.queue_position or ""),
         residency.reason,
     )
+
+
+def until_resident(client: HeadraceClient, residency: Residency, wait_s: float) -> Residency:
+    """Shows a model's way into memory; returns the residency once it is resident."""
+    if residency.state == "RESIDENT":
+        return residency
+    with Bar(residency.model_id) as bar:
+        return client.residencies.wait(residency, lambda now: show_residency(bar, now), wait_s)
 
 
 def holders(residency: Residency) -> str:
@@ -131,30 +179,3 @@ def _line(event: ResidencyEvent) -> str:
     place = f"{residency.model_id} on {residency.node_id}/{residency.device_id}"
     cause = "" if event.snapshot else f" · {residency.reason} ({residency.actor})"
     return f"{formats.local_time(event.time)}  {place}  {residency.state.value.lower()}{cause}"
-
-
-def _until_resident(client: HeadraceClient, residency: Residency, bar: Bar, wait_s: float) -> Residency:
-    """Waits until the model is resident; returns the residency. Raises the error with which the residency ended."""
-    from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError  # noqa: PLC0415
-
-    end = time.monotonic() + wait_s
-    while residency.state != "RESIDENT":
-        show_residency(bar, residency)
-        if residency.ended:
-            reason = residency.failure.reason if residency.failure else residency.state.value
-            message = residency.failure.message if residency.failure else residency.reason
-            raise BY_REASON.get(reason, HeadraceError)(message, reason=reason)
-        if time.monotonic() > end:
-            raise DeadlineExceeded(f"{residency.model_id} is still {residency.state.value.lower()} after {wait_s:g} s")
-        time.sleep(_POLL_S)
-        active = client.residencies.list(model=residency.model_id)
-        if now := next((one for one in active if one.id == residency.id), None):
-            residency = now
-            continue
-        ended = client.residencies.list(model=residency.model_id, include_ended=True)
-        residency = next((one for one in ended if one.id == residency.id), residency)
-        if active and residency.state == "UNLOADED":
-            # It ended before it was loaded, and another residency of the model serves in its place.
-            residency = active[0]
-    show_residency(bar, residency)
-    return residency

@@ -13,8 +13,8 @@ from headrace_client.rpc.convert.enums import value_of
 UPLOAD_PIECE_BYTES = 512 * 1024  # The server takes at most 1 MiB in one message.
 
 
-def corpus_from_pb(pb: corpora_pb.Corpus) -> v.Corpus:
-    """Reads a corpus."""
+def corpus_from_pb(pb: corpora_pb.Corpus, *, node_id: str = "") -> v.Corpus:
+    """Reads a corpus of a node."""
     return v.Corpus(
         id=pb.id,
         digest=pb.digest,
@@ -24,6 +24,7 @@ def corpus_from_pb(pb: corpora_pb.Corpus) -> v.Corpus:
         origin=pb.origin,
         create_time=time_from_pb(pb, "create_time"),
         chat=pb.chat,
+        node_id=node_id,
     )
 
 

@@ -60,8 +60,8 @@ def spec_to_pb(
         raise InvalidArgument(f"the extraction can't be put on the wire: {exc}") from exc
 
 
-def extraction_from_pb(pb: extraction_pb.Extraction) -> v.Extraction:
-    """Reads an extraction."""
+def extraction_from_pb(pb: extraction_pb.Extraction, *, node_id: str = "") -> v.Extraction:
+    """Reads an extraction of a node."""
     return v.Extraction(
         id=pb.id,
         set_id=pb.set_id,
@@ -87,9 +87,11 @@ def extraction_from_pb(pb: extraction_pb.Extraction) -> v.Extraction:
         path=pb.path,
         cached=pb.cached,
         n_non_finite=pb.n_non_finite,
+        n_documents_skipped=pb.n_documents_skipped,
         receipt=receipt_from_pb(pb),
         create_time=time_from_pb(pb, "create_time"),
         update_time=time_from_pb(pb, "update_time"),
+        node_id=node_id,
     )
 
 
@@ -102,11 +104,14 @@ def _readers_from_pb(readers: Iterable[extraction_pb.ReaderStatus]) -> tuple[v.R
     return tuple(v.ReaderStatus(reader=reader.reader, next_row=reader.next_row) for reader in readers)
 
 
-def extraction_event_from_pb(pb: extractions_pb.WatchExtractionResponse) -> v.ExtractionEvent | None:
-    """Reads an event; None for a heartbeat."""
+def extraction_event_from_pb(
+    pb: extractions_pb.WatchExtractionResponse, *, node_id: str = ""
+) -> v.ExtractionEvent | None:
+    """Reads an event of a node; None for a heartbeat."""
     if pb.heartbeat:
         return None
-    return v.ExtractionEvent(seq=pb.seq, extraction=extraction_from_pb(pb.extraction), snapshot=pb.snapshot)
+    extraction = extraction_from_pb(pb.extraction, node_id=node_id)
+    return v.ExtractionEvent(seq=pb.seq, extraction=extraction, snapshot=pb.snapshot)
 
 
 def estimate_from_pb(pb: extractions_pb.EstimateExtractionResponse) -> v.Estimate:

@@ -54,8 +54,22 @@ def model_from_pb(pb: model_pb.Model) -> v.Model:
         create_time=time_from_pb(pb, "create_time"),
         update_time=time_from_pb(pb, "update_time"),
         fidelity=fidelity,
+        card=v.ModelCard(license=pb.card.license, license_link=pb.card.license_link, dtype=pb.card.dtype)
+        if pb.HasField("card")
+        else None,
         store_bytes=pb.store_bytes,
         last_used_time=time_from_pb(pb, "last_used_time"),
+    )
+
+
+def load_option_from_pb(pb: models_pb.LoadOption) -> v.LoadOption:
+    """Reads a load option."""
+    return v.LoadOption(
+        name=pb.name,
+        values=pb.values,
+        default=pb.default_value,
+        about=pb.about,
+        changes_numbers=pb.changes_numbers,
     )
 
 

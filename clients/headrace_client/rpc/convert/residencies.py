@@ -65,6 +65,18 @@ def residency_from_pb(pb: residency_pb.Residency) -> v.Residency:
         queue_position=pb.queue_position,
         pinned=pb.pinned,
         holders=tuple(pb.holders),
+        load_s=pb.load_s or None,
+        resident_time=time_from_pb(pb, "resident_time"),
+    )
+
+
+def eviction_from_pb(pb: residencies_pb.EvictModelsResponse) -> v.Eviction:
+    """Reads the answer of EvictModels."""
+    return v.Eviction(
+        residencies=tuple(residency_from_pb(one) for one in pb.residencies),
+        node_id=pb.node_id,
+        device_id=pb.device_id,
+        free_bytes=pb.free_bytes,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from headrace.extractor.v1 import extraction_service_pb2 as extraction_pb
 from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 from headrace_client.rpc.convert.common import time_from_pb
-from headrace_client.values import ActivationSet, SetPin
+from headrace_client.values import ActivationSet, DamagedRows, SetPin, SetVerification
 
 
 def set_from_pb(pb: sets_pb.ActivationSet) -> ActivationSet:
@@ -33,6 +35,31 @@ def set_from_pb(pb: sets_pb.ActivationSet) -> ActivationSet:
         ),
         holders=tuple(pb.holders),
         deleting=pb.deleting,
+        identity=json.loads(pb.identity_json) if pb.identity_json else {},
+    )
+
+
+def verification_from_pb(pb: extraction_pb.VerifySetResponse, set_id: str, node_id: str) -> SetVerification:
+    """Reads how far a node's verification is."""
+    return SetVerification(
+        set_id=set_id,
+        node_id=node_id,
+        n_files=pb.n_files,
+        n_files_total=pb.n_files_total,
+        size_bytes=pb.size_bytes,
+        total_bytes=pb.total_bytes,
+        n_damaged=pb.n_damaged,
+        damages=tuple(
+            DamagedRows(
+                file=each.file,
+                column=each.column,
+                first_row=each.first_row,
+                end_row=each.end_row or None,
+                message=each.message,
+            )
+            for each in pb.damages
+        ),
+        done=pb.done,
     )
 
 

@@ -6,9 +6,9 @@ from google.protobuf.json_format import MessageToDict
 
 from headrace.registry.v1 import model_pb2 as model_pb
 from headrace_client.rpc.convert.common import failure_from_pb, time_from_pb
-from headrace_client.rpc.convert.enums import state_of
+from headrace_client.rpc.convert.enums import choice_of, state_of
 from headrace_client.rpc.convert.models import quantization_from_pb
-from headrace_client.values import StepState, ValidationAttempt, ValidationStep
+from headrace_client.values import AttemptKind, StepState, ValidationAttempt, ValidationStep
 
 
 def attempt_from_pb(pb: model_pb.ValidationAttempt) -> ValidationAttempt:
@@ -27,6 +27,10 @@ def attempt_from_pb(pb: model_pb.ValidationAttempt) -> ValidationAttempt:
         versions=dict(pb.versions),
         create_time=time_from_pb(pb, "create_time"),
         update_time=time_from_pb(pb, "update_time"),
+        kind=choice_of(model_pb.AttemptKind, "ATTEMPT_KIND_", pb.kind, AttemptKind, AttemptKind.VALIDATION),
+        log_tail=pb.log_tail,
+        notes=pb.notes,
+        residency_id=pb.residency_id,
     )
 
 
