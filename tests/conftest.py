@@ -7,6 +7,8 @@ import pytest
 pytest_plugins = [
     "fix_chassis",
     "fix_client",
+    "fix_terminal",  # Builds on the one above.
+    "fix_confined",
     "fix_forked_runner",
     "fix_extractor",  # Builds on the one above.
     "fix_postgres",
@@ -16,6 +18,7 @@ pytest_plugins = [
     "fix_runner",
     "fix_system",
     "fix_train",
+    "fix_ways",
 ]
 
 # The fixtures of `fix_system.py` that start servers for the session, with the files of which most tests use them.

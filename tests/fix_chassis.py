@@ -26,7 +26,8 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from headrace.registry.v1 import model_service_pb2_grpc
 from headrace_chassis import logs
-from headrace_chassis.errors import ServiceError
+from headrace_chassis.deadline import current_deadline
+from headrace_chassis.errors import ServiceError, ShuttingDown
 from headrace_chassis.flags import add_common_flags, options_from
 from headrace_chassis.metrics import Metrics
 from headrace_chassis.server import Server, ServerOptions
@@ -63,6 +64,12 @@ class VeryStateWrong(StateWrong):
     """Has no row of its own."""
 
 
+class OtherAway(ProbeError):
+    """UNAVAILABLE, after a wait in the server."""
+
+    waited = True
+
+
 class Unlisted(ServiceError):
     """Has no row at all."""
 
@@ -73,6 +80,7 @@ STATUSES = StatusTable(
         FieldWrong: (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID"),
         ThingBusy: (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_BUSY"),
         StateWrong: (grpc.StatusCode.FAILED_PRECONDITION, "STATE_CONFLICT"),
+        OtherAway: (grpc.StatusCode.UNAVAILABLE, "REGISTRY_UNAVAILABLE"),
     }
 )
 
@@ -89,6 +97,8 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
         retry_after_s=1,
         metadata={f"key{i}": "v" * 3000 for i in range(100)} | {"k" * 500: "x"},
     ),
+    "away": lambda: OtherAway("The registry is away."),
+    "shutting-down": ShuttingDown,
     "unlisted": lambda: Unlisted("the password is 1234"),
     "bug": lambda: RuntimeError("the password is 1234"),
     "group": lambda: ExceptionGroup("tasks", [ThingMissing("No model `a`.")]),
@@ -122,6 +132,9 @@ class Probe:
         if command == "request id":
             logging.getLogger("probe").info("inside")
             return StringValue(value=logs.current_request_id.get())
+        if command == "deadline":
+            left_s = (current_deadline.get() or 0.0) - asyncio.get_running_loop().time()
+            return StringValue(value=f"{left_s:.0f}")
         if command == "ignore cancellation":
             await self._ignore_cancellation()
         return StringValue(value=command.upper())
@@ -183,9 +196,9 @@ class Probe:
                 raise failure(request.value)
             yield StringValue(value=request.value.upper())
 
-    def handlers(self) -> grpc.GenericRpcHandler:
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         read, write = StringValue.FromString, StringValue.SerializeToString
-        methods = {
+        return {
             "Unary": grpc.unary_unary_rpc_method_handler(self.unary, read, write),
             "Generate": grpc.unary_stream_rpc_method_handler(self.generate, read, None),
             "Write": grpc.unary_stream_rpc_method_handler(self.write, read, None),
@@ -193,7 +206,6 @@ class Probe:
             "Upload": grpc.stream_unary_rpc_method_handler(self.upload, read, write),
             "Chat": grpc.stream_stream_rpc_method_handler(self.chat, read, write),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
 MODEL_SERVICE = "headrace.registry.v1.ModelService"
@@ -205,7 +217,7 @@ def make_server(options: ServerOptions, *, handle_signals: bool) -> tuple[Server
     probe = Probe(shutdown)
 
     def add_services(server: grpc.aio.Server) -> None:
-        server.add_generic_rpc_handlers((probe.handlers(),))
+        server.add_registered_method_handlers(SERVICE, probe.handlers())
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service_pb2_grpc.ModelServiceServicer(), server)
 
     server = Server(

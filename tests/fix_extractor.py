@@ -208,7 +208,7 @@ class NodeInProcess:
             "model_id": "tiny",
             "corpus_id": f"corpus-{self._n_corpora}",
             "hookpoints": ("blocks.1.hook_resid_post",),
-            "recipe": Recipe(context_size=64, batch_size=2),
+            "recipe": Recipe(context_size=64, batch_size=2, bos="document"),
         }
         value = await self.extractions.start("", ExtractionSpec(**(settings | changes)))
         return self.extractions.get(value.id)

@@ -77,6 +77,7 @@ class ForkedProcess:
 
     def __init__(self, pid: int, stdin: asyncio.StreamWriter, stdout: asyncio.StreamReader) -> None:
         self.pid, self.stdin, self.stdout = pid, stdin, stdout
+        self.stderr = None  # It shares that of the tests.
         self.returncode: int | None = None
         self._ended = asyncio.Event()
         self._pidfd = os.pidfd_open(pid)

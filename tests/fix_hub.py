@@ -67,6 +67,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)  # Further names in the listing.
+    card: dict[str, object] = field(default_factory=dict)  # What the listing says of the model's card.
     sent_bytes: dict[str, int] = field(default_factory=dict)
     servers: list[ThreadingHTTPServer] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -156,6 +157,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one sm
                 return
             info = {"id": "owner/tiny", "modelId": "owner/tiny", "sha": hub.commit, "private": False, "tags": []}
             siblings = [self.sibling(file) for file in sorted(hub.folder.iterdir())]
+            info["cardData"] = hub.card
             info["siblings"] = siblings + [{"rfilename": name, "size": 10} for name in hub.extra]
             self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 

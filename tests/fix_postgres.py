@@ -35,6 +35,7 @@ from headrace.registry.v1 import (
 )
 from headrace_chassis.server import ServerOptions
 from headrace_chassis.shutdown import Shutdown
+from headrace_client.rpc.replicas import MAX_RECEIVE_BYTES
 from headrace_registry.__main__ import Settings, run
 from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
@@ -45,6 +46,9 @@ AT_ONCE = Policy(min_residency_s=0.0)
 
 # A test database need not be durable.
 FAST_SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+
+# As clients set it: pages of rows may be larger than gRPC's default of 4 MiB.
+_MESSAGES = ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES)
 
 
 @contextlib.contextmanager
@@ -108,11 +112,22 @@ def empty_database_url(postgres: EmbeddedPostgres) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def bare_database_url(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """A database without a table, with the search path that Postgres has by default."""
+    with fresh_database(postgres, template="template1", search_path="DEFAULT") as url:
+        yield url
+
+
 @contextlib.contextmanager
-def fresh_database(postgres: EmbeddedPostgres, *, template: str) -> Iterator[str]:
+def fresh_database(
+    postgres: EmbeddedPostgres, *, template: str, search_path: str = "headrace, public"
+) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres.url, autocommit=True) as conn:
         conn.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # For tests that look into the tables over connections of their own.
+        conn.execute(f"ALTER DATABASE {name} SET search_path = {search_path}")
         try:
             yield url_of(postgres, name)
         finally:
@@ -167,13 +182,14 @@ async def running_registry(
     heartbeat_interval_s: float = 5.0,
     environment: dict[str, str] | None = None,
     policy: Policy = AT_ONCE,
+    max_streams: int = 256,
     **more: Any,
 ) -> AsyncIterator[RunningRegistry]:
     await asyncio.to_thread(data_dir.mkdir, exist_ok=True, parents=True)
     ready_file = data_dir / f"ready-{uuid.uuid4().hex[:8]}"
     shutdown = Shutdown()
     settings = Settings(
-        server=ServerOptions(listen="127.0.0.1:0", grace_s=4.0, ready_file=ready_file),
+        server=ServerOptions(listen="127.0.0.1:0", grace_s=4.0, ready_file=ready_file, max_streams=max_streams),
         data_dir=data_dir,
         database_url=database_url,
         model_roots=roots,
@@ -188,7 +204,7 @@ async def running_registry(
             task.result()
         await asyncio.sleep(0.02)
     address = ready_file.read_text()
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=[_MESSAGES]) as channel:
         try:
             yield RunningRegistry(address, RegistryStubs(channel), data_dir, shutdown, task)
         finally:

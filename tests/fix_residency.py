@@ -247,7 +247,8 @@ class World:
     def tick(self) -> None:
         """Does a round of upkeep."""
         self.run(self.leases.expire())
-        self.run(self.nodes.lose_silent(SILENT_S))
+        for node in self.run(self.nodes.silent(SILENT_S)):
+            self.run(self.nodes.lose(node, SILENT_S))
         self.run(self.upkeep.tidy())
 
     # Callers ---------------------------------------------------------------------------------------------------------
@@ -334,9 +335,12 @@ class World:
         runners.loaded.add(residency.id)
         self.report(residency, S.RESIDENT, measured_bytes=size)
 
-    def fails(self, residency: Residency, reason: str = "DEVICE_OOM", *, lost_bytes: int = 0) -> None:
+    def fails(
+        self, residency: Residency, reason: str = "DEVICE_OOM", *, lost_bytes: int = 0, interrupted: bool = False
+    ) -> None:
         self._forget(residency, lost_bytes)
-        self.report(residency, S.FAILED, failure=Failure(reason=reason, message="no luck"), lost_bytes=lost_bytes)
+        failure = Failure(reason=reason, message="no luck", interrupted=interrupted)
+        self.report(residency, S.FAILED, failure=failure, lost_bytes=lost_bytes)
 
     def unloads(self, residency: Residency, *, lost_bytes: int = 0) -> None:
         self._forget(residency, lost_bytes)

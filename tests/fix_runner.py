@@ -95,7 +95,7 @@ def documents(n, *, seed=0, longest=60):
 def make_corpus(tmp_path):
     def make(token_ids):
         folder = tmp_path / f"corpus-{time.monotonic_ns()}"
-        with DocumentWriter(folder, tokenized=True, take=lambda _: None) as writer:
+        with DocumentWriter(folder, tokenized=True) as writer:
             for document in token_ids:
                 writer.add(np.asarray(document, dtype="<i4").tobytes())
             writer.finish(corpus_id=folder.name, origin="test", create_time=0.0)
@@ -107,7 +107,7 @@ def make_corpus(tmp_path):
 @pytest.fixture
 def make_set(tmp_path):
     def make(hookpoints, *, width=WIDTH, segment_rows=100, shapes=None, **recipe):
-        recipe = Recipe(**{"context_size": 64, "batch_size": 2} | recipe)
+        recipe = Recipe(**{"context_size": 64, "batch_size": 2, "bos": "document"} | recipe)
         folder = tmp_path / f"set-{time.monotonic_ns()}"
         dtype, shapes = Dtype(recipe.storage_dtype), shapes or {}
         columns = [

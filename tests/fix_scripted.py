@@ -29,7 +29,9 @@ def abort(context, code, reason="", message="no", *, metadata=None, retry_after_
         one.Pack(detail)
         packed.append(one)
     status = status_pb2.Status(code=code.value[0], message=message, details=packed)
-    context.abort_with_status(rpc_status.to_status(status))
+    answer = rpc_status.to_status(status)
+    kept = tuple(context.trailing_metadata() or ())
+    context.abort_with_status(answer._replace(trailing_metadata=(*answer.trailing_metadata, *kept)))
 
 
 class Scripted:
@@ -43,10 +45,13 @@ class Scripted:
         self.fail = defaultdict(deque)
         self.metadata = defaultdict(list)
         self.hang = set()
+        self.trailing = ()
 
     def note(self, method, request, context):
         self.calls[method].append(request)
         self.metadata[method].append(dict(context.invocation_metadata()))
+        if self.trailing:
+            context.set_trailing_metadata(self.trailing)
         while method in self.hang and context.is_active():
             time.sleep(0.01)
         if self.fail[method]:

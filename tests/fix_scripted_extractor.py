@@ -60,6 +60,7 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         self.corpora = {}
         self.uploads = []
         self.end_state = ex_pb.EXTRACTION_STATE_DONE
+        self.answers_before = False  # CancelExtraction answers with the extraction as it was before the call.
         self.extraction = self._extraction()
 
     def _extraction(self):
@@ -196,8 +197,10 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
     def CancelExtraction(self, request, context):
         self.note("CancelExtraction", request, context)
         self._known(request.extraction_id, context)
+        before = ex_pb.Extraction()
+        before.CopyFrom(self.extraction)
         self.extraction.state = ex_pb.EXTRACTION_STATE_CANCELLED
-        return service_pb.CancelExtractionResponse(extraction=self.extraction)
+        return service_pb.CancelExtractionResponse(extraction=before if self.answers_before else self.extraction)
 
     def _known(self, extraction_id, context):
         if extraction_id != EXTRACTION_ID:
@@ -206,6 +209,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
     def WatchExtraction(self, request, context):
         self.note("WatchExtraction", request, context)
         fault = self.faults.popleft() if self.faults else Fault("none")
+        if self.extraction.state == ex_pb.EXTRACTION_STATE_CANCELLED:
+            yield service_pb.WatchExtractionResponse(seq=6, extraction=self.extraction, snapshot=True)
+            return
         for seq in range(request.after_seq, 6):
             if fault.kind != "none" and seq - request.after_seq == fault.after:
                 self._break(fault, context)

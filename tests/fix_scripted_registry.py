@@ -36,6 +36,7 @@ class ScriptedRegistry(
         self.page = 2
         self.advice = models_pb.EstimateMemoryResponse(recommended=-1)
         self.catalog = []
+        self.attempts = []
         self.script = ["DOWNLOADING", "DOWNLOADING", "READY"]
         self.cut_watch_at = set()
 
@@ -77,6 +78,29 @@ class ScriptedRegistry(
         self.note("EstimateMemory", request, context)
         self._model(request.model_id, context)
         return self.advice
+
+    def ListAttempts(self, request, context):
+        self.note("ListAttempts", request, context)
+        return models_pb.ListAttemptsResponse(attempts=self.attempts)
+
+    def NoteAttempt(self, request, context):
+        self.note("NoteAttempt", request, context)
+        self.attempts[0].notes = request.notes
+        return models_pb.NoteAttemptResponse(attempt=self.attempts[0])
+
+    def AdoptAttempt(self, request, context):
+        self.note("AdoptAttempt", request, context)
+        model = self._model(self.attempts[0].model_id, context)
+        model.load_options.CopyFrom(self.attempts[0].load_options)
+        return models_pb.AdoptAttemptResponse(model=model)
+
+    def ListLoadOptions(self, request, context):
+        self.note("ListLoadOptions", request, context)
+        option = models_pb.LoadOption(
+            name="sliding_window", values="tokens, or null", default_value="the config", about="Width.",
+            changes_numbers=True,
+        )  # fmt: skip
+        return models_pb.ListLoadOptionsResponse(options=[option])
 
     def ListCatalog(self, request, context):
         self.note("ListCatalog", request, context)
@@ -130,6 +154,12 @@ class ScriptedRegistry(
             metadata = {"holders": "", "pin_owners": "anna"}
             abort(context, grpc.StatusCode.FAILED_PRECONDITION, "MODEL_IN_USE", "pinned by anna", metadata=metadata)
         return residencies_pb.UnloadModelResponse(residencies=self.residencies)
+
+    def EvictModels(self, request, context):
+        self.note("EvictModels", request, context)
+        return residencies_pb.EvictModelsResponse(
+            residencies=self.residencies, node_id="n1", device_id="cuda:0", free_bytes=request.free_bytes + 1
+        )
 
     def PinModel(self, request, context):
         self.note("PinModel", request, context)
@@ -195,4 +225,6 @@ class ScriptedRegistry(
             columns=[HOOKPOINT],
             n_rows=7,
             retention="RETAIN",
+            identity_json='{"compute_dtype": "float32", "load_options": {}, "model": {"source": "hub a/b"}, '
+            '"recipe": {"context_size": 256, "packing": "packed", "drop_first_positions": 0}}',
         )

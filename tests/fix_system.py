@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from fix_runner import save_model
 from headrace_client import HeadraceClient, StreamTuning
@@ -95,6 +95,7 @@ def _with_tokenizer(folder):
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
     inner.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
@@ -246,9 +247,9 @@ class System:
         self._orphans += self.runners()
         self.extractor.kill()
 
-    def kill_runner(self) -> None:
+    def kill_runner(self, number: signal.Signals = signal.SIGKILL) -> None:
         for runner in self.runners():
-            runner.kill()
+            runner.send_signal(number)
 
     def kill_postmaster(self) -> None:
         postmaster = self.postmaster()

@@ -58,7 +58,9 @@ def documents(n_documents, *, seed=0, longest=60):
 
 def packed_rows(texts, **recipe):
     """Provenance of all rows as the extractor lays them out, and a mask of the rows that begin a piece."""
-    packer = Packer(texts, ServerRecipe(context_size=CONTEXT_SIZE, **recipe), SpecialTokens(bos_id=BOS))
+    packer = Packer(
+        texts, ServerRecipe(**{"context_size": CONTEXT_SIZE, "bos": "document"} | recipe), SpecialTokens(bos_id=BOS)
+    )
     parts = [
         np.stack([b[b_keep] for b in (batch.token_ids, batch.documents, batch.positions, batch.position_ids)])
         for batch in packer.batches()

@@ -19,7 +19,8 @@ from headrace_log.index import SegmentIndex
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, open_segment_path, segment_path
 from headrace_log.manifest import Manifest, segment_rows_for, set_id_of
 from headrace_log.reader import SetReader
-from headrace_log.segment import DATA_OFFSET, file_digest, header_bytes
+from headrace_log.segment import DATA_OFFSET, header_bytes
+from headrace_log.segment_file import file_digest
 from headrace_log.writer import SetWriter
 
 HOOK = ColumnSpec(name="blocks.1.hook_resid_post", dtype=Dtype.FLOAT32, width=5)
@@ -282,67 +283,57 @@ def test_reader_survives_the_death_of_a_writer(tmp_path):
     writer.close()  # Gives up rows 10 to 14.
 
     with SetWriter.open(tmp_path) as second:
-        reader.forget_open_segment()
+        reader.forget_files()
         write_rows(second, 9)
         assert read_all(reader, 19, start=12) == expected(COLUMNS, 12, 19)
 
 
-def mapped_files(folder):
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+def open_files(folder):
+    links = (path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+    return [str(link) for link in links if str(folder) in str(link)]
 
 
 @pytest.mark.parametrize(("keep", "n_found_again"), [(1, 0), (2, 1), (3, 3)])
-def test_a_reader_going_back_and_forth_keeps_some_segments_mapped(tmp_path, keep, n_found_again):
+def test_a_reader_going_back_and_forth_keeps_some_segments_open(tmp_path, keep, n_found_again):
     folder = make_set(tmp_path)
     with SetWriter.open(folder) as writer:
         write_rows(writer, 50)
     reader = SetReader(folder, [HOOK.name, HALF.name], keep_segments=keep)
     at_first = {row: read_all(reader, row + 3, start=row) for row in (40, 3, 12, 33, 20)}
-    n_mapped = len(mapped_files(folder))
-    before = list(reader._mapped.values())
+    n_open = len(open_files(folder))
+    before = list(reader._opened.values())
     again = {row: read_all(reader, row + 3, start=row) for row in (20, 33, 12)}
-    found_again = [mapped for mapped in before if any(mapped is other for other in reader._mapped.values())]
+    found_again = [files for files in before if any(files is other for other in reader._opened.values())]
+    del before
     reader.close()
 
     assert at_first[40] == expected([HOOK, HALF], 40, 43)
     assert all(again[row] == at_first[row] == expected([HOOK, HALF], row, row + 3) for row in again)
-    assert n_mapped == 2 * keep
+    assert n_open == 2 * keep
     assert len(found_again) == n_found_again
-    assert not mapped_files(folder)
+    del found_again
+    assert not open_files(folder)
 
 
-def claimed_kb(folder):
-    """Kilobytes of the set's files in this process's memory."""
-    total, ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ")[0]:
-            ours = str(folder) in line
-        elif ours and line.startswith("Rss:"):
-            total += int(line.split()[1])
-    return total
+def test_memory_of_runs_is_used_again_once_no_view_of_it_is_left(tmp_path):
+    with SetWriter.open(make_set(tmp_path)) as writer:
+        write_rows(writer, 50)
+    reader = SetReader(tmp_path, [HOOK.name, HALF.name])
 
-
-@pytest.mark.parametrize("order", ["in sequence", "back and forth"])
-def test_pages_that_were_passed_are_given_back(tmp_path, order, monkeypatch):
-    wide = ColumnSpec(name="blocks.0.hook_resid_post", dtype=Dtype.FLOAT32, width=1024)
-    folder = make_set(tmp_path, segment_rows=2048, columns=(*PROVENANCE, wide))
-    with SetWriter.open(folder) as writer:
-        write_rows(writer, 4096, step=2048, columns=(*PROVENANCE, wide))
-    blocks = list(range(0, 4096, 256))
-    if order == "back and forth":
-        blocks = blocks[::2][::-1] + blocks[1::2]
-    reader = SetReader(folder, [wide.name], keep_segments=2)
-    most = 0
-    for block in blocks:
-        for row in range(block, block + 256, 64):
-            run = reader.read(row, 64, end_row=4096)
-            assert sum(bytes(run.columns[0])[::4096]) >= 0
-            most = max(most, claimed_kb(folder))
-    reader.close()
-
-    assert (
-        0 < most <= 2 * (4 + 1 + 1) * 1024
-    )  # In MiB: for each of two segments a step, a block and a bit more, out of 16.
+    kept = [reader.read(row, 5, end_row=50) for row in (0, 5)]
+    views = [np.frombuffer(run.columns[0], np.uint8) for run in kept]
+    del kept
+    addresses = {views[0].ctypes.data, views[1].ctypes.data}
+    assert all(bytes(view) == expected([HOOK], 5 * at, 5 * at + 5)[HOOK.name] for at, view in enumerate(views))
+    for row in (10, 15, 20):
+        fresh = np.frombuffer(reader.read(row, 5, end_row=50).columns[0], np.uint8)
+        assert fresh.ctypes.data not in addresses
+        assert bytes(views[0]) == expected([HOOK], 0, 5)[HOOK.name]
+    del views, fresh
+    for row in (25, 30, 35):
+        again = np.frombuffer(reader.read(row, 5, end_row=50).columns[0], np.uint8)
+    assert len(reader._blocks._free) <= 3
+    assert bytes(again) == expected([HOOK], 35, 40)[HOOK.name]
 
 
 def test_dropping_a_window_removes_whole_segments_only(tmp_path):
@@ -375,7 +366,7 @@ def test_missing_segment_is_corruption_with_a_remedy(tmp_path):
         write_rows(writer, 10)
     segment_path(tmp_path, HOOK, 0).unlink()
 
-    with pytest.raises(SetCorrupt, match="delete the set"):
+    with pytest.raises(SetCorrupt, match="start the extraction again"):
         SetReader(tmp_path, names()).read(0, 1, end_row=10)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 
 import grpc
@@ -91,6 +92,21 @@ async def test_the_longest_error_arrives_whole(probe_server):
     assert caught.value.details().endswith("Do this.")
 
 
+@pytest.mark.parametrize(("error", "n_calls"), [("away", 1), ("shutting-down", 3)])
+async def test_grpc_repeats_no_call_for_which_the_server_has_waited_already(probe_server, error, n_calls):
+    probe = await probe_server()
+    policy = {"maxAttempts": 3, "initialBackoff": "0.01s", "maxBackoff": "0.01s", "backoffMultiplier": 1}
+    policy["retryableStatusCodes"] = ["UNAVAILABLE"]
+    config = json.dumps({"methodConfig": [{"name": [{"service": SERVICE}], "retryPolicy": policy}]})
+
+    async with grpc.aio.insecure_channel(probe.server.address, [("grpc.service_config", config)]) as channel:
+        request = StringValue(value=error).SerializeToString()
+        refused = await refusal(channel.unary_unary(f"/{SERVICE}/Unary")(request, timeout=5))
+
+    assert refused[0] is grpc.StatusCode.UNAVAILABLE
+    assert len(await probe.rpc_lines(n_calls)) == n_calls
+
+
 async def test_internal_hides_the_message_and_carries_the_request_id(probe_server):
     probe = await probe_server()
 
@@ -149,7 +165,7 @@ async def test_unknown_method_has_a_reason(probe_server):
         "NOT_IMPLEMENTED",
     )
     (line,) = await probe.rpc_lines()
-    assert line["method"] == f"/{SERVICE}/Nope"
+    assert line["method"] == "unknown"
     assert probe.sample("headrace_rpcs_total", method="unknown", code="UNIMPLEMENTED") == 1
 
 
@@ -210,8 +226,8 @@ async def test_torn_upload_never_looks_complete(probe_server):
     assert probe.probe.seen == []
 
 
-async def test_streams_beyond_the_limit_are_refused(probe_server):
-    probe = await probe_server(max_streams=2)
+async def test_streams_beyond_the_share_of_a_connection_are_refused(probe_server):
+    probe = await probe_server(max_streams=4)
     first, second = probe.stream("Generate", "1 wait"), probe.stream("Write", "1 wait")
     await first.read()
     await second.read()
@@ -286,3 +302,18 @@ async def test_hundreds_of_abrupt_clients_leave_nothing_behind(probe_server):
     assert probe.probe.seen.count("generate opened") == probe.probe.seen.count("generate closed")
     assert [line for line in probe.lines() if line["logger"].startswith("grpc") and line["level"] != "info"] == []
     assert [line for line in probe.lines() if "never retrieved" in line["message"]] == []
+
+
+async def test_streams_beyond_the_limit_of_the_server_are_refused(probe_server):
+    probe = await probe_server(max_streams=4)
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(probe.server.address, options=options) for _ in range(3)]
+    request = StringValue(value="1 wait").SerializeToString()
+    calls = [channel.unary_stream(f"/{SERVICE}/Generate")(request) for channel in channels[:2] for _ in range(2)]
+    for call in calls:
+        await call.read()
+
+    refused = channels[2].unary_stream(f"/{SERVICE}/Generate")(request)
+    assert await refusal(refused) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+    for channel in channels:
+        await channel.close()

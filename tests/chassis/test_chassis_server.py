@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import subprocess
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -31,6 +35,13 @@ from headrace_chassis.server import ServerOptions
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+REFLECTED = {
+    SERVICE,
+    MODEL_SERVICE,
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+}
 BEARER = (("authorization", f"Bearer {TOKEN}"),)
 
 
@@ -62,7 +73,7 @@ async def test_health_watch_follows_changes(probe_server):
     watching = health_pb2_grpc.HealthStub(probe.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
 
     assert (await watching.read()).status == SERVING
-    await probe.server.set_health(SERVICE, serving=False)
+    probe.server.set_health(SERVICE, serving=False)
     assert (await watching.read()).status == NOT_SERVING
     watching.cancel()
 
@@ -92,9 +103,29 @@ async def test_reflection_lists_services_and_describes_them(probe_server):
 
     services, methods = await asyncio.to_thread(describe)
 
-    expected = {SERVICE, MODEL_SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-    assert services == expected
+    assert services == REFLECTED
     assert {"RegisterModel", "WatchModel"} <= set(methods)
+
+
+async def test_reflection_answers_clients_of_version_1(probe_server):
+    probe = await probe_server()
+    asking = probe.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    name = "grpc.reflection.v1.ServerReflection"
+    questions = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=name),
+    ]
+
+    listed, described = [answer async for answer in asking(iter(questions))]
+
+    assert {service.name for service in listed.list_services_response.service} == REFLECTED
+    file = FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
+    assert f"{file.package}.{file.service[0].name}" == name
+    assert file.service[0].method[0].input_type == ".grpc.reflection.v1.ServerReflectionRequest"
 
 
 # Tokens
@@ -328,6 +359,29 @@ async def test_metrics_are_scraped_over_http(probe_server):
     assert f"headrace_rows_sent_total{{{generate}}} 16.0" in text
     assert "process_resident_memory_bytes" in text
     call.cancel()
+
+
+async def test_metrics_beyond_loopback_ask_for_the_servers_tls_and_token(probe_server, certificate):
+    tls = read_tls(*certificate)
+    probe = await probe_server(
+        metrics_listen="0.0.0.0:0", token=TOKEN, tls=tls, credentials=grpc.ssl_channel_credentials(tls.cert)
+    )
+    port = probe.server.metrics_address.rpartition(":")[2]
+    context = ssl.create_default_context(cafile=certificate[0])
+
+    def scraped(scheme: str, token: str) -> str:
+        asked = urllib.request.Request(
+            f"{scheme}://localhost:{port}/metrics", headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(asked, timeout=5, context=context if scheme == "https" else None) as answer:
+            return answer.read().decode()
+
+    with socket.create_connection(("127.0.0.1", int(port))):  # A silent peer holds nobody up.
+        assert "process_resident_memory_bytes" in await asyncio.to_thread(scraped, "https", TOKEN)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            await asyncio.to_thread(scraped, "https", "wrong-horse-battery-staple")
+        with pytest.raises(OSError, match=r"closed|reset|Remote"):
+            await asyncio.to_thread(scraped, "http", TOKEN)
 
 
 async def test_taken_metrics_port_is_refused(probe_server):

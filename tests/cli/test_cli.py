@@ -189,8 +189,9 @@ def test_progress_says_who_is_waited_for(headrace, scripted_extractor):
     assert "waits for trainer-7 at row 12,345" in result.stderr
 
 
-def test_watch_prints_an_event_a_line_and_cancel_stops(headrace):
+def test_watch_prints_an_event_a_line_and_cancel_stops(headrace, scripted_extractor):
     lines = headrace("--json", "watch", EXTRACTION_ID).stdout.splitlines()
+    scripted_extractor.extraction.state = ex_pb.EXTRACTION_STATE_RUNNING
     cancelled = answer(headrace("--json", "cancel", EXTRACTION_ID))
 
     assert [json.loads(line)["n_rows"] for line in lines] == [0, 200, 400, 600, 800, 1000]
@@ -245,7 +246,7 @@ def test_pull_goes_on_where_it_broke_off(headrace, scripted_extractor, tmp_path,
     out = tmp_path / name
     broken = headrace("pull", EXTRACTION_ID, "--out", out, "--columns", HOOKPOINT)
     part = out if name == "rows" else out.with_name(out.name + ".part")
-    with (part / f"{HOOKPOINT}.safetensors").open("ab") as file:
+    with (part / f"{HOOKPOINT}.safetensors.part").open("ab") as file:
         file.write(b"torn")
 
     result = headrace("--json", "pull", EXTRACTION_ID, "--out", out, "--columns", HOOKPOINT)
@@ -321,6 +322,18 @@ def test_a_refusal_has_its_exit_code_and_json_on_stderr(headrace, scripted_regis
     assert result.stdout == ""
 
 
+def test_a_field_that_the_message_names_is_not_told_again(headrace, scripted_registry):
+    code, message = unavailable()["code"].INVALID_ARGUMENT, "labels: 'a' is no label; known: b, c"
+    fail = {"code": code, "reason": "FIELD_INVALID", "message": message}
+    for told in (message, "labels: 'a' … b, c", "another word"):
+        scripted_registry.fail["ListModels"].append(fail | {"fields": {"labels": told}})
+
+    lines = [headrace("models", "list").stderr.splitlines() for _ in range(3)]
+
+    again = [[line for line in some if line.startswith("  labels: ")] for some in lines]
+    assert again == [[], [], ["  labels: another word"]]
+
+
 def test_the_token_comes_from_the_file_or_the_environment(headrace, scripted_registry, tmp_path):
     file = tmp_path / "token"
     file.write_text("from-file\n")
@@ -353,6 +366,30 @@ def test_doctor_names_what_is_bad_and_what_to_do(headrace, scripted_registry, ex
     assert result.exit_code == 1
     assert bad.keys() == {"database", "extractor", "clock"}
     assert all(bad.values())
+
+
+def test_doctor_fails_for_a_lost_node_unless_it_was_lost_long_ago(headrace, scripted_registry, tmp_path):
+    lost = residency_pb.NODE_STATE_LOST
+    scripted_registry.add_node("broken", "127.0.0.1:1", state=lost)
+    scripted_registry.add_node("retired", "127.0.0.1:2", state=lost).heartbeat_time.FromSeconds(1_000_000_000)
+
+    result = headrace("--json", "doctor", "--data-dir", tmp_path)
+
+    bad = {one["text"].split()[0]: one["remedy"] for one in json.loads(result.stdout) if not one["ok"]}
+    assert result.exit_code == 1
+    assert list(bad) == ["broken"]
+    assert "headrace serve extractor" in bad["broken"]
+
+
+def test_doctor_looks_at_the_disk_that_holds_the_data(headrace, registered, scripted_registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "store" / "tiny").mkdir(parents=True)
+    scripted_registry.models["tiny"].store_bytes = 3 * 1024**2
+    scripted_registry.models["tiny"].files_path = str(tmp_path / "store" / "tiny")
+
+    findings = {one["subject"]: one for one in answer(headrace("--json", "doctor"))}
+
+    assert findings["disk"]["text"].endswith(f"free at {tmp_path / 'store' / 'tiny'}")
 
 
 def test_doctor_without_a_registry(headrace, tmp_path):

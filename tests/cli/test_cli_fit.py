@@ -68,7 +68,7 @@ def test_fit_shows_every_form_and_the_recommended_one(headrace, registered, advi
 
     assert result.exit_code == 0, result.stderr
     header, full, small = result.stdout.splitlines()
-    assert header.split() == "form weights overhead total fits on evicts batch up to".split()
+    assert header.split() == "form weights overhead total fits on evicts batch up to advice".split()
     assert full.split() == (
         "float32 953.7 MiB 953.7 MiB 1.9 GiB measured n/cuda:0 (after eviction) old 9 recommended".split()
     )

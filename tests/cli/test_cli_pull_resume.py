@@ -67,7 +67,7 @@ def broken(pull, scripted_extractor, tmp_path):
     """The file of a pull that was cut off at row 192."""
     scripted_extractor.faults.append(Fault("cut", after=3, status=REFUSED))
     assert error_of(pull())["reason"] == "INTERNAL"
-    file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors"
+    file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors.part"
     assert file.stat().st_size == N_BYTES_AT_192
     return file
 
@@ -112,7 +112,7 @@ def left_by_crashes(patch, folder):
 
         return run
 
-    for step in ("fsync", "replace", "unlink", "rmdir"):
+    for step in ("fsync", "replace", "rename", "unlink", "rmdir"):
         patch.setattr(os, step, copying(getattr(os, step)))
     return copies
 
@@ -128,6 +128,28 @@ def test_a_pull_that_has_all_rows_is_finished_without_a_stream(pull, scripted_ex
 
     assert len(scripted_extractor.calls["StreamActivations"]) == 1
     assert_all_rows_in(tmp_path / "rows", scripted_extractor)
+
+
+@pytest.mark.parametrize("columns", [HOOKPOINT, f"token_id,{HOOKPOINT}"])
+@pytest.mark.parametrize("out", ["rows", "rows.safetensors"])
+def test_a_pull_of_an_extraction_that_was_cancelled_leaves_only_files_that_open(
+    pull, scripted_extractor, tmp_path, out, columns
+):
+    cancelled = {
+        "code": unavailable()["code"].CANCELLED,
+        "reason": "EXTRACTION_CANCELLED",
+        "message": "it was cancelled",
+    }
+    scripted_extractor.faults.append(Fault("cut", after=3, status=cancelled))
+
+    assert error_of(pull("--columns", columns, out=out))["reason"] == "EXTRACTION_CANCELLED"
+
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in left if path.suffix == ".safetensors"] == []
+    assert sum(path.name.endswith(".safetensors.part") for path in left) == len(columns.split(","))
+    assert pull("--columns", columns, out=out).exit_code == 0
+    assert_all_rows_in(tmp_path / out, scripted_extractor)
+    assert list(tmp_path.rglob("*.part")) == []
 
 
 def test_what_another_pull_left_is_not_cleared_away(pull, tmp_path):
@@ -147,7 +169,7 @@ def test_a_pull_that_is_interrupted_keeps_its_rows_and_says_how_to_go_on(
 ):
     scripted_extractor.faults.append(Fault("hang", after=3))
     with pulling() as process:
-        file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors"
+        file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors.part"
         process.send_signal(number)
         rest = process.communicate(timeout=30)[1]
     kept = json.loads((tmp_path / "rows" / "pull.json").read_text())["next_row"]
@@ -226,6 +248,16 @@ def test_a_finished_pull_whose_rows_went_missing_is_not_called_finished(pull, tm
     assert error_of(pull())["reason"] == "ROWS_MISSING"
 
 
+def test_a_finished_single_file_that_is_cut_short_is_not_called_finished(pull, tmp_path):
+    assert pull(out="rows.safetensors").exit_code == 0
+    shorten(tmp_path / "rows.safetensors")
+
+    error = error_of(pull(out="rows.safetensors"))
+
+    assert error["reason"] == "ROWS_MISSING"
+    assert "remove it" in error["remedy"]
+
+
 # -- a set that keeps a window of its rows -----------------------------------------------------------------------------
 
 FOR_GOOD = (1 << 63) - 1
@@ -281,3 +313,24 @@ def test_an_interrupted_pull_comes_back_as_the_reader_that_is_waited_for(pull, w
     first, second = (call.reader for call in window.calls["StreamActivations"])
     assert first == second != ""
     assert FOR_GOOD in [call.row for call in window.calls["ReleaseRows"]]
+
+
+def test_a_refused_pull_leaves_the_way_free_for_the_right_one(pull, registry_host, scripted_extractor, tmp_path):
+    for out in ("rows", "rows.safetensors"):
+        mistyped = CliRunner().invoke(
+            app,
+            ["--json", "pull", EXTRACTION_ID, "--columns", "blocks.0.hook_nowhere", "--out", str(tmp_path / out)],
+            obj=Defaults(registry=registry_host.address),
+        )
+
+        right = pull(out=out)
+
+        assert error_of(mistyped)["reason"] == "HOOKPOINT_NOT_FOUND"
+        assert right.exit_code == 0, right.stderr
+        file = tmp_path / "rows" / f"{HOOKPOINT}.safetensors" if out == "rows" else tmp_path / out
+        np.testing.assert_array_equal(load_file(file)[HOOKPOINT], scripted_extractor.column(HOOKPOINT))
+
+
+def test_rows_of_a_pull_that_was_cut_off_are_in_the_way_of_another(pull, broken):
+    assert error_of(pull("--rows", "0:100"))["reason"] == "FILE_EXISTS"
+    assert broken.stat().st_size == N_BYTES_AT_192

@@ -8,9 +8,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli.app import app
-from headrace_cli.commands.models.residencies import HEADINGS, row
+from headrace_cli.commands.models.residencies import COLUMNS, row
 from headrace_cli.output import formats
 from headrace_cli.output.live import LiveResidencies
 from headrace_cli.settings import Defaults
@@ -172,7 +173,7 @@ def test_the_live_table_shows_what_is_listed_and_survives_an_absent_registry(cli
     from rich.console import Console  # noqa: PLC0415
 
     scripted_registry.residencies = [residency(holders=["anna"], n_leases=1)]
-    live = LiveResidencies(client, model="", headings=HEADINGS, row=row, line=str)
+    live = LiveResidencies(client, model="", columns=COLUMNS, row=row, line=str)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(live._drawn())
     registry_host.stop()
@@ -217,3 +218,71 @@ def test_columns_that_say_nothing_are_left_out(headrace):
     assert "a CPU" in shown
     for heading in ("capability", "flash attention", "lost"):
         assert heading not in shown
+
+
+def test_evict_says_what_was_freed(headrace, scripted_registry):
+    scripted_registry.residencies = [residency(state="UNLOADING", measured_bytes=3 << 30)]
+
+    freed = headrace("models", "evict", "--free", "20GB")
+    asked = scripted_registry.calls["EvictModels"][0]
+    scripted_registry.residencies = []
+    nothing = headrace("models", "evict", "--free", "1GiB", "--node", "n1", "--device", "cuda:0")
+    found = answer(headrace("models", "evict", "--free", "1k", "--json"))
+    wrong = headrace("models", "evict", "--free", "much")
+
+    assert "1 model evicted, 3.0 GiB freed; 18.6 GiB free on n1/cuda:0" in freed.stderr
+    assert "unloading" in freed.stdout
+    assert (asked.free_bytes, asked.node_id) == (20_000_000_000, "")
+    assert nothing.stderr == "nothing evicted; 1.0 GiB free on n1/cuda:0\n"
+    assert found == {"residencies": [], "node_id": "n1", "device_id": "cuda:0", "free_bytes": 1025}
+    assert wrong.exit_code == 2
+
+
+def test_lists_tell_how_long_a_load_took_and_how_long_ago_it_was(headrace, scripted_registry):
+    one = residency(load_s=12.34)
+    one.resident_time.FromDatetime(dt.datetime.now(dt.UTC) - dt.timedelta(hours=3))
+    scripted_registry.residencies = [one]
+
+    table = headrace("residencies", "list").stdout
+    found = answer(headrace("residencies", "list", "--json"))
+
+    assert "3 h ago" in table
+    assert "12.3 s" in table
+    assert found[0]["load_s"] == 12.34
+
+
+def test_add_takes_a_form_that_fits_and_loads_it(headrace, scripted_registry):
+    scripted_registry.residencies = [residency()]
+
+    result = headrace("models", "add", "a/b", "--id", "big", "--fit", "24GB", "--load")
+    wrong = headrace("models", "add", "a/b", "--load", "--no-prepare")
+
+    assert result.exit_code == 0, result.stderr
+    assert scripted_registry.calls["RegisterModel"][-1].fit_bytes == 24 * 10**9
+    assert "big fits into 24GB without quantization" in result.stderr
+    assert [call.model_id for call in scripted_registry.calls["LoadModel"]] == ["big"]
+    assert "big resident" in result.stderr
+    assert wrong.exit_code == 2
+
+
+def test_an_attempt_is_shown_noted_and_adopted(headrace, scripted_registry):
+    one = model_pb2.ValidationAttempt(
+        id="c0ffee" + "0" * 26, model_id="tiny", node_id="n1", device_id="cpu", done=True, passed=True,
+        kind=model_pb2.ATTEMPT_KIND_LOAD, log_tail="loading\nloaded\n", versions={"torch": "2.13.0"},
+        steps=[model_pb2.ValidationStep(name="load", state=model_pb2.VALIDATION_STEP_STATE_PASSED, seconds=1.5)],
+    )  # fmt: skip
+    one.load_options.update({"attn_implementation": "eager"})
+    scripted_registry.attempts = [one]
+
+    shown = headrace("models", "attempt", "tiny", "c0ffee").stdout
+    noted = headrace("models", "note", "tiny", "c0", "runs on the old card")
+    adopted = headrace("models", "adopt", "tiny", "c0ffee")
+    unknown = headrace("models", "adopt", "tiny", "beef")
+
+    assert "ok 1.5 s" in shown
+    assert shown.endswith("\nloading\nloaded\n")
+    assert noted.stderr == "noted on c0ffee00\n"
+    assert "runs on the old card" in headrace("models", "attempts", "tiny").stdout
+    assert adopted.stderr == 'tiny is loaded with these options from now on: {"attn_implementation": "eager"}\n'
+    assert scripted_registry.calls["AdoptAttempt"][0].attempt_id == one.id
+    assert unknown.exit_code == 3

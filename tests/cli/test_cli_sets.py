@@ -81,3 +81,13 @@ def test_sets_in_the_client(client, scripted_registry):
 
     assert held.pins[0].expire_time == dt.datetime(2999, 1, 1, tzinfo=dt.UTC)
     assert not held.deleting
+
+
+def test_a_set_is_shown_with_its_recipe(headrace):
+    lines = headrace("sets", "show", "set-1").stdout.splitlines()
+    found = answer(headrace("--json", "sets", "show", "set-1"))[0]
+
+    shown = {line[:12].strip(): line[13:].strip() for line in lines}
+    assert shown["recipe"] == "context_size=256 packing=packed"
+    assert shown["numbers"] == "compute_dtype=float32"
+    assert found["identity"]["recipe"]["drop_first_positions"] == 0

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +20,15 @@ EXTRACTOR_FLAGS = [("--device", "cpu"), ("--spare-runners", "0")]
 
 @pytest.fixture
 def running(tmp_path):
-    """The process of `headrace up` on free ports."""
+    """The process of `headrace up` on free ports. SIGHUP ends it also where the tests themselves run under nohup."""
     command = [*CLI, "up", "--data-dir", str(tmp_path), "--registry-listen", "127.0.0.1:0", "--grace-s", "5"]
     command += ["--extractor-listen", "127.0.0.1:0"]
     command += [word for flag, value in REGISTRY_FLAGS + EXTRACTOR_FLAGS for word in (flag, value)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # A child inherits a signal that is ignored.
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     yield process
     if process.poll() is None:
         process.terminate()
@@ -86,6 +91,47 @@ def test_up_stops_both_when_its_terminal_is_gone(running, number):
 
     assert not alive(registry_pid)
     assert not alive(extractor_pid)
+
+
+def test_up_in_the_background_answers_when_both_are_ready_and_down_stops_it(tmp_path):
+    data_dir = ["--data-dir", str(tmp_path)]
+    options = ["--registry-listen", "127.0.0.1:0", "--extractor-listen", "127.0.0.1:0", "--grace-s", "5"]
+    options += ["--device", "cpu", "--spare-runners", "0"]
+    try:
+        started = run("up", *data_dir, *options, "--detach")
+        again = run("up", *data_dir, *options, "--detach", code=1)
+        nodes = run("--registry", started["registry"], "devices")["nodes"]
+    finally:
+        stopped = run("down", *data_dir)
+
+    assert [node["address"] for node in nodes] == [started["extractor"]]
+    assert again["error"]["reason"] == "ALREADY_RUNNING"
+    assert stopped == {"stopped": True, "pid": int(started["pid"])}
+    assert run("down", *data_dir) == {"stopped": False}
+
+
+def test_a_taken_port_is_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = run("up", "--data-dir", str(tmp_path), "--registry-listen", address, code=1)["error"]
+        server = [*CLI, "serve", "registry", "--data-dir", str(tmp_path), "--listen", address]
+        alone = subprocess.run(server, capture_output=True, text=True, timeout=50, check=False)
+
+    sentence = (
+        f"registry: Can't listen on {address}: it is in use, or no address of this machine; choose another --listen."
+    )
+    assert refused["message"] == sentence
+    assert "--registry-listen" in refused["remedy"]
+    assert "headrace serve registry" in refused["remedy"]  # `up` itself has no --listen, --insecure or --tls-cert.
+    assert alone.returncode == 2
+    assert [line for line in alone.stderr.splitlines() if not line.startswith("{")] == [sentence]
+
+
+def run(*arguments, code=0):
+    """Runs `headrace --json`; returns what it printed."""
+    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=55, check=False)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout if code == 0 else done.stderr.splitlines()[-1])
 
 
 def devices(registry, address):

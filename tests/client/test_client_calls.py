@@ -295,9 +295,21 @@ def test_an_extraction_carries_recipe_and_retention(client, scripted_extractor):
     assert extraction.retention == Window()
 
 
+def test_an_object_in_place_of_its_id_is_refused_by_the_field_that_it_was_given_for(client):
+    extraction = client.extractions.get(EXTRACTION_ID)
+
+    for call in (client.extractions.get, client.extractions.wait, client.extractions.cancel):
+        with pytest.raises(errors.InvalidArgument, match=r"extraction_id .* Extraction") as caught:
+            call(extraction)
+        assert set(caught.value.fields) == {"extraction_id"}
+
+
 def test_a_recipe_names_what_is_allowed():
     with pytest.raises(errors.InvalidArgument, match="packed, one_document"):
         Recipe(packing="tight")
+    # Token ids are int32, activations never.
+    with pytest.raises(errors.InvalidArgument, match="float32, float16, bfloat16, float8_e4m3, int8, not 'int32'"):
+        Recipe(storage_dtype="int32")
 
 
 def test_estimate_says_none_for_an_unknown_time(client):
@@ -346,7 +358,7 @@ def test_hookpoints_tokens_sets_nodes_and_residencies(client):
     assert client.sets.get("set-1")[0].n_rows == 7
     assert client.nodes()[0].devices[0].kind == "cpu"
     assert client.residencies.load("tiny").state == "LOADING"
-    assert client.residencies.list() == ()
+    assert client.residencies.list() == []
 
 
 def test_without_a_living_node_the_error_says_so(hosts):
@@ -372,6 +384,50 @@ def test_a_node_that_holds_the_corpus_is_chosen_best_with_the_model_resident(hos
         client.extractions.start("tiny", "docs", HOOKPOINT)
 
     assert [len(extractor.calls["StartExtraction"]) for extractor in nodes.values()] == [0, 0, 1]
+
+
+def corpora_on(hosts, digests):
+    """Starts an extractor for each node, with a corpus `docs` of that digest unless it is None."""
+    registry = ScriptedRegistry()
+    nodes = {name: ScriptedExtractor() for name in digests}
+    for name, extractor in nodes.items():
+        registry.add_node(name, hosts(extractor).address)
+        if digests[name] is not None:
+            extractor.corpora["docs"] = corpora_pb.Corpus(id="docs", digest=digests[name])
+    return hosts(registry), nodes
+
+
+def test_a_list_of_corpora_names_the_node_of_each(hosts):
+    registry, _ = corpora_on(hosts, {"a": "1", "b": None, "c": "1"})
+
+    with HeadraceClient.connect(registry.address) as client:
+        assert [(corpus.id, corpus.node_id) for corpus in client.corpora.list()] == [("docs", "a"), ("docs", "c")]
+        assert client.corpora.get("docs").node_id == "a"
+
+
+def test_a_corpus_is_deleted_from_all_nodes_or_from_the_one_named(hosts):
+    registry, nodes = corpora_on(hosts, {"a": "1", "b": None, "c": "1", "d": "1"})
+
+    with HeadraceClient.connect(registry.address) as client:
+        one = client.corpora.delete("docs", node="c")
+        left = [name for name, node in nodes.items() if node.corpora]
+        rest = client.corpora.delete("docs")
+        with pytest.raises(errors.CorpusNotFound):
+            client.corpora.delete("docs")
+
+    assert (one, left, rest) == (("c",), ["a", "d"], ("a", "d"))
+    assert not any(node.corpora for node in nodes.values())
+
+
+def test_no_node_is_picked_for_a_corpus_that_differs_between_nodes(hosts):
+    registry, nodes = corpora_on(hosts, {"a": "1" * 64, "b": "2" * 64})
+
+    with HeadraceClient.connect(registry.address) as client:
+        with pytest.raises(errors.AlreadyExists, match="a \\(111111111111\\), b \\(222222222222\\)"):
+            client.extractions.start("tiny", "docs", HOOKPOINT)
+        client.extractions.start("tiny", "docs", HOOKPOINT, node="b")
+
+    assert [len(node.calls["StartExtraction"]) for node in nodes.values()] == [0, 1]
 
 
 def test_a_given_extractor_needs_no_registry(extractor_host):

@@ -8,7 +8,8 @@ import pytest
 
 from headrace.registry.v1 import model_pb2, model_service_pb2
 from headrace_client import errors
-from headrace_client.rpc.endpoint import Endpoint, Security
+from headrace_client.rpc.endpoint import Endpoint
+from headrace_client.rpc.security import Security
 
 SERVICE = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
 
@@ -22,8 +23,7 @@ def below():
 @pytest.fixture
 def endpoint(below):
     endpoint = Endpoint("127.0.0.1:1", Security(token="a-token-of-some-length"), deadline_s=7.0)
-    endpoint._channel.close()
-    endpoint._channel = below
+    endpoint._replicas._channels["127.0.0.1:1"] = below
     return endpoint
 
 

@@ -16,8 +16,10 @@ import pytest
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT
 from headrace.extractor.v1 import extraction_service_pb2_grpc as service_grpc
 from headrace_client import errors
-from headrace_client.rpc.endpoint import Endpoint, Security
-from headrace_client.rpc.http2 import CallFailed, SocketCall, connect
+from headrace_client.rpc.endpoint import Endpoint
+from headrace_client.rpc.http2 import CallFailed, SocketCall
+from headrace_client.rpc.security import Security
+from headrace_client.rpc.sockets import connect
 
 DEADLINE_S = 10.0
 WINDOW_BYTES = 16 * 1024 * 1024
@@ -257,6 +259,36 @@ def test_a_call_that_fails_says_why(call_to, headers, code, text):
     with pytest.raises(CallFailed, match=text) as failed:
         next(call)
     assert failed.value.code == code
+
+
+@pytest.mark.parametrize("end", [0x0, 0x1], ids=["stays open", "ends"])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [("401", "UNAUTHENTICATED"), ("403", "PERMISSION_DENIED"), ("502", "UNAVAILABLE"), ("200", "UNKNOWN")],
+)
+def test_a_page_of_a_proxy_is_no_message_however_it_ends(call_to, status, code, end):
+    def script(peer):
+        peer.headers_frame([(":status", status), ("content-type", "text/html")])
+        peer.send(frame(DATA, b"<html>" * 100), frame(DATA, b"", flags=end))
+
+    call, _ = call_to(script)
+
+    with pytest.raises(CallFailed, match=f"HTTP status {status} and text/html") as failed:
+        next(call)
+    assert (failed.value.code, failed.value.http_status) == (code, status)
+
+
+def test_an_answer_that_ends_with_its_data_has_no_status(call_to):
+    def script(peer):
+        peer.headers_frame(ANSWER)
+        peer.send(frame(DATA, message(b"one")), frame(DATA, b"", flags=0x1))
+        peer.sock.recv(1)  # The connection stays open.
+
+    call, _ = call_to(script)
+
+    assert bytes(next(call)) == b"one"
+    with pytest.raises(CallFailed, match="without a status"):
+        next(call)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import os
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +46,13 @@ def folder(tmp_path, scripted_extractor):
     scripted_extractor.folder = tmp_path
     scripted_extractor.extraction.path = str(tmp_path)
     return tmp_path
+
+
+def eventually(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def read(client, tuning=FAST, reading=PLAIN):
@@ -115,8 +124,9 @@ def no_column(folder, extractor):
 
 
 def other_width(folder, extractor):
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"width": 8', '"width": 4'))
+    manifest = Manifest.load(folder)
+    narrow = tuple(replace(column, width=4) if column.width == 8 else column for column in manifest.columns)
+    replace(manifest, columns=narrow).save(folder)
 
 
 HARM = pytest.mark.parametrize(
@@ -211,10 +221,34 @@ def test_batches_of_mapped_rows_belong_to_the_caller(client, scripted_extractor,
 @pytest.mark.parametrize(
     ("dtype", "copy", "same_memory"), [(None, False, True), (torch.float64, False, False), (None, True, False)]
 )
-def test_only_what_needs_no_conversion_is_no_copy(client, scripted_extractor, folder, dtype, copy, same_memory):
-    tuning = replace(MAPPED, copy=copy)
+def test_only_messages_that_need_no_conversion_are_not_copied(
+    client, scripted_extractor, folder, dtype, copy, same_memory
+):
+    tuning = replace(INLINE, copy=copy)
     with client.activations(EXTRACTION_ID, HOOKPOINT, batch_size=20, dtype=dtype, tuning=tuning) as stream:
         first, second = next(stream), next(stream)
 
     behind = second.data_ptr() - first.data_ptr() == first.numel() * first.element_size()
     assert behind == same_memory
+
+
+def test_rows_of_files_are_read_straight_into_the_batch(client, scripted_extractor, folder, monkeypatch):
+    monkeypatch.setattr("headrace_log.reader._Blocks.views", None)  # Memory in between.
+    with client.activations(EXTRACTION_ID, HOOKPOINT, batch_size=200, tuning=MAPPED) as stream:
+        rows = torch.cat(list(stream)).numpy()
+
+    np.testing.assert_array_equal(rows, scripted_extractor.column(HOOKPOINT))
+
+
+def test_rows_of_files_that_have_shrunk_since_they_were_found_are_data_loss(client, scripted_extractor, folder):
+    tuning = replace(MAPPED, queue_bytes=1 << 30)
+    with client.activations(EXTRACTION_ID, HOOKPOINT, batch_size=20, tuning=tuning) as stream:
+        next(stream)
+        eventually(lambda: stream.progress().queued_bytes > 0)
+        for file in (folder / HOOKPOINT / "float32").glob("*.safetensors"):
+            os.truncate(file, 4100)
+        with pytest.raises(errors.DataLoss) as caught:
+            list(stream)
+
+    assert caught.value.reason == "DIGEST_MISMATCH"
+    assert "cut short" in caught.value.message

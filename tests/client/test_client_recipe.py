@@ -19,6 +19,7 @@ from headrace_extractor.rpc.convert import recipes as server
         {"packing": "one_document", "long_documents": "split"},
         {"window": (-1, 0)},
         {"window": TokenWindow(2, -3)},
+        {"max_documents": 7},
     ],
 )
 def test_a_recipe_arrives_at_the_server_and_comes_back(recipe):

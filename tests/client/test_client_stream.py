@@ -412,13 +412,13 @@ def test_bfloat16_comes_as_bits_with_its_name(client, scripted_extractor):
     np.testing.assert_array_equal(chunk.array(HOOKPOINT), scripted_extractor.column(HOOKPOINT)[:64])
 
 
-def test_large_chunks_are_asked_for_explicitly(client, scripted_extractor):
+def test_messages_beyond_grpcs_default_limit_are_always_accepted(client, scripted_extractor):
     for chunk_bytes in (0, 1 << 20, 8 << 20):
         with client.chunks(EXTRACTION_ID, tuning=StreamTuning(chunk_bytes=chunk_bytes)) as stream:
             next(stream)
 
     asked = [(one.chunk_bytes, one.allow_large_chunks) for one in scripted_extractor.calls["StreamActivations"]]
-    assert asked == [(0, False), (1 << 20, False), (8 << 20, True)]
+    assert asked == [(0, True), (1 << 20, True), (8 << 20, True)]
 
 
 def test_errors_survive_pickling_and_json(client):

@@ -201,7 +201,7 @@ def test_build_of_a_kind_that_is_not_known_is_refused(tiny_llama):
 
 
 async def test_validation_reports_every_step_and_gives_everything_back(tiny_llama, listener, validations, runners):
-    await validations.follow([trial(tiny_llama)])
+    validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations and listener.validations[-1].done)
 
     last = listener.validations[-1]
@@ -213,7 +213,7 @@ async def test_validation_reports_every_step_and_gives_everything_back(tiny_llam
 
 
 async def test_failed_step_is_the_failure_of_the_attempt(tiny_llama, listener, validations):
-    await validations.follow([trial(tiny_llama, load_options={"sliding_window": 8})])
+    validations.follow([trial(tiny_llama, load_options={"sliding_window": 8})])
     await until(lambda: listener.validations and listener.validations[-1].done)
 
     last = listener.validations[-1]
@@ -222,7 +222,7 @@ async def test_failed_step_is_the_failure_of_the_attempt(tiny_llama, listener, v
 
 
 async def test_runner_that_dies_fails_the_attempt(tiny_llama, listener, validations, runners):
-    await validations.follow([trial(tiny_llama)])
+    validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations)
     psutil.Process(runners[1][0].pid).kill()
     await until(lambda: listener.validations[-1].done)
@@ -231,19 +231,22 @@ async def test_runner_that_dies_fails_the_attempt(tiny_llama, listener, validati
 
 
 async def test_validation_that_is_not_wanted_any_more_is_stopped(tiny_llama, listener, validations, runners):
-    await validations.follow([trial(tiny_llama)])
+    validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations)
-    await validations.follow([])
+    pid = runners[1][0].pid
+    validations.follow([])
+    await until(lambda: listener.validations[-1].done)
 
-    assert not psutil.pid_exists(runners[1][0].pid)
-    assert not listener.validations[-1].done
+    # Told only once its memory is free: until then the registry counts its bytes.
+    assert not psutil.pid_exists(pid)
+    assert listener.validations[-1].failure.reason == StateConflict.reason
 
 
 async def test_finished_validation_is_not_repeated_while_it_is_listed(tiny_llama, listener, validations, runners):
     wanted = [trial(tiny_llama)]
-    await validations.follow(wanted)
+    validations.follow(wanted)
     await until(lambda: listener.validations and listener.validations[-1].done)
-    await validations.follow(wanted)
+    validations.follow(wanted)
     await asyncio.sleep(0)
 
     assert len(runners[1]) == 1
@@ -252,7 +255,7 @@ async def test_finished_validation_is_not_repeated_while_it_is_listed(tiny_llama
 @pytest.mark.parametrize("refusal", [StateConflict("over"), RegistryUnavailable("away")])
 async def test_registry_that_does_not_listen_ends_nothing(tiny_llama, listener, validations, runners, refusal):
     listener.refusal = refusal
-    await validations.follow([trial(tiny_llama)])
+    validations.follow([trial(tiny_llama)])
     await until(lambda: listener.validations and listener.validations[-1].done)
 
     assert [step.state for step in listener.validations[-1].steps] == ["PASSED"] * 7

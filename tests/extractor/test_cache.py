@@ -16,6 +16,7 @@ from headrace_extractor.sets.eviction import (
     unused,
     victims,
 )
+from headrace_extractor.sets.idleness import Idleness
 from headrace_log.index import SegmentIndex, SegmentRecord
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype
 from headrace_log.manifest import Manifest
@@ -47,10 +48,11 @@ def test_nothing_goes_in_vain():
 
 
 def test_what_is_held_or_pinned_never_goes():
-    sets = [a_set("held", held=True), a_set("pinned", pinned=True), a_set("idle", last_used=5)]
+    held, pinned = a_set("held", held=True, idle_s=31), a_set("pinned", pinned=True, idle_s=31)
+    sets = [held, pinned, a_set("idle", last_used=5, idle_s=31)]
 
     assert names(victims(sets, 1000)) == ["idle"]
-    assert names(unused(sets, LIMITS, now=1e9)) == ["idle"]
+    assert names(unused(sets, LIMITS)) == ["idle"]
 
 
 def test_promises_count_as_if_they_were_written():
@@ -75,13 +77,43 @@ def test_without_limits_only_the_disk_counts():
     free = Limits(quota_bytes=0, idle_s=0, reserve_bytes=0)
 
     assert excess_bytes([a_set("large", 9_000)], free, DISK) == 0
-    assert unused([a_set("ancient")], free, now=1e12) == ()
+    assert unused([a_set("ancient", idle_s=1e12)], free) == ()
 
 
 def test_unused_sets_go_after_their_time():
-    sets = [a_set("recent", last_used=80), a_set("forgotten", last_used=10)]
+    sets = [a_set("recent", idle_s=20), a_set("forgotten", idle_s=90), a_set("older", idle_s=91)]
 
-    assert names(unused(sets, LIMITS, now=100)) == ["forgotten"]
+    assert names(unused(sets, LIMITS)) == ["older", "forgotten"]
+
+
+def test_time_that_a_server_ran_decides_before_the_wall_clock():
+    sets = [a_set("used by a clock that was wrong", last_used=9e9, idle_s=90), a_set("used since", last_used=1)]
+
+    assert names(victims(sets, 100)) == ["used by a clock that was wrong"]
+
+
+def test_idleness_is_counted_from_the_last_use_on():
+    counts = Idleness().after({"a": 1.0, "b": 1.0}, elapsed_s=50, wall=10)
+    assert (counts.idle_s("a", 1.0), counts.idle_s("new", 3.0)) == (0, 0)
+    counts = counts.after({"a": 1.0, "b": 2.0}, elapsed_s=50, wall=60)
+    assert (counts.idle_s("a", 1.0), counts.idle_s("b", 2.0)) == (50, 0)
+    counts = counts.after({"a": 1.0}, elapsed_s=50, wall=110)
+
+    assert counts.seen == {"a": (1.0, 100.0)}
+    assert counts.idle_s("a", 99.0) == 0
+    assert not counts.jumped(elapsed_s=50, wall=170)
+    assert counts.jumped(elapsed_s=50, wall=5_000_000)
+    assert counts.jumped(elapsed_s=50, wall=1)
+
+
+def test_idleness_outlives_a_restart_and_a_damaged_file_counts_as_none(tmp_path):
+    counts = Idleness(seen={"a": (1.25, 100.5)}, wall=7.5)
+    counts.save(tmp_path)
+
+    assert Idleness.load(tmp_path) == counts
+    for damaged in (b"", b"[]", b"{}", b'{"wall": 1, "sets": {"a": 1}}', b"[" * 100_000):
+        (tmp_path / "idle.json").write_bytes(damaged)
+        assert Idleness.load(tmp_path) == Idleness()
 
 
 SETS = st.lists(

@@ -7,10 +7,12 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from headrace_chassis.confined.pool import Confined
+from headrace_chassis.errors import ServiceError
 from headrace_extractor.corpora import chat, counting
-from headrace_extractor.corpora.chat import ChatRenderer
+from headrace_extractor.corpora.chat import ChatRenderer, ConfinedRenderer
 from headrace_extractor.corpora.chat_template import ChatTemplate
 from headrace_extractor.corpora.documents import open_documents
 from headrace_extractor.corpora.packing import Packer
@@ -38,6 +40,12 @@ TRICKY = """{%- set ns = namespace(seen=0) -%}
   {{- unk_token -}}{{- sep_token -}}{{- '!' if add_generation_prompt else '?' -}}{%- if tools %}tools{% endif -%}
 {%- endfor -%}
 {{- dict(a=1).items() | list }}{{ eos_token }}"""
+PARTS = """{%- for m in messages %}
+  {%- if m.content is string or m.content is not defined %}<{{ m.content }}>
+  {%- else %}{% for part in m.content %}{{ part.text if part.type == 'text' else '[' ~ part.type ~ ']' }}{% endfor %}
+  {%- endif %}
+  {%- if 'tool_calls' in m %}{{ m.tool_calls | tojson }}{% endif %}
+{%- endfor %}"""
 THINKING = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}{% endfor %}"
 
 
@@ -67,6 +75,13 @@ def make_model(folder, template=None, *, template_in="jinja"):
     return folder
 
 
+@pytest.fixture(scope="module")
+def children():
+    confined = Confined(errors=ServiceError, preload=("headrace_extractor.corpora.chat",))
+    yield confined
+    confined.close()
+
+
 @pytest.fixture
 def store(tmp_path):
     return CorpusStore(tmp_path / "corpora")
@@ -94,6 +109,23 @@ def test_conversations_become_the_tokens_that_transformers_makes(tmp_path, store
     got = own_tokens(store, folder, bos="none")
 
     assert got == [theirs.apply_chat_template(talk, tokenize=True, return_dict=False) if talk else [] for talk in TALKS]
+
+
+def test_content_parts_and_null_become_what_transformers_makes_of_them(tmp_path, store):
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    folder = make_model(tmp_path / "model", PARTS)
+    call = {"id": "1", "type": "function", "function": {"name": "look"}}
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image"}], "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    add_talks(store, [talk])
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(talk, tokenize=False)
+
+    assert text.startswith("What is it?[image]<>[{")
+    assert own_tokens(store, folder, bos="none") == [theirs.apply_chat_template(talk, return_dict=False)]
 
 
 def test_reasoning_is_found_under_each_of_its_names(tmp_path):
@@ -136,6 +168,28 @@ def test_template_and_conversations_go_together(tmp_path, store):
         with store.open(corpus_id) as reader, pytest.raises(FieldInvalid, match=message) as caught:
             open_documents(reader, folder, recipe)
         assert caught.value.field == "spec.recipe.chat_template"
+
+
+@pytest.mark.parametrize("starts", ["", "{{ bos_token }}"], ids=["without BOS", "with BOS"])
+def test_by_default_a_conversation_has_the_special_tokens_of_its_template_alone(tmp_path, store, starts):
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    folder = make_model(tmp_path / "model", starts + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.save(str(folder / "tokenizer.json"))
+    add_talks(store, TALKS[:1])
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(TALKS[0], tokenize=True, return_dict=False)
+
+    with store.open("talks") as reader:
+        documents, special = open_documents(reader, folder, Recipe(chat_template=True, context_size=128))
+        whole = next(Packer(documents, Recipe(context_size=128), special).batches()).token_ids[0].tolist()
+        pieces = list(Packer(documents, Recipe(context_size=8, batch_size=1), special).batches())
+
+    assert whole == theirs
+    assert pieces[0].token_ids[0].tolist() == theirs[:8]
+    # A piece that goes on with a conversation begins as every text does.
+    assert pieces[1].token_ids[0].tolist() == [0, *theirs[8:15]]
 
 
 def test_there_is_one_bos_and_one_eos_whoever_writes_them(tmp_path, store):
@@ -203,6 +257,39 @@ def test_a_template_that_writes_without_end_is_cut_off(monkeypatch):
 
     with pytest.raises(CorpusMalformed, match="larger than"):
         ChatRenderer(ChatTemplate("{% for i in range(99999) %}word {% endfor %}")).render([{}], 0)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 1500000000 }}",
+        "{% set x = 'a' * 1500000000 %}{{ x }}",
+        "{{ '%1500000000d' % 1 }}",
+        "{{ 'a' | center(1500000000) }}",
+        "{{ ('a' * 1000) * 1000000 ~ 'b' * 900000000 }}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_gigabytes_is_refused_and_the_next_conversation_is_not(children, source):
+    template = ChatTemplate("{% if messages[0].content == 'bad' %}" + source + "{% else %}good{% endif %}")
+    renderer = ConfinedRenderer(template, children)
+
+    with pytest.raises(CorpusMalformed, match="memory") as caught:
+        renderer.render([{"role": "user", "content": "bad"}], 7)
+    assert caught.value.metadata == {"document": "7"}
+    assert renderer.render([{"role": "user", "content": "well"}], 8) == "good"
+    renderer.close()
+
+
+def test_a_template_that_can_not_be_compiled_is_unsupported_in_a_child_too(children):
+    with pytest.raises(ModelUnsupported, match="can't be compiled"):
+        ConfinedRenderer(ChatTemplate("{% for %}"), children).render([{"role": "user", "content": "x"}], 0)
+
+
+def test_a_template_without_end_is_left_in_a_child_too(children):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ModelUnsupported, match="longer than 4 s"):
+        ConfinedRenderer(ChatTemplate(endless), children).render([{"role": "user", "content": "x"}], 0)
 
 
 def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, store):

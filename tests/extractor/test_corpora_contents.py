@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from headrace_extractor.corpora.files import arrays, contents
 from headrace_extractor.corpora.files.parsers import parse
+from headrace_extractor.corpora.ingest import steps
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.errors import CorpusEmpty, CorpusMalformed, FieldInvalid
+from headrace_extractor.errors import CorpusEmpty, CorpusMalformed, CorpusNotFound, FieldInvalid
 
 TALK = [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "Hi"}]
 
@@ -197,13 +198,13 @@ def test_a_corpus_of_conversations_differs_from_the_same_bytes_as_text(store):
 
 
 @pytest.mark.parametrize(
-    "value", ["hello", None, 3, {"role": "user"}, ["hello"], [{"role": "user"}], [{"role": "user", "content": None}]]
+    "value", ["hello", None, 3, {"role": "user"}, ["hello"], [{"role": "user"}], [{"role": "user", "content": 3}]]
 )
 def test_what_is_no_conversation_is_named_by_its_line(value):
     error = malformed(jsonl(TALK, value), "a.jsonl", chat=True)
 
     assert error.metadata == {"line": "2"}
-    assert "`role`" in error.message
+    assert "`role`" in error.message or "`content`" in error.message
 
 
 def test_a_null_conversation_is_named_by_its_row():
@@ -252,3 +253,33 @@ def test_a_path_that_leads_nowhere_names_the_columns():
         assert malformed(b'{"a": {"b": "c"}}', "x.jsonl", text_column=path).metadata["columns"] == "a"
         assert malformed(file.getvalue(), "x.parquet", text_column=path).metadata == {"columns": "a"}
     assert malformed(file.getvalue(), "x.parquet", text_column="a.b").metadata == {"row": "1"}
+
+
+def test_contents_may_be_parts_or_null_in_either_format(store):
+    call = {"function": {"name": "look"}, "id": "1", "type": "function"}
+    talk = [
+        {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    spec = {"chat": True, "text_column": "messages"}
+    lines = store.ingest(CorpusSpec(id="a", format=CorpusFormat.JSONL, **spec), io.BytesIO(jsonl(talk, key="messages")))
+    parts = [talk[0], {"role": "user", "content": [{"type": "text", "text": "and"}]}]
+    table = CorpusSpec(id="b", format=CorpusFormat.PARQUET, **spec)
+    store.ingest(table, io.BytesIO(parquet([parts], key="messages")))
+
+    with store.open("a") as reader, store.open("b") as other:
+        assert reader.messages(0) == talk
+        assert other.messages(0) == parts
+    assert lines.chat
+
+
+def test_documents_of_a_thousand_times_their_file_are_refused(store, monkeypatch):
+    monkeypatch.setattr(steps, "_FREE_EXPANSION_BYTES", 0)
+    monkeypatch.setattr(steps, "MAX_EXPANSION", 10)
+    fits, bomb = parquet(["a" * 1000]), parquet(["a" * 100_000] * 30)
+
+    assert store.ingest(CorpusSpec(id="a", format=CorpusFormat.PARQUET), io.BytesIO(fits)).n_documents == 1
+    with pytest.raises(CorpusMalformed, match="more than 10 times"):
+        store.ingest(CorpusSpec(id="b", format=CorpusFormat.PARQUET), io.BytesIO(bomb))
+    with pytest.raises(CorpusNotFound):
+        store.get("b")

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace_extractor.corpora.mixing import Mix, MixPart
+from headrace_extractor.corpora.ingest.mixing import Mix, MixPart
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.errors import AlreadyExists, CorpusMalformed, CorpusNotFound, FieldInvalid
+from headrace_extractor.errors import AlreadyExists, CorpusNotFound, FieldInvalid
 
 
 @pytest.fixture
@@ -101,8 +101,10 @@ def test_token_ids_and_conversations_mix_among_themselves(store):
     add(store, "c", 2)
 
     assert store.ingest_mix("m", mix({"a": 1, "b": 1})).tokenized
-    with pytest.raises(CorpusMalformed, match="one kind"):
+    # A wrong request: no line of a file is to be mended.
+    with pytest.raises(FieldInvalid, match="a holds tokens and c holds text; mix corpora of one kind") as caught:
         store.ingest_mix("n", mix({"a": 1, "c": 1}))
+    assert caught.value.field == "mix.parts"
 
 
 def test_a_part_that_is_not_here_is_not_found(store):

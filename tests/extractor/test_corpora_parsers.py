@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace_extractor.corpora.files import contents, parsers
+from headrace_extractor.corpora.files import contents, json_arrays, lines, parsers
 from headrace_extractor.corpora.files import parquet as room
 from headrace_extractor.corpora.files.parsers import parse
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec, TextSplit
@@ -83,7 +83,7 @@ def test_broken_utf8_is_named_by_line_and_byte(format_, head):
 
 def test_a_document_beyond_the_limit_is_refused(monkeypatch):
     monkeypatch.setattr(contents, "MAX_DOCUMENT_BYTES", 8)
-    monkeypatch.setattr(parsers, "MAX_LINE_BYTES", 32)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 32)
 
     assert documents(b"12345678\n", text_split=TextSplit.LINES, format_="txt") != []
     assert malformed(b"1234\n56789\n", "txt").metadata["line"] == "2"
@@ -264,3 +264,125 @@ def test_ids_follow_the_rule(corpus_id):
 @pytest.mark.parametrize("corpus_id", ["a", "a-b", "a" * 63, "a1"])
 def test_ids_within_the_rule_pass(corpus_id):
     assert CorpusSpec(id=corpus_id).id == corpus_id
+
+
+# Arrays, line ends, encodings, bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'[{"text": "one"}, {"text": "two", "n": [[], {}]}]', ["one", "two"]),
+        (b' \n[\n  {"text": "one"},\n  "two"\n]\n', ["one", "two"]),
+        (b'\xef\xbb\xbf["\xc3\xa4", "\\ud83d\\ude00"]', ["ä", "😀"]),
+        (b"[]", []),
+    ],
+)
+def test_a_file_that_is_one_array_gives_its_elements(content, found):
+    assert documents(content, "jsonl") == found
+
+
+def test_an_array_is_read_in_blocks(monkeypatch):
+    monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", 7)
+    rows = [{"text": "wörter " * i, "other": [i, "]", '\\"']} for i in range(30)]
+
+    assert documents(json.dumps(rows, ensure_ascii=False, indent=1).encode(), "jsonl") == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "metadata"),
+    [
+        (b'[{"text": "a"},\n {"text": "b"\n]', {"row": "1", "line": "3"}),
+        (b'[{"text": "a"},\n {"txt": "b"}]', {"row": "1", "columns": "txt"}),
+        (b'[{"text": "a"}, 3]', {"row": "1"}),
+        (b'[{"text": "a"}\n{"text": "b"}]', {"line": "2"}),
+        (b'["a", ', {"row": "1", "line": "1"}),
+        (b'["a"] "b"', {}),
+        (b'["a", "\xff"]', {"byte": "7"}),
+        (b"[" * 100_000, {"row": "0"}),
+        (b"[" + b"9" * 5000 + b"]", {"row": "0"}),
+    ],
+)
+def test_an_array_that_breaks_is_refused_with_its_place(content, metadata):
+    assert malformed(content, "jsonl").metadata == metadata
+
+
+@pytest.mark.parametrize(
+    ("content", "format_", "found"),
+    [
+        (b"one\rtwo\r\rthree", "txt", ["one\rtwo", "three"]),
+        (b'{"text": "a"}\r{"text": "b"}\r', "jsonl", ["a", "b"]),
+        (b'id,text\r1,"a"\r2,b\r', "csv", ["a", "b"]),
+    ],
+)
+def test_lines_may_end_at_carriage_returns(content, format_, found):
+    assert documents(content, format_) == found
+
+
+def test_carriage_returns_end_no_line_where_line_feeds_do():
+    assert documents(b"a\rb\nc\n", text_split=TextSplit.LINES) == ["a\rb", "c"]
+
+
+@pytest.mark.parametrize("format_", ["txt", "jsonl", "csv"])
+@pytest.mark.parametrize(("encoding", "byte"), [("utf-16-le", "1"), ("utf-16-be", "0")])
+def test_utf_16_without_a_mark_is_refused_with_its_place(format_, encoding, byte):
+    error = malformed('{"text": "water"}\n'.encode(encoding), format_)
+
+    assert error.metadata == {"byte": byte}
+    assert "UTF-16" in error.message
+
+
+def test_a_line_of_many_strings_is_refused(monkeypatch):
+    monkeypatch.setattr(json_arrays, "MAX_PARTS", 10)
+    monkeypatch.setattr(json_arrays, "LONG_BYTES", 20)
+    monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", 30)
+    monkeypatch.setattr(parsers, "LONG_BYTES", 20)
+    quoted = json.dumps({"text": '"[{' * 100 + "\\"}).encode() + b"\n"
+    keys = json.dumps({f"key {i}": i for i in range(20)}).encode()
+
+    assert documents(quoted, "jsonl") == ['"[{' * 100 + "\\"]
+    assert malformed(quoted + keys, "jsonl").metadata == {"line": "2"}
+    assert malformed(quoted + b'{"text": [' + b"[]," * 20 + b"[]]}", "jsonl").metadata == {"line": "2"}
+    assert malformed(b"[" + quoted + b"," + keys + b"]", "jsonl").metadata == {"row": "1"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+)
+def test_texts_of_parquet_may_be_bytes(kind):
+    column = pa.array([b"one", "zwölf".encode()], pa.binary()).cast(kind)
+
+    assert documents(parquet(pa.table({"text": column})), "parquet") == ["one", "zwölf"]
+    broken = parquet(pa.table({"text": pa.array([b"ok", b"\xff"], pa.binary())}))
+    assert malformed(broken, "parquet").metadata == {"row": "1", "byte": "0"}
+
+
+def test_texts_that_repeat_are_in_memory_once():
+    table = pa.table({"text": ["a" * 1_000_000] * 400 + [None]})
+    before = pa.total_allocated_bytes()
+    found, most = parse(io.BytesIO(parquet(table)), CorpusSpec(id="c", format=CorpusFormat.PARQUET)), 0
+
+    with pytest.raises(CorpusMalformed) as caught:
+        for document in found:
+            assert len(document) == 1_000_000
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert caught.value.metadata == {"row": "400"}
+    assert most < 50_000_000
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '<i4', 'fortran_order': False, 'shape': (-1, 4), }",
+        b"{'descr': '<i4', 'fortran_order': False, 'shape': (2, 99999999999999999999), }",
+        b"{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (1,), }",
+        b"{'descr': '<i4', 'fortran_order': False, 'shape': ((((((",
+        b"(" * 5000,
+        b"{'descr': '<i4', 'shape': (1,), }",
+        b"\xff\x00",
+    ],
+)
+def test_a_crooked_npy_header_is_refused(header):
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+
+    assert "npy" in malformed(content, "token_ids").message or "array" in malformed(content, "token_ids").message

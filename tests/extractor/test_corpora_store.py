@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 
 from headrace.extractor.v1.corpus_service_pb2 import TokenDocument
 from headrace_chassis.errors import ShuttingDown
+from headrace_extractor.corpora.ingest.upload import CorpusUpload
+from headrace_extractor.corpora.quota import Quota, Share
 from headrace_extractor.corpora.reader import DocumentReader
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
@@ -240,6 +243,29 @@ def test_verify_finds_a_flipped_bit(store):
         reader.verify()
 
 
+def test_files_that_shrink_under_a_reader_are_an_error_and_end_no_process(store):
+    ingest(store, "\n\n".join(f"document {number} " + "x" * 500 for number in range(10_000)))
+    program = (
+        "import os, sys; from headrace_extractor.corpora.reader import DocumentReader; "
+        "from headrace_extractor.errors import DigestMismatch; reader = DocumentReader(sys.argv[1]); "
+        "reader.text(0); os.truncate(sys.argv[1] + '/' + sys.argv[2], 200)\n"
+        "for index in (5, 5000, 9999):\n"
+        "    try: reader.text(index)\n"
+        "    except DigestMismatch as exc: print(exc.message)"
+    )
+    for name, n_told in (("documents.bin", 3), ("offsets.npy", 2)):
+        folder = shutil.copytree(store._root / "c", store._root.parent / name / "c")
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder), name],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert done.stdout.count(f"{name} is cut short") == n_told
+
+
 def test_what_is_not_there_is_not_found(store, tmp_path):
     for act in (store.get, store.open, store.path, store.delete):
         with pytest.raises(CorpusNotFound) as caught:
@@ -285,6 +311,31 @@ def test_bad_paging_is_refused(store):
 
 
 # Uploads
+
+
+def test_an_upload_that_is_left_while_a_piece_is_written_takes_no_space(store):
+    with store.upload(spec()) as upload:
+        upload.write(b"one\n")
+
+    upload.write(b"two\n")
+
+    assert store._quota.used_bytes == 0
+    assert names(store) == []
+
+
+def test_an_upload_that_is_left_while_it_is_read_is_read_to_its_end_and_no_other_file(tmp_path):
+    spool, share = tmp_path / "spool", Share(Quota(tmp_path, limit_bytes=99, used_bytes=0), lambda: None)
+
+    def ingest(file):
+        upload.__exit__(None, None, None)
+        with (tmp_path / "other").open("wb"):  # May get the number of the descriptor that was closed.
+            return file.read()
+
+    upload = CorpusUpload(spool, share, ingest)
+    upload.write(b"one\n")
+
+    assert upload.finish() == b"one\n"
+    assert not spool.exists()
 
 
 def test_an_upload_in_pieces_becomes_a_corpus(store):
@@ -384,6 +435,63 @@ def test_paths_that_are_no_readable_file_are_refused(store, tmp_path):
         with pytest.raises(FieldInvalid) as caught:
             store.ingest_path(CorpusSpec(id="c", format=CorpusFormat.TXT), path)
         assert caught.value.field == "path.path"
+
+
+@pytest.mark.parametrize("swapped", ["a/b", "a"])
+def test_a_folder_swapped_for_a_link_while_it_is_opened_lets_no_outside_file_in(store, tmp_path, swapped):
+    inside, outside = tmp_path / "data" / "a" / "b", tmp_path / "outside"
+    for folder, text in ((inside, "inside"), (outside / "b", "outside"), (outside, "outside")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "f.txt").write_text(text)
+    place, away, link = tmp_path / "data" / swapped, tmp_path / "away", tmp_path / "link"
+    stop = threading.Event()
+
+    def swap():
+        while not stop.is_set():
+            place.rename(away)
+            link.symlink_to(outside)
+            link.rename(place)
+            place.unlink()
+            away.rename(place)
+
+    found = Counter()
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    try:
+        for number in range(1000):
+            try:
+                store.ingest_path(CorpusSpec(id=f"c{number}"), str(inside / "f.txt"))
+            except (FieldInvalid, PathNotAllowed):
+                found["refused"] += 1
+            else:
+                with store.open(f"c{number}") as reader:
+                    found[reader.text(0)] += 1
+    finally:
+        stop.set()
+        swapping.join()
+
+    assert found["outside"] == 0
+    assert found["refused"] > 0
+
+
+def test_links_within_the_roots_are_followed(store, tmp_path):
+    (tmp_path / "data" / "real").mkdir(parents=True)
+    (tmp_path / "data" / "real" / "a.txt").write_text("one")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "data" / "real")
+
+    assert store.ingest_path(CorpusSpec(id="c"), str(tmp_path / "data" / "link" / "a.txt")).n_documents == 1
+
+
+def test_only_unfinished_work_of_its_own_is_removed_at_start(tmp_path):
+    root = tmp_path / "corpora"
+    for name in (".ingest-7", ".deleted-0", ".snapshot"):
+        (root / name).mkdir(parents=True)
+    for name in (".upload-3", ".nfs0001", ".ingest-notes"):
+        (root / name).write_bytes(b"half")
+
+    CorpusStore(root)
+
+    assert sorted(path.name for path in root.iterdir()) == [".ingest-notes", ".nfs0001", ".snapshot"]
 
 
 # Limits

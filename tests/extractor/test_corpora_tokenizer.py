@@ -259,3 +259,85 @@ def test_another_file_is_another_tokenizer(folder):
 
     assert after.digest != before.digest
     assert after.encode_batch(["Wheel"])[0].tolist() == before.encode_batch(["wheel"])[0].tolist()
+
+
+# Documents that can't be tokenized
+
+
+@pytest.fixture
+def beyond(folder, byte_level):
+    """The model's folder, with a token that its embedding of 320 rows lacks."""
+    byte_level.add_tokens([f"<more {i}>" for i in range(40)])
+    byte_level.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_text_that_spells_a_token_beyond_the_embedding_is_named(beyond, store):
+    tokenizer = Tokenizer.load(beyond)
+    documents = TokenizedDocuments(text_corpus(store, [*LINES, "so it <more 39> goes " * 9]), tokenizer)
+
+    assert documents[0].tolist() == tokenizer.encode_batch(LINES)[0].tolist()
+    with pytest.raises(CorpusMalformed, match=r"Document 2 .*so it <more 39> goes") as caught:
+        documents[2]
+    assert caught.value.metadata["document"] == "2"
+    assert caught.value.metadata["begins"].startswith("so it <more 39>")
+    assert int(caught.value.metadata["token_id"]) >= 320
+
+
+def test_bad_documents_are_left_out_and_counted_if_asked(beyond, store):
+    texts = ["a", "<more 39>", LINES[0], "b <more 38>", ""]
+    documents = TokenizedDocuments(text_corpus(store, texts), Tokenizer.load(beyond), Recipe(skip_bad_documents=True))
+
+    found = [documents[i].tolist() for i in (0, 1, 2, 1, 3, 4)]
+    assert [bool(ids) for ids in found] == [True, False, True, False, False, False]
+    assert [documents.n_skipped_before(i) for i in (1, 2, 3, 4, 9)] == [0, 1, 1, 2, 2]
+
+
+def test_token_ids_beyond_the_vocabulary_are_left_out_too(folder, store):
+    store.ingest_tokens("ids", [[1, 2], [3, 320], [4]])
+    documents = TokenizedDocuments(store.open("ids"), Tokenizer.load(folder), Recipe(skip_bad_documents=True))
+
+    assert [documents[i].tolist() for i in range(3)] == [[1, 2], [], [4]]
+    assert documents.n_skipped_before(3) == 1
+
+
+def test_a_tokenizer_that_panics_names_the_document(folder, store):
+    document = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, document["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    corpus, tokenizer = text_corpus(store, ["water", "a" * 2000 + "!", "wheel"]), Tokenizer.load(folder)
+
+    documents = TokenizedDocuments(corpus, tokenizer)
+    assert documents[0].size
+    with pytest.raises(CorpusMalformed, match="Document 1 can't be tokenized"):
+        documents[1]
+    assert documents[2].size
+    skipping = TokenizedDocuments(corpus, tokenizer, Recipe(skip_bad_documents=True))
+    assert [bool(skipping[i].size) for i in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"{}", b"null", b'{"model": {"type": "BPE"}}', b"\xff\xfe"])
+def test_a_tokenizer_that_is_none_is_unsupported(folder, content):
+    (folder / "tokenizer.json").write_bytes(content)
+
+    with pytest.raises(ModelUnsupported, match="can't be read"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"a":' * 100_000])
+def test_a_broken_file_beside_the_tokenizer_is_unsupported(folder, name, content):
+    (folder / name).write_bytes(content)
+
+    with pytest.raises(ModelUnsupported, match=name):
+        Tokenizer.load(folder)
+
+
+def test_special_tokens_beyond_the_embedding_are_none(folder):
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 320, "eos_token_id": 2**31 - 2, "pad_token_id": 320}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    special = Tokenizer.load(folder).special
+
+    assert special.eos_id is None
+    assert max(special.ids) < 320

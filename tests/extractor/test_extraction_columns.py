@@ -15,7 +15,7 @@ from headrace_extractor.extractions.values import ExtractionState
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-RECIPE = Recipe(context_size=64, batch_size=2)
+RECIPE = Recipe(context_size=64, batch_size=2, bos="document")
 SPECIAL = SpecialTokens(bos_id=1, eos_id=2)
 BROKEN_TOKEN = 96
 

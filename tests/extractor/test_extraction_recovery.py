@@ -18,7 +18,7 @@ from headrace_extractor.sets.spec import Retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-RECIPE = Recipe(context_size=64, batch_size=2)
+RECIPE = Recipe(context_size=64, batch_size=2, bos="document")
 SPECIAL = SpecialTokens(bos_id=1, eos_id=2)
 WINDOW = Retention(kind="window", window_bytes=2 * 1024 * 1024, reader_grace_s=30.0)
 

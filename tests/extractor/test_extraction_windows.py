@@ -132,3 +132,37 @@ async def test_ended_window_is_not_computed_again_after_a_restart(start_extracto
 
     assert all(job.value.state.ended for job in extractor.extractions.list())
     await extractor.until(lambda: not job.folder.exists())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "dropped.json"])
+async def test_a_node_starts_with_a_damaged_window_and_frees_it(start_extractor, name):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(3000, seed=24))
+    job = await extractor.extract(retention=a_window())
+    await extractor.until(lambda: job.value.n_rows > 0)
+    await extractor.stop()
+    (job.folder / name).write_bytes(b"\xff")
+
+    await extractor.start()
+
+    again = extractor.extractions.get(job.value.id).value
+    assert (again.state, again.failure.reason) == (ExtractionState.FAILED, "DIGEST_MISMATCH")
+    assert "start it again" in again.failure.message
+    assert not job.folder.exists()
+
+
+async def test_a_node_starts_with_a_damaged_manifest_of_a_set_that_is_kept(start_extractor):
+    extractor = await start_extractor()
+    extractor.add_corpus(documents(3000, seed=25))
+    job = await extractor.extract()
+    await extractor.until(lambda: job.value.n_rows > 0)
+    await extractor.stop()
+    (job.folder / "manifest.json").write_bytes(b"\xff")
+
+    await extractor.start()
+
+    again = extractor.extractions.get(job.value.id)
+    await extractor.until(lambda: again.value.state.ended)
+    assert again.value.failure.reason == "DIGEST_MISMATCH"
+    assert "delete the set" in again.value.failure.message
+    assert job.folder.exists()

@@ -1,21 +1,27 @@
 """Extractions on one node: real runners, a registry in memory."""
 
 import asyncio
+from unittest.mock import AsyncMock
 
 import pytest
 
 from fix_runner import documents
+from headrace.extractor.v1 import extraction_pb2 as pb
+from headrace.extractor.v1 import extraction_service_pb2 as service_pb
+from headrace_chassis.metrics import Metrics
+from headrace_chassis.shutdown import Shutdown
 from headrace_extractor import errors
 from headrace_extractor.corpora.packing import SpecialTokens, count_rows
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading.row_stream import RowStream, StreamRequest
+from headrace_extractor.rpc.extraction_servicer import ExtractionServicer
 from headrace_extractor.sets.spec import Retention
 from headrace_log import retention
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-RECIPE = Recipe(context_size=64, batch_size=2)
+RECIPE = Recipe(context_size=64, batch_size=2, bos="document")
 SPECIAL = SpecialTokens(bos_id=1, eos_id=2)
 WINDOW = Retention(kind="window", window_bytes=2 * 1024 * 1024, reader_grace_s=30.0)
 
@@ -217,6 +223,22 @@ async def test_bad_requests_are_refused_with_a_reason(extractor, changes, error,
 async def test_bad_stream_requests_are_refused(request_fields, words):
     with pytest.raises(errors.FieldInvalid, match=words):
         StreamRequest(**request_fields)
+
+
+async def test_cancelling_answers_with_the_state_after(extractor):
+    extractor.add_corpus(documents(3000, seed=23))
+    job = await extractor.extract()
+    await extractor.until(lambda: job.value.n_rows > 0)
+    servicer = ExtractionServicer(
+        extractor.extractions, decode_tokens=AsyncMock(), metrics=Metrics(), shutdown=Shutdown()
+    )
+
+    answer = await servicer.CancelExtraction(service_pb.CancelExtractionRequest(extraction_id=job.id), None)
+
+    assert answer.extraction.state == pb.EXTRACTION_STATE_CANCELLED
+    assert answer.extraction.n_rows == job.value.n_rows > 0
+    again = await servicer.CancelExtraction(service_pb.CancelExtractionRequest(extraction_id=job.id), None)
+    assert again == answer
 
 
 async def test_the_next_extraction_hears_nothing_of_a_cancelled_one(extractor):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +25,7 @@ CONFIG = {
 def model(tmp_path):
     def make(model_type):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": model_type}))
-        return model_info(tmp_path)
+        return replace(model_info(tmp_path), model_type=model_type)  # As the registry has read it.
 
     return make
 

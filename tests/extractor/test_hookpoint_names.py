@@ -195,12 +195,15 @@ def test_a_parallel_block_says_why_it_has_no_middle():
     assert not any(point.unavailable for point in catalogue(model_type="gpt_neox", use_parallel_residual=False).offered)
 
 
-def test_a_post_norm_opt_offers_nothing():
+def test_a_post_norm_opt_offers_the_residual_stream_alone():
     post_norm = catalogue(model_type="opt", do_layer_norm_before=False)
+    stream = [point for point in post_norm.offered if ".hook_resid_p" in point.name]
 
-    assert all("normalise" in point.unavailable for point in post_norm.offered)
-    with pytest.raises(HookpointNotFound):
-        post_norm.resolve(["blocks.0.hook_resid_post"])
+    assert not any(point.unavailable for point in stream)
+    assert all("normalise" in point.unavailable for point in post_norm.offered if point not in stream)
+    assert [point.module for point in post_norm.resolve(["blocks.0.hook_resid_post"])] == ["decoder.layers.0:out"]
+    with pytest.raises(HookpointNotFound, match="normalise"):
+        post_norm.resolve(["blocks.0.attn.hook_z"])
 
 
 def test_an_unknown_architecture_offers_what_loading_can_prove():

@@ -44,9 +44,14 @@ def set_id(recipe, **more):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "known"), [({}, "bbdd0b7c0ba0acb931d98f8930d1a8df"), (OLD, "40fa5284ad388fd7c82808b32b44459f")]
+    ("recipe", "known"),
+    [
+        ({}, "85ddc32b205ee37ef93af5a91d0ee8ef"),
+        ({"bos": "document"}, "bbdd0b7c0ba0acb931d98f8930d1a8df"),
+        (OLD, "40fa5284ad388fd7c82808b32b44459f"),
+    ],
 )
-def test_sets_made_before_there_were_windows_and_templates_keep_their_id(recipe, known):
+def test_sets_made_before_there_were_windows_templates_and_tokens_of_the_tokenizer_keep_their_id(recipe, known):
     assert set_id(recipe) == known
 
 
@@ -58,12 +63,16 @@ def test_what_a_packing_does_by_default_may_be_spelled_out():
 def test_every_later_choice_makes_another_set():
     ids = [
         set_id({}),
+        set_id({"bos": "document"}),
+        set_id({"bos": "none"}),
         set_id({"long_documents": "truncate"}),
         set_id({"window": {"start": -1}}),
         set_id({"window": {"start": 0, "end": -1}}),
         set_id({"chat_template": True}, chat_template_digest="a"),
         set_id({"chat_template": True}, chat_template_digest="b"),
         set_id(OLD | {"long_documents": "split"}),
+        set_id({"max_documents": 3}),
+        set_id({"max_documents": 4}),
     ]
 
     assert len(set(ids)) == len(ids)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from fix_extractor import FakeRegistry, model_info
+from headrace_extractor.errors import RunnerLost
 from headrace_extractor.node.node import Node
 from headrace_extractor.node.runner_protocol import Loaded
 from headrace_extractor.node.values import Assignment, Device, Machine
@@ -19,6 +20,8 @@ GB = 10**9
 
 class FakeRunner:
     """A runner without a process: takes `takes_bytes` of its GPU, and gives back all but `keeps_bytes`."""
+
+    log_tail = ""
 
     def __init__(self, gpu, *, takes_bytes, keeps_bytes=0, unkillable=False):
         self.gpu = gpu
@@ -37,6 +40,9 @@ class FakeRunner:
 
     async def wait(self):
         await self.ended.wait()
+
+    def lost(self):
+        return RunnerLost("the process died")
 
     async def kill(self):
         if self.unkillable:

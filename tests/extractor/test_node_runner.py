@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 
 import pytest
 
 from fix_extractor import FakeRegistry, model_info
 from headrace_extractor.errors import EpochStale, LoadFailed, RunnerLost, WaitTimeout
 from headrace_extractor.node.node import Node
+from headrace_extractor.node.runner_process import RunnerProcess
 from headrace_extractor.node.runner_protocol import Loaded
 from headrace_extractor.node.values import Assignment, Device
 
 
 class FakeRunner:
     """A runner without a process; it loads once `may_load` is set."""
+
+    log_tail = ""
 
     def __init__(self):
         self.may_load = asyncio.Event()
@@ -30,6 +35,9 @@ class FakeRunner:
 
     async def wait(self):
         await self.ended.wait()
+
+    def lost(self):
+        return RunnerLost("the process died")
 
     async def kill(self):
         self.ended.set()
@@ -120,3 +128,13 @@ async def test_a_node_that_registers_again_tells_its_address_and_calls_back_agai
             await again.wait()
 
         assert registry.address == "10.0.0.1:7471"
+
+
+async def test_the_end_of_a_runner_s_log_is_kept_and_all_of_it_is_copied(capsys):
+    program = "import sys; sys.stderr.write('x' * 9000 + '\\nfirst line\\nlast line\\n')"
+    runner = await RunnerProcess.start(environment=dict(os.environ), command=(sys.executable, "-c", program))
+    await runner.wait()
+    await runner.kill()
+
+    assert runner.log_tail == "first line\nlast line\n"
+    assert capsys.readouterr().err.count("x") == 9000

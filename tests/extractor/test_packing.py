@@ -14,14 +14,21 @@ from headrace_extractor.corpora.recipe import Recipe, TokenWindow
 from headrace_extractor.errors import FieldInvalid
 
 BOS, EOS = 1, 2
-SPECIAL = SpecialTokens(bos_id=BOS, eos_id=EOS, ids=frozenset({0}))
+SPECIAL = SpecialTokens(bos_id=BOS, eos_id=EOS, ids=frozenset({0}), prefix=(BOS,))
+BERT = SpecialTokens(prefix=(8,), suffix=(9,))
 
 relaxed = settings(deadline=None)  # The machine may be busy.
 
 own_tokens = st.lists(st.integers(0, 9), max_size=30)
 corpora = st.lists(own_tokens, max_size=12)
 specials = st.builds(
-    SpecialTokens, bos_id=st.sampled_from([None, BOS]), eos_id=st.just(EOS), ids=st.just(frozenset({0}))
+    SpecialTokens,
+    bos_id=st.sampled_from([None, BOS]),
+    eos_id=st.just(EOS),
+    ids=st.just(frozenset({0})),
+    prefix=st.sampled_from([(), (BOS,), (7, 8)]),
+    suffix=st.sampled_from([(), (EOS,), (3,)]),
+    written=st.booleans(),
 )
 
 
@@ -40,7 +47,8 @@ def recipes(draw):
         context_size=context_size,
         packing=draw(st.sampled_from(["packed", "one_document"])),
         attend_across_documents=draw(st.booleans()),
-        bos=draw(st.sampled_from(["document", "none"])),
+        # The longest prefix and suffix above take three tokens.
+        bos=draw(st.sampled_from(["document", "none", *(["tokenizer"] if context_size > 3 else [])])),
         eos=draw(st.sampled_from(["none", "document"])),
         drop_special_tokens=draw(st.booleans()),
         drop_first_positions=draw(st.integers(0, context_size - 1)),
@@ -87,22 +95,29 @@ def test_a_batch_is_made_again_from_its_own_start(lists, recipe, special):
 
 def sequences_the_slow_way(lists, recipe, special):
     """Returns sequences of (document, position, token, index in its piece), and how many own tokens were cut off."""
-    has_bos = recipe.bos == "document" and special.bos_id is not None
-    one_document = recipe.packing == "one_document"
+    again, suffix = [], []
+    if recipe.bos == "tokenizer":
+        again, suffix = list(special.prefix), [] if special.written else list(special.suffix)
+    elif recipe.bos == "document" and special.bos_id is not None:
+        again = [BOS]
+    first = [] if recipe.bos == "tokenizer" and special.written else again
+    tail = [*suffix, EOS] if recipe.eos == "document" and suffix[-1:] != [EOS] else suffix
     sequences, n_cut = [[]], 0
     for i, own in enumerate(lists):
-        tokens = [*own, EOS] if own and recipe.eos == "document" else list(own)
+        tokens = [*own, *tail] if own else []
         if recipe.long_documents == "truncate":
-            n_cut += max(0, len(own) - (recipe.context_size - has_bos))
-            tokens = tokens[: recipe.context_size - has_bos]
-        if one_document:
+            room = recipe.context_size - len(first)
+            n_cut += max(0, len(own) - (room - len(suffix)))
+            tokens = [*own[: room - len(suffix)], *tail][:room] if own else []
+        if recipe.packing == "one_document":
             sequences.append([])
-        position, index = 0, 0
+        position, index, prefix = 0, 0, first
+        n_stream = len(tokens)
         while tokens:
             if len(sequences[-1]) == recipe.context_size:
                 sequences.append([])
-                index = 0
-            value = BOS if has_bos and index == 0 else tokens.pop(0)
+                index, prefix = 0, first if len(tokens) == n_stream else again
+            value = prefix[index] if index < len(prefix) else tokens.pop(0)
             sequences[-1].append((i, position, value, index))
             position, index = position + 1, index + 1
     return [sequence for sequence in sequences if sequence], n_cut
@@ -110,7 +125,7 @@ def sequences_the_slow_way(lists, recipe, special):
 
 def kept_the_slow_way(sequences, recipe, special):
     """Returns the (document, position, token) that become rows, sequence by sequence."""
-    dropped = {0, EOS} | ({BOS} if special.bos_id else set()) if recipe.drop_special_tokens else set()
+    dropped = special.ids if recipe.drop_special_tokens else set()
     streams = {}
     for document, position, *_ in itertools.chain(*sequences):
         streams.setdefault(document, []).append(position)
@@ -311,6 +326,55 @@ def test_a_corpus_of_empty_documents_makes_no_batch():
     assert count_rows(documents([], []), Recipe(), SPECIAL) == (0, 0)
 
 
+def test_a_suffix_ends_the_document_and_stays_when_it_is_truncated():
+    (packed,) = batches([[5, 6], [7]], special=BERT)
+    first, last = batches([[3, 4, 5, 6], [7]], special=BERT, packing="one_document", context_size=4)
+    split = batches([[3, 4, 5]], special=BERT, context_size=4, batch_size=1)
+
+    assert packed.token_ids.tolist() == [[8, 5, 6, 9, 8, 7, 9]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert (first.token_ids.tolist(), last.token_ids.tolist()) == ([[8, 3, 4, 9]], [[8, 7, 9]])
+    assert (first.n_cut_off, last.n_cut_off) == (2, 0)
+    assert [batch.token_ids.tolist() for batch in split] == [[[8, 3, 4, 5]], [[8, 9]]]
+
+
+def test_a_prefix_of_two_tokens_precedes_every_piece():
+    special = SpecialTokens(prefix=(8, 9))
+    found = batches([[3, 4, 5], [6]], special=special, context_size=4, batch_size=1)
+
+    assert [batch.token_ids.tolist() for batch in found] == [[[8, 9, 3, 4]], [[8, 9, 5, 8]], [[8, 9, 6]]]
+    assert [batch.positions.tolist() for batch in found] == [[[0, 1, 2, 3]], [[4, 5, 6, 0]], [[1, 2, 3]]]
+
+
+def test_the_tokens_of_the_tokenizer_are_special_and_get_no_rows_if_asked():
+    (batch,) = batches([[5, 6], [7]], special=BERT, drop_special_tokens=True)
+
+    assert batch.token_ids[batch.keep].tolist() == [5, 6, 7]
+
+
+def test_a_suffix_that_is_the_eos_token_is_not_followed_by_another():
+    special = SpecialTokens(eos_id=EOS, suffix=(EOS,))
+
+    assert batches([[5]], special=special, eos="document")[0].token_ids.tolist() == [[5, EOS]]
+    assert batches([[5]], special=special, bos="none", eos="document")[0].token_ids.tolist() == [[5, EOS]]
+    assert batches([[5]], special=special, bos="none")[0].token_ids.tolist() == [[5]]
+
+
+def test_bos_alone_can_be_asked_for_and_nothing_at_all():
+    special = SpecialTokens(bos_id=BOS, prefix=(8, BOS), suffix=(9,))
+
+    assert batches([[5]], special=special)[0].token_ids.tolist() == [[8, BOS, 5, 9]]
+    assert batches([[5]], special=special, bos="document")[0].token_ids.tolist() == [[BOS, 5]]
+    assert batches([[5]], special=special, bos="none")[0].token_ids.tolist() == [[5]]
+
+
+def test_a_context_without_room_for_a_text_is_refused():
+    with pytest.raises(FieldInvalid, match="use at least 3") as caught:
+        Packer([], Recipe(context_size=2), BERT)
+
+    assert caught.value.field == "spec.recipe.context_size"
+
+
 def test_a_recipe_with_eos_needs_a_tokenizer_with_eos():
     with pytest.raises(FieldInvalid, match="no EOS token") as caught:
         Packer([], Recipe(eos="document"), SpecialTokens(bos_id=1))
@@ -388,7 +452,8 @@ def test_a_window_is_of_int32_numbers(window):
 
 
 def test_later_fields_at_their_default_are_not_in_the_json():
-    old = {field.name for field in fields(Recipe)} - {"long_documents", "window", "chat_template"}
+    later = {"long_documents", "window", "chat_template", "skip_bad_documents", "max_documents"}
+    old = {field.name for field in fields(Recipe)} - later
 
     assert set(Recipe().to_json()) == old
     assert set(Recipe(packing="one_document", long_documents="truncate", window=TokenWindow()).to_json()) == old

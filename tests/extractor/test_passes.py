@@ -46,3 +46,24 @@ def test_the_one_furthest_behind_goes_first():
     there = index((10, "pab"), (7, "pa"), (5, "pa"))
 
     assert plan(there, "pabc", 0) == Pass(columns=("c",), max_rows=10)
+
+
+def test_a_hole_is_filled_alone_and_ends_where_the_column_goes_on():
+    there = index((10, "pab"), (7, "pb"), (5, "pab"), (5, "pb"))
+
+    assert plan(there, "pab", 0) == Pass(columns=("a",), max_rows=17)
+    filled = index((10, "pab"), (7, "pab"), (5, "pab"), (5, "pb"))
+    assert plan(filled, "pab", 0) == Pass(columns=("a",), max_rows=27)
+
+
+def test_columns_with_holes_at_one_place_are_filled_together_up_to_the_shorter_one():
+    there = index((10, "pab"), (7, "p"), (5, "pb"), (5, "pab"))
+
+    assert plan(there, "pab", 27) == Pass(columns=("a", "b"), max_rows=17)
+
+
+def test_rows_behind_a_hole_are_not_computed_again():
+    there = index((10, "pa"), (7, "p"), (5, "pa"))
+
+    assert plan(there, "pa", 22) == Pass(columns=("a",), max_rows=17)
+    assert plan(index((10, "pa"), (7, "pa"), (5, "pa")), "pa", 22) is None

@@ -8,13 +8,13 @@ import pytest
 import pytest_asyncio
 
 from fix_runner import documents
-from headrace_extractor.errors import ExtractionCancelled, FieldInvalid, RowsExpired, TooManyStreams
+from headrace_extractor.errors import ExtractionCancelled, FieldInvalid, RowsExpired, RowTooLarge, TooManyStreams
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading import row_stream
 from headrace_extractor.reading.reading_order import OrderRequest, ReadOrder
 from headrace_extractor.reading.row_stream import End, Pause, RowStream, StreamRequest
 from headrace_extractor.sets import activation_set
-from headrace_extractor.sets.activation_set import ActivationSet, Kind
+from headrace_extractor.sets.activation_sets import ActivationSets
 from headrace_extractor.sets.spec import Retention
 from headrace_log import reader, retention
 from headrace_log.errors import DiskFull, TooManyFiles
@@ -102,7 +102,8 @@ async def test_shuffled_goes_on_at_any_place(done, asked):
         got, _, end = await read(job, order=asked(), start_row=start, end_row=stop)
         assert got == whole[start : stop or None]
         assert end.next_row == (stop or len(whole))
-    with pytest.raises(RowsExpired):
+    # Not "gone": it was never there.
+    with pytest.raises(RowsExpired, match=f"no row {len(whole) + 1}: the last one is {len(whole) - 1}"):
         await read(job, order=asked(), start_row=len(whole) + 1)
 
 
@@ -255,17 +256,20 @@ async def test_a_mapped_reader_of_a_window_must_release_by_itself(extractor):
 
 
 async def test_a_folder_has_one_nonce_for_a_server_and_another_for_the_next(tmp_path):
+    path = tmp_path / ("1" * 32) / "nonce"
+    path.parent.mkdir()
+
     def server_sees():
-        return ActivationSet("1" * 32, tmp_path, Kind.RETAIN)
+        return ActivationSets(tmp_path).retained("1" * 32)
 
     one = server_sees()
     first = one.nonce()
 
-    assert first == one.nonce() == (tmp_path / "nonce").read_text()
-    assert (tmp_path / "nonce").stat().st_mode & 0o777 == 0o644
+    assert first == one.nonce() == path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o644
     assert server_sees().nonce() != first
-    (tmp_path / "nonce").unlink()
-    assert one.nonce() == (tmp_path / "nonce").read_text()
+    path.unlink()
+    assert one.nonce() == path.read_text()
 
 
 async def test_rows_of_a_folder_that_takes_no_nonce_are_sent_inline(extractor, monkeypatch):
@@ -300,7 +304,7 @@ async def test_a_set_that_is_gone_is_the_failure_of_its_extraction(extractor):
         RowStream(job, StreamRequest(start_row=job.value.n_rows))
 
 
-@pytest.mark.parametrize("at", ["map_segment", "dropped_rows"])
+@pytest.mark.parametrize("at", ["SegmentFile", "dropped_rows"])
 async def test_a_stream_of_a_server_without_a_descriptor_left_is_one_too_many(done, asked, monkeypatch, at):
     job, _ = done
 
@@ -316,3 +320,51 @@ async def test_a_stream_of_a_server_without_a_descriptor_left_is_one_too_many(do
     assert caught.value.metadata == {"max_files": "1024"}
     monkeypatch.undo()
     assert (await read(job, order=asked()))[0]
+
+
+# -- rows wider than a message -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Messages that hold a row of 8 bytes, and none of a hookpoint; the small ones not even that."""
+    monkeypatch.setattr(row_stream, "MAX_MESSAGE_BYTES", 1250)
+    monkeypatch.setattr(row_stream, "MAX_SMALL_MESSAGE_BYTES", 1180)
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_a_row_wider_than_a_message_is_refused_when_the_stream_is_opened(done, narrow, large):
+    job, _ = done
+
+    with pytest.raises(RowTooLarge, match="fewer columns") as refused:
+        RowStream(job, StreamRequest(allow_large_chunks=large))
+
+    width = sum(column.row_bytes for column in job.set.manifest().columns if column.name in job.columns)
+    assert refused.value.metadata == {"row_bytes": str(width), "limit_bytes": "1250" if large else "1180"}
+    assert job.reader_names == []
+
+
+async def test_a_row_for_a_larger_message_names_the_flag(done, narrow):
+    job, _ = done
+    columns = ("document", "position")
+
+    with pytest.raises(RowTooLarge, match="set allow_large_chunks"):
+        RowStream(job, StreamRequest(columns=columns))
+
+    assert (await read(job, allow_large_chunks=True))[0]
+
+
+async def test_wide_rows_are_mapped(done, narrow):
+    job, _ = done
+    stream = RowStream(job, StreamRequest(mapped=True))
+    n_rows = 0
+    try:
+        async with asyncio.timeout(30), aclosing(stream.events()) as events:
+            async for event in events:
+                if not isinstance(event, End | Pause):
+                    assert not event.columns
+                    n_rows += event.n_rows
+    finally:
+        stream.close()
+
+    assert n_rows == job.value.n_rows

@@ -42,6 +42,21 @@ def node(extractor, monkeypatch):
     return extractor
 
 
+@pytest.fixture
+def clock(node, monkeypatch):
+    """The node's keeper counts by this clock."""
+    keeper, made = node.extractions.keeper, FakeClock()
+    for name, value in {
+        "_wall": lambda: made.wall,
+        "_monotonic": lambda: made.monotonic,
+        "_counted_at": made.monotonic,
+        "_calm_until": 0.0,
+        "_idleness": replace(keeper._idleness, wall=0.0),
+    }.items():
+        monkeypatch.setattr(keeper, name, value)
+    return made
+
+
 @pytest.fixture(autouse=True)
 async def empty(extractor):
     """Every test begins with an empty disk."""
@@ -53,6 +68,15 @@ async def empty(extractor):
     keeper._limits = limits
     extractor.registry.orders.clear()
     assert not folders(extractor)
+
+
+class FakeClock:
+    def __init__(self):
+        self.wall, self.monotonic = time.time(), 1000.0
+
+    def pass_s(self, seconds):
+        self.wall += seconds
+        self.monotonic += seconds
 
 
 def folders(node):
@@ -75,6 +99,12 @@ async def ended(job):
 def use(job, seconds_ago):
     at = time.time() - seconds_ago
     os.utime(job.folder / LAST_USED_NAME, (at, at))
+
+
+def leave_idle(node, job, seconds=1e9):
+    """As if a server had run for so long since the last use of the job's set."""
+    keeper, last_used = node.extractions.keeper, (job.folder / LAST_USED_NAME).stat().st_mtime
+    keeper._idleness = replace(keeper._idleness, seen={**keeper._idleness.seen, job.folder.name: (last_used, seconds)})
 
 
 async def test_the_least_recently_used_set_makes_room_for_a_new_one(node):
@@ -188,7 +218,7 @@ async def test_two_extractions_do_not_count_on_the_same_room(node, monkeypatch):
 async def test_rows_of_an_evicted_set_are_not_found_and_computed_anew_on_request(node):
     job = await make(node)
     before, _, _ = await node.read(job)
-    use(job, 1e9)
+    leave_idle(node, job)
     await node.extractions.keeper.keep_limits()
     assert not job.folder.exists()
 
@@ -210,7 +240,7 @@ async def test_an_ended_extraction_whose_set_is_gone_says_so_after_a_restart(sta
     node.add_corpus(documents(20, seed=1))
     job = await node.extract()
     await ended(job)
-    use(job, 1e9)
+    leave_idle(node, job)
     await node.extractions.keeper.keep_limits()
     await node.stop()
 
@@ -222,8 +252,8 @@ async def test_an_ended_extraction_whose_set_is_gone_says_so_after_a_restart(sta
 
 async def test_while_the_registry_is_away_nothing_goes_that_was_pinned_when_last_heard(node):
     pinned, free, _ = [await make(node, seed) for seed in range(3)]
-    use(pinned, 1e9)
-    use(free, 1e9)
+    leave_idle(node, pinned)
+    leave_idle(node, free)
     node.registry.orders[pinned.value.set_id] = SetOrders(pinned=True, pinned_until=time.time() + 60)
     await node.extractions.keeper.follow_orders()
     node.registry.unavailable = errors.RegistryUnavailable("away")
@@ -238,7 +268,7 @@ async def test_while_the_registry_is_away_nothing_goes_that_was_pinned_when_last
 
 async def test_a_pin_that_nobody_heard_of_yet_is_asked_for_before_an_eviction(node):
     job = await make(node)
-    use(job, 1e9)
+    leave_idle(node, job)
     node.registry.orders[job.value.set_id] = SetOrders(pinned=True)
 
     await node.extractions.keeper.keep_limits()
@@ -248,7 +278,7 @@ async def test_a_pin_that_nobody_heard_of_yet_is_asked_for_before_an_eviction(no
 
 async def test_a_pin_that_has_ended_keeps_nothing(node):
     job = await make(node)
-    use(job, 1e9)
+    leave_idle(node, job)
     node.registry.orders[job.value.set_id] = SetOrders(pinned=True, pinned_until=time.time() - 1)
     await node.extractions.keeper.follow_orders()
     node.registry.orders.clear()
@@ -276,7 +306,7 @@ async def test_a_set_that_shall_go_does_so_once_nobody_reads_it(node):
 async def test_a_set_that_a_process_maps_is_not_taken_until_it_lets_go(node):
     job = await make(node)
     hold = Hold(job.folder)
-    use(job, 1e9)
+    leave_idle(node, job)
     await node.extractions.keeper.keep_limits()
     still_there = job.folder.exists()
     hold.close()
@@ -429,3 +459,31 @@ async def test_what_fits_counts_what_is_there_and_promised(node):
     assert not await fits(2 * N_ROWS)
     keeper.release("another")
     assert await fits(2 * N_ROWS)
+
+
+@pytest.mark.parametrize("jump_s", [60 * 86_400, -60 * 86_400])
+async def test_a_clock_that_jumps_evicts_nothing(node, clock, jump_s):
+    job, keeper = await make(node), node.extractions.keeper
+    await keeper.keep_limits()
+
+    clock.wall += jump_s
+    for _ in range(3):
+        clock.pass_s(60)
+        await keeper.keep_limits()
+
+    assert job.folder.exists()
+    assert keeper._idleness.idle_s(job.folder.name, (job.folder / LAST_USED_NAME).stat().st_mtime) <= 240
+
+
+async def test_nothing_is_evicted_within_an_hour_of_a_jump_and_unused_sets_are_afterwards(node, clock):
+    job, keeper = await make(node), node.extractions.keeper
+    await keeper.keep_limits()
+    leave_idle(node, job)
+    clock.wall += 86_400
+    there = []
+    for _ in range(61):
+        await keeper.keep_limits()
+        there.append(job.folder.exists())
+        clock.pass_s(60)
+
+    assert there == [True] * 60 + [False]

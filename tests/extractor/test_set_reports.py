@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 
 import pytest
 
@@ -32,6 +33,7 @@ async def test_a_window_does_not_stand_for_the_retained_set_of_its_id(extractor,
     assert window.value.set_id == kept.value.set_id
     held = extractor.registry.sets[kept.value.set_id]
     assert (held.retention, held.path) == ("RETAIN", str(kept.folder))
+    assert json.loads(held.identity_json)["recipe"] == kept.value.spec.recipe.to_json()
 
 
 async def test_a_set_that_goes_while_it_is_reported_is_gone(extractor, reports, monkeypatch):

@@ -21,6 +21,8 @@ ENVIRONMENT = {"NAME": "value"}
 class FakeRunner:
     """Answers `prepare` once it may; `silent` is a death that nothing has told of yet."""
 
+    log_tail = ""
+
     def __init__(self, *, prepares, fails=False):
         self.may_prepare = asyncio.Event()
         if prepares:

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from fix_registry import write_safetensors
-from headrace_models.errors import HeaderInvalid
-from headrace_models.safetensors import MAX_HEADER_BYTES, Header, TensorEntry, entries_from, read_header
+from headrace_models.errors import HeaderInvalid, TooManyTensors
+from headrace_models.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, Header, TensorEntry, entries_from, read_header
 
 GOOD = {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}
 
@@ -82,14 +82,28 @@ def test_a_length_beyond_the_file_is_refused_before_anything_is_read(tmp_path, c
         read_header(path)
 
 
-def test_a_header_beyond_the_formats_limit_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "kind", "what"),
+    [
+        (100_000_001, HeaderInvalid, "cut or no safetensors"),
+        (MAX_HEADER_BYTES + 1, TooManyTensors, "and Headrace reads"),
+    ],
+)
+def test_a_header_beyond_the_formats_limit_or_ours_is_refused(tmp_path, size, kind, what):
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
-        file.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
-        file.truncate(2 * MAX_HEADER_BYTES)  # Sparse: it takes no disk.
+        file.write(size.to_bytes(8, "little"))
+        file.truncate(2 * size)  # Sparse: it takes no disk.
 
-    with pytest.raises(HeaderInvalid, match="cut or no safetensors"):
+    with pytest.raises(kind, match=what):
         read_header(path)
+
+
+def test_a_header_of_too_many_tensors_is_refused():
+    document = {str(i): {"dtype": "F32", "shape": [], "data_offsets": [0, 4]} for i in range(MAX_TENSORS + 1)}
+
+    with pytest.raises(TooManyTensors, match="200001 tensors"):
+        entries_from(document, source="x")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -124,3 +125,11 @@ def test_every_size_that_the_check_accepts_has_bytes(size):
     checked = checked_options({"max_memory": {"0": size}})
 
     assert size_bytes(checked["max_memory"]["0"]) >= 0
+
+
+def test_the_page_about_load_options_lists_all_of_them():
+    page = (Path(__file__).parents[2] / "docs" / "load-options.md").read_text()
+
+    for name, option in OPTIONS.items():
+        values, in_the_identity = option.values.replace("|", "\\|"), "yes" if option.changes_numbers else "no"
+        assert f"| `{name}` | {values} | {option.default} | {in_the_identity} | {option.about} |" in page

@@ -21,12 +21,15 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
         (SourceKind.HUB, BuildKind.QUANTIZE),
         (SourceKind.FOLDER, BuildKind.QUANTIZE),
         (SourceKind.GGUF, BuildKind.QUANTIZE),
+        (SourceKind.HUB, BuildKind.CONVERT_TOKENIZER),
     ],
 )
 def test_the_state_that_a_kind_of_build_brings_tells_the_kind(source, kind):
     model = Model(id="m", source=Source(kind=source, location="x"), create_time=NOW, update_time=NOW)
 
-    assert build_kind(replace(model, state=kind.state)) is kind
+    folder = "/store/m-0123456789ab-tokenizer" if kind is BuildKind.CONVERT_TOKENIZER else "/store/m-0123456789ab"
+
+    assert build_kind(replace(model, state=kind.state), folder) is kind
 
 
 def test_only_quantizing_is_told_as_quantizing():

@@ -225,7 +225,7 @@ async def test_a_hub_that_hangs_is_left_at_the_deadline(hub):
     hub.faults.append(Fault(on="config.json", stall_after=0, stall_s=20.0))
     started = asyncio.get_running_loop().time()
     with pytest.raises(HubUnavailable, match="within 2 s"):
-        await HubHeaders(hub.environment, deadline_s=2.0).headers("owner/tiny", "main")
+        await HubHeaders(hub.environment, deadline_s=2.0).profile("owner/tiny", "main")
 
     assert asyncio.get_running_loop().time() - started < 10
 

@@ -16,7 +16,7 @@ from headrace.registry.v1 import residency_service_pb2 as pb
 from headrace_registry.postgres.residency.events import EventStore
 from headrace_registry.postgres.server.migrations import migrate, packaged_migrations
 from headrace_registry.postgres.server.pool import Database
-from headrace_registry.postgres.statements import RESIDENCY_EVENT
+from headrace_registry.postgres.statements import RESIDENCY_EVENTS
 
 STATE = r.ResidencyState
 
@@ -125,8 +125,8 @@ async def test_a_later_number_that_commits_first_hides_nothing(registry, cluster
         await psycopg.AsyncConnection.connect(database_url) as early,
         await psycopg.AsyncConnection.connect(database_url) as late,
     ):
-        await early.execute(RESIDENCY_EVENT, {"id": first.id})
-        await late.execute(RESIDENCY_EVENT, {"id": second.id})
+        await early.execute(RESIDENCY_EVENTS, {"ids": [first.id]})
+        await late.execute(RESIDENCY_EVENTS, {"ids": [second.id]})
         await late.commit()
         before = await store.after(begun.seq, "")
         await early.commit()
@@ -142,7 +142,7 @@ async def test_concurrent_readers_number_each_event_once(registry, cluster, data
     begun = await store.snapshot("")
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as conn:
         for _ in range(5):
-            await conn.execute(RESIDENCY_EVENT, {"id": resident.id})
+            await conn.execute(RESIDENCY_EVENTS, {"ids": [resident.id]})
     readings = await asyncio.gather(*(store.after(begun.seq, "") for _ in range(8)))
 
     numbers = [event.seq for event in max((each.events for each in readings), key=len)]
@@ -155,8 +155,8 @@ async def test_old_events_are_dropped_and_their_reader_starts_with_a_snapshot(re
     begun = await store.snapshot("")
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as conn:
         for _ in range(15):
-            await conn.execute(RESIDENCY_EVENT, {"id": resident.id})
-        await store.trim()
+            await conn.execute(RESIDENCY_EVENTS, {"ids": [resident.id]})
+        await store.trim(100)
         kept = await (await conn.execute("SELECT count(*), min(seq) FROM residency_events")).fetchone()
     call = watching(registry.stubs, after_seq=begun.seq)
     first = await call.read()
@@ -265,7 +265,7 @@ async def test_events_of_an_earlier_version_keep_their_numbers(empty_database_ur
         ):
             await conn.execute(statement)
         await migrate(empty_database_url, migrations)
-        await conn.execute(RESIDENCY_EVENT, {"id": "r"})
+        await conn.execute(RESIDENCY_EVENTS, {"ids": ["r"]})
     database = Database(empty_database_url)
     await database.open()
     reading = await EventStore(database).after(1, "")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import struct
 
 import pytest
 
 from fix_registry import LLAMA, write_model, write_safetensors
+from headrace_models.folder import INDEX
 from headrace_registry.errors import DigestMismatch, ModelUnsupported
 from headrace_registry.models.files import ReadProgress, Stopped, architecture_from, inspect_folder
 from headrace_registry.sizing.headers import read_headers
@@ -71,19 +74,40 @@ def test_a_cut_file_is_found_by_its_length(tmp_path):
     [
         ("model.safetensors", b"\xff" * 16, DigestMismatch, r"model\.safetensors is cut.*fetch it again"),
         ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", DigestMismatch, "no safetensors header; fetch it again"),
-        ("config.json", b"{", ModelUnsupported, "config.json of m is no JSON.*prepare the model again"),
-        ("config.json", b"[]", ModelUnsupported, "config.json of m is no JSON object; prepare the model again"),
-        ("model.safetensors.index.json", b"[]", ModelUnsupported, "can't be read; prepare the model again"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "b"}}', ModelUnsupported, "m lacks b; prepare"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "\\u0000"}}', ModelUnsupported, "names no files"),
+        ("config.json", b"{", ModelUnsupported, "m can't be loaded: config.json is no JSON.*fetch it again"),
+        ("config.json", b"[]", ModelUnsupported, "m can't be loaded: config.json is no JSON object; fetch it again"),
+        (INDEX, b"[]", ModelUnsupported, "index.json is no JSON object; fetch it again"),
+        (INDEX, b'{"weight_map": {"a": "b.safetensors"}}', ModelUnsupported, r"lacks b\.safetensors, which .* names"),
+        (INDEX, b'{"weight_map": {"a": "\\u0000"}}', ModelUnsupported, f"lacks safetensors files that {INDEX} names"),
     ],
 )
 def test_files_that_the_estimator_can_not_read_are_named(tmp_path, name, content, error, match):
     folder = write_model(tmp_path / "m")
     (folder / name).write_bytes(content)
+    if name == INDEX:
+        (folder / "model.safetensors").unlink()
 
     with pytest.raises(error, match=match):
         read_headers(folder)
+
+
+def test_parameters_are_those_of_the_files_that_are_loaded(tmp_path):
+    folder = write_model(tmp_path / "m")
+    alone = inspect_folder(folder, reading=ReadProgress())
+    write_safetensors(folder / "model.fp16.safetensors", {"model.norm.weight": ("F16", (80,))})
+    write_safetensors(folder / "consolidated.safetensors", {"norm.weight": ("BF16", (80,))})
+    beside = inspect_folder(folder, reading=ReadProgress())
+
+    assert beside.weights == alone.weights
+    assert read_headers(folder).profile().tally.n_kept == 336
+    assert beside.digest != alone.digest
+
+
+def test_a_quantized_folder_is_refused_by_its_config(tmp_path):
+    folder = write_model(tmp_path / "m", config={**LLAMA, "quantization_config": {"quant_method": "gptq"}})
+
+    with pytest.raises(ModelUnsupported, match=r"GPTQ.*full weights"):
+        inspect_folder(folder, reading=ReadProgress(), full=True)
 
 
 @pytest.mark.parametrize(("name", "match"), [("config.json", "transformers"), ("model.safetensors", "save_pretrained")])
@@ -92,6 +116,51 @@ def test_a_folder_without_config_or_weights_is_unsupported(tmp_path, name, match
     (folder / name).unlink()
 
     with pytest.raises(ModelUnsupported, match=match):
+        inspect_folder(folder, reading=ReadProgress())
+
+
+def test_a_file_whose_name_is_no_text_is_named(tmp_path):
+    folder = write_model(tmp_path / "m")
+    (folder / os.fsdecode(b"tokenizer\xff.json")).write_text("{}")
+
+    with pytest.raises(ModelUnsupported, match=r"'tokenizer\\udcff.json' is no UTF-8"):
+        inspect_folder(folder, reading=ReadProgress())
+
+
+@pytest.mark.parametrize("dtype", ["F\x0032", "F\ud800", "f32", "", "F" * 40])
+def test_a_dtype_that_no_database_can_hold_is_no_header(tmp_path, dtype):
+    folder = write_model(tmp_path / "m")
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+    with pytest.raises(DigestMismatch, match="no safetensors header"):
+        inspect_folder(folder, reading=ReadProgress())
+
+
+def test_a_header_of_many_dtypes_is_refused(tmp_path):
+    folder = write_model(tmp_path / "m")
+    entries = {f"t{n}": {"dtype": f"F{n}", "shape": [0], "data_offsets": [0, 0]} for n in range(65)}
+    header = json.dumps(entries).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+    with pytest.raises(ModelUnsupported, match="65 dtypes"):
+        inspect_folder(folder, reading=ReadProgress())
+
+
+def test_names_in_a_config_that_no_database_can_hold_count_as_none():
+    found = architecture_from({**LLAMA, "model_type": "ll\x00ama", "architectures": ["Llama\ud800"]})
+
+    assert (found.model_type, found.class_name) == ("", "")
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_folder_of_an_adapter_alone_is_refused_with_the_way_out(tmp_path, with_config):
+    folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    if not with_config:
+        (folder / "config.json").unlink()
+
+    with pytest.raises(ModelUnsupported, match="it holds an adapter: merge it into its base model"):
         inspect_folder(folder, reading=ReadProgress())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from contextlib import aclosing
@@ -12,11 +13,12 @@ import psutil
 import pytest
 
 from fix_hub import SHA, Fault, Hub
-from fix_registry import until
+from fix_registry import until, write_safetensors
 from headrace_chassis.errors import ServiceError
 from headrace_registry.errors import DigestMismatch, HubGated, HubNotFound, HubUnavailable, ModelUnsupported, NotAllowed
 from headrace_registry.hub.client import HubClient
 from headrace_registry.hub.events import Event, Job
+from headrace_registry.models.registration import Resolution
 
 WEIGHTS = "model.safetensors"
 
@@ -59,10 +61,25 @@ async def test_a_branch_is_resolved_to_a_commit_and_only_model_files_come(hub, t
     assert {each.authorization for each in hub.seen} == {"Bearer hf_secret"}
 
 
+async def test_a_renamed_repo_is_fetched_under_its_old_name(hub, tmp_path):
+    paths = ["/api/models/{}/revision/main"]
+    paths += [f"/{{}}/resolve/{SHA}/{name}" for name in ("config.json", "tokenizer.json", WEIGHTS)]
+    for path in paths:
+        location = {"Location": path.format("owner/tiny")}
+        hub.faults.append(Fault(on=path.format("owner/old"), status=307, headers=location, times=20))
+    resolved = await client_of(hub).resolve("owner/old", "main")
+    events = await fetched(client_of(hub), job(tmp_path, repo_id="owner/old"))
+
+    assert resolved == Resolution(commit_sha=SHA)
+    assert events[-1].kind == "done"
+    assert is_complete(hub, tmp_path)
+
+
 async def test_a_commit_can_be_asked_for_alone(hub):
-    assert await client_of(hub).resolve("owner/tiny", "main") == SHA
-    assert await client_of(hub).resolve("owner/none", "main") == ""
-    assert await HubClient({**hub.environment, "HF_HUB_OFFLINE": "1"}).resolve("owner/tiny", "main") == ""
+    assert await client_of(hub).resolve("owner/tiny", "main") == Resolution(commit_sha=SHA)
+    assert await client_of(hub).resolve("owner/none", "main") == Resolution()
+    offline = HubClient({**hub.environment, "HF_HUB_OFFLINE": "1"})
+    assert await offline.resolve("owner/tiny", "main") == Resolution()
     assert not hub.requests(WEIGHTS)
 
 
@@ -275,13 +292,76 @@ async def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(hub, tm
 @pytest.mark.parametrize(
     "name", ["../evil.json", "/etc/evil.json", "a\\..\\b.json", "a/../../b.json", "nul.json", "x" * 300]
 )
-async def test_a_listing_with_a_name_that_leads_elsewhere_is_refused_whole(hub, tmp_path, name):
+async def test_a_file_with_a_name_that_leads_elsewhere_is_not_fetched(hub, tmp_path, name):
     hub.extra.append(name)
-    with pytest.raises(ModelUnsupported, match="name"):
+    await fetched(client_of(hub), job(tmp_path))
+
+    assert is_complete(hub, tmp_path)
+    assert not hub.requests("evil.json")
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("repo", "home")] == ["models"]
+
+
+@pytest.mark.parametrize("name", ["runs/2024-01-01T12:00:00/events", "figure 12:30.png", "a\\..\\b.json", "\x07.txt"])
+async def test_files_that_nobody_fetches_refuse_no_repo(hub, tmp_path, name):
+    hub.extra.append(name)
+    await fetched(client_of(hub), job(tmp_path))
+
+    assert is_complete(hub, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "nul.safetensors", "a:b.safetensors"])
+async def test_an_index_of_weights_that_lead_elsewhere_is_refused(hub, tmp_path, name):
+    (hub.folder / WEIGHTS).unlink()
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": name}}))
+    hub.extra.append(name)
+    with pytest.raises(ModelUnsupported, match="safetensors"):
         await fetched(client_of(hub), job(tmp_path))
 
-    assert not hub.requests("evil.json")
     assert not (tmp_path / "models").exists()
+
+
+async def test_a_quantized_repo_is_refused_before_any_weights_come(hub, tmp_path):
+    config = hub.folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelUnsupported, match=r"fp8.*full weights"):
+        await fetched(client_of(hub), job(tmp_path))
+
+    assert not hub.requests(WEIGHTS)
+    assert "fp8" in (await client_of(hub).resolve("owner/tiny", "main")).problem
+
+
+@pytest.mark.parametrize(("weights", "match"), [(WEIGHTS, "no config.json"), ("m.gguf", "register that file")])
+async def test_a_repo_without_a_config_is_refused_with_the_way_out_of_its_kind(hub, tmp_path, weights, match):
+    (hub.folder / "config.json").unlink()
+    (hub.folder / WEIGHTS).rename(hub.folder / weights)
+    with pytest.raises(ModelUnsupported, match=match):
+        await fetched(client_of(hub), job(tmp_path))
+
+    assert not hub.requests(weights)
+
+
+async def test_weights_beside_the_shards_come_along(hub, tmp_path):
+    """As the prediction of further tokens, which some repos keep in a file of its own."""
+    (hub.folder / WEIGHTS).rename(hub.folder / "model-00001-of-00001.safetensors")
+    write_safetensors(hub.folder / "mtp.safetensors", {"mtp.weight": ("F32", (8,))})
+    write_safetensors(hub.folder / "other.safetensors", {"other.weight": ("F32", (8,))})
+    names = ("model-00001-of-00001.safetensors", "mtp.safetensors")
+    index = {"weight_map": {"model.norm.weight": names[0], "mtp.weight": names[1]}}
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    events = await fetched(client_of(hub), job(tmp_path))
+
+    found = await asyncio.to_thread(os.listdir, events[-1].path)
+    assert set(found) == {*names, "model.safetensors.index.json", "config.json", "tokenizer.json"}
+
+
+async def test_a_damaged_index_is_read_again(hub, tmp_path):
+    (hub.folder / WEIGHTS).rename(hub.folder / "model-00001-of-00001.safetensors")
+    index = hub.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}))
+    hub.faults.append(Fault(on=index.name, corrupt=True))
+    events = await fetched(client_of(hub), job(tmp_path))
+
+    assert events[-1].kind == "done"
 
 
 async def test_a_hub_that_names_no_commit_is_no_hub(hub, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from pathlib import Path
 
@@ -66,6 +67,16 @@ async def test_a_branch_is_pinned_at_registration_and_never_moves(hub: Hub, data
     assert {each.path for each in hub.requests(WEIGHTS)} == {f"/owner/tiny/resolve/{SHA}/{WEIGHTS}"}
 
 
+async def test_the_card_that_the_hub_tells_is_kept(hub: Hub, database_url, tmp_path):
+    hub.card = {"license": "other", "license_name": "tiny-licence", "license_link": "LICENSE", "tags": ["text"]}
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        await register(registry.stubs)
+        await prepare(registry.stubs)
+        ready = await outcome(registry.stubs)
+
+    assert (ready.card.license, ready.card.license_link) == ("tiny-licence", "LICENSE")
+
+
 async def test_a_hub_out_of_reach_leaves_the_commit_to_the_preparation(hub: Hub, database_url, tmp_path):
     hub.faults.append(Fault(on="/revision/main", status=503))
     async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
@@ -94,7 +105,7 @@ async def test_a_token_is_neither_stored_nor_logged(hub: Hub, database_url, tmp_
             )
         )
     with psycopg.connect(database_url) as conn:
-        tables = [row[0] for row in conn.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        tables = [row[0] for row in conn.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'headrace'")]
         texts = [str(row[0]) for table in tables for row in conn.execute(f'SELECT t::text FROM "{table}" t').fetchall()]
     files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
@@ -106,6 +117,50 @@ async def test_a_token_is_neither_stored_nor_logged(hub: Hub, database_url, tmp_
     assert "failed: HUB_GATED" in caplog.text
     assert TOKEN not in caplog.text
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+async def test_a_registry_that_takes_over_without_the_token_says_what_is_lost(hub: Hub, database_url, tmp_path):
+    hub.token = TOKEN
+    hub.held.set()
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as first:
+        await register(first.stubs, hub_token=TOKEN)
+        await prepare(first.stubs, hub_token=TOKEN)
+        await until(lambda: hub.served_bytes(WEIGHTS) > 0)
+    hub.held.clear()
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as second:
+        closed = await outcome(second.stubs)
+        await prepare(second.stubs, hub_token=TOKEN)
+        ready = await until_state(second.stubs, "tiny", STATES.MODEL_STATE_READY, timeout_s=40)
+
+    assert closed.failure.reason == "HUB_GATED"
+    assert "prepare the model again with it" in closed.failure.message
+    assert ready.commit_sha == SHA
+
+
+async def test_quantized_checkpoints_are_refused_at_registration(hub: Hub, database_url, tmp_path):
+    config = hub.folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    roots = (tmp_path,)
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment, roots=roots) as registry:
+        sources = (
+            model_pb2.ModelSource(hub=model_pb2.HubSource(repo_id="owner/tiny")),
+            model_pb2.ModelSource(folder=model_pb2.FolderSource(path=str(hub.folder))),
+        )
+        requests = [pb.RegisterModelRequest(model=model_pb2.Model(source=source)) for source in sources]
+        refusals = [await refused(registry.stubs.models.RegisterModel(request, timeout=20)) for request in requests]
+        listed = await registry.stubs.models.ListModels(pb.ListModelsRequest(), timeout=20)
+
+    assert [refusal.reason for refusal in refusals] == ["MODEL_UNSUPPORTED"] * 2
+    assert all("quantized by fp8" in refusal.message for refusal in refusals)
+    assert not listed.models
+
+
+async def test_many_registrations_at_once_are_all_pinned(hub: Hub, database_url, tmp_path):
+    """Each asks the hub by a process of its own, of which few run at a time."""
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        models = await asyncio.gather(*(register(registry.stubs, f"m{number}") for number in range(10)))
+
+    assert [model.commit_sha for model in models] == [SHA] * 10
 
 
 async def test_cancelling_kills_the_download_and_preparing_again_fetches_the_rest(hub: Hub, database_url, tmp_path):
@@ -274,7 +329,7 @@ def delete_model(data_dir: Path, model_id: str) -> None:
     server = EmbeddedPostgres(data_dir)
     server.start()  # The embedded server outlived the registry.
     with psycopg.connect(server.url) as conn:
-        conn.execute("DELETE FROM models WHERE id = %s", (model_id,))
+        conn.execute("DELETE FROM headrace.models WHERE id = %s", (model_id,))
 
 
 def tree_bytes(hub: Hub) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 
 import pytest
@@ -123,6 +124,59 @@ def test_any_foreign_token_is_refused(token):
     except FieldInvalid:
         return
     assert page.after is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 1500,
+        b'["%s", null, "\\ud800"]',
+        b'["%s", null, "\\u0000"]',
+        b'["%s", null, 1]',
+        b'["%s", -1, "a"]',
+        b'["%s", true, "a"]',
+        b'["%s", "3", "a"]',
+        b'["%s", 1e9, "a"]',
+        b'["%s", 9223372036854775808, "a"]',
+        b'["%s"]',
+        b"[]",
+        b"{}",
+        b"7",
+    ],
+)
+def test_a_token_of_crooked_json_is_refused(content):
+    binding = page_from(size=0, token="", bound_to=("models", ""), default=50, key_length=1).binding
+    token = base64.urlsafe_b64encode(content.replace(b"%s", binding.encode())).decode()
+
+    with pytest.raises(FieldInvalid) as caught:
+        page_from(size=0, token=token, bound_to=("models", ""), default=50, key_length=1)
+
+    assert caught.value.field == "page_token"
+
+
+async def test_a_listing_is_counted_once_and_not_at_all_if_it_has_one_page():
+    counts = []
+
+    async def count():
+        counts.append(None)
+        return 7
+
+    def page_of(token):
+        return page_from(size=3, token=token, bound_to=("a",), default=50, key_length=1)
+
+    first = page_of("")
+    whole = await first.counted("xy", "", count)
+    assert (whole, counts) == (("", 2), [])
+
+    token, total = await first.counted("xyz", first.token_after(("z",)), count)
+    second = page_of(token)
+    assert (second.after, second.total, total, len(counts)) == (("z",), 7, 7, 1)
+
+    token, total = await second.counted("xyz", second.token_after(("c",)), count)
+    third = page_of(token)
+    assert (third.after, total) == (("c",), 7)
+    assert await third.counted("x", "", count) == ("", 7)
+    assert len(counts) == 1
 
 
 def test_a_token_is_bound_to_its_arguments():

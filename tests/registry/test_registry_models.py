@@ -269,11 +269,11 @@ async def test_a_gguf_waits_for_a_node_and_is_converted_by_it(registry, tmp_path
     source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(gguf)))
     await register(registry.stubs, model_pb2.Model(id="m", source=source))
     await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="m"))
-    call = registry.stubs.models.WatchModel(pb.WatchModelRequest(model_id="m"), timeout=20)
+    call = registry.stubs.models.WatchModel(pb.WatchModelRequest(model_id="m", after_seq=1), timeout=20)
     messages = []
     async for event in call:
         messages.append(event.message)
-        if "waits for a node" in event.message or (event.snapshot and "waits" in event.message):
+        if "waits for a node" in event.message:
             await start_node(convert=lambda build: write_model(tmp_path.__class__(build.target_path)))
         if event.model.state == READY:
             break
@@ -335,9 +335,9 @@ async def test_a_preparation_goes_on_in_another_replica(database_url, tmp_path):
 async def test_a_large_folder_reports_progress(registry, tmp_path, monkeypatch):
     folder = await asyncio.to_thread(write_model, tmp_path / "big")
     await asyncio.to_thread(write_safetensors, folder / "model.safetensors", {"w": ("U8", (64_000_000,))})
-    monkeypatch.setattr("headrace_registry.workers.preparation._PROGRESS_EVERY_S", 0.01)
-    monkeypatch.setattr("headrace_registry.workers.preparation._LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("headrace_registry.models.files._READ_BYTES", 64 * 1024)
+    monkeypatch.setattr("headrace_registry.workers.sources._PROGRESS_EVERY_S", 0.01)
+    monkeypatch.setattr("headrace_registry.workers.sources._LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("headrace_models.folder._READ_BYTES", 64 * 1024)
     await register_folder(registry.stubs, folder, "big")
     await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="big"))
     transfers = []
@@ -357,6 +357,7 @@ async def test_a_large_folder_reports_progress(registry, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["q\x00.safetensors", "q\ud800.safetensors"], ids=["NUL", "half a surrogate pair"])
 async def test_a_file_name_that_no_database_can_store_fails_its_preparation_alone(registry, tmp_path, name):
     folder = write_model(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     await register_folder(registry.stubs, folder, "m")
     await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="m"))

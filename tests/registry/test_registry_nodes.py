@@ -13,6 +13,7 @@ from headrace.registry.v1 import activation_set_service_pb2 as sets_pb
 from headrace.registry.v1 import node_service_pb2 as pb
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2
+from headrace_registry.residency.nodes import is_other_node
 
 
 async def node_of(stubs, node_id: str = "node-a") -> r.Node:
@@ -50,11 +51,21 @@ async def test_registration_tells_devices_and_heartbeat_interval(registry):
     assert [(d.id, d.kind, d.capacity_bytes) for d in node.devices] == [("cpu", r.DEVICE_KIND_CPU, 5)]
 
 
+async def test_a_node_on_this_machine_may_be_reached_over_a_unix_socket(registry):
+    request = pb.RegisterNodeRequest(node_id="node-a", address="unix:/run/x", devices=[cpu()], boot_nonce="x")
+    await registry.stubs.nodes.RegisterNode(request)
+
+    assert (await node_of(registry.stubs)).address == "unix:/run/x"
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
         ({"node_id": "Bad"}, "node_id"),
         ({"address": "nowhere"}, "address"),
+        ({"address": "0.0.0.0:7471"}, "address"),
+        ({"address": "[::]:7471"}, "address"),
+        ({"address": "unix:"}, "address"),
         ({"boot_nonce": ""}, "boot_nonce"),
         ({"devices": []}, "devices"),
         ({"devices": [cpu(0)]}, "devices.capacity_bytes"),
@@ -303,3 +314,41 @@ async def test_sets_are_reported_listed_read_and_forgotten(registry):
     assert rest.next_page_token == ""
     assert [(each.node_id, each.n_rows, list(each.columns)) for each in found] == [("node-a", 9, ["x"])]
     assert (gone.reason, bad.fields) == ("SET_NOT_FOUND", ("set.n_rows",))
+
+
+async def test_a_second_node_of_one_id_is_refused_while_the_first_lives(registry):
+    first = FakeNode(registry.stubs, "node-a", [cpu()])
+    first.boot_nonce = "folder-1.start-1"
+    await first.register()
+    second = FakeNode(registry.stubs, "node-a", [cpu()])
+    second.boot_nonce = "folder-2.start-1"
+
+    refusal = await refused(second.register())
+
+    assert refusal.reason == "ALREADY_EXISTS"
+    assert "--node-id" in refusal.message
+    first.boot_nonce = "folder-1.start-2"
+    await first.register()
+    assert first.epoch == 2
+
+
+async def test_a_node_of_one_id_takes_the_place_of_one_that_is_lost(database_url, tmp_path):
+    async with running_registry(database_url, tmp_path / "d", roots=(tmp_path,), heartbeat_interval_s=0.3) as registry:
+        first = FakeNode(registry.stubs, "node-a", [cpu()])
+        first.boot_nonce = "folder-1.start-1"
+        await first.register()
+        await until_node(registry.stubs, r.NODE_STATE_LOST)
+        second = FakeNode(registry.stubs, "node-a", [cpu()])
+        second.boot_nonce = "folder-2.start-1"
+
+        await second.register()
+
+        assert second.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("nonce", "other", "is_other"),
+    [("a.1", "b.1", True), ("a.1", "a.2", False), ("a", "b.1", False), ("a", "b", False), ("", "b.1", False)],
+)
+def test_starts_of_one_folder_are_one_node(nonce, other, is_other):
+    assert is_other_node(nonce, other) is is_other

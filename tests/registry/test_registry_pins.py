@@ -209,3 +209,37 @@ async def test_a_pinned_model_is_never_evicted_and_a_waiter_is_served_once_it_is
         return any(each.state == r.RESIDENCY_STATE_RESIDENT for each in found.residencies)
 
     await until(served)
+
+
+async def test_a_pinned_model_is_loaded_when_its_node_starts(registry, tmp_path, start_node):
+    first = await start_node()
+    await ready_model(registry.stubs, tmp_path, "tiny")
+    await ready_model(registry.stubs, tmp_path, "other")
+    await pin(registry.stubs, node_id="node-a")
+    await asyncio.sleep(0.2)
+    assert first.loads == []
+    await first.stop()
+
+    again = await start_node()
+    await until(lambda: again.loads == ["tiny"])
+    [residency] = [each async for each in residents(registry.stubs)]
+    await start_node("node-b")
+
+    assert (residency.model_id, residency.node_id, residency.pinned) == ("tiny", "node-a", True)
+    await asyncio.sleep(0.2)
+    assert [each.node_id async for each in residents(registry.stubs)] == ["node-a"]
+
+
+async def residents(stubs):
+    for each in (await stubs.residencies.ListResidencies(pb.ListResidenciesRequest(), timeout=20)).residencies:
+        yield each
+
+
+async def test_a_pinned_model_that_has_no_room_does_not_keep_a_node_from_starting(registry, tmp_path, start_node):
+    await ready_model(registry.stubs, tmp_path, "tiny")
+    await pin(registry.stubs)
+
+    node = await start_node(devices=[cpu(1000)])
+
+    assert node.epoch == 1
+    assert node.loads == []

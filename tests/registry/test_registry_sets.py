@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
 
+import psycopg
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -204,3 +205,43 @@ async def test_sets_of_one_node_are_listed_alone(sets):
     listed = (await sets.stubs.ListActivationSets(pb.ListActivationSetsRequest(node_id="node-b"))).sets
 
     assert [(held.id, len(held.pins)) for held in listed] == [("b", 1), ("a", 0)]
+
+
+async def test_a_set_is_read_with_what_its_rows_depend_on_and_listed_without(sets):
+    identity = '{"recipe":{"context_size":256},"compute_dtype":"float32"}'
+    await sets.report(identity_json=identity)
+    listed = (await sets.stubs.ListActivationSets(pb.ListActivationSetsRequest())).sets
+
+    assert [held.identity_json for held in await sets.get()] == [identity]
+    assert [held.identity_json for held in listed] == [""]
+    assert (await refused(sets.report(identity_json="x" * 70_000))).reason == "FIELD_INVALID"
+
+
+async def test_a_page_of_sets_tells_how_many_there_are_on_all(sets):
+    for name in ("a", "b", "c"):
+        await sets.report(name, model_id="m" if name == "c" else "other")
+    page = await sets.stubs.ListActivationSets(pb.ListActivationSetsRequest(page_size=2))
+    of_model = await sets.stubs.ListActivationSets(pb.ListActivationSetsRequest(model_id="m"))
+
+    assert (len(page.sets), page.total_size) == (2, 3)
+    assert of_model.total_size == 1
+
+
+async def test_pages_of_sets_with_many_columns_end_before_a_message_is_too_large(sets, database_url):
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        conn.execute(
+            "INSERT INTO activation_sets (id, node_id, model_id, corpus_id, columns, n_rows, size_bytes, complete, "
+            "retention, path) SELECT 's' || n, 'node-a', 'm', 'c', array_fill(repeat('x', 60), ARRAY[1000]), 1, 1, "
+            "true, 'RETAIN', '/' FROM generate_series(1, 400) n"
+        )
+    listed, token = [], ""
+    while True:
+        request = pb.ListActivationSetsRequest(page_size=1000, page_token=token)
+        page = await sets.stubs.ListActivationSets(request, timeout=30)
+        assert page.ByteSize() < 3 * 1024 * 1024
+        listed += [each.id for each in page.sets]
+        token = page.next_page_token
+        if not token:
+            break
+
+    assert sorted(listed) == sorted(f"s{n}" for n in range(1, 401))

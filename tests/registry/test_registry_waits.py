@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from fix_residency import S, World, told
-from headrace_registry.errors import AdmissionTimeout, CapacityBusy, DeviceOom, LeaseLost, LoadFailed, QueueFull
+from headrace_registry.errors import (
+    AdmissionTimeout,
+    CapacityBusy,
+    DeviceOom,
+    LeaseLost,
+    LoadFailed,
+    QueueFull,
+    RunnerLost,
+)
 from headrace_registry.residency.policy import Policy
 from headrace_registry.sizing.reservation import estimated_bytes
 
@@ -13,6 +23,7 @@ TINY = estimated_bytes({"F32": 1000}, "float32")
 ONE = TINY * 3 // 2
 TWO = TINY * 5 // 2
 POLICY = Policy(max_queued=2, max_waiters=3)
+ATTEMPTS = "SELECT residency_id, kind, passed, failure->>'reason' AS reason FROM validation_attempts"
 
 
 @pytest.fixture
@@ -298,6 +309,83 @@ def test_a_failed_load_is_left_alone_twice_as_long_each_time(world):
     assert world.acquire("a")
 
 
+def test_a_load_that_is_ended_from_outside_begins_again_at_once(world):
+    one_device(world)
+    call = world.ask("a")
+    world.poll(call)
+    for _ in range(5):
+        [loading] = world.assignments("n")
+        world.fails(loading, "RUNNER_LOST", interrupted=True)
+        assert world.poll(call) is None
+        assert world.latest("a")["state"] == S.LOADING
+    world.obey()
+
+    assert world.poll(call) is not None
+    assert world.sync.execute("SELECT 1 FROM load_failures").fetchone() is None
+
+
+def test_a_load_that_no_call_waits_for_begins_again_too_when_it_is_ended_from_outside(world):
+    one_device(world)
+    world.acquire("a")
+    queued = world.load("b")
+    world.unload("a", force=True)
+    world.unloads(world.assignments("n")[0])
+    for _ in range(3):
+        [loading] = world.assignments("n")
+        world.fails(loading, "RUNNER_LOST", interrupted=True)
+        world.tick()
+    world.obey()
+
+    assert queued.state is S.QUEUED
+    assert world.latest("b")["state"] == S.RESIDENT
+
+
+def test_a_call_whose_loads_are_ended_from_outside_again_and_again_is_told_so(world):
+    one_device(world)
+    call = world.ask("a")
+    world.poll(call)
+    for _ in range(6):
+        [loading] = world.assignments("n")
+        world.fails(loading, "RUNNER_LOST", interrupted=True)
+        with contextlib.suppress(RunnerLost):
+            world.poll(call)
+    with told(RunnerLost) as lost:
+        world.poll(call)
+
+    assert lost[0].retry_after_s == 5.0
+    assert "from outside" in lost[0].message
+    assert world.acquire("a")  # The next call is not refused for it.
+
+
+def test_a_runner_that_is_ended_from_outside_while_it_holds_its_model_has_not_died(world):
+    one_device(world)
+    for _ in range(4):
+        lease = world.acquire("a")
+        world.release(lease)
+        [resident] = world.assignments("n")
+        world.fails(resident, "RUNNER_LOST", interrupted=True)
+
+    assert world.acquire("a")
+
+
+def test_a_node_that_starts_anew_has_its_failures_forgiven(world):
+    one_device(world)
+    for _ in range(6):
+        world.sync.execute("UPDATE load_failures SET retry_time = registry_now()")
+        call = world.ask("a")
+        world.poll(call)
+        fail(world, call)
+        with told(DeviceOom):
+            world.poll(call)
+    with told(DeviceOom):
+        world.poll(world.ask("a"))
+    world.start_node(
+        "n", {"cpu": world.sync.execute("SELECT capacity_bytes FROM devices").fetchone()["capacity_bytes"]}
+    )
+
+    assert world.acquire("a")
+
+
 def test_a_success_and_other_load_options_clear_the_memory_of_failures(world):
     one_device(world)
     world.poll(world.ask("a"))
@@ -438,11 +526,13 @@ def test_a_node_that_is_silent_about_a_load_is_asked_again_and_at_last_the_load_
     with told(LoadFailed):
         world.poll(call)
     world.obey()
+    attempts = world.sync.execute(ATTEMPTS).fetchall()
 
     assert (again.state, again.reason) == (S.LOADING, "the node has not reported for 120 s and is asked again")
     assert again.fence > first.fence
     assert given_up["state"] == S.UNLOADING  # Its memory still counts.
     assert world.residency(first.id)["state"] == S.FAILED
+    assert attempts == [{"residency_id": first.id, "kind": "LOAD", "passed": False, "reason": "LOAD_FAILED"}]
 
 
 def test_a_node_that_is_silent_about_an_unload_is_asked_again_and_the_bytes_count(world):

@@ -15,7 +15,7 @@ from headrace_extractor.corpora.recipe import TokenWindow
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.node.runner_protocol import Extract
 from headrace_extractor.runner.hooks.binding import anatomy_of, bind
-from headrace_extractor.runner.passes import parity
+from headrace_extractor.runner.passes import samples
 from headrace_extractor.runner.passes.forward import forward_rows
 
 SITE = "blocks.2.hook_resid_post"
@@ -71,7 +71,7 @@ def test_rows_that_depend_on_the_whole_document_agree_with_the_whole(
 ):
     config = zoo_config(name, max_position_embeddings=512, **changes)
     model = load(save_model(AutoModelForCausalLM.from_config, config, tmp_path / "model"))
-    texts = [text for text in documents(12, longest=500) if len(text) > parity.MAX_TOKENS]
+    texts = [text for text in documents(12, longest=500) if len(text) > samples.MAX_TOKENS]
     folder = make_set([SITE], context_size=512, batch_size=1, **recipe)
     run_command(Extract(set_id="x", set_path=str(folder), corpus_path=str(make_corpus(texts))), model)
 

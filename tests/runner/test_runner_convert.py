@@ -49,7 +49,7 @@ def test_file_that_is_no_gguf_leaves_nothing_behind(tmp_path, content):
     ],
 )
 def test_error_while_writing_is_typed_and_leaves_nothing_behind(source, monkeypatch, error, kind):
-    def fail(_source, folder):
+    def fail(_source, folder, _on_progress):
         folder.mkdir()
         raise error
 

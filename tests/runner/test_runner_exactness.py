@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from fix_runner import N_LAYERS, WIDTH, documents, load, read_rows, run_command
 from headrace_extractor.errors import CorpusEmpty, FieldInvalid, NonFinite
 from headrace_extractor.node.runner_protocol import Committed, Extract, Finished
+from headrace_extractor.runner.passes.context import isolation_of
 
 RESID_PRE = [f"blocks.{layer}.hook_resid_pre" for layer in range(N_LAYERS)]
 RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -151,6 +152,7 @@ def test_computing_in_bfloat16_stays_close(tiny_llama, extract):
 
 def test_layers_behind_the_deepest_site_do_not_run(tiny_model, extract):
     model = load(tiny_model)
+    isolation_of(model.model, 64)  # Which goes through all of it.
     blocks = model.model.layers if hasattr(model.model, "layers") else model.model.h
     calls = [0] * N_LAYERS
 

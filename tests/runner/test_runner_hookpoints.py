@@ -67,9 +67,12 @@ def test_config_that_does_not_fit_the_code_is_refused():
         check_identity(model)
 
 
-def test_post_norm_opt_is_refused_with_the_reason():
-    with pytest.raises(ModelUnsupported, match="normalise the residual stream itself"):
-        check_identity(random_model(zoo_config("opt", do_layer_norm_before=False)))
+def test_sublayers_of_a_post_norm_opt_are_refused_with_the_reason():
+    model = random_model(zoo_config("opt", do_layer_norm_before=False))
+    check_identity(model)
+
+    with pytest.raises(HookpointNotFound, match="normalise the residual stream itself"):
+        bind(model, ["blocks.1.hook_mlp_out"])
 
 
 def test_sdpa_asked_for_where_there_is_none_is_refused():

@@ -14,7 +14,7 @@ from fix_zoo import zoo_config
 from headrace_extractor.corpora.recipe import TokenWindow
 from headrace_extractor.errors import FieldInvalid
 from headrace_extractor.node.runner_protocol import Extract
-from headrace_extractor.runner.passes import parity
+from headrace_extractor.runner.passes import samples
 
 SITE = "blocks.1.hook_resid_post"
 LIMIT = 150  # More tokens than the parity check takes of a document whose beginning later tokens don't change.
@@ -72,7 +72,7 @@ def test_sequences_that_are_all_rotated_alike_agree_with_what_each_gives_alone(m
     run(model, corpus, folder)
 
     (entry,) = json.loads((folder / "manifest.json").read_text())["receipt"].values()
-    assert entry["rows"] > parity.MIN_TOKENS
+    assert entry["rows"] > samples.MIN_TOKENS
     assert entry["max_relative_error"] < 1e-4
 
 

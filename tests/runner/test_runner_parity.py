@@ -8,19 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from fix_runner import WIDTH, documents, load, run_command
-from fix_zoo import ZOO, zoo_batch, zoo_model
+from fix_zoo import ZOO, random_model, zoo_batch, zoo_model
 from headrace_extractor.corpora.packing import Cursor, TokenBatch
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import ModelUnsupported
 from headrace_extractor.hookpoints.places import NOT_AT_ALL
 from headrace_extractor.node.runner_protocol import Extract
 from headrace_extractor.runner.hooks.binding import anatomy_of, offered_sites
+from headrace_extractor.runner.models.loading import LoadedModel
 from headrace_extractor.runner.passes import extract as extract_module
 from headrace_extractor.runner.passes import parity
+from headrace_extractor.runner.passes.alone import rows_alone
 from headrace_extractor.runner.passes.forward import forward_rows
-from headrace_extractor.runner.passes.parity import choose, rows_alone
+from headrace_extractor.runner.passes.samples import MAX_TOKENS, MIN_TOKENS, choose, choose_longest
 from headrace_extractor.sets.receipt import receipt_of
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, scale_column
 from headrace_log.manifest import Manifest
@@ -31,7 +34,7 @@ SITES = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.2.hook_a
 @pytest.fixture
 def make_set(tmp_path):
     def make(sites=SITES, **recipe):
-        recipe = Recipe(**{"context_size": 64, "batch_size": 2} | recipe)
+        recipe = Recipe(**{"context_size": 64, "batch_size": 2, "bos": "document"} | recipe)
         folder = tmp_path / f"set-{len(list(tmp_path.iterdir()))}"
         identity = {"recipe": recipe.to_json(), "compute_dtype": "float32"}
         columns = (*PROVENANCE, *columns_of(sites, recipe))
@@ -80,7 +83,7 @@ def test_a_run_leaves_a_receipt_of_every_column(tiny_model, make_set, make_corpu
 
     assert sorted(found) == sorted(SITES)
     for entry in found.values():
-        assert entry["rows"] >= parity.MIN_TOKENS
+        assert entry["rows"] >= MIN_TOKENS
         assert entry["max_difference"] < 1e-4
         assert entry["max_relative_error"] < 1e-4
         assert entry["min_cosine"] > 0.9999
@@ -108,7 +111,7 @@ def test_few_tokens_go_through_the_model_twice(tiny_llama, make_set, make_corpus
 
     assert 2 <= len(alone) <= parity.MAX_SAMPLES
     assert sum(alone[1:]) <= n_tokens * parity.MAX_SHARE
-    assert alone[0] <= parity.MAX_TOKENS
+    assert alone[0] <= MAX_TOKENS
     assert receipt(folder)[SITES[0]]["rows"] == sum(alone)
 
 
@@ -157,6 +160,66 @@ def test_a_column_without_a_finite_row_has_no_receipt_and_is_compared_by_the_nex
 
     assert sorted(receipt(folder)) == sorted(SITES)
     assert all(entry["rows"] for entry in receipt(folder).values())
+
+
+def test_the_longest_documents_are_compared_too(tiny_llama, make_set, make_corpus, monkeypatch):
+    model, alone = load(tiny_llama), []
+    real = parity.rows_alone
+    monkeypatch.setattr(parity, "MAX_SHARE", 1 / 4)
+    monkeypatch.setattr(parity, "FIRST_GAP", 4)
+    monkeypatch.setattr(
+        parity, "rows_alone", lambda model, ids, sites: alone.append(len(ids)) or real(model, ids, sites)
+    )
+    texts = [text for pair in zip(documents(40, longest=30), documents(40, longest=500), strict=True) for text in pair]
+    extract(make_set(context_size=256), make_corpus(texts), model)
+
+    assert alone[0] <= MAX_TOKENS
+    assert max(alone[1::2]) > 200
+
+
+def test_a_single_wrong_row_ends_the_run(tiny_model, make_set, make_corpus, monkeypatch):
+    def with_wrong_rows(model, batch, sites):
+        every_20th = (torch.arange(batch.token_ids.size) % 20 == 0)[:, None]  # One of the sample's, or a few.
+        return {
+            name: torch.where(every_20th, 1.02 * rows, rows) for name, rows in forward_rows(model, batch, sites).items()
+        }
+
+    monkeypatch.setattr(extract_module, "forward_rows", with_wrong_rows)
+
+    with pytest.raises(ModelUnsupported, match="the same document alone"):
+        extract(make_set(), make_corpus(documents(40)), load(tiny_model))
+
+
+def test_an_expert_chosen_by_a_hair_is_excused(make_corpus, tmp_path):
+    """Of 40 rows one may be another where tokens choose experts, and none where they do not."""
+    alone = torch.randn(40, WIDTH)
+    stored = alone.clone()
+    stored[7] *= 1.5
+    column = ColumnSpec(name="x", dtype=Dtype.FLOAT32, width=WIDTH)
+    checks = {
+        name: parity.ParityCheck(zoo_model(name), [column], [], None, lambda _: None) for name in ("mixtral", "llama")
+    }
+
+    assert checks["mixtral"]._compare(column, stored, alone).max_relative_error == pytest.approx(0.5)
+    with pytest.raises(ModelUnsupported):
+        checks["llama"]._compare(column, stored, alone)
+    stored[:4] *= 1.5
+    with pytest.raises(ModelUnsupported, match="5% of the rows"):
+        checks["mixtral"]._compare(column, stored, alone)
+
+
+def test_a_residual_stream_that_transformers_lists_behind_each_block_is_right(make_set, make_corpus):
+    config = AutoConfig.for_model("mamba", hidden_size=WIDTH, num_hidden_layers=4, vocab_size=97, state_size=8)
+    model = random_model(config)
+    folder = make_set(
+        packing="one_document", sites=[f"blocks.{n}.hook_resid_{s}" for n in (1, 3) for s in ("pre", "post")]
+    )
+    loaded = LoadedModel(model=model, device=torch.device("cpu"), files_path=folder, measured_bytes=0, files=())
+    extract(folder, make_corpus(documents(40)), loaded)
+
+    for entry in receipt(folder).values():
+        assert entry["rows"] > 0
+        assert entry["max_difference"] == 0
 
 
 def test_documents_that_see_one_another_end_the_run(tiny_model, make_set, make_corpus, monkeypatch):
@@ -237,16 +300,18 @@ def fields_of(batch):
 @pytest.mark.parametrize(
     ("sequences", "most", "first", "n_tokens"),
     [
-        # A document behind another is taken, though one at the start of a sequence is shorter.
-        ([[20, 60], [30, 50]], 128, 110, 50),
-        ([[20, 4, 56], [30, 30, 20]], 128, 140, 20),
+        # A document behind another is taken, though one at the start of a sequence is longer.
+        ([[20, 60], [70, 10]], 128, 20, 60),
+        ([[20, 4, 56], [30, 30, 20]], 128, 24, 56),
+        ([[20, 200, 40], [100, 160]], 128, 220, 40),
+        ([[20, 200], [70, 150]], 128, 290, 128),
         ([[80], [80]], 128, 0, 80),
         ([[300]], 128, 0, 128),
         ([[300]], None, 0, 300),
         ([[5, 3, 7, 5]], 128, 8, 7),  # All documents are too short: the longest is taken.
     ],
 )
-def test_the_shortest_document_behind_another_is_chosen(sequences, most, first, n_tokens):
+def test_the_longest_document_behind_another_that_is_cheap_is_chosen(sequences, most, first, n_tokens):
     sample = choose(batch_of(*sequences), most, 1000)
 
     assert (sample.token_ids[0], len(sample.token_ids)) == (first, n_tokens)
@@ -255,8 +320,11 @@ def test_the_shortest_document_behind_another_is_chosen(sequences, most, first, 
 
 def test_a_document_whose_rows_will_not_be_stored_is_left_alone():
     batch = batch_of([20, 30, 30], [30, 20, 30])
+    assert choose(batch_of([20, 30, 30], [29, 20, 31]), 128, 160).first_row == 129
+    assert choose_longest(batch, 30, 45).first_row == 0
+    assert choose_longest(batch, 30, 50).first_row == 20
+    assert choose_longest(batch, 19, 160) is None
 
-    assert choose(batch, 128, 160).first_row == 110
     assert choose(batch, 128, 100).first_row == 20
     assert choose(batch, 128, 25).first_row == 0
     assert choose(batch, 128, 10).first_row == 0
@@ -267,5 +335,5 @@ def test_an_extraction_of_less_than_a_batch_has_a_receipt(tiny_llama, make_set, 
     extract(folder, make_corpus(documents(40)), load(tiny_llama), max_rows=70)
 
     for entry in receipt(folder).values():
-        assert entry["rows"] >= parity.MIN_TOKENS
+        assert entry["rows"] >= MIN_TOKENS
         assert entry["max_relative_error"] < 1e-4

@@ -11,6 +11,7 @@ import pytest
 
 from fix_runner import digests, documents, load, read_rows, run_command
 from headrace_extractor.corpora.recipe import TokenWindow
+from headrace_extractor.errors import StateConflict
 from headrace_extractor.node.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 from headrace_extractor.runner.gate import Gate
 from headrace_extractor.runner.passes import extract
@@ -46,6 +47,23 @@ def test_rows_do_not_depend_on_where_runs_ended(tiny_model, make_set, make_corpu
     assert last == end
     assert last.complete
     assert_same_rows(parts, whole, end.n_rows)
+
+
+def test_a_column_is_added_only_to_rows_of_the_same_tokens_documents_and_positions(tiny_llama, make_set, make_corpus):
+    """A library may cut the same text into other tokens when it is newer: the corpus is the same then."""
+    kept = documents(25)
+    other = [each.copy() for each in kept]
+    other[17][0] += 1 if other[17][0] == 3 else -1
+    folder, model = make_set(SITES), load(tiny_llama)
+    first = ["token_id", "document", "position", SITES[0]]
+    end = run_command(command(folder, make_corpus(kept), columns=first), model)[-1]
+
+    with pytest.raises(StateConflict, match="its documents become other tokens") as caught:
+        run_command(command(folder, make_corpus(other), columns=[SITES[1]]), model)
+    assert run_command(command(folder, make_corpus(kept), columns=[SITES[1]]), model)[-1] == end
+    rows, row = read_rows(folder, end.n_rows), int(caught.value.metadata["row"])
+    assert [rows[name][row] for name in first[:3]] == [kept[17][0], 17, 1]
+    assert caught.value.metadata["column"] == "token_id"
 
 
 def test_stop_seals_what_there_is_and_the_next_run_goes_on(tiny_llama, make_set, make_corpus):

@@ -52,7 +52,7 @@ def paragraphs():
 def text_corpus(tmp_path):
     def make(texts):
         folder = tmp_path / f"text-{time.monotonic_ns()}"
-        with DocumentWriter(folder, tokenized=False, take=lambda _: None) as writer:
+        with DocumentWriter(folder, tokenized=False) as writer:
             for text in texts:
                 writer.add(text.encode())
             writer.finish(corpus_id=folder.name, origin="test", create_time=0.0)

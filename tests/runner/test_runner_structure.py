@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from fix_architectures import small_config
 from fix_zoo import N_TOKENS_ZOO, ZOO, random_model, zoo_batch, zoo_config, zoo_model
 from headrace_extractor.errors import FieldInvalid, HookpointNotFound, ModelUnsupported
 from headrace_extractor.hookpoints.places import BY_MASK, BY_POSITIONS, NOT_AT_ALL
 from headrace_extractor.runner.hooks.binding import anatomy_of, bind, check_identity, offered_sites
+from headrace_extractor.runner.models.loading import LoadedModel
+from headrace_extractor.runner.passes.context import isolation_of
 from headrace_extractor.runner.passes.forward import forward_rows
 
 SUBLAYERS = ("hook_attn_out", "hook_mlp_out")
@@ -39,6 +44,19 @@ def test_what_is_found_is_what_the_table_says(name):
             ours, theirs = (each.points[f"blocks.{layer}.{site}"] for each in (found, known))
             assert ours.unavailable == "", site
             assert same_numbers(model, ours, name, theirs), site
+
+
+@pytest.mark.parametrize("name", ["gemma2", "glm4", "olmo2"])
+def test_a_large_residual_stream_does_not_hide_what_is_added_to_it(name):
+    """In bfloat16 1000 + 1 is 1000, and so is 1000 + 2: the output before the norm seems to add up too."""
+    model = random_model(zoo_config(name), torch.bfloat16)
+    model.config.model_type = "abacus"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(10_000)
+
+    for part in ("attn_out", "mlp_out"):
+        found = anatomy_of(model).points[f"blocks.1.hook_{part}"].module
+        assert found == anatomy_of(zoo_model(name)).points[f"blocks.1.hook_{part}"].module
 
 
 def same_numbers(model, ours, name, theirs):
@@ -102,6 +120,15 @@ def test_how_documents_are_kept_apart_is_found_out():
         "bloom": NOT_AT_ALL,
     }
     model = stranger("bloom")
+    with pytest.raises(FieldInvalid, match="one_document"):
+        forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), bind(model, ["blocks.1.hook_resid_post"]))
+
+
+def test_sparse_attention_that_picks_the_best_tokens_of_a_sequence_keeps_no_documents_apart():
+    model = random_model(small_config("deepseek_v32"))
+    anatomy = anatomy_of(model)
+
+    assert (anatomy.isolation, anatomy.causal) == (NOT_AT_ALL, False)
     with pytest.raises(FieldInvalid, match="one_document"):
         forward_rows(model, zoo_batch([[3, 4, 5], [6, 7]]), bind(model, ["blocks.1.hook_resid_post"]))
 
@@ -186,11 +213,24 @@ def test_architectures_outside_the_table_are_proven_and_isolated(name):
         torch.testing.assert_close(rows, torch.cat([each[site] for each in alone]), rtol=1e-4, atol=1e-4)
 
 
-def test_positions_that_do_not_start_at_zero_are_refused():
-    config = AutoConfig.for_model("roberta", **LLAMA, max_position_embeddings=64)
+@pytest.mark.parametrize("pad_token_id", [0, 1, 4])
+def test_a_model_that_numbers_positions_from_another_number_does_so_itself(pad_token_id):
+    """RoBERTa's positions begin behind the row of its padding token."""
+    config = AutoConfig.for_model("roberta", **LLAMA, max_position_embeddings=64, pad_token_id=pad_token_id)
+    model = random_model(config)
+    sites = bind(model, ["blocks.1.hook_resid_post"])
+    ids = [5, 60, 7, 8, 9]
+    with torch.inference_mode():
+        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
 
-    with pytest.raises(ModelUnsupported, match="positions from 0"):
-        offered_sites(random_model(config))
+    assert torch.equal(forward_rows(model, zoo_batch([ids]), sites)["blocks.1.hook_resid_post"], states[2][0])
+    with pytest.raises(FieldInvalid, match="one_document"):
+        forward_rows(model, zoo_batch([ids, ids]), sites)
+    assert loaded(model).n_positions == 64 - pad_token_id - 1
+
+
+def loaded(model):
+    return LoadedModel(model=model, device=model.device, files_path=Path(), measured_bytes=0, files=())
 
 
 def test_a_window_is_not_given_up_for_isolation():
@@ -202,9 +242,13 @@ def test_a_window_is_not_given_up_for_isolation():
         num_local_experts=4,
         num_experts_per_tok=2,
         pad_token_id=0,
+        sliding_window=16,
     )
+    model = random_model(config)
 
-    assert anatomy_of(random_model(config)).isolation in (BY_POSITIONS, NOT_AT_ALL)
+    # A mask would replace the window, which shows in longer sequences.
+    assert isolation_of(model, 12).holds
+    assert isolation_of(model, 64).holds == (anatomy_of(model).isolation == BY_POSITIONS)
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():

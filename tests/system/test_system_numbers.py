@@ -129,8 +129,8 @@ def test_smollm2_from_its_gguf_file_equals_transformers(start_system, tmp_path):
     bos_id = token_ids_of(folder, "<|im_start|>")[0]
     names = ["blocks.14.hook_resid_post", "blocks.28.hook_resid_post"]
 
-    rows = stream(system, "smollm2", documents, names, Recipe(packing="one_document", context_size=128))
-    packed = stream(system, "smollm2", documents, names, Recipe(context_size=128))
+    rows = stream(system, "smollm2", documents, names, Recipe(packing="one_document", context_size=128, bos="document"))
+    packed = stream(system, "smollm2", documents, names, Recipe(context_size=128, bos="document"))
 
     start = 0
     for number, document in enumerate(documents):

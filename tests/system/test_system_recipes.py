@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 from transformers import AutoTokenizer
 
 from fix_system import BOS_ID, HOOKPOINT, MODEL, PATIENCE_S, texts
@@ -162,3 +163,63 @@ def test_a_malformed_array_names_its_row(system, tmp_path):
         system.client.corpora.upload("bad", tmp_path / "bad.npy")
     with pytest.raises(errors.CorpusMalformed, match="Line 2"):
         system.client.corpora.upload("bad", tmp_path / "bad.jsonl", format="token_ids")
+
+
+@pytest.mark.parametrize("recipe", [{}, {"packing": "one_document"}])
+def test_the_first_documents_alone_are_a_set_of_their_own(system, recipe):
+    corpus = system.variant(DOCUMENTS)
+    everything = rows_of(system, MODEL, corpus, **recipe)
+    first = rows_of(system, MODEL, corpus, max_documents=5, **recipe)
+    alone = rows_of(system, MODEL, system.variant(DOCUMENTS[:5]), **recipe)
+    counted = system.client.extractions.estimate(
+        MODEL, corpus, HOOKPOINT, recipe=Recipe(context_size=48, batch_size=2, max_documents=5, **recipe)
+    )
+
+    kept = everything["document"] < 5
+    for name in ("token_id", "document", "position"):
+        np.testing.assert_array_equal(first[name], everything[name][kept])
+    np.testing.assert_array_equal(first[HOOKPOINT], alone[HOOKPOINT])
+    assert counted.n_rows == kept.sum() == len(first["document"])
+    assert counted.n_rows_cached == counted.n_rows
+    assert len(rows_of(system, MODEL, corpus, max_documents=10_000, **recipe)["document"]) == len(kept)
+
+
+def test_a_negative_number_of_documents_is_refused(system):
+    with pytest.raises(errors.InvalidArgument, match="max_documents"):
+        system.client.extractions.start(MODEL, system.variant(DOCUMENTS), HOOKPOINT, recipe=Recipe(max_documents=-1))
+
+
+@pytest.fixture(scope="module")
+def spelling(system, text_llama):
+    """A model whose tokenizer has a token that its embedding lacks."""
+    folder = text_llama.with_name("spelling")
+    shutil.copytree(text_llama, folder)
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.add_tokens(["<extra>"])
+    inner.save(str(folder / "tokenizer.json"))
+    system.add_model("spelling", folder)
+    return "spelling"
+
+
+def test_a_text_that_spells_a_token_beyond_the_embedding_is_named_or_left_out(system, spelling):
+    bad = 9
+    texts_with = [*DOCUMENTS[:bad], "so it <extra> goes", *DOCUMENTS[bad:]]
+    corpus, recipe = system.variant(texts_with), Recipe(context_size=48, skip_bad_documents=True)
+    strict = system.client.extractions.start(spelling, corpus, HOOKPOINT, recipe=Recipe(context_size=48))
+
+    with pytest.raises(errors.CorpusMalformed, match="so it <extra> goes") as caught:
+        system.client.extractions.wait(strict.id, deadline_s=PATIENCE_S)
+    assert caught.value.metadata["document"] == str(bad)
+    estimate = system.client.extractions.estimate(spelling, corpus, HOOKPOINT, recipe=recipe)
+    rows = rows_of(system, spelling, corpus, skip_bad_documents=True)
+    assert set(rows["document"].tolist()) == set(range(len(texts_with))) - {bad}
+    done = [
+        system.client.extractions.wait(
+            system.client.extractions.start(spelling, corpus, HOOKPOINT, recipe=asked).id, deadline_s=PATIENCE_S
+        )
+        for asked in (Recipe(context_size=48, batch_size=2, skip_bad_documents=True), recipe)
+    ]
+    assert [each.n_documents_skipped for each in done] == [1, 1]
+    assert [each.cached for each in done] == [True, False]
+    assert done[0].n_rows == done[1].n_rows == estimate.n_rows == len(rows["document"])
+    assert done[0].set_id != strict.set_id

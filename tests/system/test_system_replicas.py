@@ -22,6 +22,8 @@ from headrace.registry.v1 import node_service_pb2_grpc as nodes_grpc
 from headrace.registry.v1 import residency_pb2 as r
 from headrace.registry.v1 import residency_service_pb2 as pb
 from headrace.registry.v1 import residency_service_pb2_grpc as pb_grpc
+from headrace_client import HeadraceClient
+from headrace_client.values import NodeState, ResidencyState
 from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
@@ -213,6 +215,34 @@ def test_whoever_is_killed_everything_converges(cluster, text_llama):
         assert [error for borrower in borrowers for error in borrower.errors] == []
         assert sum(borrower.n_served for borrower in borrowers) > 0
         check_stale_reports_are_refused(channel)
+
+
+def test_a_node_lives_on_at_the_other_registry_when_one_is_killed(cluster, text_llama):
+    addresses = ",".join(registry.address for registry in cluster.registries)
+    with HeadraceClient.connect(addresses, deadline_s=20) as client:
+        client.models.register(folder=text_llama, id=MODEL)
+        client.models.prepare(MODEL)
+        client.models.wait_ready(MODEL, deadline_s=PATIENCE_S)
+        client.residencies.load(MODEL, node="node-a")
+        resident = eventually(lambda: resident_on(client, "node-a"), "the model is resident")
+        epochs = {node.id: node.epoch for node in client.nodes()}
+
+        for killed in (0, 1):  # The registry that the nodes know best, then the one that they went over to.
+            cluster.registries[killed].kill()
+            end = time.monotonic() + 20 * HEARTBEAT_S
+            while time.monotonic() < end:
+                assert {node.id: (node.state, node.epoch) for node in client.nodes()} == {
+                    name: (NodeState.ALIVE, epoch) for name, epoch in epochs.items()
+                }
+                time.sleep(0.2)
+            assert resident_on(client, "node-a") == resident
+            cluster.registries[killed].start()
+
+
+def resident_on(client, node_id):
+    """The id of the residency on a node; None while it has none."""
+    found = client.residencies.list(model=MODEL)
+    return next((one.id for one in found if one.node_id == node_id and one.state is ResidencyState.RESIDENT), None)
 
 
 def converged(cluster, channel):

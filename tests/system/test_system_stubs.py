@@ -61,5 +61,6 @@ def test_reflection_lists_the_services_and_describes_them(system, server, expect
         listed, *described = stub.ServerReflectionInfo(iter(requests), metadata=system.metadata, timeout=30)
 
     names = {service.name for service in listed.list_services_response.service}
-    assert names == expected | {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    reflections = {f"grpc.reflection.{version}.ServerReflection" for version in ("v1", "v1alpha")}
+    assert names == expected | {"grpc.health.v1.Health"} | reflections
     assert all(answer.file_descriptor_response.file_descriptor_proto for answer in described)

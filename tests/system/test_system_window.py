@@ -121,7 +121,7 @@ def test_the_slowest_of_two_readers_is_waited_for_and_both_get_every_row(system)
 
 
 def test_a_client_that_dies_frees_everything_it_held(system, reader_process):
-    extraction = start(system, reader_grace_s=1.0)
+    extraction = start(system, reader_grace_s=5.0)
     folder = Path(extraction.path)
     reader = reader_process(extraction)
     reader.read_some()

@@ -1,9 +1,12 @@
 """The trainer in an install without the packages of an extra."""
 
+import signal
+
 import pytest
 
 from fix_absent import run_without
 from fix_scripted_extractor import EXTRACTION_ID
+from fix_terminal import into_closed_pipe
 
 MAIN = """
 from headrace_train.__main__ import main
@@ -42,3 +45,11 @@ def test_a_missing_package_is_one_line_that_names_the_remedy(planted_registry, t
 
     assert done.returncode == 2
     assert done.stderr == "headrace-train: sae_lens is not installed; run: pip install 'headrace[train]'\n"
+
+
+def test_a_reader_that_is_gone_ends_the_trainer_in_silence(planted_registry, tmp_path):
+    flags = ["--registry", planted_registry.address, "--extraction", EXTRACTION_ID, "--out", tmp_path / "out"]
+
+    done = into_closed_pipe(flags, module="headrace_train")
+
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")

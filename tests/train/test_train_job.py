@@ -1,6 +1,7 @@
 """The whole command against a scripted server on a real socket: files, output, exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from fix_train import D_IN
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
 from headrace_train import __main__ as command
 from headrace_train import exits
+from headrace_train.results.folder import new_result
 
 SMALL = ["--d-sae", "48", "--k", "3", "--rows", "6000", "--batch-size", "256", "--lr", "0.01", "--buffer-rows", "1024"]
 FILES = ["features.parquet", "metadata.json", "sae", "top_rows.parquet"]
@@ -130,7 +132,7 @@ def test_broken_connections_do_not_change_what_is_learned(train, planted, out):
     whole = (out / "sae" / "sae_weights.safetensors").read_bytes()
     planted.faults.extend([Fault("none"), Fault("cut", after=3), Fault("cut", after=5), Fault("none"), Fault("cut")])
 
-    assert train() == exits.DONE
+    assert train("--overwrite") == exits.DONE
 
     assert (out / "sae" / "sae_weights.safetensors").read_bytes() == whole
 
@@ -177,14 +179,62 @@ def test_ctrl_c_saves_the_sae_without_tables(train, planted, sae_lens, out, monk
     assert "there are no tables" in capsys.readouterr().out
 
 
-def test_files_of_an_earlier_run_do_not_outlive_a_failing_one(train, planted, out):
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_result_is_never_removed_for_a_training_that_was_not_told_to_overwrite_it(train, planted, out, capsys):
     train()
+    before, n_calls = contents(out), len(planted.calls["StreamActivations"])
+
+    assert train() == exits.FAILED
+
+    assert contents(out) == before
+    assert "--overwrite" in capsys.readouterr().err
+    assert len(planted.calls["StreamActivations"]) == n_calls
+
+
+@pytest.mark.parametrize("left", ["sae", "metadata.json"])
+def test_part_of_a_result_is_a_result_too(train, out, left):
+    train()
+    for path in out.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(out)
+
+    assert train() == exits.FAILED
+
+    assert contents(out) == before
+
+
+def test_a_result_that_is_to_be_overwritten_outlives_a_failing_training(train, planted, out):
+    train()
+    before = contents(out)
     planted.fail["StreamActivations"].append(
         {"code": grpc.StatusCode.DATA_LOSS, "reason": "DIGEST_MISMATCH", "message": "segment 3 is damaged"}
     )
 
-    assert train() == exits.FAILED
+    assert train("--overwrite") == exits.FAILED
 
+    assert contents(out) == before
+
+
+def test_a_result_that_is_overwritten_leaves_nothing_behind(train, out, monkeypatch):
+    train()
+    (out / "notes.txt").write_text("mine")
+    before = metadata(out)
+
+    assert train("--overwrite", "--seed", "7") == exits.DONE
+
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "notes.txt"])
+    assert metadata(out)["training"]["seed"] != before["training"]["seed"]
+
+
+def test_two_trainings_into_one_folder_are_one_too_many(train, out, capsys):
+    with new_result(out, overwrite=False):
+        assert train() == exits.FAILED
+
+    assert "already trains into" in capsys.readouterr().err
     assert list(out.iterdir()) == []
 
 
@@ -193,7 +243,7 @@ def test_errors_of_the_server_end_it_with_message_remedy_and_code(train, capsys)
 
     err = capsys.readouterr().err
     assert "EXTRACTION_NOT_FOUND: no extraction ex-9" in err
-    assert "what to do: start it again" in err
+    assert "what to do: list the extractions with `headrace extractions list`" in err
     assert "Traceback" not in err
 
 
