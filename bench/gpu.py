@@ -33,7 +33,7 @@ from bench.gpu_models import Job
 from bench.interleave import interleave
 from bench.processes import ROOT, Worker, server
 from bench.replay import touch
-from headrace_client import Dtype, HeadraceClient, Recipe, TokenPolicy
+from headrace_client import BosPolicy, Dtype, HeadraceClient, Recipe
 from headrace_client.errors import SetNotFound, StateConflict
 
 LLAMA = Job(architecture="llama-3.1-8b", context_size=1024, batch_size=8, n_contexts=256, layers=(4, 7, 10, 13, 16))
@@ -98,7 +98,7 @@ class Bench:
         """Returns the seconds from the request to the last row in this process; deletes the set afterwards."""
         hookpoints = job.hookpoints[-n_hookpoints:]
         recipe = Recipe(
-            context_size=job.context_size, batch_size=job.batch_size, bos=TokenPolicy.NONE, storage_dtype=Dtype.BFLOAT16
+            context_size=job.context_size, batch_size=job.batch_size, bos=BosPolicy.NONE, storage_dtype=Dtype.BFLOAT16
         )
         began = time.perf_counter()
         extraction = self.client.extractions.start(job.architecture, corpus_id, hookpoints, recipe=recipe)

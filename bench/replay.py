@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,11 @@ from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.store import CorpusStore
 from headrace_extractor.sets.identity import new_manifest
 from headrace_extractor.sets.spec import ExtractionSpec
-from headrace_log.reader import RowRun, SetReader
+from headrace_log.index import SegmentIndex
+from headrace_log.layout import segment_path
+from headrace_log.manifest import Manifest
+from headrace_log.reader import RowRun
+from headrace_log.segment import DATA_OFFSET
 from headrace_log.writer import SetWriter
 
 HOOKPOINT = "blocks.14.hook_resid_post"
@@ -68,16 +73,22 @@ def make_replay_set(data_dir: Path, size_bytes: int) -> ReplaySet:
 
 
 def runs(folder: Path, n_rows: int) -> Iterator[RowRun]:
-    """Reads the hookpoint column in the same runs of rows that the extractor sends as chunks."""
-    reader = SetReader(folder, [HOOKPOINT])
-    chunk_rows, row = max(1, CHUNK_BYTES // reader.row_bytes), 0
-    try:
-        while row < n_rows:
-            run = reader.read(row, chunk_rows, end_row=n_rows)
-            yield run
-            row = run.end_row
-    finally:
-        reader.close()
+    """Maps the hookpoint column and yields the same runs of rows that the extractor sends as chunks.
+
+    The sides to compare with may map files, which the extractor does not: a file that shrinks would end its process.
+    """
+    column = Manifest.load(folder).column(HOOKPOINT)
+    chunk_rows = max(1, CHUNK_BYTES // column.row_bytes)
+    for record in SegmentIndex.load(folder).records:
+        with segment_path(folder, column, record.segment).open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
+        rows = memoryview(mapping)[DATA_OFFSET:]
+        for row in range(record.first_row, min(record.end_row, n_rows), chunk_rows):
+            end_row = min(row + chunk_rows, record.end_row, n_rows)
+            start, end = (at - record.first_row for at in (row, end_row))
+            view = rows[start * column.row_bytes : end * column.row_bytes]
+            yield RowRun(row, end_row - row, (view,))
 
 
 def touch(view: memoryview) -> int:

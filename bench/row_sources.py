@@ -22,11 +22,11 @@ Rows = Callable[[dict[str, Any]], Iterator[int]]
 
 def headrace(registry: str, _files_path: str) -> Rows:
     """Extracts through the services and reads the rows as they come."""
-    from headrace_client import HeadraceClient, Recipe, TokenPolicy  # noqa: PLC0415 -- each process imports what it measures
+    from headrace_client import BosPolicy, HeadraceClient, Recipe  # noqa: PLC0415 -- each process imports what it measures
 
     client = HeadraceClient.connect(registry)
     # Without BOS: a row is a token of the text, as on the other sides.
-    recipe = Recipe(context_size=CONTEXT_SIZE, batch_size=BATCH_SIZE, bos=TokenPolicy.NONE)
+    recipe = Recipe(context_size=CONTEXT_SIZE, batch_size=BATCH_SIZE, bos=BosPolicy.NONE)
 
     def rows(question: dict[str, Any]) -> Iterator[int]:
         started = client.extractions.start(

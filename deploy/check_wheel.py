@@ -1,7 +1,7 @@
 """Builds the wheel, installs it into an empty environment and uses it there: `make wheel`.
 
 The environment gets the base dependencies alone, so that an import that belongs to an extra is found here and not by a
-user. Then it gets `headrace[cli]`. Needs hatchling (the `dev` extra) and a package index.
+user. Then it gets `headrace[cli]`. Needs hatchling and mypy (the `dev` extra) and a package index.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def check(folder: Path) -> None:
     install(python, str(wheel))
     version = run(python, "-c", IMPORTS).stdout.strip()
     tell(f"headrace {version}, base: {installed_bytes(folder) / 1e6:.0f} MB")
+    check_types(python)
 
     headrace = folder / "venv" / "bin" / "headrace"
     refused = run(headrace, "--help", ok=False)
@@ -99,6 +100,13 @@ def check_record(wheel: Path) -> None:
     if missing := (wanted | {f"{info}/licenses/LICENSE"}) - paths:
         raise WheelFault(f"files are missing: {sorted(missing)}")
     tell(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, {len(paths)} files, {', '.join(sorted(PACKAGES))}")
+
+
+def check_types(python: Path) -> None:
+    """Checks a user's script with mypy --strict against the installed client."""
+    checker = ("-m", "mypy", "--strict", "--no-incremental", "--config-file=", "--python-executable", str(python))
+    run(Path(sys.executable), *checker, str(ROOT / "tests" / "client" / "user_script.py"))
+    tell("a user's script passes mypy --strict")
 
 
 def install(python: Path, requirement: str) -> None:
