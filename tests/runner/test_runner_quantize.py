@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from transformers import AutoModel
 
 from fix_runner import N_LAYERS, load
@@ -52,6 +53,24 @@ def test_saved_weights_are_small_and_give_what_quantizing_gives(tiny_model, tmp_
     assert (tmp_path / "q" / "model.safetensors").stat().st_size < (tiny_model / "model.safetensors").stat().st_size
     pairs = zip(residuals(saved, token_ids), residuals(fresh, token_ids), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_of_int8_does_not_depend_on_outliers_of_other_rows(quantized, dtype):
+    model = load(quantized["int8"][0], quantization="int8", dtype=dtype).model
+    layer = next(module for module in model.modules() if isinstance(module, Linear8bitLt))
+    rows = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    rows[2:, ::7] *= 40
+    with torch.inference_mode():
+        together = layer(rows)
+        alone = [layer(row.unsqueeze(0)).squeeze(0) for row in rows]
+        weights = layer.weight.double() * layer.state.SCB.double().unsqueeze(1) / 127
+    exact = rows.double() @ weights.T
+
+    assert all(torch.equal(*pair) for pair in zip(together[:2], alone[:2], strict=True))
+    torch.testing.assert_close(together, torch.stack(alone))
+    errors = (together - exact).norm(dim=1) / exact.norm(dim=1)
+    assert errors.max() < 0.02
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

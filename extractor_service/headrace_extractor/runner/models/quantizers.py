@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,10 +30,13 @@ from headrace_extractor.runner.models.accounting import check_weights, conversio
 from headrace_extractor.runner.models.load_options import without_pooler
 from headrace_extractor.runner.models.progress import OnProgress, bar_watched
 
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear8bitLt
+
 GROUP = "headrace.quantizers"
 NAMES = ("int8", "int4", "int2")
 
-# Activations beyond this are computed without quantization, column by column; the value of the LLM.int8 paper.
+# Activations from here on are computed without quantization; the value of the LLM.int8 paper.
 _OUTLIER_THRESHOLD = 6.0
 
 
@@ -125,15 +130,38 @@ class BitsAndBytes:
 
 
 class Int8(BitsAndBytes):
-    """LLM.int8: a scale for each row of weights and of activations; outlying columns stay in 16 bits.
+    """LLM.int8 row by row: a scale for each row of weights and of activations; outlying activations stay as they are.
 
-    Which columns are outliers is decided over a whole forward pass, so a row of activations depends a little on the
-    other rows of its batch. Batches are a function of corpus and recipe, so sets stay reproducible.
+    bitsandbytes takes a whole column out of the product where one row of the batch has an outlier, so a row's numbers
+    depend on the rows beside it. Here each row keeps its own outliers out, and depends on no other.
     """
+
+    def load(self, files_path: Path, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Loads saved weights and makes the product of each row its own."""
+        from bitsandbytes.nn import Linear8bitLt  # noqa: PLC0415 -- nodes without the package load other models
+
+        model, report = super().load(files_path, arguments)
+        for module in model.modules():
+            if isinstance(module, Linear8bitLt):
+                module.state.threshold = 0.0
+                module.forward = partial(_product_by_rows, module)
+        return model, report
 
     def config(self) -> BitsAndBytesConfig:
         """Returns the settings of LLM.int8."""
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=_OUTLIER_THRESHOLD)
+
+
+def _product_by_rows(layer: Linear8bitLt, inputs: Tensor) -> Tensor:
+    """Returns the layer's output for `[..., d_in]`: outlying elements times the weights, the others quantized."""
+    outlying = inputs.abs() >= _OUTLIER_THRESHOLD
+    columns = outlying.flatten(0, -2).any(0).nonzero().squeeze(1)
+    outputs: Tensor = type(layer).forward(layer, inputs.masked_fill(outlying, 0))
+    if len(columns) == 0:
+        return outputs
+    scales = cast("Tensor", layer.state.SCB).to(inputs.dtype) / 127
+    weights = layer.weight[:, columns].to(inputs.dtype) * scales.unsqueeze(1)
+    return outputs + torch.where(outlying, inputs, 0)[..., columns] @ weights.T
 
 
 class Int4(BitsAndBytes):

@@ -47,8 +47,8 @@ _COMPUTE_BOUNDS = {torch.float32: 0.005, torch.float16: 0.1, torch.bfloat16: 0.2
 _QUANTIZED_BOUND = 0.2
 # Of a format's own: half of its last bit, or, for scaled integers, a row with a single outlier.
 _STORAGE_BOUNDS = {torch.float16: 0.001, torch.bfloat16: 0.005, torch.float8_e4m3fn: 0.065, torch.int8: 0.3}
-# Shares of rows that may be off by more, for a reason: an expert was chosen by a hair, which rounding of 16 bits brings
-# about in many rows; and some kernels of quantized weights treat a batch by its outliers.
+# Shares of rows that may be off by more where an expert was chosen by a hair, which rounding of 16 bits brings about in
+# many rows.
 _EXCUSED_SPARSE = {torch.float32: 0.05}
 _EXCUSED = 0.5
 
@@ -202,7 +202,7 @@ class ParityCheck:
         dtype = self._model.dtype
         bound = _COMPUTE_BOUNDS.get(dtype, _QUANTIZED_BOUND)
         if is_quantized(self._model):
-            return max(bound, _QUANTIZED_BOUND), _EXCUSED
+            bound = max(bound, _QUANTIZED_BOUND)
         return bound, _EXCUSED_SPARSE.get(dtype, _EXCUSED) if _has_experts(self._model.config.to_dict()) else 0.0
 
 
