@@ -203,6 +203,39 @@ def test_a_leak_far_below_rounding_is_seen(dtype, share):
     assert verdict.error > verdict.bound
 
 
+class _NoNumbers(nn.Module):
+    """Gives no numbers for what is packed, as a mask does that lets a row see nothing."""
+
+    def __init__(self, inner, n_sequences):
+        super().__init__()
+        self.inner, self.n_sequences = inner, n_sequences
+
+    def forward(self, hidden):
+        return self.inner(hidden) * (torch.nan if len(hidden) >= self.n_sequences and hidden.shape[1] == 48 else 1)
+
+
+@pytest.mark.parametrize("n_sequences", [1, 2])
+def test_rows_that_are_no_numbers_prove_nothing(n_sequences):
+    model = random_model(zoo_config("llama"))
+    model.layers[1].mlp = _NoNumbers(model.layers[1].mlp, n_sequences)
+
+    assert not isolation_of(model, 48).holds
+
+
+def test_a_proof_without_memory_is_no_verdict():
+    model = random_model(zoo_config("llama"))
+
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    handle = model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        isolation_of(model, 48)
+    handle.remove()
+
+    assert isolation_of(model, 48).holds
+
+
 def test_a_proof_is_made_once_and_counts_for_shorter_sequences():
     model, calls = random_model(zoo_config("llama")), []
     model.layers[0].register_forward_pre_hook(lambda *_: calls.append(0))

@@ -95,6 +95,18 @@ def test_what_libraries_print_does_not_reach_the_events():
     assert done.stderr == b"noise\nnoise\n"
 
 
+def test_libraries_that_ask_a_question_take_no_command():
+    script = (
+        "from headrace_extractor.runner import __main__ as m; commands = m._keep_stdin_for_commands()\n"
+        "try:\n  input('yes or no? ')\nexcept EOFError:\n  print('no answer:', commands.readline())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=b"a command\n", capture_output=True, check=True, timeout=20
+    )
+
+    assert done.stdout == b"yes or no? no answer: b'a command\\n'\n"
+
+
 def test_torch_is_not_imported_before_a_command_needs_it():
     script = "import sys; import headrace_extractor.runner.__main__; sys.exit('torch' in sys.modules)"
 

@@ -11,7 +11,7 @@ import pytest
 
 from fix_runner import digests, documents, load, read_rows, run_command
 from headrace_extractor.corpora.recipe import TokenWindow
-from headrace_extractor.errors import StateConflict
+from headrace_extractor.errors import DigestMismatch, StateConflict
 from headrace_extractor.node.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 from headrace_extractor.runner.gate import Gate
 from headrace_extractor.runner.passes import extract
@@ -64,6 +64,19 @@ def test_a_column_is_added_only_to_rows_of_the_same_tokens_documents_and_positio
     rows, row = read_rows(folder, end.n_rows), int(caught.value.metadata["row"])
     assert [rows[name][row] for name in first[:3]] == [kept[17][0], 17, 1]
     assert caught.value.metadata["column"] == "token_id"
+
+
+def test_a_damaged_file_is_told_as_such_where_a_column_is_added(tiny_llama, make_set, make_corpus):
+    """The remedy for other tokens is to delete the set, which would be wrong here."""
+    folder, model, corpus = make_set(SITES), load(tiny_llama), make_corpus(documents(25))
+    run_command(command(folder, corpus, columns=["token_id", "document", "position", SITES[0]]), model)
+    file = min((folder / "token_id").glob("*"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-4] ^= 1
+    file.write_bytes(damaged)
+
+    with pytest.raises(DigestMismatch, match="headrace sets verify"):
+        run_command(command(folder, corpus, columns=[SITES[1]]), model)
 
 
 def test_stop_seals_what_there_is_and_the_next_run_goes_on(tiny_llama, make_set, make_corpus):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from headrace_extractor.corpora.tokenizer import Tokenizer
 from headrace_extractor.corpora.writer import DocumentWriter
 from headrace_extractor.errors import ModelUnsupported
 from headrace_extractor.node.runner_protocol import Extract
+from headrace_extractor.runner.passes.own_tokens import _tokenizer_in
 
 NAMED = ("[CLS]", "[SEP]", "[gMASK]", "<sop>", "<s>", "</s>")
 WORDS = ("the", "water", "drives", "wheel")
@@ -178,3 +180,17 @@ def test_tokens_that_are_not_the_tokenizers_own_end_the_run(model_and_kind, make
 
 def receipts(set_path):
     return json.loads((set_path / "manifest.json").read_text())["receipt"].values()
+
+
+def test_a_model_with_code_of_its_own_is_never_asked_about(monkeypatch, tiny_llama, tmp_path):
+    """transformers asks at the terminal whether to run such code, and standard input is where commands come from."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    path.write_text(json.dumps(config))
+    plain = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "model" / "tokenizer.json").write_text(plain.to_str())
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+
+    assert _tokenizer_in(tmp_path / "model")("a a").input_ids == [0, 0]

@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
+from typing import BinaryIO
 
 from headrace_extractor.runner.process import EventSink, Runner
 
@@ -33,8 +33,18 @@ def main() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     runner = Runner(EventSink(_keep_stdout_for_events()).emit)
-    threading.Thread(target=runner.read_commands, args=(sys.stdin.buffer,), name="commands", daemon=True).start()
+    threading.Thread(
+        target=runner.read_commands, args=(_keep_stdin_for_commands(),), name="commands", daemon=True
+    ).start()
     runner.run()
+
+
+def _keep_stdin_for_commands() -> BinaryIO:
+    """Returns standard input under a new descriptor; libraries that ask a question find its end from now on."""
+    commands = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 -- no path of ours
+        os.dup2(nothing.fileno(), 0)
+    return commands
 
 
 def _keep_stdout_for_events() -> int:

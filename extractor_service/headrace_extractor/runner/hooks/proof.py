@@ -30,6 +30,7 @@ from headrace_extractor.runner.hooks.rounding import (
     most_of_rounding,
     row_errors,
 )
+from headrace_extractor.runner.out_of_memory import is_out_of_memory
 
 Apart = Callable[[Tensor], AbstractContextManager[dict[str, Any]]]
 
@@ -64,7 +65,7 @@ def try_isolation(
             with torch.no_grad(), in_float32(blocks) if exact else nullcontext():
                 return trial.verdict()
         except (TypeError, ValueError, RuntimeError, IndexError) as exc:
-            if isinstance(exc, torch.OutOfMemoryError) and not exact:
+            if is_out_of_memory(exc) and not exact:
                 raise
     return Verdict(holds=False, error=torch.inf, bound=0.0)  # Its code does not take the arguments.
 
@@ -119,6 +120,8 @@ class _Trial:
         filling_S[: long.stop - long.start] = joined_S[long]
         together = self._packed(torch.stack([filling_S, joined_S]))
         filling = self._alone(filling_S)
+        if not all(bool(rows.isfinite().flatten(2).all(-1).any()) for rows in filling.values()):
+            raise ValueError("no row is finite, so nothing can be compared")
         documents = [self._alone(joined_S[part]) for part in self._parts]
         noises = [_errors_of(self._alone(joined_S[self._parts[0]], copies=2), documents[0], row=1)]
         if self._causal:

@@ -53,7 +53,7 @@ def convert_gguf(source_path: Path, target_path: Path, on_progress: OnProgress) 
 def _convert(source_path: Path, folder: Path, on_progress: OnProgress) -> None:
     own_bytes = source_path.stat().st_size
     on_progress(0, own_bytes)
-    with whole_file(source_path, folder.parent, lambda done_bytes: on_progress(done_bytes, 2 * done_bytes)) as whole:
+    with whole_file(source_path, folder.parent, lambda done, total: on_progress(done, 2 * total)) as whole:
         total_bytes = whole.stat().st_size
         joined_bytes = 0 if whole == source_path else total_bytes
         if absent := absent_halves(whole):

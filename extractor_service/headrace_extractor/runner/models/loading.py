@@ -33,6 +33,7 @@ from headrace_extractor.runner.models.load_options import (
 )
 from headrace_extractor.runner.models.progress import OnProgress
 from headrace_extractor.runner.models.quantizers import quantizer_for
+from headrace_extractor.runner.out_of_memory import is_out_of_memory
 from headrace_models import folder
 from headrace_models.errors import HeaderInvalid, JsonInvalid, WeightsAbsent
 from headrace_models.folder import FileStamp
@@ -231,14 +232,10 @@ def out_of_memory_as_typed(device: torch.device, estimated_bytes: int, advice: s
     """Raises DeviceOom when the device runs out of memory, which torch reports by three exceptions."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not isinstance(exc, torch.OutOfMemoryError) and not _is_cpu_oom(exc):
+    except (MemoryError, RuntimeError) as exc:
+        if not is_out_of_memory(exc):
             raise
         raise _device_oom(device, estimated_bytes, advice) from exc
-
-
-def _is_cpu_oom(exc: RuntimeError) -> bool:
-    return "DefaultCPUAllocator" in str(exc) or "MPS backend out of memory" in str(exc)
 
 
 def _device_oom(device: torch.device, estimated_bytes: int, advice: str = "") -> DeviceOom:
@@ -336,7 +333,7 @@ def load_errors(files_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
     except (ServiceError, MemoryError):
         raise
     except RuntimeError as exc:
-        if isinstance(exc, torch.OutOfMemoryError) or _is_cpu_oom(exc):
+        if is_out_of_memory(exc):
             raise
         raise LoadFailed(f"The model in {files_path} can't be loaded: {str(exc)[:500]}") from exc
     except Exception as exc:  # The code of any architecture: a config that it does not expect fails in any way.

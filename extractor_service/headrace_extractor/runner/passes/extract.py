@@ -147,9 +147,8 @@ class _Run:
         try:
             with out_of_memory_as_typed(self.loaded.device, self.loaded.measured_bytes, _ADVICE):
                 for rows in fetch.rows(self._forwards(Cursor.from_json(resume))):
-                    if (
-                        self.loaded.device.type == "cpu"
-                    ):  # Weights are mapped: what is written to a file is computed with.
+                    # Weights are mapped: what is written to their files is computed with.
+                    if self.loaded.device.type == "cpu":
                         self.loaded.check_files()
                     if not self._write_batch(rows, done):
                         break

@@ -66,6 +66,6 @@ class OwnTokens:
 def _tokenizer_in(files_path: Path) -> Any:
     """Loads a model's tokenizer as transformers does; in its plainest class where the folder names one of its own."""
     try:
-        return AutoTokenizer.from_pretrained(files_path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(files_path, local_files_only=True, trust_remote_code=False)
     except Exception:  # noqa: BLE001 -- of many types: classes that need other packages, or code that is not run
         return PreTrainedTokenizerFast(tokenizer_file=str(files_path / TOKENIZER))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import PretrainedConfig
 
 from headrace_extractor.errors import LoadFailed, ModelUnsupported
+from headrace_extractor.runner.models.progress import OnProgress
 from headrace_models.gguf import parts_of
 
 _COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
@@ -21,10 +22,10 @@ _DROPPED = (_ARCHITECTURE, _COUNT, _NUMBER, _TENSORS, "general.alignment")
 
 
 @contextmanager
-def whole_file(source_path: Path, scratch: Path, on_bytes: Callable[[int], None]) -> Iterator[Path]:
+def whole_file(source_path: Path, scratch: Path, on_bytes: OnProgress) -> Iterator[Path]:
     """Yields the file itself, or one file made of its parts, which is removed behind the block.
 
-    The whole file is written below `scratch`; `on_bytes` gets the bytes of tensors written so far. Raises
+    The whole file is written below `scratch`; `on_bytes` gets the bytes of tensors written so far and in all. Raises
     ModelUnsupported if parts are absent or are not those of one file, and LoadFailed if tensors are.
     """
     first = GGUFReader(source_path)
@@ -54,6 +55,7 @@ def whole_file(source_path: Path, scratch: Path, on_bytes: Callable[[int], None]
     whole = scratch / "whole.gguf"
     try:
         _join(readers, whole, on_bytes)
+        del first, reader
         readers.clear()  # They map the parts.
         yield whole
     finally:
@@ -96,7 +98,7 @@ def scale_rotations(config: PretrainedConfig, path: Path) -> bool:
     return True
 
 
-def _join(readers: list[GGUFReader], target: Path, on_bytes: Callable[[int], None]) -> None:
+def _join(readers: list[GGUFReader], target: Path, on_bytes: OnProgress) -> None:
     """Writes the metadata of the first part and the tensors of all to one file."""
     first = readers[0]
     writer = GGUFWriter(target, str(first.fields[_ARCHITECTURE].contents()), endianess=first.endianess)
@@ -113,11 +115,11 @@ def _join(readers: list[GGUFReader], target: Path, on_bytes: Callable[[int], Non
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    done_bytes = 0
+    done_bytes, total_bytes = 0, sum(int(tensor.n_bytes) for tensor in tensors)
     for tensor in tensors:
         writer.write_tensor_data(tensor.data, tensor_endianess=first.endianess)
         done_bytes += tensor.n_bytes
-        on_bytes(done_bytes)
+        on_bytes(done_bytes, total_bytes)
     writer.close()
 
 
