@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -186,6 +188,28 @@ def test_a_server_is_stopped_though_its_folder_was_closed_to_others_meanwhile(da
     server.stop()
 
     assert not server.running()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only for root Postgres runs as another user")
+def test_folders_above_the_data_are_opened_to_the_user_of_postgres_alone(tmp_path):
+    closed = tmp_path / "closed"
+    (closed / "data").mkdir(parents=True)
+    closed.chmod(0o700)
+    server = EmbeddedPostgres(closed / "data")
+    server.own()
+    server.start()
+    try:
+        owner = server.pgdata.stat()
+        assert (owner.st_uid, closed.stat().st_mode & 0o7) == (server._account.uid, 0)
+
+        def may_pass(uid):
+            script = f"import os; os.setgroups([]); os.setgid({uid}); os.setuid({uid}); os.stat({str(server.pgdata)!r})"
+            return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode == 0
+
+        assert may_pass(owner.st_uid)
+        assert not may_pass(12_345)
+    finally:
+        server.stop()
 
 
 def test_a_running_server_is_attached_to_and_a_data_directory_has_one_owner(data_dir):

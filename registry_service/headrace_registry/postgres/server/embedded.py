@@ -11,6 +11,7 @@ Everything blocks; call it from a thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -20,6 +21,7 @@ import pwd
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -44,6 +47,20 @@ _ORPHANS_TIMEOUT_S = 10.0
 # sun_path holds 108 bytes on Linux, 104 on macOS; `/.s.PGSQL.5432` takes 14 of them.
 _MAX_SOCKET_DIR = 88
 _USER = "pgserver"
+# An access control list: a version, then tag, rights and user of each entry.
+_ACL = "system.posix_acl_access"
+_ACL_HEADER, _ACL_ENTRY = struct.Struct("<I"), struct.Struct("<HHI")
+_NOBODY_NAMED = 2**32 - 1
+
+
+class _Tag(IntEnum):
+    """Whose rights an entry of an access control list tells."""
+
+    OWNER = 1
+    USER = 2
+    GROUP = 4
+    MASK = 16
+    OTHERS = 32
 
 
 class EmbeddedFailed(StartError):
@@ -160,7 +177,7 @@ class EmbeddedPostgres:
         """Lets the user of Postgres pass to its data: modes of the folders above may have changed since the start."""
         self._choose_account()
         if self._account is not None:
-            _let_through(self.pgdata)
+            _let_through(self.pgdata, self._account)
 
     def _choose_account(self) -> None:
         if self._account is None and os.geteuid() == 0:
@@ -172,7 +189,7 @@ class EmbeddedPostgres:
         try:
             if self._account is not None:
                 os.chown(draft, self._account.uid, self._account.gid)
-                _let_through(draft)
+                _let_through(draft, self._account)
             choices = ("--auth=trust", "--encoding=utf8", "--locale=C.UTF-8", "--no-sync", "-U", "postgres")
             self._execute("initdb", (*choices, "-D", str(draft)), timeout_s=_START_TIMEOUT_S)
             self._execute("initdb", ("--sync-only", "-D", str(draft)), timeout_s=_START_TIMEOUT_S)
@@ -276,13 +293,43 @@ def _account_for(pgdata: Path) -> _Account:
     return _Account(uid=entry.pw_uid, gid=entry.pw_gid)
 
 
-def _let_through(path: Path) -> None:
-    """Lets other users pass (not list) the folders above `path`: Postgres is not root and must reach its data."""
+def _let_through(path: Path, account: _Account) -> None:
+    """Lets one user pass (not list) the folders above `path`, by an access control list: it must reach its data."""
     for folder in path.parents:
-        mode = folder.stat().st_mode
-        if not mode & stat.S_IXOTH:
-            log.warning("letting other users pass through %s, for the embedded Postgres", folder)
-            folder.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)
+        found = folder.stat()
+        may_pass = stat.S_IXUSR if found.st_uid == account.uid else stat.S_IXOTH
+        if found.st_mode & may_pass:
+            continue
+        try:
+            _allow_passing(folder, account.uid, stat.S_IMODE(found.st_mode))
+        except OSError as exc:
+            raise EmbeddedFailed(
+                f"Postgres does not run as root, and its user can't be let through {folder}: {exc.strerror}. Give a "
+                f"--data-dir that every user can reach, as below /var/lib. {_REMEDY}"
+            ) from exc
+
+
+def _allow_passing(folder: Path, uid: int, mode: int) -> None:
+    """Adds one user's right to pass a folder to its access control list (linux/posix_acl_xattr.h)."""
+    if sys.platform != "linux":
+        raise OSError(errno.ENOTSUP, "only Linux has such lists")
+    try:
+        listed = os.getxattr(folder, _ACL)[_ACL_HEADER.size :]
+        entries = {(tag, who): rights for tag, rights, who in _ACL_ENTRY.iter_unpack(listed)}
+    except OSError as exc:
+        if exc.errno != errno.ENODATA:
+            raise
+        rights = {_Tag.OWNER: mode >> 6 & 7, _Tag.GROUP: mode >> 3 & 7, _Tag.OTHERS: mode & 7}
+        entries = {(int(tag), _NOBODY_NAMED): value for tag, value in rights.items()}
+    before = entries.get((_Tag.USER, uid), 0)
+    # The mask bounds what all but owner and others may, and chmod sets it; without one, the group's rights are its own.
+    mask = entries.get((_Tag.MASK, _NOBODY_NAMED), entries[_Tag.GROUP, _NOBODY_NAMED])
+    if before & mask & 1:
+        return
+    entries |= {(_Tag.USER, uid): before | 1, (_Tag.MASK, _NOBODY_NAMED): mask | 1}
+    packed = b"".join(_ACL_ENTRY.pack(tag, rights, who) for (tag, who), rights in sorted(entries.items()))
+    log.warning("letting the user %d pass through %s, for the embedded Postgres", uid, folder)
+    os.setxattr(folder, _ACL, _ACL_HEADER.pack(2) + packed)
 
 
 def _processes_in(pgdata: Path) -> list[psutil.Process]:
