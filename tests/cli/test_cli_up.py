@@ -110,6 +110,15 @@ def test_up_in_the_background_answers_when_both_are_ready_and_down_stops_it(tmp_
     assert run("down", *data_dir) == {"stopped": False}
 
 
+def test_a_start_in_the_background_makes_a_private_data_folder(tmp_path):
+    folder = tmp_path / "new"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        run("up", "--data-dir", str(folder), "--registry-listen", address, "--detach", code=1)
+
+    assert not folder.stat().st_mode & 0o066  # As root, another user may pass through: the database.
+
+
 def test_a_taken_port_is_one_sentence(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

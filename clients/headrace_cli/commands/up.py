@@ -154,6 +154,7 @@ def _detach(settings: Settings, folder: Path, words: list[str]) -> None:
     from headrace_client.errors import HeadraceError  # noqa: PLC0415
 
     logs = folder / "logs"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # The log's folder would make it with other rights.
     try:
         up_now = start_detached(words, up_file=folder / _NOTE, log=logs / "up.log")
     except NotStarted as exc:
