@@ -59,6 +59,8 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         self.statistics = []
         self.corpora = {}
         self.uploads = []
+        self.starts_id = EXTRACTION_ID
+        self.starts_set = ""  # If given, StartExtraction begins to make this set.
         self.end_state = ex_pb.EXTRACTION_STATE_DONE
         self.answers_before = False  # CancelExtraction answers with the extraction as it was before the call.
         self.extraction = self._extraction()
@@ -183,6 +185,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
     def StartExtraction(self, request, context):
         self.note("StartExtraction", request, context)
         self.extraction.spec.CopyFrom(request.spec)
+        if self.starts_set:
+            self.extraction.set_id, self.extraction.state = self.starts_set, ex_pb.EXTRACTION_STATE_RUNNING
+            self.extraction.id = self.starts_id
         return service_pb.StartExtractionResponse(extraction=self.extraction)
 
     def GetExtraction(self, request, context):
@@ -203,7 +208,7 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         return service_pb.CancelExtractionResponse(extraction=before if self.answers_before else self.extraction)
 
     def _known(self, extraction_id, context):
-        if extraction_id != EXTRACTION_ID:
+        if extraction_id != self.extraction.id:
             abort(context, grpc.StatusCode.NOT_FOUND, "EXTRACTION_NOT_FOUND", f"no extraction {extraction_id}")
 
     def WatchExtraction(self, request, context):
