@@ -59,6 +59,7 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         self.statistics = []
         self.corpora = {}
         self.uploads = []
+        self.n_damaged = 0
         self.starts_id = EXTRACTION_ID
         self.starts_set = ""  # If given, StartExtraction begins to make this set.
         self.end_state = ex_pb.EXTRACTION_STATE_DONE
@@ -225,6 +226,10 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
             state.state = self.end_state if seq == 5 else ex_pb.EXTRACTION_STATE_RUNNING
             state.n_rows = self.n_rows * seq // 5
             yield service_pb.WatchExtractionResponse(seq=seq, extraction=state, snapshot=seq == request.after_seq)
+
+    def VerifySet(self, request, context):
+        self.note("VerifySet", request, context)
+        yield service_pb.VerifySetResponse(n_files=4, n_files_total=4, n_damaged=self.n_damaged, done=True)
 
     def ListHookpoints(self, request, context):
         self.note("ListHookpoints", request, context)

@@ -20,10 +20,15 @@ def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]
     from headrace_client import errors  # noqa: PLC0415
     from headrace_client.values import ExtractionState, Window  # noqa: PLC0415
 
+    lost: errors.NodeNotFound | None = None
     for held in client.sets.get(whole_set_id(client, set_id)):
         # The first three columns are token_id, document and position.
         wanted = hookpoints or [name for name in held.columns[3:] if not name.endswith(".scale")]
-        listed = client.extractions.list(node=held.node_id)
+        try:
+            listed = client.extractions.list(node=held.node_id)
+        except errors.NodeNotFound as exc:  # It is not alive; another node may hold the set too.
+            lost = exc
+            continue
         known = [
             extraction
             for extraction in listed
@@ -54,6 +59,8 @@ def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]
                     remedy="name an extraction of the set that is done, or `headrace extract` the new set",
                 )
             return client.extractions.wait(started.id)
+    if lost is not None:
+        raise lost
     raise errors.ExtractionNotFound(
         f"no extraction of set {set_id} is known any more; `headrace extract` it again, which computes nothing anew"
     )
