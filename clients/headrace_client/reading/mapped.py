@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
-from headrace_client.errors import DataLoss
+from headrace_client.errors import DigestMismatch
 from headrace_client.reading.chunk import ActivationChunk
 from headrace_client.values import StreamHeader
 from headrace_log.errors import LogError
@@ -120,9 +120,8 @@ class _Unread(Sequence[memoryview]):
         try:
             yield
         except _UNREADABLE as exc:
-            raise DataLoss(
+            raise DigestMismatch(
                 f"rows {self._run.first_row} to {self._run.end_row} can't be read any more: {exc}",
-                reason="DIGEST_MISMATCH",
                 remedy="open the stream again at these rows: the server then tells what is damaged",
             ) from exc
 
