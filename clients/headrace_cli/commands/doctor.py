@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,19 +149,31 @@ def _health(client: HeadraceClient, address: str | None) -> str:
 
 def _data_folders(client: HeadraceClient | None) -> list[Path]:
     """Returns the folders of this machine that hold models and sets, one a disk; else where they would be."""
+    from headrace_client.errors import HeadraceError  # noqa: PLC0415
+
     named = [DEFAULT_DATA_DIR.expanduser()]
     if client is not None:
-        # A path of another machine, or of a folder that a user registered, tells nothing about this disk.
-        named += [Path(model.files_path) for model in client.models.list() if model.store_bytes]
-        named += [Path(held.path).parent for held in client.sets.list() if held.path]
-    by_disk = {folder.stat().st_dev: folder for folder in reversed(named) if folder.is_dir()}
+        with suppress(HeadraceError):  # A server that fails only now: its own findings stand.
+            # A path of another machine, or of a folder that a user registered, tells nothing about this disk.
+            named += [Path(model.files_path) for model in client.models.list() if model.store_bytes]
+            named += [Path(held.path).parent for held in client.sets.list() if held.path]
+    by_disk: dict[int, Path] = {}
+    for folder in reversed(named):
+        with suppress(OSError):  # Not there, or in a folder of the user that the servers run as.
+            if folder.is_dir():
+                by_disk[folder.stat().st_dev] = folder
     return list(by_disk.values()) or [DEFAULT_DATA_DIR]
 
 
 def _disk_findings(folders: Iterable[Path]) -> Iterator[Finding]:
     for folder in folders:
         wanted = folder.expanduser().absolute()
-        found = next(path for path in (wanted, *wanted.parents) if path.exists())
+        try:
+            found = next(path for path in (wanted, *wanted.parents) if path.exists())
+        except OSError as exc:
+            remedy = "run `headrace doctor` as the user that the servers run as, or choose another --data-dir"
+            yield Finding(subject="disk", ok=False, text=f"{wanted} can't be looked at: {exc.strerror}", remedy=remedy)
+            continue
         free_bytes = shutil.disk_usage(found).free
         text, remedy = f"{formats.size(free_bytes)} free at {wanted}", ""
         if not os.access(found, os.W_OK):
