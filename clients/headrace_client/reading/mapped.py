@@ -2,7 +2,8 @@
 
 The server announces ranges of sealed rows, which it has compared with their digests and which never change. They are
 read, not mapped: a mapped file that shrinks would end the process. A random number that the server has written into the
-folder proves that it is the same one. Any mismatch raises Unmappable: then rows travel in messages.
+folder proves that it is the same one. Any mismatch when rows are announced raises Unmappable: then rows travel in
+messages. Files that change after that raise DigestMismatch where the rows are used.
 """
 
 from __future__ import annotations
