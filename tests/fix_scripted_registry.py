@@ -80,6 +80,10 @@ class ScriptedRegistry(
         self._model(request.model_id, context)
         return self.advice
 
+    def ValidateModel(self, request, context):
+        self.note("ValidateModel", request, context)
+        yield models_pb.ValidateModelResponse(attempt=model_pb.ValidationAttempt(passed=True))
+
     def ListAttempts(self, request, context):
         self.note("ListAttempts", request, context)
         return models_pb.ListAttemptsResponse(attempts=self.attempts)

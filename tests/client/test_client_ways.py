@@ -337,6 +337,13 @@ def test_a_replica_that_hangs_leaves_time_for_the_next(hosts, listeners):
         assert [node.id for node in client.nodes()] == ["n1"]
 
 
+def test_a_validation_begins_at_the_next_replica(hosts):
+    host = hosts(ScriptedRegistry())
+
+    with HeadraceClient.connect(f"127.0.0.1:{NOWHERE},{host.address}", deadline_s=5) as client:
+        assert client.models.validate("tiny").passed
+
+
 def test_a_watch_goes_on_at_the_next_replica(hosts):
     first, second = hosts(ScriptedRegistry()), hosts(ScriptedRegistry())
     for host in (first, second):

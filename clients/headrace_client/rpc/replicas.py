@@ -25,6 +25,7 @@ class Replicas:
 
     def __init__(self, addresses: Sequence[str], security: Security) -> None:
         self._addresses = tuple(addresses)
+        self.n_addresses = len(self._addresses)
         self._security = security
         self._at = 0
         self._channels: dict[str, grpc.Channel] = {}
