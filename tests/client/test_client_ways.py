@@ -13,6 +13,7 @@ from headrace_client import HeadraceClient, errors
 from headrace_client.rpc import security as security_room
 from headrace_client.rpc.addresses import Proxy, addresses_of, is_local
 from headrace_client.rpc.endpoint import Endpoint
+from headrace_client.rpc.replicas import Replicas
 from headrace_client.rpc.security import Security
 
 TOKEN = "correct-horse-battery-staple"
@@ -342,6 +343,16 @@ def test_a_validation_begins_at_the_next_replica(hosts):
 
     with HeadraceClient.connect(f"127.0.0.1:{NOWHERE},{host.address}", deadline_s=5) as client:
         assert client.models.validate("tiny").passed
+
+
+@pytest.mark.parametrize(("deadline_s", "first_s"), [(4, 2), (30, 25), (120, 60)])
+def test_a_replica_may_use_its_longest_wait_where_the_deadline_allows_it(deadline_s, first_s):
+    replicas = Replicas(("127.0.0.1:1", "127.0.0.1:2"), Security())
+
+    timeout_s = replicas.first_answer(lambda _channel, timeout_s: timeout_s, deadline_s=deadline_s, failed=None)
+    replicas.close()
+
+    assert timeout_s == pytest.approx(first_s, abs=0.1)
 
 
 def test_a_watch_goes_on_at_the_next_replica(hosts):
