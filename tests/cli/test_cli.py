@@ -423,6 +423,17 @@ def test_doctor_has_findings_where_sets_can_not_be_listed(headrace, scripted_reg
     assert {"disk", "versions"} <= {one["subject"] for one in found}
 
 
+def test_doctor_names_a_replica_that_is_away(headrace, registry_host, tmp_path):
+    replicas = f"{registry_host.address},127.0.0.1:9"
+
+    result = headrace("--json", "--registry", replicas, "doctor", "--data-dir", tmp_path)
+
+    bad = {one["subject"]: one["text"] for one in json.loads(result.stdout) if not one["ok"]}
+    assert result.exit_code == 1
+    assert list(bad) == ["replica"]
+    assert "127.0.0.1:9" in bad["replica"]
+
+
 def test_doctor_without_a_registry(headrace, tmp_path):
     result = headrace("--registry", "127.0.0.1:1", "doctor", "--data-dir", tmp_path)
 

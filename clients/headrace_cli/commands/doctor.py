@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,11 +74,16 @@ def doctor(
 
 
 def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]:
+    from headrace_client.rpc.addresses import addresses_of  # noqa: PLC0415
+
+    replicas = addresses_of(registry, name="registry")
+    named = f"one of {registry}" if len(replicas) > 1 else registry
+
     def check_registry() -> str:
         health = _health(client, None)
         began = time.monotonic()
         client.nodes()
-        return f"{registry} says {health}, {1000 * (time.monotonic() - began):.0f} ms a call"
+        return f"{named} says {health}, {1000 * (time.monotonic() - began):.0f} ms a call"
 
     def check_database() -> str:
         models = client.models.list()
@@ -91,6 +97,9 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
     if not reached.ok:
         return
     yield _tried("database", check_database)
+    if len(replicas) > 1:  # Calls pass over a replica that is away.
+        for address in replicas:
+            yield _tried("replica", partial(_says, client, address))
     try:
         nodes = client.nodes()
     except Exception as exc:  # noqa: BLE001 - a finding, like every other failure here.
@@ -145,6 +154,10 @@ def _health(client: HeadraceClient, address: str | None) -> str:
         remedy = "it is starting or stopping: see its log"
         raise Unavailable(f"{address or 'the registry'} is {answer}", remedy=remedy)
     return answer
+
+
+def _says(client: HeadraceClient, address: str) -> str:
+    return f"{address} says {_health(client, address)}"
 
 
 def _data_folders(client: HeadraceClient | None) -> list[Path]:
