@@ -137,6 +137,14 @@ def test_a_proxy_gets_the_name_and_password_of_its_url():
     assert found.authorization == "Basic bWU6YUBi"
 
 
+@pytest.mark.parametrize("url", ["http://me:secret@proxy:abc", "me:secret/@proxy:1", "proxy:70000", "http://[::1"])
+def test_a_proxy_that_is_no_address_is_refused_by_the_name_of_its_variable(url):
+    with pytest.raises(errors.InvalidArgument, match="https_proxy is not of") as raised:
+        Proxy.of("a.example.org:80", {"https_proxy": url, "http_proxy": "http://other:1"})
+
+    assert "secret" not in raised.value.message
+
+
 # -- long requests -----------------------------------------------------------------------------------------------------
 
 
