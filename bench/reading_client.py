@@ -25,7 +25,7 @@ def streamed(client: HeadraceClient, side: str) -> Iterator[torch.Tensor]:
     """Yields batches as a trainer gets them."""
     transport, _, how = side.partition(" ")
     reading = Reading(order="shuffled", seed=1) if how == "shuffled" else Reading()
-    tuning = StreamTuning(transport=transport, copy=how != "views")
+    tuning = StreamTuning(transport=transport)
     with client.activations(
         EXTRACTION_ID, columns=HOOKPOINT, batch_size=BATCH_SIZE, reading=reading, tuning=tuning
     ) as stream:

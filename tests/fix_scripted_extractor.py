@@ -59,6 +59,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         self.statistics = []
         self.corpora = {}
         self.uploads = []
+        self.n_damaged = 0
+        self.starts_id = EXTRACTION_ID
+        self.starts_set = ""  # If given, StartExtraction begins to make this set.
         self.end_state = ex_pb.EXTRACTION_STATE_DONE
         self.answers_before = False  # CancelExtraction answers with the extraction as it was before the call.
         self.extraction = self._extraction()
@@ -183,6 +186,9 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
     def StartExtraction(self, request, context):
         self.note("StartExtraction", request, context)
         self.extraction.spec.CopyFrom(request.spec)
+        if self.starts_set:
+            self.extraction.set_id, self.extraction.state = self.starts_set, ex_pb.EXTRACTION_STATE_RUNNING
+            self.extraction.id = self.starts_id
         return service_pb.StartExtractionResponse(extraction=self.extraction)
 
     def GetExtraction(self, request, context):
@@ -203,7 +209,7 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
         return service_pb.CancelExtractionResponse(extraction=before if self.answers_before else self.extraction)
 
     def _known(self, extraction_id, context):
-        if extraction_id != EXTRACTION_ID:
+        if extraction_id != self.extraction.id:
             abort(context, grpc.StatusCode.NOT_FOUND, "EXTRACTION_NOT_FOUND", f"no extraction {extraction_id}")
 
     def WatchExtraction(self, request, context):
@@ -220,6 +226,10 @@ class ScriptedExtractor(Scripted, service_grpc.ExtractionServiceServicer, corpor
             state.state = self.end_state if seq == 5 else ex_pb.EXTRACTION_STATE_RUNNING
             state.n_rows = self.n_rows * seq // 5
             yield service_pb.WatchExtractionResponse(seq=seq, extraction=state, snapshot=seq == request.after_seq)
+
+    def VerifySet(self, request, context):
+        self.note("VerifySet", request, context)
+        yield service_pb.VerifySetResponse(n_files=4, n_files_total=4, n_damaged=self.n_damaged, done=True)
 
     def ListHookpoints(self, request, context):
         self.note("ListHookpoints", request, context)

@@ -32,6 +32,7 @@ class ScriptedRegistry(
         self.residencies = []
         self.residency_events = []
         self.set_pins = []
+        self.set_nodes = ["n1"]
         self.pins = []
         self.page = 2
         self.advice = models_pb.EstimateMemoryResponse(recommended=-1)
@@ -78,6 +79,10 @@ class ScriptedRegistry(
         self.note("EstimateMemory", request, context)
         self._model(request.model_id, context)
         return self.advice
+
+    def ValidateModel(self, request, context):
+        self.note("ValidateModel", request, context)
+        yield models_pb.ValidateModelResponse(attempt=model_pb.ValidationAttempt(passed=True))
 
     def ListAttempts(self, request, context):
         self.note("ListAttempts", request, context)
@@ -197,7 +202,7 @@ class ScriptedRegistry(
         self.note("GetActivationSet", request, context)
         if request.set_id != "set-1":
             abort(context, grpc.StatusCode.NOT_FOUND, "SET_NOT_FOUND", f"no set {request.set_id}")
-        return sets_pb.GetActivationSetResponse(sets=[self._set()])
+        return sets_pb.GetActivationSetResponse(sets=[self._set(node) for node in self.set_nodes])
 
     def PinActivationSet(self, request, context):
         self.note("PinActivationSet", request, context)
@@ -214,12 +219,12 @@ class ScriptedRegistry(
             abort(context, grpc.StatusCode.FAILED_PRECONDITION, "STATE_CONFLICT", "pinned by ann; unpin it first")
         return sets_pb.DeleteActivationSetResponse()
 
-    def _set(self):
+    def _set(self, node_id="n1"):
         return sets_pb.ActivationSet(
             pins=self.set_pins,
             holders=["x1"],
             id="set-1",
-            node_id="n1",
+            node_id=node_id,
             model_id="tiny",
             corpus_id="docs",
             columns=[HOOKPOINT],

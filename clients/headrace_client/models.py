@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError, InvalidArgument
+from headrace_client.errors import BY_REASON, DeadlineExceeded, HeadraceError, InvalidArgument, Unavailable
 from headrace_client.progress import of_model, told
 from headrace_client.rpc.convert.memory import advice_from_pb, catalog_entry_from_pb
 from headrace_client.rpc.convert.models import (
@@ -179,14 +179,24 @@ class Models:
         if load_options is not None:
             fields["load_options"] = struct_of(load_options)
         attempt: ValidationAttempt | None = None
-        # No message comes during a load, however long it takes.
-        stream = self._registry.stream("ModelService.ValidateModel", silence_s=deadline_s, life_s=deadline_s, **fields)
-        with stream as messages:
-            for message in messages:
-                if message.HasField("attempt"):
-                    attempt = attempt_from_pb(message.attempt)
-                elif on_step is not None:
-                    on_step(step_from_pb(message.detail))
+        for n_others in reversed(range(self._registry.n_replicas)):
+            heard = False
+            # No message comes during a load, however long it takes.
+            stream = self._registry.stream(
+                "ModelService.ValidateModel", silence_s=deadline_s, life_s=deadline_s, **fields
+            )
+            try:
+                with stream as messages:
+                    for message in messages:
+                        heard = True
+                        if message.HasField("attempt"):
+                            attempt = attempt_from_pb(message.attempt)
+                        elif on_step is not None:
+                            on_step(step_from_pb(message.detail))
+                break
+            except Unavailable:
+                if heard or not n_others:  # Once it has begun, another replica would begin it anew.
+                    raise
         if attempt is None:
             raise DeadlineExceeded(f"the validation of {model_id} was not over within {deadline_s:.0f} s")
         return attempt

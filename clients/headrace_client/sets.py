@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from headrace_client.errors import NodeLost
 from headrace_client.rpc.convert import sets as convert
 from headrace_client.rpc.endpoint import Endpoint, new_request_id
 from headrace_client.rpc.nodes import Nodes, pages
@@ -35,14 +36,20 @@ class Sets:
         """Has each node that holds a set compare all its files with their digests, one node after the other.
 
         Yields how far it is, twice a second, and for each node one value that is `done`. Damaged segments are set
-        aside: starting the extraction again computes their rows.
+        aside: starting the extraction again computes their rows. Nodes that are not alive are passed over; raises
+        NodeLost if all are.
         """
-        for held in self.get(set_id):
-            extractor = self._nodes.pick(node_id=held.node_id)
-            endpoint = self._nodes.endpoint(extractor)
-            with endpoint.stream("ExtractionService.VerifySet", set_id=set_id) as stream:
+        holders = [held.node_id for held in self.get(set_id)]
+        if self._nodes.only:  # One extractor is asked, whose node has no name here.
+            asked = [(holders[0] if len(holders) == 1 else "", self._nodes.only)]
+        else:
+            asked = [(each.node_id, each) for each in self._nodes.alive() if each.node_id in holders]
+        if not asked:
+            raise NodeLost(f"no node that holds set {set_id[:16]} is alive: {', '.join(holders)}")
+        for node_id, extractor in asked:
+            with self._nodes.endpoint(extractor).stream("ExtractionService.VerifySet", set_id=set_id) as stream:
                 for message in stream:
-                    yield convert.verification_from_pb(message, set_id, held.node_id)
+                    yield convert.verification_from_pb(message, set_id, node_id)
 
     def pin(self, set_id: str, owner: str, *, reason: str = "", expire_time: datetime | None = None) -> None:
         """Keeps a set from eviction, for ever or until `expire_time`; a second pin changes reason and end."""

@@ -13,7 +13,10 @@ from headrace_train.arguments import DEFAULT_REGISTRY, Arguments, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one training; returns the exit code. HEADRACE_REGISTRY, HEADRACE_TOKEN and HEADRACE_CA_FILE stand in."""
+    """Runs one training; returns the exit code.
+
+    HEADRACE_REGISTRY, HEADRACE_TOKEN and HEADRACE_CA_FILE stand in for options.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would print into the progress.
     arguments = parse(argv, registry=os.environ.get("HEADRACE_REGISTRY") or DEFAULT_REGISTRY)
     try:

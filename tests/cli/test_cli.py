@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -390,6 +391,47 @@ def test_doctor_looks_at_the_disk_that_holds_the_data(headrace, registered, scri
     findings = {one["subject"]: one for one in answer(headrace("--json", "doctor"))}
 
     assert findings["disk"]["text"].endswith(f"free at {tmp_path / 'store' / 'tiny'}")
+
+
+def test_doctor_goes_on_where_a_folder_is_not_for_this_user(
+    headrace, registered, scripted_registry, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model, stat = scripted_registry.models["tiny"], Path.stat
+    model.store_bytes, model.files_path = 3 * 1024**2, str(tmp_path / "theirs" / "tiny")
+    # As root, a folder without rights is no obstacle.
+    monkeypatch.setattr(Path, "stat", lambda path, **how: refuse(path) if path.name == "tiny" else stat(path, **how))
+
+    found = headrace("--json", "doctor")
+    named = headrace("--json", "doctor", "--data-dir", tmp_path / "theirs" / "tiny")
+
+    assert [one["ok"] for one in answer(found) if one["subject"] == "disk"] == [True]
+    (disk,) = [one for one in json.loads(named.stdout) if one["subject"] == "disk"]
+    assert disk["text"] == f"{tmp_path / 'theirs' / 'tiny'} can't be looked at: Permission denied"
+
+
+def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_doctor_has_findings_where_sets_can_not_be_listed(headrace, scripted_registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    scripted_registry.fail["ListActivationSets"].extend([unavailable("DATABASE_UNAVAILABLE")] * 5)
+
+    found = answer(headrace("--json", "doctor"))
+
+    assert {"disk", "versions"} <= {one["subject"] for one in found}
+
+
+def test_doctor_names_a_replica_that_is_away(headrace, registry_host, tmp_path):
+    replicas = f"{registry_host.address},127.0.0.1:9"
+
+    result = headrace("--json", "--registry", replicas, "doctor", "--data-dir", tmp_path)
+
+    bad = {one["subject"]: one["text"] for one in json.loads(result.stdout) if not one["ok"]}
+    assert result.exit_code == 1
+    assert list(bad) == ["replica"]
+    assert "127.0.0.1:9" in bad["replica"]
 
 
 def test_doctor_without_a_registry(headrace, tmp_path):

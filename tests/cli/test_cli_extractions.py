@@ -93,6 +93,29 @@ def test_a_set_is_pulled_through_an_extraction_of_it(headrace, scripted_registry
     assert not scripted_extractor.calls["StartExtraction"]
 
 
+@pytest.mark.parametrize("started", ["ex-2", EXTRACTION_ID])
+def test_a_set_that_can_not_be_made_again_is_not_pulled_from_another(headrace, scripted_extractor, tmp_path, started):
+    scripted_extractor.extraction.state = ex_pb.EXTRACTION_STATE_CANCELLED
+    scripted_extractor.starts_set, scripted_extractor.starts_id = "set-2", started
+
+    result = headrace("--json", "pull", "set", "--out", tmp_path / "rows.safetensors")
+
+    assert json.loads(result.stderr)["error"]["reason"] == "MODEL_CHANGED"
+    # An extraction that was known before is somebody's.
+    assert len(scripted_extractor.calls["CancelExtraction"]) == (started == "ex-2")
+    assert not list(tmp_path.glob("rows*"))
+
+
+def test_rows_that_are_not_finite_are_pulled_from_a_set_that_has_them(headrace, scripted_extractor, tmp_path):
+    scripted_extractor.extraction.state = ex_pb.EXTRACTION_STATE_CANCELLED
+    scripted_extractor.extraction.n_non_finite = 3
+    scripted_extractor.starts_set = "set-1"
+
+    answer(headrace("--json", "pull", "set", "--out", tmp_path / "rows.safetensors"))
+
+    assert scripted_extractor.calls["StartExtraction"][0].spec.allow_non_finite
+
+
 def test_an_id_of_neither_an_extraction_nor_a_set_is_not_found(headrace, tmp_path):
     result = headrace("pull", "nope", "--out", tmp_path / "rows")
 

@@ -8,9 +8,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from fix_scripted_extractor import EXTRACTION_ID
+from headrace.registry.v1 import residency_pb2 as residency_pb
 from headrace_cli.app import app
 from headrace_cli.settings import Defaults
-from headrace_client import errors
+from headrace_client import HeadraceClient, errors
 
 
 @pytest.fixture
@@ -91,3 +93,30 @@ def test_a_set_is_shown_with_its_recipe(headrace):
     assert shown["recipe"] == "context_size=256 packing=packed"
     assert shown["numbers"] == "compute_dtype=float32"
     assert found["identity"]["recipe"]["drop_first_positions"] == 0
+
+
+def test_a_lost_holder_of_a_set_hides_no_other(headrace, scripted_registry, tmp_path):
+    scripted_registry.add_node("n0", "127.0.0.1:1", state=residency_pb.NODE_STATE_LOST)
+    scripted_registry.set_nodes = ["n0", "n1"]
+
+    verified = answer(headrace("--json", "sets", "verify", "set-1"))
+    pulled = answer(headrace("--json", "pull", "set-1", "--out", tmp_path / "rows.safetensors"))
+
+    assert [one["node_id"] for one in verified] == ["n1"]
+    assert pulled["extraction_id"] == EXTRACTION_ID
+
+
+def test_a_set_whose_holders_are_all_lost_can_not_be_verified(client, scripted_registry):
+    scripted_registry.set_nodes = ["n0"]
+
+    with pytest.raises(errors.NodeLost, match="alive: n0"):
+        list(client.sets.verify("set-1"))
+
+
+def test_an_extractor_at_a_given_address_verifies_a_set_once(registry_host, scripted_registry, extractor_host):
+    scripted_registry.set_nodes = ["n0", "n1"]
+
+    with HeadraceClient.connect(registry_host.address, extractor=extractor_host.address) as client:
+        (verified,) = client.sets.verify("set-1")
+
+    assert (verified.node_id, verified.done) == ("", True)

@@ -1,5 +1,6 @@
 """`headrace up` with the real servers."""
 
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from headrace_cli.processes.detached import holder_of
+from headrace_cli.processes.only_one import only_one
 
 CLI = [sys.executable, "-m", "headrace_cli", "--json"]
 REGISTRY_FLAGS = [("--models-quota-bytes", "1000000"), ("--allow-pickle", "a/b"), ("--trust-remote-code", "c/d")]
@@ -108,6 +112,41 @@ def test_up_in_the_background_answers_when_both_are_ready_and_down_stops_it(tmp_
     assert again["error"]["reason"] == "ALREADY_RUNNING"
     assert stopped == {"stopped": True, "pid": int(started["pid"])}
     assert run("down", *data_dir) == {"stopped": False}
+
+
+def test_a_start_in_the_background_makes_a_private_data_folder(tmp_path):
+    folder = tmp_path / "new"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        run("up", "--data-dir", str(folder), "--registry-listen", address, "--detach", code=1)
+
+    assert not folder.stat().st_mode & 0o066  # As root, another user may pass through: the database.
+
+
+@pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
+def test_down_ends_no_process_but_headrace_up_of_this_machine(tmp_path, host):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(50)", "up"])
+    try:
+        with (tmp_path / "up.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.write(f"{other.pid} {host}")
+            lock.flush()
+            refused = run("down", "--data-dir", str(tmp_path), code=5)["error"]
+
+        assert refused["message"].startswith(f"{tmp_path} is held by process {other.pid} on {host}")
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_lock_file_names_no_process_after_its_end(tmp_path):
+    lock = tmp_path / "up.lock"
+    with only_one(lock, busy="", remedy=""):
+        held = holder_of(lock)
+
+    assert (held.pid, held.host) == (os.getpid(), socket.gethostname())
+    assert lock.read_text() == ""
 
 
 def test_a_taken_port_is_one_sentence(tmp_path):

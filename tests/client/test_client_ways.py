@@ -13,6 +13,7 @@ from headrace_client import HeadraceClient, errors
 from headrace_client.rpc import security as security_room
 from headrace_client.rpc.addresses import Proxy, addresses_of, is_local
 from headrace_client.rpc.endpoint import Endpoint
+from headrace_client.rpc.replicas import Replicas
 from headrace_client.rpc.security import Security
 
 TOKEN = "correct-horse-battery-staple"
@@ -134,6 +135,14 @@ def test_a_proxy_gets_the_name_and_password_of_its_url():
 
     assert found is not None
     assert found.authorization == "Basic bWU6YUBi"
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@proxy:abc", "me:secret/@proxy:1", "proxy:70000", "http://[::1"])
+def test_a_proxy_that_is_no_address_is_refused_by_the_name_of_its_variable(url):
+    with pytest.raises(errors.InvalidArgument, match="https_proxy is not of") as raised:
+        Proxy.of("a.example.org:80", {"https_proxy": url, "http_proxy": "http://other:1"})
+
+    assert "secret" not in raised.value.message
 
 
 # -- long requests -----------------------------------------------------------------------------------------------------
@@ -335,6 +344,23 @@ def test_a_replica_that_hangs_leaves_time_for_the_next(hosts, listeners):
 
     with HeadraceClient.connect(f"127.0.0.1:{listeners(Listener).port},{host.address}", deadline_s=4) as client:
         assert [node.id for node in client.nodes()] == ["n1"]
+
+
+def test_a_validation_begins_at_the_next_replica(hosts):
+    host = hosts(ScriptedRegistry())
+
+    with HeadraceClient.connect(f"127.0.0.1:{NOWHERE},{host.address}", deadline_s=5) as client:
+        assert client.models.validate("tiny").passed
+
+
+@pytest.mark.parametrize(("deadline_s", "first_s"), [(4, 2), (30, 25), (120, 60)])
+def test_a_replica_may_use_its_longest_wait_where_the_deadline_allows_it(deadline_s, first_s):
+    replicas = Replicas(("127.0.0.1:1", "127.0.0.1:2"), Security())
+
+    timeout_s = replicas.first_answer(lambda _channel, timeout_s: timeout_s, deadline_s=deadline_s, failed=None)
+    replicas.close()
+
+    assert timeout_s == pytest.approx(first_s, abs=0.1)
 
 
 def test_a_watch_goes_on_at_the_next_replica(hosts):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT, SECOND, Fault
 from fix_train import D_IN
 from headrace.extractor.v1 import extraction_pb2 as ex_pb
+from headrace_client.errors import AlreadyExists, HeadraceError
 from headrace_train import __main__ as command
 from headrace_train import exits
+from headrace_train.results import folder
 from headrace_train.results.folder import new_result
 
 SMALL = ["--d-sae", "48", "--k", "3", "--rows", "6000", "--batch-size", "256", "--lr", "0.01", "--buffer-rows", "1024"]
@@ -228,6 +231,67 @@ def test_a_result_that_is_overwritten_leaves_nothing_behind(train, out, monkeypa
 
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "notes.txt"])
     assert metadata(out)["training"]["seed"] != before["training"]["seed"]
+
+
+def result(folder, text):
+    (folder / "sae").mkdir(parents=True)
+    for name in ("sae/weights", "features.parquet", "metadata.json"):
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("stuck", ["sae", "metadata.json"])
+def test_a_result_that_can_not_be_replaced_is_kept_and_so_is_the_new_one(out, monkeypatch, stuck):
+    result(out, "old")
+    (out / "top_rows.parquet").write_text("old")
+    before, rename = contents(out), Path.rename
+
+    def refuse(self, target):
+        # The old SAE as if a colleague owned it, or the last file of the new result.
+        if self == (out / "sae" if stuck == "sae" else out / ".unfinished/new/metadata.json"):
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(HeadraceError, match="can't take its place") as raised, new_result(out, overwrite=True) as new:
+        result(new, "new")
+
+    unfinished = out / ".unfinished"
+    assert str(unfinished / "new") in raised.value.remedy
+    assert set(contents(unfinished / "new").values()) == {b"new"}
+    shutil.rmtree(unfinished)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("n_moved", range(1, 6))
+def test_a_result_that_a_killed_training_was_replacing_is_put_back(out, monkeypatch, n_moved):
+    result(out, "old")
+    before, rename, left = contents(out), Path.rename, [n_moved]
+
+    def die(self, target):
+        rename(self, target)
+        left[0] -= 1
+        if not left[0]:
+            monkeypatch.setattr(folder, "_undo", lambda *_: None)  # As a killed process does.
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", die)
+        with pytest.raises(KeyboardInterrupt), new_result(out, overwrite=True) as new:
+            result(new, "new")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError), new_result(out, overwrite=True):
+        raise RuntimeError
+
+    assert contents(out) == before
+
+
+def test_a_result_that_came_meanwhile_is_not_replaced(out, monkeypatch):
+    monkeypatch.setattr(folder, "FileLock", lambda path: result(out, "theirs"))
+
+    with pytest.raises(AlreadyExists, match="earlier training"), new_result(out, overwrite=False):
+        raise AssertionError
+
+    assert (out / "metadata.json").read_text() == "theirs"
 
 
 def test_two_trainings_into_one_folder_are_one_too_many(train, out, capsys):

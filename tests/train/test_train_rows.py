@@ -1,11 +1,16 @@
 """Attention sinks and outliers are left out of the rows an SAE learns from."""
 
+import numpy as np
 import pytest
 import torch
 
+from fix_scripted_extractor import EXTRACTION_ID, HOOKPOINT
 from fix_train import blocks_of, documents, packed_rows
+from headrace.extractor.v1 import extraction_pb2 as ex_pb
+from headrace_client import HeadraceClient
 from headrace_client.values import Recipe
 from headrace_train.rows.blocks import RowBlock, RowFilter, read_blocks
+from headrace_train.rows.source import Source
 
 
 def row_filter(recipe=None, *, drop_bos=True, max_norm_multiple=10.0):
@@ -72,3 +77,23 @@ def test_blocks_know_their_first_row():
                 yield {"hook": torch.zeros(n_rows, 3), "position": torch.zeros(n_rows, dtype=torch.int32)}
 
     assert [block.first_row for block in read_blocks(Batches(), "hook")] == [0, 4, 8, 0]
+
+
+@pytest.mark.parametrize(
+    ("positions", "tokens", "found"),
+    [
+        ([0, 1, 2, 0, 1], [1, 5, 6, 1, 7], True),
+        ([0, 1, 2, 0, 1], [1, 5, 6, 2, 7], False),
+        ([0, 1, 2, 3, 4], [1, 5, 6, 1, 7], False),  # One document proves nothing,
+        ([1, 2, 3, 1, 2], [1, 5, 6, 1, 7], False),  # nor do rows without first positions.
+    ],
+)
+def test_documents_begin_with_a_bos_if_two_of_them_prove_it(planted_host, planted_registry, positions, tokens, found):
+    planted = planted_host.servicer
+    planted.extraction.spec.recipe.bos = ex_pb.BOS_POLICY_TOKENIZER
+    planted.n_rows = planted.extraction.n_rows = planted.extraction.n_rows_expected = len(positions)
+    planted.provenance = {"position": np.array(positions), "token_id": np.array(tokens)}
+
+    with HeadraceClient.connect(planted_registry.address) as client:
+        source = Source(client, client.extractions.get(EXTRACTION_ID), HOOKPOINT)
+        assert source.begins_with_bos() is found

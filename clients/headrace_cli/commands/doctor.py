@@ -7,8 +7,10 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,11 +74,16 @@ def doctor(
 
 
 def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]:
+    from headrace_client.rpc.addresses import addresses_of  # noqa: PLC0415
+
+    replicas = addresses_of(registry, name="registry")
+    named = f"one of {registry}" if len(replicas) > 1 else registry
+
     def check_registry() -> str:
         health = _health(client, None)
         began = time.monotonic()
         client.nodes()
-        return f"{registry} says {health}, {1000 * (time.monotonic() - began):.0f} ms a call"
+        return f"{named} says {health}, {1000 * (time.monotonic() - began):.0f} ms a call"
 
     def check_database() -> str:
         models = client.models.list()
@@ -90,6 +97,9 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
     if not reached.ok:
         return
     yield _tried("database", check_database)
+    if len(replicas) > 1:  # Calls pass over a replica that is away.
+        for address in replicas:
+            yield _tried("replica", partial(_says, client, address))
     try:
         nodes = client.nodes()
     except Exception as exc:  # noqa: BLE001 - a finding, like every other failure here.
@@ -146,21 +156,37 @@ def _health(client: HeadraceClient, address: str | None) -> str:
     return answer
 
 
+def _says(client: HeadraceClient, address: str) -> str:
+    return f"{address} says {_health(client, address)}"
+
+
 def _data_folders(client: HeadraceClient | None) -> list[Path]:
     """Returns the folders of this machine that hold models and sets, one a disk; else where they would be."""
+    from headrace_client.errors import HeadraceError  # noqa: PLC0415
+
     named = [DEFAULT_DATA_DIR.expanduser()]
     if client is not None:
-        # A path of another machine, or of a folder that a user registered, tells nothing about this disk.
-        named += [Path(model.files_path) for model in client.models.list() if model.store_bytes]
-        named += [Path(held.path).parent for held in client.sets.list() if held.path]
-    by_disk = {folder.stat().st_dev: folder for folder in reversed(named) if folder.is_dir()}
+        with suppress(HeadraceError):  # A server that fails only now: its own findings stand.
+            # A path of another machine, or of a folder that a user registered, tells nothing about this disk.
+            named += [Path(model.files_path) for model in client.models.list() if model.store_bytes]
+            named += [Path(held.path).parent for held in client.sets.list() if held.path]
+    by_disk: dict[int, Path] = {}
+    for folder in reversed(named):
+        with suppress(OSError):  # Not there, or in a folder of the user that the servers run as.
+            if folder.is_dir():
+                by_disk[folder.stat().st_dev] = folder
     return list(by_disk.values()) or [DEFAULT_DATA_DIR]
 
 
 def _disk_findings(folders: Iterable[Path]) -> Iterator[Finding]:
     for folder in folders:
         wanted = folder.expanduser().absolute()
-        found = next(path for path in (wanted, *wanted.parents) if path.exists())
+        try:
+            found = next(path for path in (wanted, *wanted.parents) if path.exists())
+        except OSError as exc:
+            remedy = "run `headrace doctor` as the user that the servers run as, or choose another --data-dir"
+            yield Finding(subject="disk", ok=False, text=f"{wanted} can't be looked at: {exc.strerror}", remedy=remedy)
+            continue
         free_bytes = shutil.disk_usage(found).free
         text, remedy = f"{formats.size(free_bytes)} free at {wanted}", ""
         if not os.access(found, os.W_OK):

@@ -15,17 +15,23 @@ if TYPE_CHECKING:
 def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]) -> Extraction:
     """Finds a finished extraction of the set, or starts one that computes nothing.
 
-    Raises ExtractionNotFound if no node remembers an extraction of the set.
+    Raises ExtractionNotFound if no node remembers one, ModelChanged if a new one would make another set.
     """
     from headrace_client import errors  # noqa: PLC0415
     from headrace_client.values import ExtractionState, Window  # noqa: PLC0415
 
+    lost: errors.NodeNotFound | None = None
     for held in client.sets.get(whole_set_id(client, set_id)):
         # The first three columns are token_id, document and position.
         wanted = hookpoints or [name for name in held.columns[3:] if not name.endswith(".scale")]
+        try:
+            listed = client.extractions.list(node=held.node_id)
+        except errors.NodeNotFound as exc:  # It is not alive; another node may hold the set too.
+            lost = exc
+            continue
         known = [
             extraction
-            for extraction in client.extractions.list(node=held.node_id)
+            for extraction in listed
             if extraction.set_id == held.id and not isinstance(extraction.retention, Window)
         ]
         for extraction in known:
@@ -40,9 +46,21 @@ def extraction_of(client: HeadraceClient, set_id: str, hookpoints: Sequence[str]
                 list(wanted),
                 recipe=job.recipe,
                 max_rows=0 if held.complete else held.n_rows,
+                # Rows that are not finite were allowed then, or the set would not have them.
+                allow_non_finite=any(extraction.n_non_finite for extraction in known),
                 node=held.node_id,
             )
+            if started.set_id != held.id:
+                if started.id not in {extraction.id for extraction in listed}:  # Else others wait for its rows.
+                    client.extractions.cancel(started.id)
+                raise errors.ModelChanged(
+                    f"set {held.id[:16]} can't be read through a new extraction: model {job.model_id} or corpus "
+                    f"{job.corpus_id} has changed, and they make the set {started.set_id[:16]} now",
+                    remedy="name an extraction of the set that is done, or `headrace extract` the new set",
+                )
             return client.extractions.wait(started.id)
+    if lost is not None:
+        raise lost
     raise errors.ExtractionNotFound(
         f"no extraction of set {set_id} is known any more; `headrace extract` it again, which computes nothing anew"
     )

@@ -114,7 +114,7 @@ def _words(part: Any) -> str:
 @reported
 def verify(context: typer.Context, *, set_id: SetId) -> None:
     """Compare all files of a set with their digests, on each node that holds it. Exit code 1 if some are damaged."""
-    from headrace_client.errors import DataLoss  # noqa: PLC0415
+    from headrace_client.errors import DigestMismatch  # noqa: PLC0415
 
     settings = settings_of(context)
     done = []
@@ -133,9 +133,8 @@ def verify(context: typer.Context, *, set_id: SetId) -> None:
         else:
             rows = [(each.column or "(index)", f"{each.first_row}:{each.end_row or ''}", each.file) for each in damages]
             print_rows(settings, damages, _DAMAGES, rows, empty="")
-        raise DataLoss(
+        raise DigestMismatch(
             f"{n_damaged} of {n_files} files of set {whole_id[:16]} are damaged",
-            reason="DIGEST_MISMATCH",
             remedy="start the extraction again (`headrace extract`), which computes their rows anew",
         )
     print_done(settings, done, f"{whole_id[:16]}: {formats.count(n_files)} files are as they were sealed")

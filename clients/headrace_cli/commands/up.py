@@ -135,16 +135,22 @@ def down(
     wait_s: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time to wait for the end.")] = 60.0,
 ) -> None:
     """Stop the registry and the extractor that `headrace up` runs on this machine."""
-    from headrace_client.errors import DeadlineExceeded  # noqa: PLC0415
+    from headrace_client.errors import DeadlineExceeded, StateConflict  # noqa: PLC0415
 
     settings = settings_of(context)
     folder = data_dir.expanduser().absolute()
-    pid = holder_of(folder / _LOCK)
-    if pid is None:
+    holder = holder_of(folder / _LOCK)
+    if holder is None:
         print_done(settings, {"stopped": False}, f"nothing runs on {folder}")
         return
+    pid = holder.pid
+    if not holder.is_here():  # On a file server; the process of that number here is another one.
+        raise StateConflict(
+            f"{folder} is held by process {pid} on {holder.host}, which is no `headrace up` of this machine",
+            remedy=f"run `headrace down` on {holder.host}",
+        )
     tell = (lambda: None) if settings.json else (lambda: note(f"stopping process {pid}"))
-    if not stop_detached(folder / _LOCK, pid, wait_s=wait_s, tell=tell):
+    if not stop_detached(folder / _LOCK, holder, wait_s=wait_s, tell=tell):
         remedy = f"see {folder / 'logs'}, or end it by force: kill -9 {pid}"
         raise DeadlineExceeded(f"process {pid} still runs after {wait_s:g} s", remedy=remedy)
     print_done(settings, {"stopped": True, "pid": pid}, "stopped")
@@ -154,6 +160,7 @@ def _detach(settings: Settings, folder: Path, words: list[str]) -> None:
     from headrace_client.errors import HeadraceError  # noqa: PLC0415
 
     logs = folder / "logs"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # The log's folder would make it with other rights.
     try:
         up_now = start_detached(words, up_file=folder / _NOTE, log=logs / "up.log")
     except NotStarted as exc:

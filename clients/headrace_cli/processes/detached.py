@@ -6,11 +6,13 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace_cli.processes.only_one import LOCKS_UNSUPPORTED
@@ -72,32 +74,50 @@ def read_note(up_file: Path) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def holder_of(lock: Path) -> int | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A process that holds a lock file of `only_one`, and its machine."""
+
+    pid: int
+    host: str
+
+    def is_here(self) -> bool:
+        """True if the process is on this machine, and runs `headrace up`."""
+        try:
+            words = Path(f"/proc/{self.pid}/cmdline").read_text(errors="replace").split("\0")
+        except OSError:
+            return False
+        is_ours = any(Path(word).name in ("headrace", "headrace_cli") for word in words)
+        return self.host == socket.gethostname() and is_ours and "up" in words
+
+
+def holder_of(lock: Path) -> Holder | None:
     """Returns the process that holds a lock file of `only_one`; None if none does."""
     try:
         with lock.open("r+") as file:
-            text = file.read().strip()
-            pid = int(text) if text.isdecimal() else None
+            pid, _, host = file.read().strip().partition(" ")
+            holder = Holder(pid=int(pid), host=host) if pid.isdecimal() else None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return pid
+                return holder
             except OSError as exc:
-                # Where files can't be locked, a living process of that number is taken for the holder.
-                if exc.errno in LOCKS_UNSUPPORTED and Path(f"/proc/{pid}").exists():
-                    return pid
+                # Where files can't be locked, the file's own word has to do; on this machine it can be checked.
+                is_elsewhere = holder is not None and holder.host != socket.gethostname()
+                if exc.errno in LOCKS_UNSUPPORTED and holder and (is_elsewhere or holder.is_here()):
+                    return holder
             return None
     except FileNotFoundError:
         return None
 
 
-def stop_detached(lock: Path, pid: int, *, wait_s: float, tell: Callable[[], None]) -> bool:
+def stop_detached(lock: Path, holder: Holder, *, wait_s: float, tell: Callable[[], None]) -> bool:
     """Stops the process that holds the lock file; returns False if it still does after `wait_s`."""
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+        os.kill(holder.pid, signal.SIGTERM)
     tell()
     end_s = time.monotonic() + wait_s
-    while holder_of(lock) == pid:
+    while holder_of(lock) == holder:
         if time.monotonic() > end_s:
             return False
         time.sleep(_POLL_S)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -27,13 +28,20 @@ def only_one(lock: Path, *, busy: str, remedy: str) -> Iterator[None]:
     with lock.open("a+") as file:
         if not _lock(file, lock):
             file.seek(0)
+            pid, _, host = file.read().strip().partition(" ")
+            where = f" on {host}" if host and host != socket.gethostname() else ""
             raise AlreadyExists(
-                f"{busy}, as process {file.read().strip() or 'unknown'}", reason="ALREADY_RUNNING", remedy=remedy
+                f"{busy}, as process {pid or 'unknown'}{where}", reason="ALREADY_RUNNING", remedy=remedy
             )
         file.truncate(0)
-        file.write(str(os.getpid()))
+        # With the host: on a file server, other machines see the file and its lock.
+        file.write(f"{os.getpid()} {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            # Where files can't be locked, a number that stays would be taken for the holder's.
+            file.truncate(0)
 
 
 def _lock(file: IO[str], path: Path) -> bool:

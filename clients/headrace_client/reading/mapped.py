@@ -2,7 +2,8 @@
 
 The server announces ranges of sealed rows, which it has compared with their digests and which never change. They are
 read, not mapped: a mapped file that shrinks would end the process. A random number that the server has written into the
-folder proves that it is the same one. Any mismatch raises Unmappable: then rows travel in messages.
+folder proves that it is the same one. Any mismatch when rows are announced raises Unmappable: then rows travel in
+messages. Files that change after that raise DigestMismatch where the rows are used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
-from headrace_client.errors import DataLoss
+from headrace_client.errors import DigestMismatch
 from headrace_client.reading.chunk import ActivationChunk
 from headrace_client.values import StreamHeader
 from headrace_log.errors import LogError
@@ -120,9 +121,8 @@ class _Unread(Sequence[memoryview]):
         try:
             yield
         except _UNREADABLE as exc:
-            raise DataLoss(
+            raise DigestMismatch(
                 f"rows {self._run.first_row} to {self._run.end_row} can't be read any more: {exc}",
-                reason="DIGEST_MISMATCH",
                 remedy="open the stream again at these rows: the server then tells what is damaged",
             ) from exc
 

@@ -76,20 +76,26 @@ class Proxy:
 
         By gRPC's own rules, so that rows take the way of all other calls: the first of `grpc_proxy`, `https_proxy` and
         `http_proxy`, unless the host ends with an entry of `no_grpc_proxy` or `no_proxy`, or lies in one's network.
+        Raises InvalidArgument.
         """
-        url = next((url for name in ("grpc_proxy", "https_proxy", "http_proxy") if (url := environment.get(name))), "")
-        if not url or is_local(address):
+        name = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if environment.get(name)), "")
+        if not name or is_local(address):
             return None
         host, _ = split(address)
         spared = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
         if any(_spares(entry.strip(), host) for entry in spared.split(",") if entry.strip()):
             return None
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        url = environment[name]
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port or 80
+        except ValueError:  # Not with the text: a part of it may be the password.
+            raise InvalidArgument(f"{name} is not of the form http://[USER:PASSWORD@]HOST:PORT") from None
         if parts.scheme != "http" or not parts.hostname:
             return None  # gRPC knows no other kind, and ignores it too.
         user = unquote(f"{parts.username}:{parts.password or ''}") if parts.username else ""
         authorization = f"Basic {base64.b64encode(user.encode()).decode()}" if user else ""
-        return cls(host=parts.hostname, port=parts.port or 80, authorization=authorization)
+        return cls(host=parts.hostname, port=port, authorization=authorization)
 
 
 def _spares(entry: str, host: str) -> bool:

@@ -57,6 +57,11 @@ class Endpoint:
         """The address of the replica that is asked at present."""
         return self._replicas.address
 
+    @property
+    def n_replicas(self) -> int:
+        """The number of addresses; a stream that fails moves on to the next of them."""
+        return self._replicas.n_addresses
+
     def unary(self, method: str, *, deadline_s: float | None = None, **fields: Any) -> Any:
         """Calls `Service.Method` and returns its answer."""
         known = methods()[method]

@@ -17,6 +17,8 @@ from headrace_client.rpc.security import Security
 MAX_RECEIVE_BYTES = 17 * 1024 * 1024  # A chunk of 16 MiB and its frame.
 # Replicas that are all away are asked again over some seconds, as long as gRPC repeats a call to one server.
 _ROUNDS, _PAUSE_S = 6, 0.5
+# Servers wait for up to 20 s within a call: for memory to come back, for a turn at the hub.
+_ANSWER_S = 25.0
 _T = TypeVar("_T")
 
 
@@ -25,6 +27,7 @@ class Replicas:
 
     def __init__(self, addresses: Sequence[str], security: Security) -> None:
         self._addresses = tuple(addresses)
+        self.n_addresses = len(self._addresses)
         self._security = security
         self._at = 0
         self._channels: dict[str, grpc.Channel] = {}
@@ -61,16 +64,18 @@ class Replicas:
     ) -> _T:
         """Returns the answer to `call(channel, timeout_s)` of the first replica that gives one.
 
-        A server that hangs must not use up the time of the others, and one that comes back is asked again.
+        A server that hangs must not use up the time of the others: it gets its share of the deadline, and no less than
+        the longest wait of a server if the deadline is longer. One that comes back is asked again.
         `failed(error, address)` turns gRPC's error into ours. Raises the last one if no replica answers.
         """
         ends_at = time.monotonic() + deadline_s
         alone = len(self._addresses) == 1  # gRPC then repeats the call by itself.
+        share_s = max(deadline_s / len(self._addresses), _ANSWER_S if deadline_s > _ANSWER_S else 0.0)
         n_tries = 1 if alone else _ROUNDS * len(self._addresses)
         for attempt in range(n_tries):
             address, channel, left_s = self.address, self.channel(), ends_at - time.monotonic()
             try:
-                return call(channel, left_s if alone else min(left_s, deadline_s / len(self._addresses)))
+                return call(channel, left_s if alone else min(left_s, share_s))
             except grpc.RpcError as exc:
                 error, left_s = failed(exc, address), ends_at - time.monotonic()
                 hangs = isinstance(error, errors.DeadlineExceeded) and error.reason == errors.DeadlineExceeded.REASON

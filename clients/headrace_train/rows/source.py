@@ -86,12 +86,16 @@ class Source:
             return None
 
     def begins_with_bos(self) -> bool:
-        """Returns whether documents begin with a BOS; by the tokenizer's own rule, if all begin with the same token."""
+        """Returns whether documents begin with a BOS.
+
+        By the tokenizer's own rule: if two documents or more begin in the first rows, all with the same token. One
+        document proves nothing, and nor do rows without first positions: then False.
+        """
         if self.extraction.recipe.bos is not BosPolicy.TOKENIZER:
             return self.extraction.recipe.bos is BosPolicy.DOCUMENT
         with self.stream(("token_id", POSITION), batch_size=_FIRST_ROWS, end_row=min(self.n_rows, _FIRST_ROWS)) as rows:
-            first = [batch["token_id"][batch[POSITION] == 0] for batch in rows]
-        return len({*torch.cat(first).tolist()}) <= 1
+            first = torch.cat([batch["token_id"][batch[POSITION] == 0] for batch in rows]).tolist()
+        return len(first) > 1 and len(set(first)) == 1
 
     def width(self) -> int:
         """Reads the width of a row from the header of a stream; waits until the extraction can send one."""
