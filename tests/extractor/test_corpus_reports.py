@@ -110,6 +110,28 @@ async def test_an_ingest_is_given_up_while_the_registry_stays_away(tmp_path, mon
     assert store.digests() == {}
 
 
+async def test_a_change_before_the_first_registration_leaves_the_loop_free(monkeypatch):
+    monkeypatch.setattr(corpus_reports, "_RETRY_S", 0.05)
+    registry, n_looks, epoch = FakeCorpusRegistry(), 0, 0
+
+    def look():
+        nonlocal n_looks
+        n_looks += 1
+        assert n_looks < 1000, "the loop never gives way"
+        return epoch
+
+    reports = CorpusReports(registry, epoch=look, held=lambda: {"a": "f" * 64})
+    task = asyncio.create_task(reports.run())
+    reports.changed()
+    await asyncio.sleep(0.2)
+    epoch = 3
+    await until_reported(registry, {"a": "f" * 64})
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    assert n_looks < 10
+
+
 async def test_a_second_content_under_one_id_is_refused_by_a_real_registry(registry, tmp_path):
     async with contextlib.AsyncExitStack() as stack:
         stores = []
