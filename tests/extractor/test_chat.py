@@ -26,7 +26,7 @@ from headrace_extractor.corpora.packing import Packer
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.errors import CorpusMalformed, FieldInvalid, ModelUnsupported, RunnerLost
+from headrace_extractor.errors import CorpusMalformed, DigestMismatch, FieldInvalid, ModelUnsupported, RunnerLost
 
 TALKS = [
     [{"role": "user", "content": "Where does the water go?"}, {"role": "assistant", "content": "To the wheel."}],
@@ -331,7 +331,16 @@ def test_a_template_without_end_is_left_in_a_child_too(children):
         ConfinedRenderer(ChatTemplate(endless), children).render([{"role": "user", "content": "x"}], 0)
 
 
-def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, store):
+def test_bytes_that_are_no_conversation_any_more_are_damage(store):
+    add_talks(store)
+    file = store._root / "talks" / "documents.bin"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+    with store.open("talks") as reader, pytest.raises(DigestMismatch, match="document 0"):
+        reader.messages(0)
+
+
+def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, store, children, monkeypatch):
     folder = make_model(tmp_path / "model", SIMPLE)
     add_talks(store)
     recipe = Recipe(chat_template=True, context_size=32)
@@ -339,8 +348,11 @@ def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, s
         documents, special = open_documents(reader, folder, recipe)
         expected = Packer(documents, recipe, special).count()
 
-    counted = counting.count(store.path("talks"), folder, recipe)
+    counted = counting.count(store.path("talks"), folder, recipe, confinement=children)
+    monkeypatch.setattr(counting, "_PAUSE_S", 0.0)
+    with_pauses = counting.count(store.path("talks"), folder, recipe)
 
+    assert counted == with_pauses
     assert (counted.n_rows, counted.n_tokens, counted.exact) == (expected.n_rows, expected.n_tokens, True)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(CorpusMalformed, match="document 0"):
