@@ -82,6 +82,29 @@ async def test_other_documents_under_an_id_of_another_node_are_not_kept(tmp_path
     assert [entry.name for entry in (tmp_path / "corpora").iterdir()] == []
 
 
+def test_a_claim_outlives_another_ingest_of_its_id(tmp_path):
+    class Register:
+        """Refuses the second claim, which is made while the first one is asked for."""
+
+        def claim(self, corpus):
+            asked.append(corpus)
+            if len(asked) > 1:
+                raise AlreadyExists("other documents")
+            with pytest.raises(AlreadyExists):
+                store.ingest_tokens("a", [[3, 4]])
+            held.update(store.digests())
+
+        def changed(self):
+            pass
+
+    asked, held = [], {}
+    store = CorpusStore(tmp_path, register=Register())
+    corpus = store.ingest_tokens("a", [[1, 2]])
+
+    assert held == {"a": corpus.digest}
+    assert len(asked) == 2
+
+
 async def test_an_ingest_waits_for_a_registry_that_is_away_for_a_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_reports, "_RETRY_S", 0.05)
     registry = FakeCorpusRegistry()
