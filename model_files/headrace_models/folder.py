@@ -7,6 +7,7 @@ has the same content.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -50,6 +51,8 @@ _OLDER_TOKENIZERS = (
 )
 # Large enough for a disk's sequential speed, small enough for smooth progress and a prompt stop.
 _READ_BYTES = 4 * 1024 * 1024
+# Several calls about one model at once read its files once.
+_DIGESTING = threading.Lock()
 
 
 def index_name(present: Collection[str], config: Mapping[str, Any]) -> str | None:
@@ -166,9 +169,14 @@ def changed_files(
     return sorted([*changed, *(new if beside else ())])
 
 
+def _digest_at(path: Path, stamp: FileStamp) -> str:
+    """Returns the digest of a file, which is read once for each of its stamps, also by several threads at once."""
+    with _DIGESTING:
+        return _remembered_digest(path, stamp)
+
+
 @lru_cache(maxsize=4096)
-def _digest_at(path: Path, _stamp: FileStamp) -> str:
-    """Returns the digest of a file, which is read once for each of its stamps."""
+def _remembered_digest(path: Path, _stamp: FileStamp) -> str:
     return sha256_of(path)
 
 

@@ -127,8 +127,8 @@ def test_limit_of_computing_begins_anew_with_each_item(confined_for_all):
         assert list(talk) == [0, 1, 2]
 
 
-def test_waiting_has_a_limit(confined_for_all):
-    with pytest.raises(Refused, match="takes longer than 0 s to read"):
+def test_waiting_has_a_limit_that_is_no_refusal(confined_for_all):
+    with pytest.raises(ParsersBusy, match="did not answer within 0 s"):
         confined_for_all.run(functions.sleep, {"seconds": 30}, refuse=Refused, limits=Limits(wall_s=0.2))
 
 
@@ -144,9 +144,12 @@ def test_fault_of_a_library_is_a_refusal(confined_for_all, number):
         confined_for_all.run(functions.die, {"number": number}, refuse=Refused)
 
 
-def test_child_that_the_system_kills_is_a_refusal(confined_for_all):
-    with pytest.raises(Refused, match="for want of memory"):
+def test_child_that_the_system_kills_is_no_refusal(confined_for_all):
+    with pytest.raises(ParsersBusy, match="for want of memory"):
         confined_for_all.run(functions.die, {"number": signal.SIGKILL}, refuse=Refused)
+
+
+def test_child_that_ends_by_itself_is_a_refusal(confined_for_all):
     with pytest.raises(Refused, match="ended with status 5"):
         confined_for_all.run(functions.end_quietly, {}, refuse=Refused)
 
@@ -190,7 +193,7 @@ def test_zygote_that_was_killed_is_started_again(own):
     with own.open(functions.pid_then_sleep, {}, refuse=Refused) as talk:
         pid = next(iter(talk))
         os.kill(zygote, signal.SIGKILL)
-        with pytest.raises(Refused, match="was lost; try again"):
+        with pytest.raises(ParsersBusy, match="was lost; try again"):
             list(talk)
 
     assert is_gone(pid)

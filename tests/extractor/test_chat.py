@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -19,7 +26,7 @@ from headrace_extractor.corpora.packing import Packer
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.spec import CorpusFormat, CorpusSpec
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.errors import CorpusMalformed, FieldInvalid, ModelUnsupported
+from headrace_extractor.errors import CorpusMalformed, DigestMismatch, FieldInvalid, ModelUnsupported, RunnerLost
 
 TALKS = [
     [{"role": "user", "content": "Where does the water go?"}, {"role": "assistant", "content": "To the wheel."}],
@@ -281,6 +288,38 @@ def test_a_template_that_takes_gigabytes_is_refused_and_the_next_conversation_is
     renderer.close()
 
 
+def kill_child_while_it_renders(confined):
+    """Kills the only child of the process that children come from, as the system does for want of memory."""
+    zygote = confined._zygote._process.pid
+    deadline = time.monotonic() + 10
+    while not (pids := Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(int(pids[0]), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the child in /proc")
+def test_a_conversation_whose_process_is_killed_is_not_skipped(tmp_path, store):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    folder = make_model(tmp_path / "model", endless)
+    add_talks(store)
+    recipe = Recipe(chat_template=True, skip_bad_documents=True)
+    with (
+        closing(Confined(errors=ServiceError, preload=("headrace_extractor.corpora.chat",))) as confined,
+        store.open("talks") as reader,
+    ):
+        documents, _ = open_documents(reader, folder, recipe, confined)
+        confined.warm()
+        killing = threading.Thread(target=kill_child_while_it_renders, args=(confined,))
+        killing.start()
+        with pytest.raises(RunnerLost, match="for want of memory"):
+            documents[0]
+        killing.join()
+
+    assert documents.n_skipped_before(1) == 0
+
+
 def test_a_template_that_can_not_be_compiled_is_unsupported_in_a_child_too(children):
     with pytest.raises(ModelUnsupported, match="can't be compiled"):
         ConfinedRenderer(ChatTemplate("{% for %}"), children).render([{"role": "user", "content": "x"}], 0)
@@ -292,7 +331,16 @@ def test_a_template_without_end_is_left_in_a_child_too(children):
         ConfinedRenderer(ChatTemplate(endless), children).render([{"role": "user", "content": "x"}], 0)
 
 
-def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, store):
+def test_bytes_that_are_no_conversation_any_more_are_damage(store):
+    add_talks(store)
+    file = store._root / "talks" / "documents.bin"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+    with store.open("talks") as reader, pytest.raises(DigestMismatch, match="document 0"):
+        reader.messages(0)
+
+
+def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, store, children, monkeypatch):
     folder = make_model(tmp_path / "model", SIMPLE)
     add_talks(store)
     recipe = Recipe(chat_template=True, context_size=32)
@@ -300,8 +348,11 @@ def test_rows_of_conversations_are_counted_in_a_process_of_their_own(tmp_path, s
         documents, special = open_documents(reader, folder, recipe)
         expected = Packer(documents, recipe, special).count()
 
-    counted = counting.count(store.path("talks"), folder, recipe)
+    counted = counting.count(store.path("talks"), folder, recipe, confinement=children)
+    monkeypatch.setattr(counting, "_PAUSE_S", 0.0)
+    with_pauses = counting.count(store.path("talks"), folder, recipe)
 
+    assert counted == with_pauses
     assert (counted.n_rows, counted.n_tokens, counted.exact) == (expected.n_rows, expected.n_tokens, True)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(CorpusMalformed, match="document 0"):

@@ -235,6 +235,14 @@ def test_a_damaged_corpus_says_so_until_it_is_deleted(store, damage):
     assert ingest(again).n_documents == 2
 
 
+def test_bytes_that_are_no_text_any_more_are_damage(store):
+    ingest(store)
+    (store._root / "c" / "documents.bin").write_bytes(b"on\xfftwo")
+
+    with store.open("c") as reader, pytest.raises(DigestMismatch, match="document 0"):
+        reader.text(0)
+
+
 def test_verify_finds_a_flipped_bit(store):
     ingest(store)
     (store._root / "c" / "documents.bin").write_bytes(b"onetwp")

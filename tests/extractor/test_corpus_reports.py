@@ -82,6 +82,29 @@ async def test_other_documents_under_an_id_of_another_node_are_not_kept(tmp_path
     assert [entry.name for entry in (tmp_path / "corpora").iterdir()] == []
 
 
+def test_a_claim_outlives_another_ingest_of_its_id(tmp_path):
+    class Register:
+        """Refuses the second claim, which is made while the first one is asked for."""
+
+        def claim(self, corpus):
+            asked.append(corpus)
+            if len(asked) > 1:
+                raise AlreadyExists("other documents")
+            with pytest.raises(AlreadyExists):
+                store.ingest_tokens("a", [[3, 4]])
+            held.update(store.digests())
+
+        def changed(self):
+            pass
+
+    asked, held = [], {}
+    store = CorpusStore(tmp_path, register=Register())
+    corpus = store.ingest_tokens("a", [[1, 2]])
+
+    assert held == {"a": corpus.digest}
+    assert len(asked) == 2
+
+
 async def test_an_ingest_waits_for_a_registry_that_is_away_for_a_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_reports, "_RETRY_S", 0.05)
     registry = FakeCorpusRegistry()
@@ -108,6 +131,28 @@ async def test_an_ingest_is_given_up_while_the_registry_stays_away(tmp_path, mon
 
     assert time.monotonic() - started < 5
     assert store.digests() == {}
+
+
+async def test_a_change_before_the_first_registration_leaves_the_loop_free(monkeypatch):
+    monkeypatch.setattr(corpus_reports, "_RETRY_S", 0.05)
+    registry, n_looks, epoch = FakeCorpusRegistry(), 0, 0
+
+    def look():
+        nonlocal n_looks
+        n_looks += 1
+        assert n_looks < 1000, "the loop never gives way"
+        return epoch
+
+    reports = CorpusReports(registry, epoch=look, held=lambda: {"a": "f" * 64})
+    task = asyncio.create_task(reports.run())
+    reports.changed()
+    await asyncio.sleep(0.2)
+    epoch = 3
+    await until_reported(registry, {"a": "f" * 64})
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    assert n_looks < 10
 
 
 async def test_a_second_content_under_one_id_is_refused_by_a_real_registry(registry, tmp_path):

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from headrace_chassis.errors import FolderInvalid
-from headrace_extractor.errors import AlreadyExists, NodeIdTaken
+from headrace_extractor.errors import AlreadyExists, NodeIdTaken, RegistryUnavailable
 from headrace_extractor.node import node as node_module
 from headrace_extractor.node.data_folder import boot_nonce, lock_data_folder
 from headrace_extractor.node.node import Node
@@ -99,6 +99,30 @@ class Taken:
 
     async def register(self, address, devices, machine):
         raise AlreadyExists("Another extractor, at h:1, is registered as node a and lives; take another --node-id.")
+
+
+class AwayThenTaken(Taken):
+    """A registry that is away at first."""
+
+    def __init__(self):
+        self.n_away = self.n_taken = 0
+
+    async def register(self, address, devices, machine):
+        if self.n_away < 5:
+            self.n_away += 1
+            raise RegistryUnavailable("away")
+        self.n_taken += 1
+        await super().register(address, devices, machine)
+
+
+async def test_a_node_whose_registry_was_away_waits_as_long_for_its_id(monkeypatch):
+    monkeypatch.setattr(node_module, "ID_WAIT_S", 0.2)
+    monkeypatch.setattr(node_module, "RETRY_S", 0.05)
+    registry = AwayThenTaken()
+
+    with pytest.raises(NodeIdTaken):
+        await Node(registry, None, lambda: (), environment={}).run(address="h:2")
+    assert registry.n_taken > 2
 
 
 async def test_a_node_whose_id_another_one_has_gives_up_with_the_flag(monkeypatch):

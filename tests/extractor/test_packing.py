@@ -295,7 +295,7 @@ def test_a_window_that_finds_nothing_can_be_stopped(monkeypatch):
 
     assert list(packer.batches(stop=lambda: len(asked) == 3 or asked.append(0))) == []
     assert len(asked) == 3
-    assert packer.count(stop=lambda: True).n_documents == 2
+    assert packer.count(stop=lambda: True).n_documents == 1
     assert packer.count().n_documents == 100
 
 
@@ -306,6 +306,15 @@ def test_counting_stops_when_told_and_says_how_far_it_came():
 
     assert (counts.n_documents, counts.n_rows) == (1, 4)
     assert (packer.count().n_documents, packer.count().n_rows) == (11, 40)
+
+
+def test_counting_is_asked_to_stop_within_a_large_batch():
+    packer = Packer(documents(*[[5, 6, 7]] * 10), Recipe(context_size=4, batch_size=1024), SPECIAL)
+    so_far = list(packer.counts(pause=lambda: True))
+
+    assert packer.count(stop=lambda: True).n_documents == 1
+    assert [counts.n_rows for counts in so_far] == [*range(4, 44, 4), 40]
+    assert so_far[-1] == packer.count()
 
 
 def test_special_tokens_and_first_positions_get_no_rows():

@@ -461,6 +461,18 @@ async def test_what_fits_counts_what_is_there_and_promised(node):
     assert await fits(2 * N_ROWS)
 
 
+async def test_a_damaged_set_with_a_reservation_fails_no_other_extraction(node):
+    damaged = await make(node)
+    reservation = Reservation(set=damaged.set, columns=damaged.columns, n_rows=N_ROWS)
+    await node.extractions.keeper.reserve("another", reservation)
+    (damaged.folder / "manifest.json").write_text("{")
+
+    other = await make(node, seed=1)
+    node.extractions.keeper.release("another")
+
+    assert other.value.state == ExtractionState.DONE
+
+
 @pytest.mark.parametrize("jump_s", [60 * 86_400, -60 * 86_400])
 async def test_a_clock_that_jumps_evicts_nothing(node, clock, jump_s):
     job, keeper = await make(node), node.extractions.keeper

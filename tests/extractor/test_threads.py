@@ -15,8 +15,8 @@ from headrace_chassis.shutdown import Shutdown
 from headrace_extractor.corpora.counting import RowCount
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.corpora.store import CorpusStore
-from headrace_extractor.errors import QueueFull
-from headrace_extractor.extractions import estimates
+from headrace_extractor.errors import ModelChanged, QueueFull
+from headrace_extractor.extractions import estimates, extractions
 from headrace_extractor.hub.client import HubDatasets
 from headrace_extractor.rpc.corpus_servicer import MAX_INGESTS, CorpusServicer
 from headrace_extractor.sets.spec import ExtractionSpec
@@ -118,3 +118,31 @@ async def test_counts_leave_the_threads_of_everything_else_alone(tmp_path, monke
     await assert_threads_are_free(begun, estimates.MAX_COUNTS)
     going_on.set()
     assert {(await one).n_rows for one in counting} == {7}
+
+
+async def test_digests_of_models_leave_the_threads_of_everything_else_alone(
+    tmp_path, monkeypatch, going_on, few_threads
+):
+    few_threads()
+    begun = []
+
+    def check_files(folder, files):
+        begun.append(folder)
+        going_on.wait(60)
+        raise ModelChanged("Over.")
+
+    async def get_model(model_id):
+        return model_info(tmp_path)
+
+    monkeypatch.setattr(extractions, "check_files", check_files)
+    models, node = SimpleNamespace(get_model=get_model), SimpleNamespace(epoch=1)
+    own = extractions.Extractions(
+        tmp_path, models=models, corpora=None, node=node, counter=None, device_id="cpu", registry=None
+    )
+    spec = ExtractionSpec(model_id="m", corpus_id="c", hookpoints=("x",), recipe=Recipe())
+    checks = [asyncio.create_task(own.estimate(spec)) for _ in range(4)]
+
+    await assert_threads_are_free(begun, 2)
+    going_on.set()
+    assert {type(found) for found in await asyncio.gather(*checks, return_exceptions=True)} == {ModelChanged}
+    await own.close()

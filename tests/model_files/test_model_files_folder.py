@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -140,3 +142,20 @@ def test_parts_of_a_gguf_file_are_found_by_their_names(tmp_path):
     for name in ("m-00002-of-00003.gguf", "m-00000-of-00000.gguf", "m-00001-of-99999.gguf", "m-00004-of-00003.gguf"):
         with pytest.raises(ValueError, match=name):
             parts_of(tmp_path / name)
+
+
+def test_a_touched_file_is_read_once_for_many_threads(folder, stamps, monkeypatch):
+    os.utime(folder / SINGLE, ns=(5, 5))
+    read = []
+
+    def slowly(path):
+        read.append(path.name)
+        time.sleep(0.2)
+        return sha256_of(path)
+
+    monkeypatch.setattr(model_folder, "sha256_of", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: changed_files(folder, stamps), range(4)))
+
+    assert found == [[]] * 4
+    assert read == [SINGLE]

@@ -35,7 +35,8 @@ class Confined:
     """Children for one server. A child has no more environment than it takes to import our modules.
 
     `errors` is the root of the errors that a function may raise: these arrive as they are. Any other exception, and a
-    limit, becomes the error that `refuse` makes of it.
+    limit of memory, computing or output, becomes the error that `refuse` makes of it. A child that is lost by accident,
+    killed by the system or without an answer for too long raises ParsersBusy: the bytes may not be at fault.
     """
 
     def __init__(

@@ -132,7 +132,10 @@ class ChildTalk:
         return value
 
     def _too_slow(self) -> ServiceError:
-        return self._refuse(f"takes longer than {self._limits.wall_s:.0f} s to read")
+        # A child that computes is ended by the limit of computing, so this one waits for a disk or a processor.
+        return ParsersBusy(
+            f"The process that reads the file did not answer within {self._limits.wall_s:.0f} s; try again later."
+        )
 
     def _error_from(self, told: Mapping[str, Any]) -> ServiceError:
         """Returns the error that the child names."""
@@ -161,8 +164,13 @@ class ChildTalk:
         if status == NOT_STARTED:
             return ParsersBusy()
         if status is None:
-            why = "can't be read: the process that reads it was lost; try again"
-        elif os.WIFSIGNALED(status):
+            return ParsersBusy("The process that reads the file was lost; try again later.")
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return ParsersBusy(
+                "The system ended the process that reads the file, for want of memory; try again later, or give the"
+                " machine more."
+            )
+        if os.WIFSIGNALED(status):
             why = self._why_killed(os.WTERMSIG(status))
         elif os.WEXITSTATUS(status) == OVER_OUTPUT:
             return self._refused_output()
@@ -175,8 +183,6 @@ class ChildTalk:
     def _why_killed(self, number: int) -> str:
         if number == signal.SIGXCPU:
             return f"takes longer than {self._limits.cpu_s} s to read"
-        if number == signal.SIGKILL:
-            return "can't be read: the system ended the process that reads it, for want of memory"
         # Libraries in Rust and C++ abort if they get no memory.
         memory = f"{self._limits.memory_bytes // _MIB} MiB of memory"
         return f"takes more than {memory} to read, or breaks its parser (signal {number})"

@@ -28,11 +28,11 @@ from jinja2.utils import Namespace
 
 from headrace_chassis.confined.limits import Limits
 from headrace_chassis.confined.ports import Confinement, Talk
-from headrace_chassis.errors import ServiceError
+from headrace_chassis.errors import ParsersBusy, ServiceError
 from headrace_extractor.corpora.chat_template import ChatTemplate
 from headrace_extractor.corpora.files import contents
 from headrace_extractor.corpora.files.contents import malformed, too_large
-from headrace_extractor.errors import CorpusMalformed, ModelUnsupported
+from headrace_extractor.errors import CorpusMalformed, ModelUnsupported, RunnerLost
 
 # Published templates take milliseconds.
 RENDER_DEADLINE_S = 4.0
@@ -117,7 +117,8 @@ class ConfinedRenderer:
     """Writes conversations as text under confinement, as a ChatRenderer does.
 
     Raises ModelUnsupported for a template that can't be compiled, and CorpusMalformed for a conversation that the
-    template refuses or that takes more than the limits; the next one may be written all the same.
+    template refuses or that takes more than the limits; the next one may be written all the same. Raises RunnerLost
+    if the child is lost by accident, so that no row depends on how busy the machine is.
     """
 
     def __init__(self, template: ChatTemplate, confinement: Confinement) -> None:
@@ -128,7 +129,7 @@ class ConfinedRenderer:
         self._stack = ExitStack()
 
     def render(self, messages: Sequence[Mapping[str, Any]], document: int) -> str:
-        """Returns the text of a conversation; raises CorpusMalformed."""
+        """Returns the text of a conversation; raises CorpusMalformed, and RunnerLost if trying again may help."""
         self._document = document
         try:
             if self._talk is None:
@@ -137,6 +138,10 @@ class ConfinedRenderer:
                 talk.ask(None)  # Compiles the template: from here on, a conversation is at fault.
                 self._talk = talk
             told = self._talk.ask([messages, document])
+        except ParsersBusy as exc:
+            self.close()
+            message = f"Document {document} was not written by the chat template: {exc.message}"
+            raise RunnerLost(message, metadata={"document": str(document)}, retry_after_s=exc.retry_after_s) from exc
         except ServiceError:
             self.close()
             raise

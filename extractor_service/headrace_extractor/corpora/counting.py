@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ from headrace_chassis.confined.in_process import IN_PROCESS
 from headrace_chassis.confined.limits import Limits
 from headrace_chassis.confined.ports import Confinement
 from headrace_extractor.corpora.documents import open_documents
-from headrace_extractor.corpora.packing import Packer
+from headrace_extractor.corpora.packing import Counts, Packer
 from headrace_extractor.corpora.reader import DocumentReader
 from headrace_extractor.corpora.recipe import Recipe
 from headrace_extractor.errors import ModelUnsupported
 
 # After this time the rows of the documents counted so far stand for the rest.
 EXACT_WITHIN_S = 20.0
-# The rest is for parsing a tokenizer, and for a block of documents that has begun by then.
-_DEADLINE_S = EXACT_WITHIN_S + 20.0
+# The limits of time begin anew so often, so that they are those of one document: a tokenizer works on it in one thread,
+# and takes a second for some megabytes.
+_PAUSE_S = 1.0
 # The tokenizers of the largest vocabularies take half a gigabyte while they are parsed, and each thread 500 bytes a
 # token while it works.
-_LIMITS = Limits(memory_bytes=3 * 1024**3, cpu_s=int(_DEADLINE_S) * (os.cpu_count() or 1), wall_s=_DEADLINE_S)
+_LIMITS = Limits(memory_bytes=3 * 1024**3, cpu_s=40 + (os.cpu_count() or 1), wall_s=160.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,8 @@ def count(
     """Counts rows and tokens; exactly if that takes no longer than `EXACT_WITHIN_S`, else by extrapolation.
 
     Stops at the end of the batch that reaches `max_rows`; 0: at the end of the corpus. Raises the errors of the
-    recipe, the corpus and the tokenizer, and ModelUnsupported for a tokenizer or chat template beyond its limits.
+    recipe, the corpus and the tokenizer, ModelUnsupported for a tokenizer or chat template beyond its limits, and
+    ParsersBusy for a count that was lost by accident.
     """
     job = {
         "corpus_path": str(corpus_path),
@@ -56,14 +59,27 @@ def count(
     return RowCount(**confinement.run(told_count, job, refuse=_beyond_limits, limits=_LIMITS))
 
 
-def told_count(*, corpus_path: str, files_path: str, recipe: dict[str, Any], max_rows: int) -> dict[str, Any]:
-    """Returns a RowCount as JSON."""
-    deadline = time.monotonic() + EXACT_WITHIN_S
+def told_count(
+    *, corpus_path: str, files_path: str, recipe: dict[str, Any], max_rows: int
+) -> Generator[None, None, dict[str, Any]]:
+    """Returns a RowCount as JSON; yields now and then, so that limits of time begin anew."""
+    paused = time.monotonic()
+    deadline = paused + EXACT_WITHIN_S
+
+    def pause_is_due() -> bool:
+        return time.monotonic() > paused + _PAUSE_S
+
     checked = Recipe.from_json(recipe)
     with DocumentReader(corpus_path) as reader:
         documents, special = open_documents(reader, files_path, checked)
         packer = Packer(documents, checked, special)
-        counts = packer.count(max_rows=max_rows, stop=lambda: time.monotonic() > deadline)
+        counts = Counts()
+        for counts in packer.counts(max_rows=max_rows, pause=pause_is_due):  # noqa: B007 -- the last ones count
+            if time.monotonic() > deadline:
+                break
+            if pause_is_due():
+                yield
+                paused = time.monotonic()
         counted_bytes = sum(reader.size_bytes(index) for index in range(counts.n_documents))
         exact = counts.n_documents >= len(documents) or 0 < max_rows <= counts.n_rows
         share = len(documents) / len(reader)  # Of the corpus, if the recipe takes its first documents only.

@@ -161,12 +161,22 @@ class Packer:
                 return
 
     def count(self, *, max_rows: int = 0, stop: Callable[[], bool] = lambda: False) -> Counts:
-        """Counts the whole corpus, or the batches up to `max_rows` (0: all), or until `stop` returns true.
+        """Counts the whole corpus, or the batches up to `max_rows` (0: all), or until `stop` returns true."""
+        counts = Counts()
+        for counts in self.counts(max_rows=max_rows, pause=stop):  # noqa: B007 -- the last one counts
+            if stop():
+                break
+        return counts
 
-        Builds no arrays, unless special tokens are dropped: otherwise lengths are enough.
+    def counts(self, *, max_rows: int = 0, pause: Callable[[], bool] = lambda: False) -> Iterator[Counts]:
+        """Yields the counts so far after each batch, and after any sequence where `pause` returns true.
+
+        Ends with the corpus, or with the batch that reaches `max_rows` (0: all). Builds no arrays, unless special
+        tokens are dropped: otherwise lengths are enough.
         """
-        n_documents = n_rows = n_tokens = n_cut_off = n_documents_cut = 0
-        for plan in self._plans(_START):
+        counts = Counts()
+        n_rows = n_tokens = n_cut_off = n_documents_cut = 0
+        for plan in self._plans(_START, cut=pause):
             n_tokens += sum(piece.length for piece in plan.pieces)
             if self._recipe.drop_special_tokens and plan.n_sequences:
                 n_rows += self._batch(plan).n_rows
@@ -174,21 +184,23 @@ class Packer:
                 n_rows += sum(max(0, piece.kept_end - piece.kept_start) for piece in plan.pieces)
             n_cut_off += plan.n_cut_off
             n_documents_cut += plan.n_documents_cut
-            n_documents = plan.next.document
-            if stop() or 0 < max_rows <= n_rows:
-                break
-        else:
-            n_documents = len(self._documents)
-        return Counts(
-            n_documents=n_documents,
-            n_rows=n_rows,
-            n_tokens=n_tokens,
-            n_cut_off=n_cut_off,
-            n_documents_cut=n_documents_cut,
-        )
+            counts = Counts(
+                n_documents=plan.next.document,
+                n_rows=n_rows,
+                n_tokens=n_tokens,
+                n_cut_off=n_cut_off,
+                n_documents_cut=n_documents_cut,
+            )
+            yield counts
+            if 0 < max_rows <= n_rows:
+                return
+        yield replace(counts, n_documents=len(self._documents))
 
-    def _plans(self, start: Cursor) -> Iterator[_Plan]:
-        """Groups sequences: full ones by `batch_size`, the shorter last one of the corpus by itself."""
+    def _plans(self, start: Cursor, *, cut: Callable[[], bool] = lambda: False) -> Iterator[_Plan]:
+        """Groups sequences: full ones by `batch_size`, the shorter last one of the corpus by itself.
+
+        A group ends early where `cut` returns true.
+        """
         size = 1 if self._alone else self._recipe.batch_size
         group = _Group(start)
         while True:
@@ -203,7 +215,7 @@ class Packer:
             group.add(sequence, cursor, needed=has_rows)
             if self._longest is not None:
                 group.count_cut_off(sequence)
-            if group.n_sequences == size or group.n_left_out >= _MAX_LEFT_OUT or not complete:
+            if group.n_sequences == size or group.n_left_out >= _MAX_LEFT_OUT or not complete or cut():
                 yield group.take()
         if group.n_sequences or group.n_left_out:
             yield group.take()

@@ -78,14 +78,20 @@ class DocumentReader:
         """Returns a document of a text corpus."""
         if self.kind != DocumentKind.TEXT:
             raise TypeError(f"a corpus of {self.kind} has no text")
-        return self.content(index).decode()
+        try:
+            return self.content(index).decode()
+        except UnicodeDecodeError as exc:
+            raise _damaged(self._folder, f"document {index} is no text") from exc
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """Returns a conversation: messages with `role`, `content` and all other keys they were ingested with."""
         if self.kind != DocumentKind.CHAT:
             raise TypeError(f"a corpus of {self.kind} has no conversations")
         content = self.content(index)
-        messages: list[dict[str, Any]] = json.loads(content) if content else []
+        try:
+            messages: list[dict[str, Any]] = json.loads(content) if content else []
+        except ValueError as exc:
+            raise _damaged(self._folder, f"document {index} is no conversation") from exc
         return messages
 
     def token_ids(self, index: int) -> Int32Array:

@@ -59,7 +59,10 @@ class CorpusReports:
                 async with asyncio.timeout(_LOOK_EVERY_S):
                     await self._changed.wait()
             epoch = self._epoch()
-            if not epoch or (epoch == reported and not self._changed.is_set()):
+            if not epoch:
+                await asyncio.sleep(_RETRY_S)  # A set event would not let other tasks run meanwhile.
+                continue
+            if epoch == reported and not self._changed.is_set():
                 continue
             self._changed.clear()
             try:

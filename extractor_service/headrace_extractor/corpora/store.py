@@ -82,7 +82,8 @@ class CorpusStore:
         self._confinement = confinement
         self._now = now
         self._register = register
-        self._claims: dict[str, str] = {}  # Digests by id, between the claim and the corpus.
+        # Id and digest by an ingest's folder, between the claim and the corpus.
+        self._claims: dict[Path, tuple[str, str]] = {}
         self._lock = threading.Lock()
         self._closed = False
         self.deletions = Requests()
@@ -146,7 +147,7 @@ class CorpusStore:
     def digests(self) -> dict[str, str]:
         """Returns the digest of each corpus, by id; also of those that are about to be kept."""
         with self._lock:
-            return {**self._claims, **{corpus.id: corpus.digest for corpus in self._corpora.values()}}
+            return {**dict(self._claims.values()), **{corpus.id: corpus.digest for corpus in self._corpora.values()}}
 
     def delete(self, corpus_id: str, request_id: str = "") -> None:
         """Removes a corpus; open readers go on reading. Raises CorpusNotFound, unless this request has removed it."""
@@ -266,7 +267,7 @@ class CorpusStore:
                 return existing
             if self._register is not None:
                 with self._lock:
-                    self._claims[corpus_id] = corpus.digest
+                    self._claims[folder] = (corpus_id, corpus.digest)
                 self._register.claim(corpus)  # Not under the lock: the registry may take its time.
             with self._lock:
                 if (existing := self._existing(corpus)) is not None:
@@ -279,7 +280,7 @@ class CorpusStore:
                 return corpus
         finally:
             with self._lock:
-                self._claims.pop(corpus_id, None)
+                self._claims.pop(folder, None)
             shutil.rmtree(folder, ignore_errors=True)
             share.give_back()
 

@@ -34,9 +34,9 @@ class CorpusRowCounter:
     def __init__(self, corpora: Corpora, models: Models, confinement: Confinement = IN_PROCESS) -> None:
         self._corpora = corpora
         self._models = models
-        # By digest as well as by path: a corpus may be deleted, and another one take its id.
+        # By digests as well as by paths: a corpus may be deleted and another one take its id, a tokenizer replaced.
         self._count = lru_cache(maxsize=MAX_REMEMBERED)(
-            lambda _digest, path, files_path, recipe, max_rows: count(path, files_path, recipe, max_rows, confinement)
+            lambda _digests, path, files_path, recipe, max_rows: count(path, files_path, recipe, max_rows, confinement)
         )
         # Threads of their own: the default threads, which heartbeats need too, must not be busy for a minute.
         self._threads = ThreadPoolExecutor(MAX_COUNTS, thread_name_prefix="counts")
@@ -45,7 +45,9 @@ class CorpusRowCounter:
         """Implements RowCounter."""
         model = await self._models.get_model(spec.model_id)
         path, digest = self._corpora.path(spec.corpus_id), self._corpora.get(spec.corpus_id).digest
-        what = (digest, path, Path(model.files_path), spec.recipe, spec.max_rows)
+        # The commit tells of another chat template, too.
+        digests = (digest, model.tokenizer_digest, model.commit_sha)
+        what = (digests, path, Path(model.files_path), spec.recipe, spec.max_rows)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._count, *what)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,8 @@ MAX_ACTIVE = 64
 MAX_ENDED = 1000
 # Readers often leave together: one report for all of them.
 SEVERAL_LEAVE_S = 0.05
+# Checks of a model's files at once: one may read them, while those of other models look at stamps alone.
+_MAX_CHECKS = 4
 MIN_WINDOW_BYTES = 1024 * 1024
 
 logger = logging.getLogger(__name__)
@@ -95,6 +98,8 @@ class Extractions:
         self._device_id = device_id
         self._jobs: dict[str, ExtractionJob] = {}
         self._starting = asyncio.Lock()
+        # Threads of their own: files that were touched are read as a whole, and heartbeats need the default threads.
+        self._threads = ThreadPoolExecutor(_MAX_CHECKS, thread_name_prefix="model files")
         self._rates: dict[str, float] = {}  # Rows per second last seen, by model.
 
     def get(self, extraction_id: str) -> ExtractionJob:
@@ -141,7 +146,8 @@ class Extractions:
         _check_numbers(spec)
         model = await self.ready_model(spec.model_id)
         # Rows of a cached set would be those of the model as it was.
-        await asyncio.to_thread(check_files, Path(model.files_path), model.files)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, check_files, Path(model.files_path), model.files)
         corpus = self._services.corpora.get(spec.corpus_id)
         check_chat(spec.recipe, corpus_id=spec.corpus_id, is_chat=corpus.chat)
         if not corpus.tokenized and not model.tokenizer_digest:
@@ -229,6 +235,7 @@ class Extractions:
         """Ends all tasks; extractions that have not ended go on at the next start."""
         await asyncio.gather(*(job.close() for job in self._jobs.values()))
         self.sets.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def report_changes(self, report: Callable[[ExtractionJob], Awaitable[None]], interval_s: float = 2.0) -> None:
         """Reports the sets of extractions that changed, every interval and soon after a set has lost a holder."""

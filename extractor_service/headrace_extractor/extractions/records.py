@@ -58,14 +58,16 @@ class Records:
         self._path(extraction_id).unlink(missing_ok=True)
 
     def load(self) -> Iterator[tuple[Extraction, list[str]]]:
-        """Yields the extractions with their request ids; sets aside records that can't be read."""
+        """Yields the extractions with their request ids; sets aside records that hold something else."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._folder.glob("*.json")):
             try:
                 record = json.loads(path.read_bytes())
                 yield _value_of(record), record["request_ids"]
-            except (ServiceError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as exc:
-                # Another version may have written it, or its disk may be back tomorrow.
+            except OSError as exc:  # Its disk may be back at the next start.
+                logger.warning("%s can't be read, and is left until the next start: %s", path.name, exc)
+            except (ServiceError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+                # Another version may have written it.
                 logger.warning("%s is no record of an extraction that can be read, and set aside: %s", path.name, exc)
                 with contextlib.suppress(OSError):
                     path.rename(path.with_suffix(".unreadable"))

@@ -83,18 +83,20 @@ class Node:
         Registers again whenever the registry is lost or calls the epoch stale; `on_registered` is called each time.
         Raises NodeIdTaken if another node keeps this one from registering at all.
         """
-        began = time.monotonic()
+        taken_since: float | None = None
         try:
             while True:
                 try:
                     await self._live_one_epoch(address, on_registered)
                 except AlreadyExists as exc:  # Another node has this id. A dead one frees it within a minute.
-                    if not self.epoch and time.monotonic() - began > ID_WAIT_S:
+                    taken_since = taken_since or time.monotonic()
+                    if not self.epoch and time.monotonic() - taken_since > ID_WAIT_S:
                         raise NodeIdTaken(exc.message) from exc
                     logger.error("registering again: %s", exc.message)  # noqa: TRY400 -- the message says it all
                     self.registered.clear()
                     await asyncio.sleep(RETRY_S)
                 except Exception as exc:
+                    taken_since = None  # While the registry is away, it calls no node dead.
                     self.registered.clear()
                     usual = isinstance(exc, RegistryUnavailable | EpochStale)
                     stack = None if isinstance(exc, ServiceError) else exc

@@ -25,7 +25,7 @@ from headrace_extractor.requests import Requests, checked_request_id
 from headrace_extractor.rpc.convert import corpora as convert
 
 MAX_CONTENT_BYTES = 1024 * 1024
-# An ingest parses in a thread, and Python's threads share one core: more at once would only be slower.
+# Files are parsed in children, each of which may take 2 GiB and a core: more at once could take a node's memory.
 MAX_INGESTS = 4
 # Open uploads take no ingest's place while their pieces come in: a client that says nothing must not hold up others.
 MAX_UPLOADS = 64

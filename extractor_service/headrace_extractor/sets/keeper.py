@@ -316,6 +316,9 @@ def _promised(reservations: Sequence[Reservation]) -> tuple[int, int]:
         in_the_end, at_most = eviction.promised(of.manifest(), of.index(), wants)
     except FileNotFoundError:
         return 0, 0
+    except (ServiceError, LogError) as exc:  # Damage of one set must not fail the extractions of all others.
+        logger.warning("set %s reserves nothing, its files can't be read: %s", of.id, exc)
+        return 0, 0
     window_bytes = max(each.window_bytes for each in reservations)
     if not window_bytes:
         return in_the_end, at_most
