@@ -133,6 +133,31 @@ async def test_damage_found_while_the_set_is_written_is_left_out_at_once_and_men
     assert of.n_rows(NAMES) == 40
 
 
+@pytest.mark.parametrize("looked", [True, False])
+async def test_rows_computed_anew_are_no_damage_although_an_older_record_missed_their_file(of, looked):
+    flip(of, 1)
+    stale = of.index().records[1]
+    await of.look_for_damage(NAMES, 0)
+    if looked:
+        assert of.n_rows(NAMES) == 10
+
+    with SetWriter.open(of.folder, (HOOK.name,)) as writer:
+        with pytest.raises(DigestMismatch, match="is missing"):
+            await of.check_segment(stale, (HOOK,))
+        reservation = writer.reserve(10)
+        reservation.columns[HOOK.name][:] = bytes(10 * HOOK.row_bytes)
+        writer.commit(10, {})
+        writer.seal()
+        writer.settle()
+    if looked:
+        assert of.n_rows(NAMES) == 40
+    await of.mend()
+
+    assert of.n_rows(NAMES) == 40
+    assert not of.integrity.is_damaged
+    assert segment_path(of.folder, HOOK, 1).exists()
+
+
 async def test_damage_of_one_column_leaves_the_others(of):
     flip(of, 1)
 
