@@ -1,7 +1,9 @@
 """What a server remembers of files that it has compared, and what it makes of damage: a set by itself, no model."""
 
+import errno
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from headrace_extractor.sets import integrity
 from headrace_extractor.sets.activation_sets import ActivationSets
 from headrace_extractor.sets.verification import Verification
 from headrace_log import segment_file
+from headrace_log.errors import DiskFull
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, segment_path
 from headrace_log.manifest import Manifest
 from headrace_log.segment import DATA_OFFSET
@@ -195,6 +198,35 @@ async def test_an_index_that_can_not_be_read_is_cut_and_reported(of):
     steps = [step async for step in Verification(of, n_at_once=1).progress()]
 
     assert [(each.file, each.first_row) for each in steps[-1].damages] == [("segments.jsonl", 10)]
+    assert of.n_rows(NAMES) == 10
+
+
+@pytest.fixture(params=[DiskFull(Path("set"), required_bytes=1, free_bytes=0), OSError(errno.EROFS, "read-only")])
+def unwritable(request, monkeypatch):
+    """A disk to which no repair can be written."""
+
+    def fail(*_):
+        raise request.param
+
+    monkeypatch.setattr("headrace_log.index.write_atomically", fail)
+
+
+async def test_damage_on_a_disk_that_takes_no_repair_is_named_and_left_out(of, unwritable):
+    flip(of, 1)
+
+    with pytest.raises(DigestMismatch) as caught:
+        await of.check_segment(of.index().records[1], (HOOK,))
+
+    assert caught.value.metadata["first_row"] == "10"
+    assert of.n_rows((HOOK.name,)) == 10
+    assert of.integrity.is_damaged
+
+
+def test_rows_before_an_unreadable_line_are_readable_on_a_disk_that_takes_no_repair(of, unwritable):
+    path = of.folder / "segments.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"garbage\n" + lines[2])
+
     assert of.n_rows(NAMES) == 10
 
 

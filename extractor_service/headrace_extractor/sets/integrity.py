@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace_log import repair
-from headrace_log.errors import DigestMismatch, LockHeld
+from headrace_log.errors import DigestMismatch, LockHeld, LogError
 from headrace_log.index import SegmentIndex, SegmentRecord, dropped_rows
 from headrace_log.layout import ColumnSpec, segment_path
 from headrace_log.manifest import Manifest
@@ -146,11 +146,13 @@ class Integrity:
             self.n_mended += 1
 
     def try_to_mend(self) -> None:
-        """As `mend`; while the set is written, the damage is only noted."""
+        """As `mend`; while the set is written, or can't be written, the damage is only noted."""
         try:
             self.mend()
         except LockHeld as exc:
             logger.info("damage in %s stays until its writer ends: %s", self._folder, exc)
+        except (LogError, OSError) as exc:  # A full or read-only disk, or one without locks.
+            logger.warning("damage in %s is left out, and can't be taken out of the set: %s", self._folder, exc)
 
     def _stamp(self, column: ColumnSpec, segment: int) -> Stamp | None:
         try:
