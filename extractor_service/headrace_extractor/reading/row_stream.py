@@ -261,6 +261,8 @@ class RowStream:
             if self._generation != self._job_generation:
                 reader.forget_files()
                 self._generation = self._job_generation
+            elif row >= reader.sealed_rows:  # Else a segment sealed since would be read as one being written.
+                reader.refresh()
         record = reader.sealed_segment(row)
         if record is None or row < reader.first_row:
             return None  # Of the segment being written, or dropped.
