@@ -24,7 +24,7 @@ from headrace_extractor.sets import activation_set
 from headrace_extractor.sets.activation_sets import ActivationSets
 from headrace_extractor.sets.spec import Retention
 from headrace_log import reader, retention
-from headrace_log.errors import DiskFull, TooManyFiles
+from headrace_log.errors import DiskFull, SetCorrupt, TooManyFiles
 from headrace_log.layout import segment_path
 from headrace_log.order import Shard, Shuffled
 from headrace_log.reader import SetReader
@@ -269,6 +269,35 @@ async def test_rows_sealed_since_the_reader_looked_are_compared_before_they_are_
                 await anext(events)
     finally:
         stream.close()
+
+
+@pytest.fixture
+def failing_reads(monkeypatch):
+    """Fails reads of rows for as long as there are errors in this list."""
+    errors, read_into = [], reader.SegmentFile.read_into
+
+    def fail(*arguments):
+        if errors:
+            raise errors.pop()
+        read_into(*arguments)
+
+    monkeypatch.setattr(reader.SegmentFile, "read_into", fail)
+    return errors
+
+
+async def test_rows_of_files_that_can_be_read_at_the_second_look_are_sent(done, failing_reads):
+    job, rows = done
+    failing_reads.append(SetCorrupt("Input/output error"))
+
+    assert (await read(job))[0] == rows
+
+
+async def test_rows_that_can_not_be_read_at_the_second_look_either_are_damaged(done, failing_reads):
+    job, _ = done
+    failing_reads += [SetCorrupt("Input/output error")] * 2
+
+    with pytest.raises(DigestMismatch, match="Input/output error"):
+        await read(job)
 
 
 async def test_a_mapped_reader_of_a_window_must_release_by_itself(extractor):
