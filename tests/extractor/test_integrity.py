@@ -190,6 +190,17 @@ async def test_a_verification_holds_its_set_and_names_each_damaged_file(sets, of
     assert of.n_rows((HOOK.name,)) == 0
 
 
+async def test_a_verification_names_damage_that_waits_for_a_writer(of):
+    flip(of, 1)
+    with SetWriter.open(of.folder, ("token_id",)):
+        await of.look_for_damage(NAMES, 0)
+        steps = [step async for step in Verification(of, n_at_once=1).progress()]
+
+    (damage,) = steps[-1].damages
+    assert (damage.file, damage.column) == (str(segment_path(of.folder, HOOK, 1)), HOOK.name)
+    assert (damage.first_row, damage.end_row) == (10, 20)
+
+
 async def test_an_index_that_can_not_be_read_is_cut_and_reported(of):
     path = of.folder / "segments.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)

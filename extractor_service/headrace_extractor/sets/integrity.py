@@ -115,7 +115,17 @@ class Integrity:
     @property
     def is_damaged(self) -> bool:
         """True while damage was noted and not yet taken out of the set."""
-        return bool(self._damaged) or self._unreadable or self._n_trusted is not None
+        return bool(self._damaged) or self.is_index_damaged
+
+    @property
+    def is_index_damaged(self) -> bool:
+        """True while damage of the index itself was noted and not yet taken out of the set."""
+        return self._unreadable or self._n_trusted is not None
+
+    def damaged(self) -> Sequence[tuple[int, str]]:
+        """The segments, by number and column, that were found damaged and are not yet taken out of the set."""
+        with self._lock:
+            return sorted(self._damaged)
 
     def note_unreadable_index(self) -> None:
         """Notes that the index has a line that can't be read."""
