@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from headrace_log.checks import check_line, checked_line
+from headrace_log.checks import check, check_line, checked_line, with_check
 from headrace_log.errors import SetCorrupt
 from headrace_log.files import append_durably, write_atomically
 
@@ -182,7 +182,9 @@ class SegmentIndex:
 def dropped_rows(folder: Path) -> int:
     """Returns `first_kept`; 0 unless the set is a WINDOW set that has dropped rows. Raises SetCorrupt."""
     try:
-        first_row = json.loads((folder / DROPPED_NAME).read_bytes())["first_row"]
+        document = json.loads((folder / DROPPED_NAME).read_bytes())
+        first_row = document["first_row"]
+        check(document)
     except FileNotFoundError:
         return 0
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
@@ -194,7 +196,7 @@ def dropped_rows(folder: Path) -> int:
 
 def record_dropped(folder: Path, first_row: int) -> None:
     """Moves `first_kept` to `first_row` on disk; the files are removed afterwards."""
-    write_atomically(folder / DROPPED_NAME, json.dumps({"first_row": first_row}).encode() + b"\n")
+    write_atomically(folder / DROPPED_NAME, json.dumps(with_check({"first_row": first_row})).encode() + b"\n")
 
 
 def _parse(line: bytes, folder: Path) -> SegmentRecord:

@@ -12,7 +12,7 @@ import pytest
 
 from headrace_log import repair
 from headrace_log.errors import DigestMismatch, LockHeld, SetCorrupt
-from headrace_log.index import SegmentIndex
+from headrace_log.index import SegmentIndex, dropped_rows, record_dropped
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, segment_path
 from headrace_log.locks import WRITER_LOCK_NAME, FileLock
 from headrace_log.manifest import Manifest
@@ -369,6 +369,22 @@ def test_no_flipped_bit_of_a_record_passes_for_another_record(folder):
     assert n_typed > 8 * len(first) - 8 * len(',"crc32":') - 8
 
 
+def test_no_flipped_bit_of_a_record_of_dropped_rows_passes_for_another_one(folder):
+    record_dropped(folder, 20)
+    path = folder / "dropped.json"
+    whole = path.read_bytes()
+
+    n_typed = 0
+    for content in flips(whole):
+        path.write_bytes(content)
+        try:
+            assert dropped_rows(folder) == 20
+        except SetCorrupt:
+            n_typed += 1
+
+    assert n_typed > 8 * len(whole) - 8 * len("crc32") - 8
+
+
 def test_no_flipped_bit_of_a_statistics_file_passes_for_other_statistics(folder):
     path = statistics_path(folder, HOOK, 4)
     due = load_statistics(folder, HOOK)
@@ -397,7 +413,9 @@ def test_files_of_an_earlier_version_have_no_check_sums(folder):
     for line in lines:
         del line["crc32"]
     (folder / "segments.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "dropped.json").write_text('{"first_row": 10}')
 
+    assert dropped_rows(folder) == 10
     assert Manifest.load(folder) == manifest
     assert SegmentIndex.load(folder).records == index.records
 
