@@ -244,6 +244,24 @@ def test_a_reader_notices_that_the_index_was_replaced(folder):
     assert reader.sealed_rows == 47
 
 
+def test_a_reader_notices_that_the_index_was_replaced_by_a_file_of_the_same_inode(folder):
+    path = folder / "segments.jsonl"
+    reader, index, whole = SetReader(folder, [HOOK.name]), SegmentIndex.load(folder), path.read_bytes()
+    repair.set_aside(folder, {(1, HOOK.name)})
+    write(folder, 67, [name for name in NAMES if name != HOOK.name])
+    replaced = path.read_bytes()
+    assert len(replaced) > len(whole)
+    path.write_bytes(whole)
+    reader.refresh()
+    index = index.refreshed(folder)
+    path.write_bytes(replaced)  # In place.
+
+    reader.refresh()
+
+    assert reader.sealed_rows == 10
+    assert index.refreshed(folder).records == SegmentIndex.load(folder).records
+
+
 def test_a_reader_forgets_a_file_that_was_damaged_under_it_once_its_rows_were_computed_again(folder):
     reader = SetReader(folder, [HOOK.name], keep_segments=16)
     whole = bytes(reader.read(10, 10, end_row=20).columns[0])
