@@ -16,7 +16,7 @@ from typing import Any
 
 from headrace_log.checks import check, check_line, checked_line, with_check
 from headrace_log.errors import SetCorrupt
-from headrace_log.files import append_durably, write_atomically
+from headrace_log.files import append_durably, unreadable_as_typed, write_atomically
 
 FILE_NAME = "segments.jsonl"
 DROPPED_NAME = "dropped.json"
@@ -81,7 +81,7 @@ class SegmentIndex:
         Reads a file that a repair has replaced from its start. Raises SetCorrupt.
         """
         try:
-            with (folder / FILE_NAME).open("rb") as file:
+            with unreadable_as_typed(folder / FILE_NAME), (folder / FILE_NAME).open("rb") as file:
                 stat = os.fstat(file.fileno())
                 file.seek(self.size_bytes - len(self.last_line))
                 last_line, content = file.read(len(self.last_line)), file.read()
@@ -108,10 +108,11 @@ class SegmentIndex:
     def load_readable(cls, folder: Path) -> SegmentIndex:
         """Reads the index up to the first line that is no record or does not fit behind the lines before it.
 
-        Its `size_bytes` is 0 if there is such a line.
+        Its `size_bytes` is 0 if there is such a line. Raises SetCorrupt if the file as a whole can't be read.
         """
         try:
-            content = (folder / FILE_NAME).read_bytes()
+            with unreadable_as_typed(folder / FILE_NAME):
+                content = (folder / FILE_NAME).read_bytes()
         except FileNotFoundError:
             return cls()
         records: list[SegmentRecord] = []
@@ -198,7 +199,8 @@ class SegmentIndex:
 def dropped_rows(folder: Path) -> int:
     """Returns `first_kept`; 0 unless the set is a WINDOW set that has dropped rows. Raises SetCorrupt."""
     try:
-        document = json.loads((folder / DROPPED_NAME).read_bytes())
+        with unreadable_as_typed(folder / DROPPED_NAME):
+            document = json.loads((folder / DROPPED_NAME).read_bytes())
         first_row = document["first_row"]
         check(document)
     except FileNotFoundError:

@@ -438,6 +438,15 @@ def test_files_of_an_earlier_version_have_no_check_sums(folder):
     assert SegmentIndex.load(folder).records == index.records
 
 
+@pytest.mark.parametrize("name", ["segments.jsonl", "dropped.json"])
+def test_a_folder_in_the_place_of_an_index_or_a_record_of_dropped_rows_is_typed(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+
+    with pytest.raises(SetCorrupt, match=f"{name} can't be read"):
+        SetReader(folder, NAMES)
+
+
 def test_a_folder_in_the_place_of_a_manifest_is_typed(folder):
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").mkdir()

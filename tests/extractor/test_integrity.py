@@ -241,6 +241,18 @@ def test_rows_before_an_unreadable_line_are_readable_on_a_disk_that_takes_no_rep
     assert of.n_rows(NAMES) == 10
 
 
+def test_an_index_that_fails_to_be_read_is_damage_and_whole_again_once_it_can_be(of):
+    path = of.folder / "segments.jsonl"
+    aside = path.rename(of.folder / "aside")
+    path.mkdir()
+    with pytest.raises(DigestMismatch, match="can't be read"):
+        of.n_rows(NAMES)
+    path.rmdir()
+    aside.rename(path)
+
+    assert of.n_rows(NAMES) == 40
+
+
 def test_a_server_that_ends_stops_comparing(of):
     closing = threading.Event()
     closing.set()
