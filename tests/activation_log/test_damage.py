@@ -296,6 +296,12 @@ def test_a_writer_waits_for_one_that_is_about_to_end(folder):
     ends.join()
 
 
+def test_a_manifest_that_another_process_keeps_locked_is_an_error_in_the_end(folder, monkeypatch):
+    monkeypatch.setattr("headrace_log.manifest._LOCK_WAIT_S", 0.1)
+    with FileLock(folder / "manifest.lock"), pytest.raises(LockHeld, match=str(os.getpid())):
+        Manifest.update(folder, lambda manifest: manifest)
+
+
 def test_a_lock_ends_with_its_process(tmp_path):
     program = (
         "import os, sys, signal; from pathlib import Path; from headrace_log.locks import FileLock; "
