@@ -170,7 +170,7 @@ def test_rows_are_added_behind_a_set_whose_hole_was_filled(folder):
     assert load_statistics(folder, HOOK).count == 60
 
 
-def test_the_damaged_file_stays_beside_its_place_until_its_rows_are_computed(folder):
+def test_the_damaged_file_stays_beside_its_place_until_its_column_is_written(folder):
     path = segment_path(folder, HOOK, 2)
     flip(path)
     damaged = path.read_bytes()
