@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headrace_log.errors import DiskFull, TooManyFiles
+from headrace_log.errors import DiskFull, SetCorrupt, TooManyFiles
 
 # EFBIG is the file size limit of the process: for the user the same as a full disk.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,6 +43,17 @@ def too_many_files_as_typed() -> Iterator[None]:
         if exc.errno not in _NO_DESCRIPTOR:
             raise
         raise TooManyFiles(max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0]) from exc
+
+
+@contextmanager
+def unreadable_as_typed(path: Path) -> Iterator[None]:
+    """Turns the errors of a file that can't be read into SetCorrupt."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in UNREADABLE:
+            raise
+        raise SetCorrupt(f"{path} can't be read: {exc.strerror}") from exc
 
 
 def fsync_folder(folder: Path) -> None:

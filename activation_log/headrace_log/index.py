@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from headrace_log.checks import check_line, checked_line
+from headrace_log.checks import check, check_line, checked_line, with_check
 from headrace_log.errors import SetCorrupt
-from headrace_log.files import append_durably, write_atomically
+from headrace_log.files import append_durably, unreadable_as_typed, write_atomically
 
 FILE_NAME = "segments.jsonl"
 DROPPED_NAME = "dropped.json"
@@ -60,12 +60,15 @@ class SegmentIndex:
     """All sealed segments of a set, in order and without gaps between their rows.
 
     A column may lack a segment that other columns have, also in its middle: a hole, which the next pass fills.
-    `size_bytes` is how much of the file was read, `inode` tells when a repair has replaced the file.
+    `size_bytes` is how much of the file was read. `inode` and `last_line` tell when a repair has replaced the file,
+    which may get the inode of an earlier one; `n_replaced` is how often that was so.
     """
 
     records: tuple[SegmentRecord, ...] = ()
     size_bytes: int = 0
     inode: int = field(default=0, compare=False)
+    last_line: bytes = field(default=b"", compare=False, repr=False)
+    n_replaced: int = field(default=0, compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> SegmentIndex:
@@ -78,30 +81,38 @@ class SegmentIndex:
         Reads a file that a repair has replaced from its start. Raises SetCorrupt.
         """
         try:
-            with (folder / FILE_NAME).open("rb") as file:
+            with unreadable_as_typed(folder / FILE_NAME), (folder / FILE_NAME).open("rb") as file:
                 stat = os.fstat(file.fileno())
-                if self.size_bytes and (stat.st_ino != self.inode or stat.st_size < self.size_bytes):
-                    return SegmentIndex().refreshed(folder)
-                file.seek(self.size_bytes)
-                content = file.read()
+                file.seek(self.size_bytes - len(self.last_line))
+                last_line, content = file.read(len(self.last_line)), file.read()
+                if self.size_bytes and (stat.st_ino != self.inode or last_line != self.last_line):
+                    return SegmentIndex(n_replaced=self.n_replaced + 1).refreshed(folder)
         except FileNotFoundError:
             return self
         new = content[: content.rfind(b"\n") + 1]
         if not new:
             return self
         records = list(self.records)
-        for line in new[:-1].split(b"\n"):
+        lines = new[:-1].split(b"\n")
+        for line in lines:
             _merge(records, _parse(line, folder), folder)
-        return SegmentIndex(records=tuple(records), size_bytes=self.size_bytes + len(new), inode=stat.st_ino)
+        return SegmentIndex(
+            records=tuple(records),
+            size_bytes=self.size_bytes + len(new),
+            inode=stat.st_ino,
+            last_line=lines[-1] + b"\n",
+            n_replaced=self.n_replaced,
+        )
 
     @classmethod
     def load_readable(cls, folder: Path) -> SegmentIndex:
         """Reads the index up to the first line that is no record or does not fit behind the lines before it.
 
-        Its `size_bytes` is 0 if there is such a line.
+        Its `size_bytes` is 0 if there is such a line. Raises SetCorrupt if the file as a whole can't be read.
         """
         try:
-            content = (folder / FILE_NAME).read_bytes()
+            with unreadable_as_typed(folder / FILE_NAME):
+                content = (folder / FILE_NAME).read_bytes()
         except FileNotFoundError:
             return cls()
         records: list[SegmentRecord] = []
@@ -145,7 +156,13 @@ class SegmentIndex:
             with path.open("r+b") as file:  # A crash left part of a line behind the last newline.
                 file.truncate(index.size_bytes)
         append_durably(path, line)
-        return SegmentIndex(records=tuple(records), size_bytes=index.size_bytes + len(line), inode=path.stat().st_ino)
+        return SegmentIndex(
+            records=tuple(records),
+            size_bytes=index.size_bytes + len(line),
+            inode=path.stat().st_ino,
+            last_line=line,
+            n_replaced=index.n_replaced,
+        )
 
     def n_rows(self, columns: Sequence[str], *, known_rows: int = 0) -> int:
         """Returns `sealed` of `columns`: rows sealed in every one of them. `known_rows` are not looked up again."""
@@ -182,7 +199,10 @@ class SegmentIndex:
 def dropped_rows(folder: Path) -> int:
     """Returns `first_kept`; 0 unless the set is a WINDOW set that has dropped rows. Raises SetCorrupt."""
     try:
-        first_row = json.loads((folder / DROPPED_NAME).read_bytes())["first_row"]
+        with unreadable_as_typed(folder / DROPPED_NAME):
+            document = json.loads((folder / DROPPED_NAME).read_bytes())
+        first_row = document["first_row"]
+        check(document)
     except FileNotFoundError:
         return 0
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
@@ -194,7 +214,7 @@ def dropped_rows(folder: Path) -> int:
 
 def record_dropped(folder: Path, first_row: int) -> None:
     """Moves `first_kept` to `first_row` on disk; the files are removed afterwards."""
-    write_atomically(folder / DROPPED_NAME, json.dumps({"first_row": first_row}).encode() + b"\n")
+    write_atomically(folder / DROPPED_NAME, json.dumps(with_check({"first_row": first_row})).encode() + b"\n")
 
 
 def _parse(line: bytes, folder: Path) -> SegmentRecord:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,13 @@ from headrace_log.checks import check, with_check
 from headrace_log.errors import SetCorrupt
 from headrace_log.files import UNREADABLE, write_atomically
 from headrace_log.layout import PROVENANCE, ColumnSpec
+from headrace_log.locks import FileLock
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
 LOCK_NAME = "manifest.lock"
+# Held for one small read and one small write, which a busy disk may keep waiting for seconds.
+_LOCK_WAIT_S = 10.0
 
 # Large enough that sealing (a digest, an fsync and a rename per column) is rare; small enough that a crash, which costs
 # the open segment, is cheap, and that a WINDOW set holds several.
@@ -110,9 +112,11 @@ class Manifest:
 
     @classmethod
     def update(cls, folder: Path, change: Callable[[Manifest], Manifest]) -> Manifest:
-        """Replaces the manifest by `change(manifest)`, under a lock between processes; returns the new manifest."""
-        with (folder / LOCK_NAME).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # Held for one small read and one small write.
+        """Replaces the manifest by `change(manifest)`, under a lock between processes; returns the new manifest.
+
+        Raises LockHeld, NoLocks, SetCorrupt and DiskFull.
+        """
+        with FileLock(folder / LOCK_NAME, wait_s=_LOCK_WAIT_S):
             manifest = change(cls.load(folder))
             manifest.save(folder)
             return manifest

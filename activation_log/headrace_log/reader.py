@@ -113,7 +113,7 @@ class SetReader:
             self.first_row = dropped_rows(self._folder)  # The border `first_kept`.
             before, self._index = self._index, self._index.refreshed(self._folder)
             # A repair takes segments off the index; else rows that were sealed stay so.
-            known_rows = self._sealed_rows if self._index.inode == before.inode else 0
+            known_rows = self._sealed_rows if self._index.n_replaced == before.n_replaced else 0
             self._sealed_rows = self._index.n_rows(self._names, known_rows=known_rows)
 
     def read(self, row: int, max_rows: int, *, end_row: int) -> RowRun:

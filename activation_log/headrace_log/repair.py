@@ -18,7 +18,7 @@ from headrace_log.locks import WRITER_LOCK_NAME, FileLock
 from headrace_log.manifest import Manifest
 from headrace_log.segment_file import rows_on_file
 
-# Beside its segment's place until the segment was computed again, for people to look at.
+# Beside its segment's place for people to look at, until the next writer of its column begins.
 DAMAGED_SUFFIX = ".damaged"
 
 

@@ -114,7 +114,7 @@ def read_statistics(path: Path, column: ColumnSpec) -> ColumnStatistics | None:
             mean_norm=float(figures["mean_norm"]),
             mean_squared_norm=float(figures["mean_squared_norm"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from headrace_log import repair
 from headrace_log.errors import DigestMismatch, LockHeld, SetCorrupt
-from headrace_log.index import SegmentIndex
+from headrace_log.index import SegmentIndex, dropped_rows, record_dropped
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, segment_path
 from headrace_log.locks import WRITER_LOCK_NAME, FileLock
 from headrace_log.manifest import Manifest
@@ -170,7 +170,7 @@ def test_rows_are_added_behind_a_set_whose_hole_was_filled(folder):
     assert load_statistics(folder, HOOK).count == 60
 
 
-def test_the_damaged_file_stays_beside_its_place_until_its_rows_are_computed(folder):
+def test_the_damaged_file_stays_beside_its_place_until_its_column_is_written(folder):
     path = segment_path(folder, HOOK, 2)
     flip(path)
     damaged = path.read_bytes()
@@ -244,6 +244,24 @@ def test_a_reader_notices_that_the_index_was_replaced(folder):
     assert reader.sealed_rows == 47
 
 
+def test_a_reader_notices_that_the_index_was_replaced_by_a_file_of_the_same_inode(folder):
+    path = folder / "segments.jsonl"
+    reader, index, whole = SetReader(folder, [HOOK.name]), SegmentIndex.load(folder), path.read_bytes()
+    repair.set_aside(folder, {(1, HOOK.name)})
+    write(folder, 67, [name for name in NAMES if name != HOOK.name])
+    replaced = path.read_bytes()
+    assert len(replaced) > len(whole)
+    path.write_bytes(whole)
+    reader.refresh()
+    index = index.refreshed(folder)
+    path.write_bytes(replaced)  # In place.
+
+    reader.refresh()
+
+    assert reader.sealed_rows == 10
+    assert index.refreshed(folder).records == SegmentIndex.load(folder).records
+
+
 def test_a_reader_forgets_a_file_that_was_damaged_under_it_once_its_rows_were_computed_again(folder):
     reader = SetReader(folder, [HOOK.name], keep_segments=16)
     whole = bytes(reader.read(10, 10, end_row=20).columns[0])
@@ -276,6 +294,12 @@ def test_a_writer_waits_for_one_that_is_about_to_end(folder):
 
     assert write(folder, 50) == 47
     ends.join()
+
+
+def test_a_manifest_that_another_process_keeps_locked_is_an_error_in_the_end(folder, monkeypatch):
+    monkeypatch.setattr("headrace_log.manifest._LOCK_WAIT_S", 0.1)
+    with FileLock(folder / "manifest.lock"), pytest.raises(LockHeld, match=str(os.getpid())):
+        Manifest.update(folder, lambda manifest: manifest)
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
@@ -369,6 +393,22 @@ def test_no_flipped_bit_of_a_record_passes_for_another_record(folder):
     assert n_typed > 8 * len(first) - 8 * len(',"crc32":') - 8
 
 
+def test_no_flipped_bit_of_a_record_of_dropped_rows_passes_for_another_one(folder):
+    record_dropped(folder, 20)
+    path = folder / "dropped.json"
+    whole = path.read_bytes()
+
+    n_typed = 0
+    for content in flips(whole):
+        path.write_bytes(content)
+        try:
+            assert dropped_rows(folder) == 20
+        except SetCorrupt:
+            n_typed += 1
+
+    assert n_typed > 8 * len(whole) - 8 * len("crc32") - 8
+
+
 def test_no_flipped_bit_of_a_statistics_file_passes_for_other_statistics(folder):
     path = statistics_path(folder, HOOK, 4)
     due = load_statistics(folder, HOOK)
@@ -397,9 +437,20 @@ def test_files_of_an_earlier_version_have_no_check_sums(folder):
     for line in lines:
         del line["crc32"]
     (folder / "segments.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "dropped.json").write_text('{"first_row": 10}')
 
+    assert dropped_rows(folder) == 10
     assert Manifest.load(folder) == manifest
     assert SegmentIndex.load(folder).records == index.records
+
+
+@pytest.mark.parametrize("name", ["segments.jsonl", "dropped.json"])
+def test_a_folder_in_the_place_of_an_index_or_a_record_of_dropped_rows_is_typed(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+
+    with pytest.raises(SetCorrupt, match=f"{name} can't be read"):
+        SetReader(folder, NAMES)
 
 
 def test_a_folder_in_the_place_of_a_manifest_is_typed(folder):

@@ -184,7 +184,16 @@ def test_there_are_none_where_rows_went_unseen(tmp_path):
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("damaged", [b"", b"\x10", b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"\x10",
+        b"\x02\0\0\0\0\0\0\0{}",
+        b"\x02\0\0\0\0\0\0\0[]",
+        b'\x14\0\0\0\0\0\0\0{"__metadata__": []}',
+    ],
+)
 def test_a_damaged_file_is_as_good_as_none(tmp_path, damaged):
     with SetWriter.open(make_set(tmp_path), summarize=summarize) as writer:
         write(writer, 10)

@@ -1,6 +1,7 @@
 """Extractions on one node: real runners, a registry in memory."""
 
 import asyncio
+import errno
 from unittest.mock import AsyncMock
 
 import pytest
@@ -168,6 +169,19 @@ async def test_an_extraction_cancelled_before_its_first_step_is_cancelled(extrac
     await extractor.until(lambda: job.value.state.ended)
 
     assert job.value.state == ExtractionState.CANCELLED
+
+
+async def test_an_extraction_ends_although_its_rows_can_not_be_read(extractor, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    extractor.add_corpus(documents(4000, seed=97))
+    job = await extractor.extract()
+    monkeypatch.setattr(job.set, "n_rows", fail)
+    await job.cancel()
+    await extractor.until(lambda: job.value.state.ended)
+
+    assert (job.value.state, job.value.n_rows) == (ExtractionState.CANCELLED, 0)
 
 
 async def test_cancelled_extraction_keeps_its_rows_and_says_so(extractor):

@@ -1,7 +1,9 @@
 """What a server remembers of files that it has compared, and what it makes of damage: a set by itself, no model."""
 
+import errno
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from headrace_extractor.sets import integrity
 from headrace_extractor.sets.activation_sets import ActivationSets
 from headrace_extractor.sets.verification import Verification
 from headrace_log import segment_file
+from headrace_log.errors import DiskFull
 from headrace_log.layout import PROVENANCE, ColumnSpec, Dtype, segment_path
 from headrace_log.manifest import Manifest
 from headrace_log.segment import DATA_OFFSET
@@ -133,6 +136,31 @@ async def test_damage_found_while_the_set_is_written_is_left_out_at_once_and_men
     assert of.n_rows(NAMES) == 40
 
 
+@pytest.mark.parametrize("looked", [True, False])
+async def test_rows_computed_anew_are_no_damage_although_an_older_record_missed_their_file(of, looked):
+    flip(of, 1)
+    stale = of.index().records[1]
+    await of.look_for_damage(NAMES, 0)
+    if looked:
+        assert of.n_rows(NAMES) == 10
+
+    with SetWriter.open(of.folder, (HOOK.name,)) as writer:
+        with pytest.raises(DigestMismatch, match="is missing"):
+            await of.check_segment(stale, (HOOK,))
+        reservation = writer.reserve(10)
+        reservation.columns[HOOK.name][:] = bytes(10 * HOOK.row_bytes)
+        writer.commit(10, {})
+        writer.seal()
+        writer.settle()
+    if looked:
+        assert of.n_rows(NAMES) == 40
+    await of.mend()
+
+    assert of.n_rows(NAMES) == 40
+    assert not of.integrity.is_damaged
+    assert segment_path(of.folder, HOOK, 1).exists()
+
+
 async def test_damage_of_one_column_leaves_the_others(of):
     flip(of, 1)
 
@@ -162,6 +190,17 @@ async def test_a_verification_holds_its_set_and_names_each_damaged_file(sets, of
     assert of.n_rows((HOOK.name,)) == 0
 
 
+async def test_a_verification_names_damage_that_waits_for_a_writer(of):
+    flip(of, 1)
+    with SetWriter.open(of.folder, ("token_id",)):
+        await of.look_for_damage(NAMES, 0)
+        steps = [step async for step in Verification(of, n_at_once=1).progress()]
+
+    (damage,) = steps[-1].damages
+    assert (damage.file, damage.column) == (str(segment_path(of.folder, HOOK, 1)), HOOK.name)
+    assert (damage.first_row, damage.end_row) == (10, 20)
+
+
 async def test_an_index_that_can_not_be_read_is_cut_and_reported(of):
     path = of.folder / "segments.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -171,6 +210,47 @@ async def test_an_index_that_can_not_be_read_is_cut_and_reported(of):
 
     assert [(each.file, each.first_row) for each in steps[-1].damages] == [("segments.jsonl", 10)]
     assert of.n_rows(NAMES) == 10
+
+
+@pytest.fixture(params=[DiskFull(Path("set"), required_bytes=1, free_bytes=0), OSError(errno.EROFS, "read-only")])
+def unwritable(request, monkeypatch):
+    """A disk to which no repair can be written."""
+
+    def fail(*_):
+        raise request.param
+
+    monkeypatch.setattr("headrace_log.index.write_atomically", fail)
+
+
+async def test_damage_on_a_disk_that_takes_no_repair_is_named_and_left_out(of, unwritable):
+    flip(of, 1)
+
+    with pytest.raises(DigestMismatch) as caught:
+        await of.check_segment(of.index().records[1], (HOOK,))
+
+    assert caught.value.metadata["first_row"] == "10"
+    assert of.n_rows((HOOK.name,)) == 10
+    assert of.integrity.is_damaged
+
+
+def test_rows_before_an_unreadable_line_are_readable_on_a_disk_that_takes_no_repair(of, unwritable):
+    path = of.folder / "segments.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"garbage\n" + lines[2])
+
+    assert of.n_rows(NAMES) == 10
+
+
+def test_an_index_that_fails_to_be_read_is_damage_and_whole_again_once_it_can_be(of):
+    path = of.folder / "segments.jsonl"
+    aside = path.rename(of.folder / "aside")
+    path.mkdir()
+    with pytest.raises(DigestMismatch, match="can't be read"):
+        of.n_rows(NAMES)
+    path.rmdir()
+    aside.rename(path)
+
+    assert of.n_rows(NAMES) == 40
 
 
 def test_a_server_that_ends_stops_comparing(of):

@@ -8,7 +8,14 @@ import pytest
 import pytest_asyncio
 
 from fix_runner import documents
-from headrace_extractor.errors import ExtractionCancelled, FieldInvalid, RowsExpired, RowTooLarge, TooManyStreams
+from headrace_extractor.errors import (
+    DigestMismatch,
+    ExtractionCancelled,
+    FieldInvalid,
+    RowsExpired,
+    RowTooLarge,
+    TooManyStreams,
+)
 from headrace_extractor.extractions.values import ExtractionState
 from headrace_extractor.reading import row_stream
 from headrace_extractor.reading.reading_order import OrderRequest, ReadOrder
@@ -17,7 +24,8 @@ from headrace_extractor.sets import activation_set
 from headrace_extractor.sets.activation_sets import ActivationSets
 from headrace_extractor.sets.spec import Retention
 from headrace_log import reader, retention
-from headrace_log.errors import DiskFull, TooManyFiles
+from headrace_log.errors import DiskFull, SetCorrupt, TooManyFiles
+from headrace_log.layout import segment_path
 from headrace_log.order import Shard, Shuffled
 from headrace_log.reader import SetReader
 
@@ -242,6 +250,54 @@ async def test_rows_of_the_open_segment_come_inline_to_a_client_that_maps(extrac
 
     assert (True, ExtractionState.RUNNING) in kinds
     assert (False, ExtractionState.RUNNING) not in kinds
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+async def test_rows_sealed_since_the_reader_looked_are_compared_before_they_are_sent(extractor, mapped):
+    extractor.add_corpus(documents(300, seed=172 + mapped))
+    job = await extractor.extract()
+    stream = RowStream(job, StreamRequest(columns=("document",), mapped=mapped))
+    await extractor.until(lambda: job.value.state is ExtractionState.DONE)
+    path = segment_path(job.folder, job.set.manifest().column("document"), 0)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    try:
+        with pytest.raises(DigestMismatch, match="recorded was"):
+            async with asyncio.timeout(30), aclosing(stream.events()) as events:
+                await anext(events)
+    finally:
+        stream.close()
+
+
+@pytest.fixture
+def failing_reads(monkeypatch):
+    """Fails reads of rows for as long as there are errors in this list."""
+    errors, read_into = [], reader.SegmentFile.read_into
+
+    def fail(*arguments):
+        if errors:
+            raise errors.pop()
+        read_into(*arguments)
+
+    monkeypatch.setattr(reader.SegmentFile, "read_into", fail)
+    return errors
+
+
+async def test_rows_of_files_that_can_be_read_at_the_second_look_are_sent(done, failing_reads):
+    job, rows = done
+    failing_reads.append(SetCorrupt("Input/output error"))
+
+    assert (await read(job))[0] == rows
+
+
+async def test_rows_that_can_not_be_read_at_the_second_look_either_are_damaged(done, failing_reads):
+    job, _ = done
+    failing_reads += [SetCorrupt("Input/output error")] * 2
+
+    with pytest.raises(DigestMismatch, match="Input/output error"):
+        await read(job)
 
 
 async def test_a_mapped_reader_of_a_window_must_release_by_itself(extractor):

@@ -275,7 +275,8 @@ class ExtractionJob:
         failure = Failure(reason=reason_of(exc), message=exc.message, metadata=exc.metadata)
         try:
             n_rows = self._at_most_wanted(self.set.n_rows(self.columns))
-        except ServiceError:  # The set's manifest can't be read, which may be why the extraction ends.
+        except Exception as why:  # noqa: BLE001 -- unreadable files may be why it ends, and end it must
+            logger.warning("rows of extraction %s can't be told: %s", self.value.id, why)
             n_rows = 0
         self.generation += 1
         self.update(state=state, failure=failure, n_rows=n_rows, rows_per_s=0.0, waiting_for=(), queue_position=0)

@@ -236,15 +236,20 @@ class RowStream:
         """
         if unchecked := self._unchecked():
             await self._shutdown.race(self._check(unchecked))
-        try:
-            return self._read()
-        except log_errors.SetCorrupt as exc:
-            row, _ = self._way.stretch(self.next_row)
-            if row >= self._set_reader.sealed_rows and not self._job.value.state.ended:
-                return None  # The job was not told yet.
-            if changed := self._set_reader.sealed_segment(row):
-                await self._shutdown.race(self._check(changed))
-            raise DigestMismatch(f"{exc}.", resource=("ActivationSet", self._job.value.set_id)) from exc
+        looked_again = False
+        while True:
+            try:
+                return self._read()
+            except log_errors.SetCorrupt as exc:
+                row, _ = self._way.stretch(self.next_row)
+                if row >= self._set_reader.sealed_rows and not self._job.value.state.ended:
+                    return None  # The job was not told yet.
+                changed = self._set_reader.sealed_segment(row)
+                if changed is None or looked_again:
+                    raise DigestMismatch(f"{exc}.", resource=("ActivationSet", self._job.value.set_id)) from exc
+            # Files that are whole now are read once more, and a segment that a WINDOW set has dropped is told as such.
+            await self._shutdown.race(self._check(changed))
+            looked_again = True
 
     @property
     def _job_generation(self) -> tuple[int, int]:
@@ -261,6 +266,8 @@ class RowStream:
             if self._generation != self._job_generation:
                 reader.forget_files()
                 self._generation = self._job_generation
+            elif row >= reader.sealed_rows:  # Else a segment sealed since would be read as one being written.
+                reader.refresh()
         record = reader.sealed_segment(row)
         if record is None or row < reader.first_row:
             return None  # Of the segment being written, or dropped.

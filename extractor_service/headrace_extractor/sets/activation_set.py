@@ -140,7 +140,8 @@ class ActivationSet:
             files.index = SegmentIndex()
             self.integrity.note_unreadable_index()
             self.integrity.try_to_mend()
-            return self.integrity.visible(SegmentIndex.load_readable(self.folder))
+            with log_errors_as_typed():
+                return self.integrity.visible(SegmentIndex.load_readable(self.folder))
         # Kept beside the manifest that was read: a slow thread can't give a new set the index of an old one.
         files.index = index
         before, self._last_index = self._last_index, index

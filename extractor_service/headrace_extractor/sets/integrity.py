@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace_log import repair
-from headrace_log.errors import DigestMismatch, LockHeld
+from headrace_log.errors import DigestMismatch, LockHeld, LogError
 from headrace_log.index import SegmentIndex, SegmentRecord, dropped_rows
 from headrace_log.layout import ColumnSpec, segment_path
 from headrace_log.manifest import Manifest
@@ -37,7 +37,8 @@ class Integrity:
         # By column, a word for each segment: its file and its record when they were compared, 0 if they never were. A
         # set of a terabyte has hundreds of thousands of files.
         self._compared: dict[str, array[int]] = {}
-        self._damaged: set[tuple[int, str]] = set()
+        # By segment and column, the stamp of the damaged file, None without one: another file in its place is none.
+        self._damaged: dict[tuple[int, str], Stamp | None] = {}
         self._n_trusted: int | None = None  # Segments of an index that is cut there; None: all of them.
         self._unreadable = False
         self._lock = threading.Lock()
@@ -55,15 +56,18 @@ class Integrity:
             old = before.records[record.segment].digests if record.segment < len(before.records) else {}
             for column in manifest.columns:
                 if column.name in record.digests and column.name not in old:
-                    try:
-                        self._note(column, record, stamp_of(segment_path(self._folder, column, record.segment)))
-                    except OSError:  # Dropped meanwhile, or gone: whoever reads it next finds out.
+                    stamp = self._stamp(column, record.segment)
+                    if stamp is None:  # Dropped meanwhile, or gone: whoever reads it next finds out.
                         continue
+                    self._note(column, record, stamp)
+                    with self._lock:  # A look at an older record may have missed the file before it was sealed.
+                        self._damaged.pop((record.segment, column.name), None)
 
     def check(self, manifest: Manifest, record: SegmentRecord, columns: Sequence[ColumnSpec]) -> None:
         """Compares files of a segment with their digests. Raises DigestMismatch after it has noted what is damaged."""
         first: DigestMismatch | None = None
         for column in columns:
+            stamp = self._stamp(column, record.segment)
             try:
                 self._note(column, record, check_sealed(self._folder, column, record))
             except DigestMismatch as exc:
@@ -71,7 +75,7 @@ class Integrity:
                     return  # A WINDOW set has dropped the segment meanwhile.
                 logger.error("%s", exc)  # noqa: TRY400 -- no bug: the message says it all
                 first = first or exc
-                self._note_damage(manifest, record, column)
+                self._note_damage(manifest, record, column, stamp)
         if first:
             self.try_to_mend()
             raise first
@@ -89,20 +93,20 @@ class Integrity:
                 n_bytes = record.n_rows * column.row_bytes
                 if self._looks_whole(record, column, by_size=bytes_left < n_bytes):
                     continue
+                stamp = self._stamp(column, record.segment)
                 try:
                     self._note(column, record, check_sealed(self._folder, column, record))
                 except DigestMismatch as exc:
                     if dropped_rows(self._folder) < record.end_row:
                         logger.warning("%s", exc)
-                        self._note_damage(manifest, record, column)
+                        self._note_damage(manifest, record, column, stamp)
                 bytes_left -= n_bytes
         self.try_to_mend()
 
     def _looks_whole(self, record: SegmentRecord, column: ColumnSpec, *, by_size: bool) -> bool:
         """True if a file is known to be whole; `by_size`: or has its size, and the rest is left to its first reader."""
-        try:
-            stamp = stamp_of(segment_path(self._folder, column, record.segment))
-        except OSError:
+        stamp = self._stamp(column, record.segment)
+        if stamp is None:
             return False
         if self._known(column.name, record.segment) == _word(stamp, record, column):
             return True
@@ -111,7 +115,17 @@ class Integrity:
     @property
     def is_damaged(self) -> bool:
         """True while damage was noted and not yet taken out of the set."""
-        return bool(self._damaged) or self._unreadable or self._n_trusted is not None
+        return bool(self._damaged) or self.is_index_damaged
+
+    @property
+    def is_index_damaged(self) -> bool:
+        """True while damage of the index itself was noted and not yet taken out of the set."""
+        return self._unreadable or self._n_trusted is not None
+
+    def damaged(self) -> Sequence[tuple[int, str]]:
+        """The segments, by number and column, that were found damaged and are not yet taken out of the set."""
+        with self._lock:
+            return sorted(self._damaged)
 
     def note_unreadable_index(self) -> None:
         """Notes that the index has a line that can't be read."""
@@ -121,26 +135,40 @@ class Integrity:
         """The index without the damage that was noted and not yet taken out of the set."""
         with self._lock:
             visible = index if self._n_trusted is None else index.cut(self._n_trusted)
-            return visible.without(self._damaged)
+            return visible.without(self._damaged.keys())
 
     def mend(self) -> None:
         """Takes the damage out of the set; its rows are then missing. Raises LockHeld while the set is written."""
         with self._lock:
             if not self.is_damaged:
                 return
-            repair.set_aside(self._folder, self._damaged, n_segments=self._n_trusted)
+            manifest = Manifest.load(self._folder)
+            for (segment, name), stamp in list(self._damaged.items()):
+                if self._stamp(manifest.column(name), segment) != stamp:  # Computed anew since.
+                    del self._damaged[segment, name]
+            if not self.is_damaged:
+                return
+            repair.set_aside(self._folder, self._damaged.keys(), n_segments=self._n_trusted)
             logger.warning("damaged segments of %s were set aside; the next extraction computes them", self._folder)
             for segment, name in self._damaged:
                 self._compared[name][segment : segment + 1] = array("Q", [0])
-            self._damaged, self._n_trusted, self._unreadable = set(), None, False
+            self._damaged, self._n_trusted, self._unreadable = {}, None, False
             self.n_mended += 1
 
     def try_to_mend(self) -> None:
-        """As `mend`; while the set is written, the damage is only noted."""
+        """As `mend`; while the set is written, or can't be written, the damage is only noted."""
         try:
             self.mend()
         except LockHeld as exc:
             logger.info("damage in %s stays until its writer ends: %s", self._folder, exc)
+        except (LogError, OSError) as exc:  # A full or read-only disk, or one without locks.
+            logger.warning("damage in %s is left out, and can't be taken out of the set: %s", self._folder, exc)
+
+    def _stamp(self, column: ColumnSpec, segment: int) -> Stamp | None:
+        try:
+            return stamp_of(segment_path(self._folder, column, segment))
+        except OSError:
+            return None
 
     def _known(self, column: str, segment: int) -> int:
         words = self._compared.get(column)
@@ -153,15 +181,18 @@ class Integrity:
                 words.extend([0] * (record.segment + 1 - len(words)))
             words[record.segment] = _word(stamp, record, column)
 
-    def _note_damage(self, manifest: Manifest, record: SegmentRecord, column: ColumnSpec) -> None:
-        """A record that all files of its segment contradict is at fault itself: the index is cut there."""
+    def _note_damage(self, manifest: Manifest, record: SegmentRecord, column: ColumnSpec, stamp: Stamp | None) -> None:
+        """Notes that a file is damaged that had this stamp before it was compared.
+
+        A record that all files of its segment contradict is at fault itself: the index is cut there.
+        """
         misrecorded = repair.is_misrecorded(self._folder, manifest, record)
         with self._lock:
             self._compared.setdefault(column.name, array("Q"))
             if misrecorded:
                 self._n_trusted = min(each for each in (record.segment, self._n_trusted) if each is not None)
             else:
-                self._damaged.add((record.segment, column.name))
+                self._damaged[record.segment, column.name] = stamp
 
 
 def _first_new(before: SegmentIndex, index: SegmentIndex) -> int:

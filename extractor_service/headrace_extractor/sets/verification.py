@@ -10,7 +10,7 @@ from headrace_extractor.errors import DigestMismatch
 from headrace_extractor.sets.activation_set import ActivationSet
 from headrace_log.index import FILE_NAME as INDEX_NAME
 from headrace_log.index import SegmentRecord
-from headrace_log.layout import ColumnSpec
+from headrace_log.layout import ColumnSpec, segment_path
 
 TELL_EVERY_S = 0.5
 # A message stays below gRPC's limit, and nobody reads more lines.
@@ -77,12 +77,21 @@ class Verification:
 
     def _files(self) -> Iterator[tuple[SegmentRecord, ColumnSpec]]:
         """Counts the files; returns them, to be shared by the workers."""
-        n_mended, manifest = self._of.integrity.n_mended, self._of.manifest()
+        integrity, manifest = self._of.integrity, self._of.manifest()
+        n_mended = integrity.n_mended
         index, kept = self._of.index(), self._of.first_kept_row()
-        if self._of.integrity.n_mended > n_mended or self._of.integrity.is_damaged:
+        if integrity.n_mended > n_mended or integrity.is_index_damaged:
             n_rows = index.records[-1].end_row if index.records else 0
             message = f"A line of {INDEX_NAME} is no record; the rows behind it are computed by the next extraction."
             self._note(Damage(file=INDEX_NAME, column="", first_row=n_rows, end_row=0, message=message))
+        for segment, name in integrity.damaged():  # Found while the set was written; the index leaves them out.
+            if index.n_before(kept) <= segment < len(index.records):
+                path, rows = segment_path(self._of.folder, manifest.column(name), segment), index.records[segment]
+                message = f"{path} was found damaged; the next extraction computes its rows anew."
+                damage = Damage(
+                    file=str(path), column=name, first_row=rows.first_row, end_row=rows.end_row, message=message
+                )
+                self._note(damage)
         files = [
             (record, column)
             for record in index.records[index.n_before(kept) :]
