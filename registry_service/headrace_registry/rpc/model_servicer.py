@@ -149,8 +149,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         model_id = _model_id(request.model_id)
         token = checked_text(request.hub_token, field="hub_token", max_length=1024)
         self._preparer.sources.offer_token(model_id, token)
-        await self._freshness.look(await self._models.get(model_id), verify=request.verify)
-        remembered = _request(request.request_id, "PrepareModel", model_id)
+        remembered = _request(request.request_id, "PrepareModel", model_id, *filter(None, [request.verify]))
+        # A repeated call does not take back what the first call prepared.
+        if await self._models.answered(remembered) is None:
+            await self._freshness.look(await self._models.get(model_id), verify=request.verify)
         model = await self._preparations.start(
             model_id, worker=self._preparer.worker, request=remembered, token_offered=bool(token)
         )

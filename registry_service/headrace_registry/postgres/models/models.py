@@ -127,6 +127,15 @@ class ModelStore:
         self._wakeups.wake()
         return model
 
+    async def answered(self, request: Request) -> Model | None:
+        """Returns the model of an earlier call with this request_id, as it is now. Raises FieldInvalid as `recall`."""
+
+        async def work(conn: Connection) -> Model | None:
+            model_id = await recall(conn, request)
+            return await read_model(conn, model_id) if model_id is not None else None
+
+        return await self._database.run(work)
+
     async def registered(self, new: NewModel) -> Model | None:
         """Returns the registered model with the same identity, if there is one. Raises AlreadyExists."""
         return await self._database.run(lambda conn: _existing(conn, new))
