@@ -82,7 +82,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
             raise FieldInvalid("fit_bytes", "must not be negative; 0 means no limit")
         if request.fit_bytes:
             await check_folder(new.source, self._preparer.confinement)
-            new = await self._estimates.fitted(await with_commit(new, self._commits, token=token), request.fit_bytes)
+            new = await with_commit(new, self._commits, token=token)
+            new = await self._estimates.fitted(new, request.fit_bytes, token=token)
         # A model that is registered already keeps its commit, without a question to the hub.
         known = await self._models.registered(new)
         if known is not None:
