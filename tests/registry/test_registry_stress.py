@@ -342,6 +342,7 @@ async def test_bytes_of_a_cancelled_validation_count_until_its_node_has_freed_th
 
     assert while_held.state == STATES.RESIDENCY_STATE_QUEUED
     assert (delete_a.reason, delete_a.metadata["places"]) == ("MODEL_IN_USE", "node-a/cpu (validation)")
+    assert delete_a.message.endswith("; end its validation, or wait until the node has freed the memory")
     assert lease.residency_id == loaded.residency.id
 
 
