@@ -75,6 +75,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Registers a model; no files move yet."""
         arguments = (request.model.SerializeToString(deterministic=True).hex(), *filter(None, [request.fit_bytes]))
         remembered = _request(request.request_id, "RegisterModel", *arguments)
+        # Before anything that may have changed since the first call, such as the folder or the living nodes.
+        answered = await self._models.answered(remembered)
+        if answered is not None:
+            return pb.RegisterModelResponse(model=model_to_pb(answered))
         new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
         self._allowances.check(new.source, new.load_options)
         token = checked_text(request.hub_token, field="hub_token", max_length=1024)
