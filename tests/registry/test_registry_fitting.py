@@ -64,6 +64,15 @@ async def test_a_private_repo_is_fitted_with_the_token_of_the_call(hub, database
     assert model.quantization == model_pb2.QUANTIZATION_NONE
 
 
+async def test_a_gguf_file_is_fitted_to_no_limit(registry, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(tmp_path / "m.gguf")))
+    request = pb.RegisterModelRequest(model=model_pb2.Model(source=source), fit_bytes=4 * GIB)
+    refusal = await refused(registry.stubs.models.RegisterModel(request, timeout=20))
+
+    assert (refusal.reason, refusal.fields) == ("FIELD_INVALID", ("fit_bytes",))
+
+
 async def test_registration_takes_the_form_that_fits_the_living_devices(registry, tmp_path, start_node):
     await start_node(devices=[cpu(4 * GIB)])
     await asyncio.to_thread(write_model, tmp_path / "tiny")

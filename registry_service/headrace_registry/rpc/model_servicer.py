@@ -16,7 +16,7 @@ from headrace_registry.errors import FieldInvalid, StateConflict
 from headrace_registry.inputs import checked_id, checked_labels, checked_request_id, checked_text
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.filters import parse_filter
-from headrace_registry.models.models import ModelEvent
+from headrace_registry.models.models import ModelEvent, SourceKind
 from headrace_registry.models.registration import Commits, check_folder, with_commit
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.models.validations import watch_attempt
@@ -84,6 +84,8 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         token = checked_text(request.hub_token, field="hub_token", max_length=1024)
         if request.fit_bytes < 0:
             raise FieldInvalid("fit_bytes", "must not be negative; 0 means no limit")
+        if request.fit_bytes and new.source.kind is SourceKind.GGUF:
+            raise FieldInvalid("fit_bytes", "a GGUF file shows its tensors only once it is converted; choose its form")
         if request.fit_bytes:
             await check_folder(new.source, self._preparer.confinement)
             new = await with_commit(new, self._commits, token=token)
