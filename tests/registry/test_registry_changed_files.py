@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ async def test_files_that_are_as_they_were_are_not_prepared_again(registry, tmp_
     after = await prepare(registry.stubs, "m")
 
     assert (after.state, after.etag) == (READY, before.etag)
+
+
+async def test_a_repeated_preparation_keeps_what_the_first_call_prepared(registry, tmp_path):
+    await ready_model(registry.stubs, tmp_path, "m")
+    request_id = str(uuid.uuid4())
+    await prepare(registry.stubs, "m", verify=True, request_id=request_id)
+    before = await until_state(registry.stubs, "m", READY)
+    again = await prepare(registry.stubs, "m", verify=True, request_id=request_id)
+
+    assert (again.state, again.etag) == (READY, before.etag)
+    assert (await refused(prepare(registry.stubs, "m", request_id=request_id))).fields == ("request_id",)
 
 
 async def test_a_touched_folder_keeps_its_commit(registry, tmp_path):

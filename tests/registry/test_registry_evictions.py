@@ -58,6 +58,17 @@ def test_the_device_is_taken_where_the_fewest_bytes_leave_and_gpus_come_first():
     assert decide_eviction([large, small, gpu], 101) is None
 
 
+def test_a_device_that_lacks_lost_bytes_comes_behind_one_that_can_be_freed():
+    lost, idle = (
+        replace(each, id=name)
+        for name, each in (("a-lost", node(lost=80)), ("b-idle", node(occupant("idle", 80, idle_s=900))))
+    )
+    found = decide_eviction([lost, idle], 50)
+
+    assert (found.node_id, [o.residency_id for o in found.victims], found.is_enough) == ("b-idle", ["idle"], True)
+    assert not decide_eviction([lost], 50).is_enough
+
+
 async def evict(stubs, free_bytes, **fields):
     request = pb.EvictModelsRequest(free_bytes=free_bytes, **fields)
     return await stubs.residencies.EvictModels(request, timeout=20)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fix_postgres import refused
+from fix_postgres import refused, running_registry
 from fix_registry import GIB, cpu, write_model
 from headrace.registry.v1 import model_pb2
 from headrace.registry.v1 import model_service_pb2 as pb
@@ -49,6 +49,28 @@ def test_a_wish_is_the_most_exact_that_is_taken():
 def test_a_model_that_fits_in_no_form_is_refused_with_its_sizes():
     with pytest.raises(ModelTooLarge, match=f"{BYTES[Quantization.INT4]} bytes as int4"):
         chosen(BYTES[Quantization.INT4] - 1)
+
+
+async def test_a_private_repo_is_fitted_with_the_token_of_the_call(hub, database_url, tmp_path):
+    hub.token = "hf_0123456789secret"
+    source = model_pb2.ModelSource(hub=model_pb2.HubSource(repo_id="owner/tiny"))
+    request = pb.RegisterModelRequest(model=model_pb2.Model(source=source), fit_bytes=64 * GIB)
+    async with running_registry(database_url, tmp_path / "data", environment=hub.environment) as registry:
+        without = await refused(registry.stubs.models.RegisterModel(request, timeout=40))
+        request.hub_token = hub.token
+        model = (await registry.stubs.models.RegisterModel(request, timeout=40)).model
+
+    assert without.reason == "HUB_GATED"
+    assert model.quantization == model_pb2.QUANTIZATION_NONE
+
+
+async def test_a_gguf_file_is_fitted_to_no_limit(registry, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(tmp_path / "m.gguf")))
+    request = pb.RegisterModelRequest(model=model_pb2.Model(source=source), fit_bytes=4 * GIB)
+    refusal = await refused(registry.stubs.models.RegisterModel(request, timeout=20))
+
+    assert (refusal.reason, refusal.fields) == ("FIELD_INVALID", ("fit_bytes",))
 
 
 async def test_registration_takes_the_form_that_fits_the_living_devices(registry, tmp_path, start_node):

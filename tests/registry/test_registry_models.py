@@ -73,6 +73,17 @@ async def test_a_request_id_repeats_the_answer_and_refuses_other_arguments(regis
     assert (refusal.reason, refusal.fields) == ("FIELD_INVALID", ("request_id",))
 
 
+async def test_a_repeated_registration_answers_as_the_first_whatever_became_of_its_folder(registry, tmp_path):
+    await asyncio.to_thread(write_model, tmp_path / "m")
+    source = model_pb2.ModelSource(folder=model_pb2.FolderSource(path=str(tmp_path / "m")))
+    request_id = new_request_id()
+    first = await register(registry.stubs, model_pb2.Model(source=source), request_id)
+    (tmp_path / "m").rename(tmp_path / "gone")
+    again = await register(registry.stubs, model_pb2.Model(source=source), request_id)
+
+    assert (again.id, again.etag) == (first.id, first.etag)
+
+
 async def test_concurrent_registrations_of_one_model_make_one(registry):
     models = await asyncio.gather(*(register(registry.stubs, hub_model()) for _ in range(8)))
 

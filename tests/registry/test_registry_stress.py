@@ -38,6 +38,7 @@ from headrace_registry.postgres.requests import Request
 from headrace_registry.postgres.server.embedded import EmbeddedPostgres
 from headrace_registry.postgres.server.pool import Database
 from headrace_registry.wakeups import Wakeups
+from headrace_registry.workers import preparation
 
 READY = model_pb2.MODEL_STATE_READY
 
@@ -258,6 +259,35 @@ async def test_a_build_that_was_ended_from_outside_is_made_again(registry, start
     assert len(attempts) == 3
 
 
+async def test_a_build_that_is_ended_from_outside_again_and_again_fails(registry, start_node, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_INTERRUPTED_PAUSE_S", 0.01)
+    node = await start_node()
+
+    async def build(message):
+        failure = model_pb2.Failure(reason="RUNNER_LOST", message="ended by signal 9", interrupted=True)
+        request = node_service_pb2.ReportBuildRequest(
+            node_id=node.id,
+            epoch=node.epoch,
+            model_id=message.model.id,
+            target_path=message.target_path,
+            failure=failure,
+        )
+        await node.stubs.nodes.ReportBuild(request, timeout=20)
+        node._tasks.pop(f"build {message.target_path}", None)
+
+    node._build = build
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(100))
+    source = model_pb2.ModelSource(gguf=model_pb2.GgufSource(path=str(gguf)))
+    model = model_pb2.Model(id="m", source=source)
+    await registry.stubs.models.RegisterModel(pb.RegisterModelRequest(model=model), timeout=20)
+    await registry.stubs.models.PrepareModel(pb.PrepareModelRequest(model_id="m"), timeout=20)
+    failed = await until_state(registry.stubs, "m", model_pb2.MODEL_STATE_FAILED)
+
+    assert failed.failure.reason == "RUNNER_LOST"
+    assert "ended from outside 6 times" in failed.failure.message
+
+
 async def test_space_is_reserved_though_the_walk_of_the_store_takes_longer_than_a_transaction(
     database_url, tmp_path, monkeypatch
 ):
@@ -342,6 +372,7 @@ async def test_bytes_of_a_cancelled_validation_count_until_its_node_has_freed_th
 
     assert while_held.state == STATES.RESIDENCY_STATE_QUEUED
     assert (delete_a.reason, delete_a.metadata["places"]) == ("MODEL_IN_USE", "node-a/cpu (validation)")
+    assert delete_a.message.endswith("; end its validation, or wait until the node has freed the memory")
     assert lease.residency_id == loaded.residency.id
 
 

@@ -340,6 +340,18 @@ def test_a_load_that_no_call_waits_for_begins_again_too_when_it_is_ended_from_ou
     assert world.latest("b")["state"] == S.RESIDENT
 
 
+def test_a_load_that_had_to_wait_for_nothing_begins_again_too(world):
+    one_device(world)
+    begun = world.load("a")
+    world.fails(world.assignments("n")[0], "RUNNER_LOST", interrupted=True)
+    world.tick()
+    world.obey()
+
+    assert begun.state is S.LOADING
+    assert world.latest("a")["state"] == S.RESIDENT
+    assert world.sync.execute("SELECT 1 FROM waiters").fetchone() is None
+
+
 def test_a_call_whose_loads_are_ended_from_outside_again_and_again_is_told_so(world):
     one_device(world)
     call = world.ask("a")

@@ -37,9 +37,9 @@ class HubHeaders:
         self._deadline_s = deadline_s
         self._free = asyncio.Semaphore(_AT_ONCE)
 
-    async def profile(self, repo_id: str, revision: str) -> Profile:
+    async def profile(self, repo_id: str, revision: str, *, token: str = "") -> Profile:
         """Returns the profile of a revision. Raises the hub's errors, and HubUnavailable at the deadline."""
-        job = Job(repo_id=repo_id, revision=revision)
+        job = Job(repo_id=repo_id, revision=revision, token=token)
         try:
             async with asyncio.timeout(self._deadline_s), self._free:
                 answer = json.loads(await self._ask(job))

@@ -17,13 +17,15 @@ _KIND_RANK = {DeviceKind.CUDA: 0, DeviceKind.MPS: 1, DeviceKind.CPU: 2}
 class Eviction:
     """One device, and the models that leave it; `free_bytes` are free there once they have left.
 
-    `in_the_way` keeps the bytes that are still missing: leased, pinned or loading models.
+    `in_the_way` are the leased, pinned or loading models there, if bytes are still missing. Lost bytes and those of
+    validations may be missing without any.
     """
 
     node_id: str
     device: DeviceView
     victims: tuple[Occupant, ...]
     free_bytes: int
+    is_enough: bool
     in_the_way: tuple[Occupant, ...] = ()
 
 
@@ -54,13 +56,18 @@ def _of(node: NodeView, device: DeviceView, wanted_bytes: int) -> Eviction:
     missing = wanted_bytes - free_bytes
     victims = choose_victims(idle, missing) if missing > 0 else ()
     freed = sum(o.reserved_bytes for o in victims)
-    in_the_way = tuple(o for o in staying if o not in idle) if missing > freed else ()
+    is_enough = freed >= missing
     return Eviction(
-        node_id=node.id, device=device, victims=victims, free_bytes=free_bytes + freed, in_the_way=in_the_way
+        node_id=node.id,
+        device=device,
+        victims=victims,
+        free_bytes=free_bytes + freed,
+        is_enough=is_enough,
+        in_the_way=() if is_enough else tuple(o for o in staying if o not in idle),
     )
 
 
 def _rank(eviction: Eviction) -> tuple[bool, int, int, str, str]:
     """Devices with enough bytes come first, those that give up least before others; ids only for a stable order."""
     given_up = sum(o.reserved_bytes for o in eviction.victims)
-    return bool(eviction.in_the_way), given_up, -eviction.free_bytes, eviction.node_id, eviction.device.id
+    return not eviction.is_enough, given_up, -eviction.free_bytes, eviction.node_id, eviction.device.id

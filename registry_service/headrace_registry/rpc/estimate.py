@@ -42,7 +42,7 @@ class MemoryEstimates:
             estimates=[line_to_pb(line) for line in lines], recommended=recommended(lines, profile.stored_dtype)
         )
 
-    async def fitted(self, new: NewModel, fit_bytes: int) -> NewModel:
+    async def fitted(self, new: NewModel, fit_bytes: int, *, token: str = "") -> NewModel:
         """Returns the registration with the most exact quantization that fits. Raises ModelTooLarge.
 
         The bytes are those on the best kind of device that lives, and on a GPU while no node does.
@@ -54,7 +54,7 @@ class MemoryEstimates:
         kind = next(
             (kind for kind in (DeviceKind.CUDA, DeviceKind.MPS, DeviceKind.CPU) if kind in kinds), DeviceKind.CUDA
         )
-        profile = await self._profiles.of(model)
+        profile = await self._profiles.of(model, token=token)
         chosen = fitting_quantization(profile, new.load_options, fit_bytes, kind, wanted=new.quantization)
         return replace(new, quantization=chosen)
 

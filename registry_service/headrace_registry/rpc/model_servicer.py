@@ -16,7 +16,7 @@ from headrace_registry.errors import FieldInvalid, StateConflict
 from headrace_registry.inputs import checked_id, checked_labels, checked_request_id, checked_text
 from headrace_registry.models.allowances import Allowances
 from headrace_registry.models.filters import parse_filter
-from headrace_registry.models.models import ModelEvent
+from headrace_registry.models.models import ModelEvent, SourceKind
 from headrace_registry.models.registration import Commits, check_folder, with_commit
 from headrace_registry.models.roots import ModelRoots
 from headrace_registry.models.validations import watch_attempt
@@ -75,14 +75,21 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         """Registers a model; no files move yet."""
         arguments = (request.model.SerializeToString(deterministic=True).hex(), *filter(None, [request.fit_bytes]))
         remembered = _request(request.request_id, "RegisterModel", *arguments)
+        # Before anything that may have changed since the first call, such as the folder or the living nodes.
+        answered = await self._models.answered(remembered)
+        if answered is not None:
+            return pb.RegisterModelResponse(model=model_to_pb(answered))
         new = await asyncio.to_thread(new_model_from_pb, request.model, self._roots)
         self._allowances.check(new.source, new.load_options)
         token = checked_text(request.hub_token, field="hub_token", max_length=1024)
         if request.fit_bytes < 0:
             raise FieldInvalid("fit_bytes", "must not be negative; 0 means no limit")
+        if request.fit_bytes and new.source.kind is SourceKind.GGUF:
+            raise FieldInvalid("fit_bytes", "a GGUF file shows its tensors only once it is converted; choose its form")
         if request.fit_bytes:
             await check_folder(new.source, self._preparer.confinement)
-            new = await self._estimates.fitted(await with_commit(new, self._commits, token=token), request.fit_bytes)
+            new = await with_commit(new, self._commits, token=token)
+            new = await self._estimates.fitted(new, request.fit_bytes, token=token)
         # A model that is registered already keeps its commit, without a question to the hub.
         known = await self._models.registered(new)
         if known is not None:
@@ -149,8 +156,10 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         model_id = _model_id(request.model_id)
         token = checked_text(request.hub_token, field="hub_token", max_length=1024)
         self._preparer.sources.offer_token(model_id, token)
-        await self._freshness.look(await self._models.get(model_id), verify=request.verify)
-        remembered = _request(request.request_id, "PrepareModel", model_id)
+        remembered = _request(request.request_id, "PrepareModel", model_id, *filter(None, [request.verify]))
+        # A repeated call does not take back what the first call prepared.
+        if await self._models.answered(remembered) is None:
+            await self._freshness.look(await self._models.get(model_id), verify=request.verify)
         model = await self._preparations.start(
             model_id, worker=self._preparer.worker, request=remembered, token_offered=bool(token)
         )

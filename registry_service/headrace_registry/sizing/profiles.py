@@ -26,7 +26,7 @@ _FRESH_S = 3600.0
 class HeaderSource(Protocol):
     """Reads headers of hub repos."""
 
-    async def profile(self, repo_id: str, revision: str) -> Profile:
+    async def profile(self, repo_id: str, revision: str, *, token: str = "") -> Profile:
         """Returns the profile of a revision. Raises the hub's errors, HubUnavailable at a deadline."""
         ...
 
@@ -43,7 +43,7 @@ class Profiles:
         self._catalog = catalog
         self._kept: dict[tuple[str, ...], tuple[float, Profile]] = {}
 
-    async def of(self, model: Model) -> Profile:
+    async def of(self, model: Model, *, token: str = "") -> Profile:
         """Returns a model's profile. Raises ModelNotReady for an unconverted GGUF file, and errors of hub and files."""
         # A branch may move; a commit and a folder of the store never change.
         key = (model.source.location, model.commit_sha or model.source.revision, model.files_path)
@@ -52,14 +52,14 @@ class Profiles:
         if kept is not None and (model.commit_sha or now < kept[0] + _FRESH_S):
             profile = kept[1]
         else:
-            profile = await self._read(model)
+            profile = await self._read(model, token)
             self._kept[key] = (now, profile)
             while len(self._kept) > _MAX_KEPT:
                 self._kept.pop(next(iter(self._kept)))
         # Not part of the key: the load options of a model may change while its files stay.
         return replace(profile, eager=model.load_options.get("attn_implementation") == "eager")
 
-    async def _read(self, model: Model) -> Profile:
+    async def _read(self, model: Model, token: str) -> Profile:
         source = model.source
         if model.state is ModelState.READY:
             return await self._from_files(model, model.files_path)
@@ -71,7 +71,8 @@ class Profiles:
                 resource=("model", model.id),
             )
         try:
-            return await self._hub.profile(source.location, model.commit_sha or source.revision or "main")
+            revision = model.commit_sha or source.revision or "main"
+            return await self._hub.profile(source.location, revision, token=token)
         except (HubGated, HubUnavailable):
             # The catalog has the numbers of curated models, also offline and for gated repos.
             entry = self._catalog.of_repo(source.location)

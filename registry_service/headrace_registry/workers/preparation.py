@@ -61,6 +61,10 @@ _MAX_CLAIMED = 144
 _MAX_MESSAGE_CHARACTERS = 2000
 # After so long without a report, a node has forgotten its build, and the build is assigned again.
 _BUILD_SILENT_S = 600.0
+# Whatever ends a build so often, such as a guard of the machine's memory, goes on doing so.
+_MAX_INTERRUPTED = 5
+# Before a build that was ended from outside is assigned again: its node may be about to stop.
+_INTERRUPTED_PAUSE_S = 1.0
 # The largest vocabularies with their merges.
 _TOKENIZER_BYTES = 50_000_000
 
@@ -253,9 +257,10 @@ class Preparer:
         """Has a node make the files in `target`; returns the finished build.
 
         Waits until a node is alive, and assigns the build to another node when its node is lost; meanwhile it takes no
-        place of a preparation at work. Raises BuildFailed.
+        place of a preparation at work. Raises BuildFailed, also for a build that is ended from outside again and again.
         """
         self._parked.add(model.id)
+        node_id, n_interrupted = "", 0
         try:
             while True:
                 seen = self._wakeups.generation
@@ -264,8 +269,13 @@ class Preparer:
                     return build
                 if build.failure is not None and build.target_path == str(target):
                     raise BuildFailed(build.failure)
+                if node_id and not build.node_id and build.target_path == str(target):
+                    n_interrupted += 1
+                    if n_interrupted > _MAX_INTERRUPTED:
+                        raise BuildFailed(_interrupted(node_id, n_interrupted))
+                    await asyncio.sleep(_INTERRUPTED_PAUSE_S)
                 if not build.node_alive or build.target_path != str(target) or build.silent_s > _BUILD_SILENT_S:
-                    await self._store.assign_build(
+                    node_id = await self._store.assign_build(
                         model.id, self.worker, kind=kind, target_path=str(target), source_path=str(source or "")
                     )
                 await self._wakeups.wait(seen)
@@ -283,3 +293,11 @@ class Preparer:
             )
 
         return await self.sources.read(model, "reading the files", inspect)
+
+
+def _interrupted(node_id: str, n_times: int) -> Failure:
+    message = (
+        f"the build was ended from outside {n_times} times, the last time on node {node_id}, as by a guard of its "
+        "memory; look at the log of its system, then prepare again"
+    )
+    return Failure(reason="RUNNER_LOST", message=message)

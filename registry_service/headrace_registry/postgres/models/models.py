@@ -127,6 +127,15 @@ class ModelStore:
         self._wakeups.wake()
         return model
 
+    async def answered(self, request: Request) -> Model | None:
+        """Returns the model of an earlier call with this request_id, as it is now. Raises FieldInvalid as `recall`."""
+
+        async def work(conn: Connection) -> Model | None:
+            model_id = await recall(conn, request)
+            return await read_model(conn, model_id) if model_id is not None else None
+
+        return await self._database.run(work)
+
     async def registered(self, new: NewModel) -> Model | None:
         """Returns the registered model with the same identity, if there is one. Raises AlreadyExists."""
         return await self._database.run(lambda conn: _existing(conn, new))
@@ -223,9 +232,11 @@ class ModelStore:
             if force and holding:
                 return holding
             if holding:
-                await _refuse_use(conn, model_id, "delete", ", ".join(holding))
+                end = "end its validation, or wait until the node has freed the memory"
+                remedy = "; ".join([*(["UnloadModel first"] if devices else []), *([end] if trials else [])])
+                await _refuse_use(conn, model_id, "delete", ", ".join(holding), remedy)
             if not force and await pin_owners(conn, model_id, ""):
-                await _refuse_use(conn, model_id, "delete", "")
+                await _refuse_use(conn, model_id, "delete", "", "UnpinModel first")
             await conn.execute(FOLDERS_LOCK_OF_MODEL, {"id": model_id})
             await conn.execute(FOLDERS_DOOM_OF_MODEL, {"id": model_id})
             await conn.execute(MODEL_DELETE, {"id": model_id})
@@ -301,13 +312,12 @@ async def change_model(conn: Connection, model_id: str, message: str, columns: M
 async def check_unused(conn: Connection, model_id: str, verb: str) -> None:
     """Raises ModelInUse while the model is on a device or on its way there."""
     if devices := await _active_devices(conn, model_id):
-        await _refuse_use(conn, model_id, verb, ", ".join(devices))
+        await _refuse_use(conn, model_id, verb, ", ".join(devices), "UnloadModel first")
 
 
-async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str) -> None:
+async def _refuse_use(conn: Connection, model_id: str, verb: str, places: str, remedy: str) -> None:
     use = await use_of(conn, model_id, "")
     why = ", ".join(part for part in (f"on {places}" if places else "", use.words) if part)
-    remedy = "UnloadModel first" if places else "UnpinModel first"
     raise ModelInUse(
         f"can't {verb} {model_id!r}: it is {why}; {remedy}",
         metadata={**use.metadata, "places": places},

@@ -37,8 +37,8 @@ async def order_eviction(
         largest = max(device.capacity_bytes for node in nodes.values() for device in node.view.devices)
         raise FieldInvalid("free_bytes", f"{wanted_bytes} are more than any device has; the largest has {largest}")
     place = f"{decided.node_id}/{decided.device.id}"
-    if decided.free_bytes < wanted_bytes:
-        held = holders_of(decided.in_the_way) or ("memory that unloads did not give back",)
+    if not decided.is_enough:
+        held = holders_of(decided.in_the_way) or ("a validation, or memory that unloads did not give back",)
         raise CapacityBusy(
             f"{place} can't have {wanted_bytes} bytes free, in the way: {', '.join(held)}; unload something there by "
             "name, or wait",

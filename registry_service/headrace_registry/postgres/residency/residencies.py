@@ -119,7 +119,8 @@ class ResidencyStore:
                 if known is not None:
                     return residency_of(known)
             residency = (await place(conn, wish, self._policy, self._allowances)).residency
-            if residency.state is ResidencyState.QUEUED:
+            # A load at work has a standing waiter too: by it the load begins again if it is ended from outside.
+            if residency.state in (ResidencyState.QUEUED, ResidencyState.LOADING):
                 await wait_in_line(conn, Waiter.standing_for(residency.id, wish), residency.id, self._policy)
             if answered is None:
                 await remember(conn, request, residency.id)

@@ -72,12 +72,13 @@ class RegisterModelRequest(_message.Message):
     request_id: _builtins.str
     """UUID4; a repeated call answers with the first call's result. Empty: not idempotent."""
     hub_token: _builtins.str
-    """Token for private and gated repos, to resolve the revision; never stored, never logged. Empty: the registry's own
-    token, if it has one.
+    """Token for private and gated repos, to resolve the revision and, with `fit_bytes`, to read the headers; never stored,
+    never logged. Empty: the registry's own token, if it has one.
     """
     fit_bytes: _builtins.int
     """Bytes that the model may take with the usual workload; 0: no limit. `model.quantization` is then the most exact
-    form wanted, and the first of NONE, INT8, INT4 from there on that fits is registered. MODEL_TOO_LARGE if none does.
+    form wanted, and the first of NONE, INT8, INT4 from there on that fits is registered. MODEL_TOO_LARGE if none does;
+    FIELD_INVALID for a GGUF file, which shows its tensors only once it is converted.
     """
     @_builtins.property
     def model(self) -> _model_pb2.Model:

@@ -118,8 +118,9 @@ class ModelServiceServicer:
 
     def RegisterModel(self, request, context):
         """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-        registering the same model again answers with the existing one, which is REGISTERED again if its files changed
-        since it became READY.
+        registering the same model again answers with the existing one. If the dates or sizes of its files changed since it
+        became READY, it is unloaded and REGISTERED again, and MODEL_IN_USE while leased, or pinned and on a
+        device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,8 +157,8 @@ class ModelServiceServicer:
 
     def PrepareModel(self, request, context):
         """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
-        `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
-        WatchModel.
+        `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased, or pinned and on a device.
+        Watch it with WatchModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,8 +35,9 @@ class ModelServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     RegisterModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.RegisterModelRequest, _model_service_pb2.RegisterModelResponse]
     """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-    registering the same model again answers with the existing one, which is REGISTERED again if its files changed
-    since it became READY.
+    registering the same model again answers with the existing one. If the dates or sizes of its files changed since it
+    became READY, it is unloaded and REGISTERED again, and MODEL_IN_USE while leased, or pinned and on a
+    device.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """Reads one model. MODEL_NOT_FOUND."""
@@ -50,8 +51,8 @@ class ModelServiceStub:
     """
     PrepareModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]
     """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
-    `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
-    WatchModel.
+    `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased, or pinned and on a device.
+    Watch it with WatchModel.
     """
     CancelPreparation: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]
     """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
@@ -83,8 +84,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.RegisterModelRequest, _model_service_pb2.RegisterModelResponse]  # type: ignore[assignment]
     """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-    registering the same model again answers with the existing one, which is REGISTERED again if its files changed
-    since it became READY.
+    registering the same model again answers with the existing one. If the dates or sizes of its files changed since it
+    became READY, it is unloaded and REGISTERED again, and MODEL_IN_USE while leased, or pinned and on a
+    device.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Reads one model. MODEL_NOT_FOUND."""
@@ -98,8 +100,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     PrepareModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PrepareModelRequest, _model_service_pb2.PrepareModelResponse]  # type: ignore[assignment]
     """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
-    `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
-    WatchModel.
+    `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased, or pinned and on a device.
+    Watch it with WatchModel.
     """
     CancelPreparation: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CancelPreparationRequest, _model_service_pb2.CancelPreparationResponse]  # type: ignore[assignment]
     """Stops a preparation; the model goes back to REGISTERED. Fetched files are kept for the next try."""
@@ -134,8 +136,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.RegisterModelResponse, _abc.Awaitable[_model_service_pb2.RegisterModelResponse]]:
         """Registers a model; no files move. Idempotent by `request_id`. ALREADY_EXISTS if the id names a different model;
-        registering the same model again answers with the existing one, which is REGISTERED again if its files changed
-        since it became READY.
+        registering the same model again answers with the existing one. If the dates or sizes of its files changed since it
+        became READY, it is unloaded and REGISTERED again, and MODEL_IN_USE while leased, or pinned and on a
+        device.
         """
 
     @_abc_1.abstractmethod
@@ -179,8 +182,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.PrepareModelResponse, _abc.Awaitable[_model_service_pb2.PrepareModelResponse]]:
         """Starts fetching (and converting) the files; answers at once. A READY model stays READY unless its files changed or
-        `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased or pinned. Watch it with
-        WatchModel.
+        `verify` is set; then it is unloaded and prepared anew, and MODEL_IN_USE while leased, or pinned and on a device.
+        Watch it with WatchModel.
         """
 
     @_abc_1.abstractmethod
