@@ -7,6 +7,7 @@ has the same content.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -162,7 +163,8 @@ def changed_files(
             same = False
         if not same:
             changed.append(stamp.name)
-    new = [name for name in _LOOKED_FOR if name not in known and (folder / name).exists()]
+    # `Path.exists` raises in a folder that may not be entered.
+    new = [name for name in _LOOKED_FOR if name not in known and os.path.exists(folder / name)]  # noqa: PTH110
     return sorted([*changed, *(new if beside else ())])
 
 

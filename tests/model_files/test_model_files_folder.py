@@ -94,6 +94,11 @@ def test_a_new_file_that_a_load_looks_for_is_noticed(folder, stamps, name):
     assert changed_files(folder, stamps, beside=False) == []
 
 
+def test_all_files_of_a_folder_that_the_system_does_not_follow_count_as_changed(stamps, tmp_path):
+    # Stands for a folder that may not be entered, which root may.
+    assert changed_files(tmp_path / ("x" * 300), stamps) == sorted(stamp.name for stamp in stamps)
+
+
 def test_a_copy_or_a_touched_file_is_the_same_file(folder, stamps, tmp_path):
     os.utime(folder / SINGLE, (1, 1))
     copy = shutil.copytree(folder, tmp_path / "copy")
