@@ -370,6 +370,12 @@ async def test_a_hub_that_names_no_commit_is_no_hub(hub, tmp_path):
         await fetched(client_of(hub), job(tmp_path))
 
 
+async def test_an_answer_that_is_none_of_a_hub_is_not_told_as_a_hub_out_of_reach(hub, tmp_path):
+    hub.faults.append(Fault(on="/revision/main", status=200))
+    with pytest.raises(HubUnavailable, match=r"answer.*can't be read.*HF_ENDPOINT"):
+        await fetched(client_of(hub), job(tmp_path))
+
+
 async def test_an_unknown_revision_is_told_apart(hub, tmp_path):
     with pytest.raises(HubNotFound, match="nowhere"):
         await fetched(client_of(hub), job(tmp_path, revision="nowhere"))
