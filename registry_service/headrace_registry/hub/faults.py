@@ -115,6 +115,8 @@ def _refusal(exc: Exception, job: Job) -> tuple[str, str] | None:
     where, status = f"{job.repo_id}@{job.revision}", _status(exc)
     if isinstance(exc, WrongDigest | Unusable | NotPermitted):
         return exc.reason, str(exc)
+    if isinstance(exc, MemoryError):
+        return Unusable.reason, f"a list or JSON file of {where} takes too much memory to read; use another repo"
     closed = ""
     if isinstance(exc, GatedRepoError):
         closed = "is gated; ask for access on its page and pass a token"
