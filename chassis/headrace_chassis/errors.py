@@ -85,7 +85,7 @@ class Overloaded(ServiceError):
 
 
 class ParsersBusy(ServiceError):
-    """As many files are being read as the server allows, or the system gives no process to read one more."""
+    """As many files are being read as the server allows, or the system has no process or descriptor for one more."""
 
     def __init__(self) -> None:
         super().__init__("The server reads as many files as it can at once; try again later.", retry_after_s=2.0)

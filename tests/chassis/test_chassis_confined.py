@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,28 @@ async def test_calls_beyond_the_queue_are_told_to_come_again(own, monkeypatch):
         await own.call(functions.add, {"a": 1, "b": 1}, refuse=Refused)
     await asyncio.gather(*waiting)
     assert await own.call(functions.add, {"a": 1, "b": 1}, refuse=Refused) == 2
+
+
+@contextmanager
+def no_descriptor_left():
+    first_free = os.dup(0)
+    os.close(first_free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_calls_without_a_descriptor_left_are_told_to_come_again(own):
+    with no_descriptor_left(), pytest.raises(ParsersBusy):
+        own.run(functions.add, {"a": 1, "b": 1}, refuse=Refused)
+    zygote = own.run(functions.parent_pid, {}, refuse=Refused)
+    with no_descriptor_left(), pytest.raises(ParsersBusy):
+        own.run(functions.add, {"a": 1, "b": 1}, refuse=Refused)
+
+    assert own.run(functions.parent_pid, {}, refuse=Refused) == zygote
 
 
 SERVERS = {
