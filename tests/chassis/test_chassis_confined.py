@@ -210,6 +210,18 @@ def test_close_ends_what_is_under_way(own):
         own.run(functions.add, {"a": 1, "b": 1}, refuse=Refused)
 
 
+async def test_close_ends_calls_that_wait_for_their_turn_likewise(own):
+    turn = threading.Event()
+    own._threads.submit(turn.wait)
+    calls = [asyncio.create_task(own.call(functions.add, {"a": 1, "b": 1}, refuse=Refused)) for _ in range(3)]
+    await asyncio.sleep(0)
+    own.close()
+    turn.set()
+
+    ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5)
+    assert [type(end) for end in ends] == [ShuttingDown] * 3
+
+
 async def test_calls_beyond_the_queue_are_told_to_come_again(own, monkeypatch):
     monkeypatch.setattr("headrace_chassis.confined.pool._MAX_WAITING", 2)
     waiting = [asyncio.create_task(own.call(functions.sleep, {"seconds": 0.2}, refuse=Refused)) for _ in range(3)]

@@ -126,7 +126,7 @@ class Confined:
             talk.cut()
         if zygote is not None:
             zygote.end()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False)  # Queued calls still run, and find that this is closed.
 
     def _note_end(self, _: Future[Any]) -> None:
         with self._lock:
