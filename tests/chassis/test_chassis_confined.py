@@ -282,3 +282,27 @@ def test_a_runner_gets_all_but_the_secrets():
     secrets = {"DATABASE_URL", "PGPASSWORD", "HEADRACE_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "api_key"}
 
     assert set(SERVERS) - set(without_secrets(SERVERS)) == secrets
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MYSQL_PWD", "b"),
+        ("SQLALCHEMY_DATABASE_URI", "sqlite:///x"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a"),
+        ("GITHUB_PAT", "p"),
+        ("OPENAI_APIKEY", "k"),
+        ("REDIS_URL", "redis://:b@c/0"),
+        ("https_proxy", "http://a:b@proxy:3128"),
+    ],
+)
+def test_a_runner_gets_no_secret_of_an_unusual_name_or_in_an_address(name, value):
+    assert without_secrets({name: value}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PWD", "/w"), ("OLDPWD", "/"), ("PATH", "/bin"), ("PYTHONPATH", "/a"), ("https_proxy", "http://proxy:3128")],
+)
+def test_a_runner_gets_folders_paths_and_plain_addresses(name, value):
+    assert without_secrets({name: value}) == {name: value}
