@@ -14,6 +14,7 @@ from headrace_chassis.errors import AddressInvalid
 _FLAG = "--advertise"
 # Reserved for examples, so that the way there is the default route. Nothing is sent.
 _ELSEWHERE = "192.0.2.1:9"
+_LOOPBACK = "clients on other machines can't reach %s; give --listen or %s"
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 def advertised(listening: str, *, given: str, towards: Sequence[str]) -> str:
     """Returns `given`, or the address `listening`; in place of every interface, the one that leads `towards` a server.
 
-    Raises AddressInvalid where others can't use that address.
+    Loopback stands for every interface only on a machine without a way to anywhere else. Raises AddressInvalid where
+    others can't use that address.
     """
     if given:
         if not is_unix(given):
@@ -34,13 +36,18 @@ def advertised(listening: str, *, given: str, towards: Sequence[str]) -> str:
     host, port = split_address(listening)
     if host and not _is_every_interface(host):
         if is_loopback(listening) and not all(map(is_loopback, towards)):
-            logger.warning("clients on other machines can't reach %s; give --listen or %s", listening, _FLAG)
+            logger.warning(_LOOPBACK, listening, _FLAG)
         return listening
     family = socket.AF_INET if host == "0.0.0.0" else socket.AF_UNSPEC  # noqa: S104 - compared, not bound.
-    for address in (*towards, _ELSEWHERE):
-        found = None if is_unix(address) else _own_address(address, family)
-        if found is not None:
-            return f"[{found}]:{port}" if ":" in found else f"{found}:{port}"
+    hosts = [_own_address(address, family) for address in (*towards, _ELSEWHERE) if not is_unix(address)]
+    found = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts if host is not None]
+    # A registry on loopback serves clients on other machines too; its way there is nobody else's.
+    for address in found:
+        if not is_loopback(address):
+            return address
+    if found:
+        logger.warning(_LOOPBACK, found[0], _FLAG)
+        return found[0]
     raise AddressInvalid(
         f"The server listens on every interface ({listening}), and the address that clients reach can't be told from "
         f"the network; give it with {_FLAG} HOST:PORT."

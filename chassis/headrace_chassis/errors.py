@@ -85,7 +85,7 @@ class Overloaded(ServiceError):
 
 
 class ParsersBusy(ServiceError):
-    """As many files are being read as the server allows, or the system gives no process, memory or time to one."""
+    """As many files are being read as the server allows, or the system gives no process, memory or time for one."""
 
     def __init__(self, message: str = "The server reads as many files as it can at once; try again later.") -> None:
         super().__init__(message, retry_after_s=2.0)

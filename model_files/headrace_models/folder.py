@@ -7,6 +7,7 @@ has the same content.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -60,13 +61,7 @@ def index_name(present: Collection[str], config: Mapping[str, Any]) -> str | Non
 
     `present` are the names beside `config.json`. A config may name its weights or its index. Raises WeightsAbsent.
     """
-    named = config.get("transformers_weights")
-    name = named if isinstance(named, str) else SINGLE
-    if name not in present and named is None:
-        name = INDEX
-    if name not in present:
-        what = repr(name[:80]) if named else f"{SINGLE} and {INDEX}"
-        raise WeightsAbsent(what, others=sorted(other for other in present if other.endswith(".safetensors")))
+    name = _first_read(present, config)
     return name if name.endswith(_INDEX_ENDING) else None
 
 
@@ -75,16 +70,29 @@ def weight_names(present: Collection[str], config: Mapping[str, Any], index: Map
 
     `index` is the content of the file that `index_name` names, empty without one. Raises WeightsAbsent.
     """
-    indexed = index_name(present, config)
-    if indexed is None:
-        return (str(config.get("transformers_weights") or SINGLE),)
+    first = _first_read(present, config)
+    if not first.endswith(_INDEX_ENDING):
+        return (first,)
     table = index.get("weight_map")
-    names = set(table.values()) if isinstance(table, Mapping) else set()
-    if not names or not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
-        raise WeightsAbsent(f"safetensors files that {indexed} names")
+    named = list(table.values()) if isinstance(table, Mapping) else []
+    if not named or not all(isinstance(name, str) and name.endswith(".safetensors") for name in named):
+        raise WeightsAbsent(f"safetensors files that {first} names")
+    names = set(named)
     if absent := sorted(names - set(present)):
-        raise WeightsAbsent(f"{', '.join(name[:80] for name in absent[:5])}, which {indexed} names")
+        raise WeightsAbsent(f"{', '.join(name[:80] for name in absent[:5])}, which {first} names")
     return tuple(sorted(names))
+
+
+def _first_read(present: Collection[str], config: Mapping[str, Any]) -> str:
+    """Returns the name of the file that a load opens first: the weights, or their index. Raises WeightsAbsent."""
+    named = config.get("transformers_weights")
+    name = named if named is not None else SINGLE if SINGLE in present else INDEX
+    if isinstance(name, str) and name in present:
+        return name
+    what = f"{SINGLE} and {INDEX}"
+    if named is not None:
+        what = repr(named[:80]) if isinstance(named, str) else f"a file name as transformers_weights of {CONFIG}"
+    raise WeightsAbsent(what, others=sorted(other for other in present if other.endswith(".safetensors")))
 
 
 def has_older_tokenizer(present: Collection[str]) -> bool:
@@ -165,7 +173,8 @@ def changed_files(
             same = False
         if not same:
             changed.append(stamp.name)
-    new = [name for name in _LOOKED_FOR if name not in known and (folder / name).exists()]
+    # `Path.exists` raises in a folder that may not be entered.
+    new = [name for name in _LOOKED_FOR if name not in known and os.path.exists(folder / name)]  # noqa: PTH110
     return sorted([*changed, *(new if beside else ())])
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,18 @@ def test_close_ends_what_is_under_way(own):
         own.run(functions.add, {"a": 1, "b": 1}, refuse=Refused)
 
 
+async def test_close_ends_calls_that_wait_for_their_turn_likewise(own):
+    turn = threading.Event()
+    own._threads.submit(turn.wait)
+    calls = [asyncio.create_task(own.call(functions.add, {"a": 1, "b": 1}, refuse=Refused)) for _ in range(3)]
+    await asyncio.sleep(0)
+    own.close()
+    turn.set()
+
+    ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5)
+    assert [type(end) for end in ends] == [ShuttingDown] * 3
+
+
 async def test_calls_beyond_the_queue_are_told_to_come_again(own, monkeypatch):
     monkeypatch.setattr("headrace_chassis.confined.pool._MAX_WAITING", 2)
     waiting = [asyncio.create_task(own.call(functions.sleep, {"seconds": 0.2}, refuse=Refused)) for _ in range(3)]
@@ -220,6 +234,28 @@ async def test_calls_beyond_the_queue_are_told_to_come_again(own, monkeypatch):
         await own.call(functions.add, {"a": 1, "b": 1}, refuse=Refused)
     await asyncio.gather(*waiting)
     assert await own.call(functions.add, {"a": 1, "b": 1}, refuse=Refused) == 2
+
+
+@contextmanager
+def no_descriptor_left():
+    first_free = os.dup(0)
+    os.close(first_free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_calls_without_a_descriptor_left_are_told_to_come_again(own):
+    with no_descriptor_left(), pytest.raises(ParsersBusy):
+        own.run(functions.add, {"a": 1, "b": 1}, refuse=Refused)
+    zygote = own.run(functions.parent_pid, {}, refuse=Refused)
+    with no_descriptor_left(), pytest.raises(ParsersBusy):
+        own.run(functions.add, {"a": 1, "b": 1}, refuse=Refused)
+
+    assert own.run(functions.parent_pid, {}, refuse=Refused) == zygote
 
 
 SERVERS = {
@@ -249,3 +285,27 @@ def test_a_runner_gets_all_but_the_secrets():
     secrets = {"DATABASE_URL", "PGPASSWORD", "HEADRACE_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "api_key"}
 
     assert set(SERVERS) - set(without_secrets(SERVERS)) == secrets
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MYSQL_PWD", "b"),
+        ("SQLALCHEMY_DATABASE_URI", "sqlite:///x"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=a"),
+        ("GITHUB_PAT", "p"),
+        ("OPENAI_APIKEY", "k"),
+        ("REDIS_URL", "redis://:b@c/0"),
+        ("https_proxy", "http://a:b@proxy:3128"),
+    ],
+)
+def test_a_runner_gets_no_secret_of_an_unusual_name_or_in_an_address(name, value):
+    assert without_secrets({name: value}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PWD", "/w"), ("OLDPWD", "/"), ("PATH", "/bin"), ("PYTHONPATH", "/a"), ("https_proxy", "http://proxy:3128")],
+)
+def test_a_runner_gets_folders_paths_and_plain_addresses(name, value):
+    assert without_secrets({name: value}) == {name: value}

@@ -58,9 +58,30 @@ def test_the_address_listened_on_is_advertised(listening):
     assert advertised(listening, given="", towards=["127.0.0.1:7470"]) == listening
 
 
-def test_in_place_of_every_interface_stands_the_one_towards_the_registry():
+@pytest.fixture
+def routes(monkeypatch):
+    """This machine's address on the way to others, which a test may change."""
+    found = {"127.0.0.1:7470": "127.0.0.1", "registry.example.org:7470": "10.0.0.5", "192.0.2.1:9": "10.0.0.7"}
+    monkeypatch.setattr("headrace_chassis.advertising._own_address", lambda towards, _: found.get(towards))
+    return found
+
+
+def test_in_place_of_every_interface_stands_the_one_towards_the_registry(routes):
+    assert advertised("0.0.0.0:7471", given="", towards=["registry.example.org:7470"]) == "10.0.0.5:7471"
+    assert advertised("[::]:7471", given="", towards=["unix:/x", "registry.example.org:7470"]) == "10.0.0.5:7471"
+
+
+@pytest.mark.parametrize("registry", ["127.0.0.1:7470", "unix:/x"])
+def test_every_interface_is_not_loopback_beside_a_registry_on_loopback(routes, registry, caplog):
+    assert advertised("0.0.0.0:7471", given="", towards=[registry]) == "10.0.0.7:7471"
+    assert not caplog.text
+
+
+def test_loopback_is_advertised_with_a_warning_where_no_way_leads_elsewhere(routes, caplog):
+    del routes["192.0.2.1:9"]
+
     assert advertised("0.0.0.0:7471", given="", towards=["127.0.0.1:7470"]) == "127.0.0.1:7471"
-    assert advertised("[::]:7471", given="", towards=["unix:/x", "127.0.0.1:7470"]) == "127.0.0.1:7471"
+    assert "other machines can't reach 127.0.0.1:7471" in caplog.text
 
 
 def test_a_machine_without_a_way_to_anywhere_asks_for_the_flag(monkeypatch):

@@ -50,6 +50,8 @@ def test_weights_are_the_single_file_or_all_that_the_index_names(folder):
         ({"weight_map": {"t": "/etc/passwd"}}, WeightsAbsent),
         ({"weight_map": {"t": "sub/part.safetensors"}}, WeightsAbsent),
         ({"weight_map": {"t": 7}}, WeightsAbsent),
+        ({"weight_map": {"t": ["part.safetensors"]}}, WeightsAbsent),
+        ({"weight_map": {"t": {}}}, WeightsAbsent),
         ({"weight_map": {"t": "a\x00.safetensors"}}, WeightsAbsent),
         ({"weight_map": []}, WeightsAbsent),
         ({}, WeightsAbsent),
@@ -61,6 +63,14 @@ def test_an_index_of_other_files_than_those_beside_it_is_refused(folder, index, 
     (folder / INDEX).write_text("[" if index is None else json.dumps(index))
 
     with pytest.raises(error):
+        weight_files(folder)
+
+
+@pytest.mark.parametrize("named", [5, True, ["model.safetensors"], {}, "absent.safetensors"])
+def test_a_config_that_names_no_file_beside_it_as_its_weights_is_refused(folder, named):
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": named}))
+
+    with pytest.raises(WeightsAbsent, match=r"transformers_weights|absent"):
         weight_files(folder)
 
 
@@ -94,6 +104,11 @@ def test_a_new_file_that_a_load_looks_for_is_noticed(folder, stamps, name):
 
     assert changed_files(folder, stamps) == [name]
     assert changed_files(folder, stamps, beside=False) == []
+
+
+def test_all_files_of_a_folder_that_the_system_does_not_follow_count_as_changed(stamps, tmp_path):
+    # Stands for a folder that may not be entered, which root may.
+    assert changed_files(tmp_path / ("x" * 300), stamps) == sorted(stamp.name for stamp in stamps)
 
 
 def test_a_copy_or_a_touched_file_is_the_same_file(folder, stamps, tmp_path):

@@ -354,6 +354,17 @@ async def test_weights_beside_the_shards_come_along(hub, tmp_path):
     assert set(found) == {*names, "model.safetensors.index.json", "config.json", "tokenizer.json"}
 
 
+async def test_a_config_or_an_index_too_large_to_parse_is_refused(hub, tmp_path):
+    (hub.folder / WEIGHTS).rename(hub.folder / "model-00001-of-00001.safetensors")
+    # 30 MB that Python parses to more than 700 MB.
+    (hub.folder / "model.safetensors.index.json").write_text('{"a": [' + "{}," * 10_400_000 + "{}]}")
+    with pytest.raises(ModelUnsupported, match="memory"):
+        await fetched(client_of(hub, stall_s=30.0), job(tmp_path))
+    (hub.folder / "config.json").write_text(json.dumps({"padding": "x" * 5_000_000}))
+    with pytest.raises(ModelUnsupported, match=r"config.json of owner/tiny is larger than 4194304 bytes"):
+        await fetched(client_of(hub), job(tmp_path))
+
+
 async def test_a_damaged_index_is_read_again(hub, tmp_path):
     (hub.folder / WEIGHTS).rename(hub.folder / "model-00001-of-00001.safetensors")
     index = hub.folder / "model.safetensors.index.json"
@@ -367,6 +378,12 @@ async def test_a_damaged_index_is_read_again(hub, tmp_path):
 async def test_a_hub_that_names_no_commit_is_no_hub(hub, tmp_path):
     hub.commit = "../../../../etc/cron.d/evil"
     with pytest.raises(HubUnavailable, match="HF_ENDPOINT"):
+        await fetched(client_of(hub), job(tmp_path))
+
+
+async def test_an_answer_that_is_none_of_a_hub_is_not_told_as_a_hub_out_of_reach(hub, tmp_path):
+    hub.faults.append(Fault(on="/revision/main", status=200))
+    with pytest.raises(HubUnavailable, match=r"answer.*can't be read.*HF_ENDPOINT"):
         await fetched(client_of(hub), job(tmp_path))
 
 

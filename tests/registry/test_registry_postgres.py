@@ -17,6 +17,7 @@ import pytest
 from fix_postgres import FAST_SETTINGS
 from headrace_registry.errors import DatabaseUnavailable, ModelNotFound
 from headrace_registry.postgres.residency.unloading import RESIDENCIES_OF_MODEL_TO_END
+from headrace_registry.postgres.server import migrations
 from headrace_registry.postgres.server.connect import DatabaseUnreachable, migrate_when_reachable
 from headrace_registry.postgres.server.embedded import EmbeddedFailed, EmbeddedPostgres
 from headrace_registry.postgres.server.migrations import Migration, SchemaMismatch, migrate, packaged_migrations
@@ -45,6 +46,20 @@ async def test_replicas_that_start_together_migrate_once(empty_database_url):
     applied = await asyncio.gather(*(migrate(empty_database_url, packaged_migrations()) for _ in range(4)))
 
     assert sorted(len(versions) for versions in applied) == [0, 0, 0, len(packaged_migrations())]
+
+
+async def test_a_replica_waits_for_anothers_migration_however_long_it_takes(database_url, monkeypatch, caplog):
+    monkeypatch.setattr(migrations, "_LOCK_TIMEOUT_S", 0.1)
+    caplog.set_level("INFO")
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as other:
+        await other.execute("SELECT pg_advisory_lock(%s)", (migrations._LOCK,))
+        waiting = asyncio.create_task(migrate(database_url, packaged_migrations()))
+        done, _ = await asyncio.wait([waiting], timeout=0.5)
+        await other.execute("SELECT pg_advisory_unlock(%s)", (migrations._LOCK,))
+
+    assert not done
+    assert await waiting == ()
+    assert "another registry migrates" in caplog.text
 
 
 async def test_the_residencies_of_a_model_are_found_by_an_index(database_url):

@@ -67,6 +67,13 @@ def test_a_url_that_can_not_be_read_is_refused_without_its_password(url):
     assert SECRET not in chain
 
 
+def test_a_dead_connection_ends_in_seconds_however_long_its_statements_may_take():
+    recipe = ConnectionRecipe.of("postgresql://localhost/d")
+
+    assert recipe.arguments(timeout_s=3600)["tcp_user_timeout"] == 25_000
+    assert recipe.arguments(timeout_s=5)["tcp_user_timeout"] == 5000
+
+
 def test_a_parameter_that_libpq_does_not_know_is_named():
     with pytest.raises(DatabaseUrlInvalid, match=r"'ssl'.*sslmode"):
         ConnectionRecipe.of("postgresql://host/db?ssl=require")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace_registry.errors import PathNotAllowed
+from headrace_registry.errors import FieldInvalid, PathNotAllowed
 from headrace_registry.models.roots import ModelRoots
 
 
@@ -29,3 +29,12 @@ def test_a_path_outside_names_the_root_to_allow(roots, tmp_path):
 
 def test_a_link_into_a_root_is_allowed(roots, tmp_path):
     assert roots.folder(str(tmp_path / "by-link" / "model"), field="path") == str(tmp_path / "root" / "model")
+
+
+def test_a_path_that_the_system_does_not_follow_is_refused_by_its_field(roots, tmp_path):
+    # Stands for a folder that may not be entered, which root may.
+    path = str(tmp_path / "root" / ("x" * 300) / "model")
+    for look in (roots.folder, roots.file):
+        with pytest.raises(FieldInvalid, match="may not enter") as caught:
+            look(path, field="path")
+        assert caught.value.field == "path"

@@ -35,10 +35,14 @@ _NAMES = frozenset(
 _PREFIXES = ("HF_", "HUGGING", "PYTHON", "LC_", "SSL_", "XDG_", "LD_", "DYLD_")
 
 
-# Parts of names that say so.
+# Parts of the names of secrets. PWD alone is the working folder.
 _SECRET = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASS|PGPASSFILE|CREDENTIALS?|KEY|DSN|DATABASE_URL)(_|$)|^PG", re.IGNORECASE
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASS|PGPASSFILE|CREDENTIALS?|(API|ACCESS)?KEY|PAT|DSN|CONNECTION_STRING"
+    r"|DATABASE_UR[LI])(_|$)|_PWD$|^PG",
+    re.IGNORECASE,
 )
+# An address with a password, such as that of a proxy or a database.
+_WITH_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
 
 
 def parser_environment() -> dict[str, str]:
@@ -64,9 +68,13 @@ def hub_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns an environment without the variables whose names tell of a secret.
+    """Returns an environment without the variables whose names tell of a secret, or whose values hold a password.
 
     For runners: the libraries and drivers of a model need variables that nobody can list, and its code may come from
     the model's repo.
     """
-    return {name: value for name, value in environment.items() if not _SECRET.search(name)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if not _SECRET.search(name) and not _WITH_PASSWORD.search(value)
+    }

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from headrace_chassis.confined.environment import parser_environment
 from headrace_chassis.confined.limits import Limits
@@ -21,6 +21,8 @@ from headrace_chassis.confined.talk import ChildTalk
 from headrace_chassis.errors import ParsersBusy, ServiceError, ShuttingDown
 
 log = logging.getLogger(__name__)
+
+_Pair: TypeAlias = tuple[socket.socket, socket.socket]
 
 # Calls at once; each may take a processor and its memory.
 DEFAULT_AT_ONCE = 4
@@ -125,7 +127,7 @@ class Confined:
             talk.cut()
         if zygote is not None:
             zygote.end()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False)  # Queued calls still run, and find that this is closed.
 
     def _note_end(self, _: Future[Any]) -> None:
         with self._lock:
@@ -133,9 +135,12 @@ class Confined:
 
     def _start(self, refuse: Refuse, files: Sequence[int], limits: Limits) -> ChildTalk:
         for start in range(1, _STARTS + 1):
-            zygote = self._zygote_now()
-            channel, childs_channel = socket.socketpair()
-            status, zygotes_status = socket.socketpair()
+            try:
+                zygote = self._zygote_now()
+                (channel, childs_channel), (status, zygotes_status) = _two_pairs()
+            except OSError as exc:  # No descriptor, process or memory is left; running children go on.
+                log.warning("a child can't be started: %s", exc)
+                raise ParsersBusy from exc
             with childs_channel, zygotes_status:
                 try:
                     zygote.fork((childs_channel.fileno(), zygotes_status.fileno(), *files))
@@ -172,7 +177,8 @@ class _Zygote:
 
     def __init__(self, preload: Sequence[str]) -> None:
         self._control, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as unless_started:
+            unless_started.callback(self._control.close)
             self._process = subprocess.Popen(  # noqa: S603 -- our own module
                 [
                     sys.executable,
@@ -190,6 +196,7 @@ class _Zygote:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
+            unless_started.pop_all()
 
     def fork(self, files: Sequence[int]) -> None:
         """Asks for a child with these files; OSError if the process is gone."""
@@ -201,6 +208,16 @@ class _Zygote:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
+
+
+def _two_pairs() -> tuple[_Pair, _Pair]:
+    first = socket.socketpair()
+    try:
+        return first, socket.socketpair()
+    except OSError:
+        for end in first:
+            end.close()
+        raise
 
 
 def _tree(root: type[ServiceError]) -> Iterator[type[ServiceError]]:

@@ -15,6 +15,7 @@ from typing import Self
 from huggingface_hub import HfApi
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from headrace_chassis.confined.limits import Limits, limit_memory
 from headrace_models.folder import CONFIG
 from headrace_models.unsupported import problem_of
 from headrace_registry.hub.events import GO, ORPHANED, Event, Job, exit_when_orphaned
@@ -28,11 +29,14 @@ from headrace_registry.models.cards import CARD_FILE
 _REPORT_EVERY_S = 0.5
 # One connection to a CDN seldom uses the whole bandwidth; more than a few only share it.
 _FILES_AT_ONCE = 4
+# The libraries take 100 MB, and the largest index of plain names 230 MB; other JSON can take 25 times its size.
+_LIMITS = Limits(memory_bytes=768 * 1024 * 1024)
 _OUTPUT = threading.Lock()
 
 
 def main() -> int:
     """Runs the job; the exit status is 0 after a `done`, `resolved` or `failed` event."""
+    limit_memory(_LIMITS)
     job = Job(**json.loads(sys.stdin.readline()))
     disable_progress_bars()
     try:

@@ -102,6 +102,9 @@ def failure_of(exc: Exception, job: Job) -> Event:
         message = f"{exc}; prepare again, what came is kept"
     elif isinstance(exc, OSError) and not isinstance(exc, HfHubHTTPError):
         message = f"{where} can't be written to the model store ({exc.strerror}); check the disk and prepare again"
+    elif not isinstance(exc, HfHubHTTPError | httpx2.HTTPError):
+        # As of a proxy that answers with a page of its own.
+        message = f"the hub's answer for {where} can't be read ({type(exc).__name__}); check HF_ENDPOINT"
     return Event(
         kind="failed", reason="HUB_UNAVAILABLE", message=message, retry_after_s=retry_after_s(exc) or _RETRY_AFTER_S
     )
@@ -112,6 +115,8 @@ def _refusal(exc: Exception, job: Job) -> tuple[str, str] | None:
     where, status = f"{job.repo_id}@{job.revision}", _status(exc)
     if isinstance(exc, WrongDigest | Unusable | NotPermitted):
         return exc.reason, str(exc)
+    if isinstance(exc, MemoryError):
+        return Unusable.reason, f"a list or JSON file of {where} takes too much memory to read; use another repo"
     closed = ""
     if isinstance(exc, GatedRepoError):
         closed = "is gated; ask for access on its page and pass a token"

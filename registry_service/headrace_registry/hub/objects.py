@@ -11,7 +11,8 @@ import httpx2
 from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status
 
 from headrace_models.errors import JsonInvalid
-from headrace_models.json_files import MAX_JSON_BYTES, object_of
+from headrace_models.folder import CONFIG
+from headrace_models.json_files import MAX_CONFIG_BYTES, MAX_JSON_BYTES, object_of
 from headrace_registry.hub.events import Job
 from headrace_registry.hub.faults import Cut, Unusable
 from headrace_registry.hub.listing import RemoteFile
@@ -38,13 +39,14 @@ def read_object(job: Job, file: RemoteFile, commit_sha: str) -> Mapping[str, Any
     timeout = httpx2.Timeout(job.stall_s, connect=min(_CONNECT_S, job.stall_s))
     headers = {**headers_of(job), "Accept-Encoding": "identity"}
     url = url_of(job, file.name, commit_sha)
+    max_bytes = MAX_CONFIG_BYTES if file.name == CONFIG else MAX_JSON_BYTES
     raw = bytearray()
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         hf_raise_for_status(response)
         for block in response.iter_bytes():
             raw += block
-            if len(raw) > MAX_JSON_BYTES:
-                raise Unusable(f"{file.name} of {job.repo_id} is larger than {MAX_JSON_BYTES} bytes; use another repo")
+            if len(raw) > max_bytes:
+                raise Unusable(f"{file.name} of {job.repo_id} is larger than {max_bytes} bytes; use another repo")
     blob = b"blob %d\0" % len(raw) + raw
     digest = hashlib.sha256(raw) if file.sha256 else hashlib.sha1(blob, usedforsecurity=False)
     wanted = file.sha256 or file.git_sha1

@@ -23,15 +23,16 @@ class ModelRoots:
     def folder(self, path: str, *, field: str) -> str:
         """Returns the real path of an allowed folder."""
         real = self._real(path, field=field)
-        if not real.is_dir():
-            raise FieldInvalid(field, f"{path!r} is no folder; give the folder that holds config.json")
+        if not os.path.isdir(real):  # noqa: PTH112 - `Path.is_dir` raises below a folder that may not be entered.
+            problem = "is no folder, or the registry may not enter the folders above it"
+            raise FieldInvalid(field, f"{path!r} {problem}; give the folder that holds config.json")
         return str(real)
 
     def file(self, path: str, *, field: str) -> str:
         """Returns the real path of an allowed file."""
         real = self._real(path, field=field)
-        if not real.is_file():
-            raise FieldInvalid(field, f"{path!r} is no file")
+        if not os.path.isfile(real):  # noqa: PTH113 - as above.
+            raise FieldInvalid(field, f"{path!r} is no file, or the registry may not enter the folders above it")
         return str(real)
 
     def check_inside(self, path: Path) -> None:

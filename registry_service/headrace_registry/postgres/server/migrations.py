@@ -7,6 +7,7 @@ checksum of its file. No version ever had a 0005.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from psycopg import errors, sql
 
 from headrace_chassis.errors import StartError
 from headrace_registry.postgres.server.recipe import MIGRATIONS_TABLE, SCHEMA, Connection, ConnectionRecipe
+
+log = logging.getLogger(__name__)
 
 # "headrace" in ASCII, which no other program on the same database locks. Replicas that start together queue behind it.
 _LOCK = 0x68_65_61_64_72_61_63_65
@@ -94,9 +97,13 @@ async def migrate(url: str, migrations: Sequence[Migration]) -> tuple[int, ...]:
     """Applies missing migrations and returns their versions. Raises StartError, or psycopg errors."""
     recipe = ConnectionRecipe.of(url)
     async with await recipe.connect(timeout_s=_STATEMENT_TIMEOUT_S) as conn:
-        await conn.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT_S}s'")
-        await conn.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
+        free = await (await conn.execute("SELECT pg_try_advisory_lock(%s) AS taken", (_LOCK,))).fetchone()
+        if free is None or not free["taken"]:
+            log.info("another registry migrates the database; this one starts after it")
+            await conn.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
         try:
+            # For locks of tables alone: a migration of another replica may take as long as a statement.
+            await conn.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT_S}s'")
             # Again under the lock: another replica may have made the schema while this one waited.
             await recipe.prepare(conn, timeout_s=_STATEMENT_TIMEOUT_S)
             await _make_place(conn, migrations)

@@ -29,6 +29,8 @@ SCHEMA = "headrace"
 MIGRATIONS_TABLE = "headrace_migrations"
 
 _CONNECT_TIMEOUT_S = 5
+# After so long without a sign of life, a connection is dead, however long its statement may take.
+_DEAD_AFTER_S = 25.0
 # SQLAlchemy names the driver in the scheme; libpq takes the scheme alone.
 _SCHEME = re.compile(r"\A\s*(?:postgresql|postgres)(?:\+[a-z0-9_]+)?://", re.IGNORECASE)
 _SECRETS = ("password", "sslpassword", "oauth_client_secret")
@@ -67,13 +69,14 @@ class ConnectionRecipe:
         return cls(parameters=found)
 
     def arguments(self, *, timeout_s: float) -> dict[str, Any]:
-        """Returns the arguments of `psycopg.AsyncConnection.connect`; statements and sockets end after `timeout_s`."""
+        """Returns the arguments of `psycopg.AsyncConnection.connect`, for statements that end after `timeout_s`."""
         defaults = {
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            "tcp_user_timeout": int(timeout_s * 1000),
+            # Set apart from the statements' own: it overrides the keepalives, which end after the same 25 s.
+            "tcp_user_timeout": int(min(timeout_s, _DEAD_AFTER_S) * 1000),
             "application_name": "headrace-registry",
             # A server that was demoted to a replica, or is read-only, is as good as away.
             "target_session_attrs": "read-write",
