@@ -11,10 +11,12 @@ import pytest
 
 from fix_runner import digests, documents, load, read_rows, run_command
 from headrace_extractor.corpora.recipe import TokenWindow
-from headrace_extractor.errors import DigestMismatch, StateConflict
+from headrace_extractor.errors import StateConflict
 from headrace_extractor.node.runner_protocol import Blocked, Committed, Extract, Finished, Grant, Load, Loaded, Stop
 from headrace_extractor.runner.gate import Gate
 from headrace_extractor.runner.passes import extract
+from headrace_extractor.runner.process import failure_of
+from headrace_log.errors import DigestMismatch
 
 SITES = ["blocks.1.hook_resid_post", "blocks.2.hook_attn_out"]
 
@@ -75,8 +77,10 @@ def test_a_damaged_file_is_told_as_such_where_a_column_is_added(tiny_llama, make
     damaged[-4] ^= 1
     file.write_bytes(damaged)
 
-    with pytest.raises(DigestMismatch, match="headrace sets verify"):
+    with pytest.raises(DigestMismatch) as caught:
         run_command(command(folder, corpus, columns=[SITES[1]]), model)
+    failed = failure_of(caught.value)
+    assert (failed.reason, "headrace sets verify" in failed.message) == ("DIGEST_MISMATCH", True)
 
 
 def test_stop_seals_what_there_is_and_the_next_run_goes_on(tiny_llama, make_set, make_corpus):

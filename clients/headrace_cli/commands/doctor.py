@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,7 +98,7 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
     yield _tried("database", check_database)
     if len(replicas) > 1:  # Calls pass over a replica that is away.
         for address in replicas:
-            yield _tried("replica", partial(_says, client, address))
+            yield _tried("replica", lambda address=address: f"{address} says {_health(client, address)}")
     try:
         nodes = client.nodes()
     except Exception as exc:  # noqa: BLE001 - a finding, like every other failure here.
@@ -154,10 +153,6 @@ def _health(client: HeadraceClient, address: str | None) -> str:
         remedy = "it is starting or stopping: see its log"
         raise Unavailable(f"{address or 'the registry'} is {answer}", remedy=remedy)
     return answer
-
-
-def _says(client: HeadraceClient, address: str) -> str:
-    return f"{address} says {_health(client, address)}"
 
 
 def _data_folders(client: HeadraceClient | None) -> list[Path]:

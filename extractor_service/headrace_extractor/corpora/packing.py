@@ -137,7 +137,8 @@ class Packer:
         self._documents = documents
         self._recipe = recipe
         around = _Around.of(recipe, special)
-        self._first, self._again, self._tail = (_array(ids) for ids in (around.first, around.again, around.tail))
+        inserted = (around.first, around.again, around.tail)
+        self._first, self._again, self._tail = (np.array(ids, dtype=np.int32) for ids in inserted)
         # What TRUNCATE leaves of a document: of its whole stream, and of its own tokens.
         truncates = recipe.long_documents == TRUNCATE
         self._longest = recipe.context_size - self._first.size if truncates else None
@@ -401,7 +402,3 @@ def check_special(recipe: Recipe, special: SpecialTokens) -> None:
             f"around each text; use at least {n_inserted + 1}.",
             field="spec.recipe.context_size",
         )
-
-
-def _array(token_ids: tuple[int, ...]) -> Int32Array:
-    return np.array(token_ids, dtype=np.int32)

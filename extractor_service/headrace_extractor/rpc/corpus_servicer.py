@@ -172,7 +172,8 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                     raise FieldInvalid("Only the first message of an upload may hold `spec`.", field="content")
                 if len(request.content) > MAX_CONTENT_BYTES:
                     raise FieldInvalid("A piece of an upload has at most 1 MiB.", field="content")
-                await self._written(upload.write, request.content)
+                # Pieces are written in a thread that no ingest uses.
+                await asyncio.get_running_loop().run_in_executor(self._writers, upload.write, request.content)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INGEST_WAIT_S):
                     while self._n_ingests >= MAX_INGESTS:
@@ -200,10 +201,6 @@ class CorpusServicer(corpus_service_pb2_grpc.CorpusServiceServicer):
                 if piece is None:
                     return
                 yield piece
-
-    async def _written(self, work: Callable[..., T], *args: Any) -> T:
-        """Runs a part of an upload that writes, in a thread that no ingest uses."""
-        return await asyncio.get_running_loop().run_in_executor(self._writers, work, *args)
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Runs a part of an ingest in a thread; if the call is cut, its place stays taken until the thread is done."""

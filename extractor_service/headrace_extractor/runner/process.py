@@ -44,7 +44,7 @@ from headrace_extractor.node.runner_protocol import (
 from headrace_extractor.runner.freed_memory import freed_memory_kept
 from headrace_extractor.runner.gate import Gate, Gates
 from headrace_extractor.runner.throttle import Throttle
-from headrace_log.errors import DiskFull, LockHeld, LogError, NoLocks, TooManyFiles
+from headrace_log.errors import DigestMismatch, DiskFull, LockHeld, LogError, NoLocks, TooManyFiles
 
 if TYPE_CHECKING:
     from headrace_extractor.runner.models.loading import LoadedModel
@@ -236,6 +236,9 @@ def failure_of(exc: Exception) -> Failed:
     if isinstance(exc, TooManyFiles):
         limit = {"max_files": str(exc.max_files)}
         return Failed(reason=errors.TooManyStreams.reason, message=str(exc), metadata=limit)
+    if isinstance(exc, DigestMismatch):
+        message = f"{exc}; run `headrace sets verify`, which sets it aside, then start the extraction again."
+        return Failed(reason=errors.DigestMismatch.reason, message=message)
     if isinstance(exc, LogError):
         # A runner of a server that was killed may hold the lock for a moment; else the set contradicts itself.
         kinds = {LockHeld: errors.WaitTimeout, NoLocks: errors.StateConflict}

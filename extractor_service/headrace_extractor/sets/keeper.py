@@ -278,6 +278,10 @@ class SetKeeper:
             sealed, opened = retention.sizes(folder)
             notes = SetNotes.load(folder)
             in_the_end, at_most = _promised([each for each in reservations if each.set.folder == folder])
+            is_held = folder in held or folder in windows
+            if not is_held:
+                with nobody_holds(folder) as free:  # Another process may, such as a client that maps its files.
+                    is_held = not free
             cached = CachedSet(
                 folder=folder,
                 size_bytes=sealed + opened,
@@ -286,19 +290,13 @@ class SetKeeper:
                 peak_bytes=at_most,
                 last_used=notes.last_used,
                 idle_s=self._idleness.idle_s(folder.name, notes.last_used),
-                held=folder in held or folder in windows or _is_mapped(folder),
+                held=is_held,
                 pinned=SetOrders(pinned=notes.pinned, pinned_until=notes.pinned_until).pinned_at(now),
             )
             sets.append(cached)
         stats = os.statvfs(self._sets.folder)
         disk = Disk(total_bytes=stats.f_blocks * stats.f_frsize, free_bytes=stats.f_bavail * stats.f_frsize)
         return sets, disk
-
-
-def _is_mapped(folder: Path) -> bool:
-    """True while another process holds the set, such as a client that maps its files."""
-    with nobody_holds(folder) as free:
-        return not free
 
 
 def _note_pin(folder: Path, order: SetOrders) -> None:

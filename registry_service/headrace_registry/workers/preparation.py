@@ -272,7 +272,11 @@ class Preparer:
                 if node_id and not build.node_id and build.target_path == str(target):
                     n_interrupted += 1
                     if n_interrupted > _MAX_INTERRUPTED:
-                        raise BuildFailed(_interrupted(node_id, n_interrupted))
+                        message = (
+                            f"the build was ended from outside {n_interrupted} times, the last time on node {node_id}, "
+                            "as by a guard of its memory; look at the log of its system, then prepare again"
+                        )
+                        raise BuildFailed(Failure(reason="RUNNER_LOST", message=message))
                     await asyncio.sleep(_INTERRUPTED_PAUSE_S)
                 if not build.node_alive or build.target_path != str(target) or build.silent_s > _BUILD_SILENT_S:
                     node_id = await self._store.assign_build(
@@ -293,11 +297,3 @@ class Preparer:
             )
 
         return await self.sources.read(model, "reading the files", inspect)
-
-
-def _interrupted(node_id: str, n_times: int) -> Failure:
-    message = (
-        f"the build was ended from outside {n_times} times, the last time on node {node_id}, as by a guard of its "
-        "memory; look at the log of its system, then prepare again"
-    )
-    return Failure(reason="RUNNER_LOST", message=message)

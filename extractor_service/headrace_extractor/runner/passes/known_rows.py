@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace_extractor.errors import DigestMismatch, StateConflict
-from headrace_log import errors as log_errors
-from headrace_log.layout import PROVENANCE, ColumnSpec
+from headrace_extractor.errors import StateConflict
+from headrace_log.layout import PROVENANCE
 from headrace_log.reader import SetReader
 from headrace_log.segment_file import check_sealed
 
@@ -29,7 +28,7 @@ class KnownRows:
     def check(self, row: int, origins: Mapping[str, np.ndarray]) -> None:
         """Raises StateConflict unless the rows from `row` on are of these origins, as far as the set has them.
 
-        A set whose own file is damaged is DigestMismatch.
+        Raises the log's DigestMismatch if the set's own file is damaged.
         """
         columns, n_rows = self._reader.columns, len(next(iter(origins.values())))
         end_row = min(row + n_rows, self._reader.sealed_rows) if columns else row
@@ -41,7 +40,9 @@ class KnownRows:
                 differs = np.flatnonzero(np.frombuffer(stored, dtype=np.int32) != found)
                 if differs.size:
                     at = int(differs[0])
-                    self._check_digest(done + at, column)
+                    record = self._reader.sealed_segment(done + at)
+                    if record is not None:  # A damaged file tells nothing about the corpus.
+                        check_sealed(self._folder, column, record)
                     raise StateConflict(
                         f"Row {done + at} of the set has {column.name} {np.frombuffer(stored, np.int32)[at]}, and the "
                         f"corpus now gives {found[at]} there: its documents become other tokens than when the set was "
@@ -49,15 +50,3 @@ class KnownRows:
                         metadata={"row": str(done + at), "column": column.name},
                     )
             done = run.end_row
-
-    def _check_digest(self, row: int, column: ColumnSpec) -> None:
-        """Raises DigestMismatch if the file that holds a row of the set is damaged."""
-        record = self._reader.sealed_segment(row)
-        if record is None:
-            return
-        try:
-            check_sealed(self._folder, column, record)
-        except log_errors.DigestMismatch as exc:
-            raise DigestMismatch(
-                f"{exc}; run `headrace sets verify`, which sets it aside, then start the extraction again."
-            ) from exc
