@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,6 +92,9 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
         n_models, n_bytes = formats.things(len(models), "model"), formats.size(sum(stored.values()))
         return f"answers; {n_models}, {n_bytes} in the model store"
 
+    def check_replica(address: str) -> str:
+        return f"{address} says {_health(client, address)}"
+
     reached = _tried("registry", check_registry)
     yield reached
     if not reached.ok:
@@ -98,7 +102,7 @@ def _server_findings(client: HeadraceClient, registry: str) -> Iterator[Finding]
     yield _tried("database", check_database)
     if len(replicas) > 1:  # Calls pass over a replica that is away.
         for address in replicas:
-            yield _tried("replica", lambda address=address: f"{address} says {_health(client, address)}")
+            yield _tried("replica", partial(check_replica, address))
     try:
         nodes = client.nodes()
     except Exception as exc:  # noqa: BLE001 - a finding, like every other failure here.
