@@ -124,7 +124,7 @@ def test_computing_has_a_limit(confined_for_all):
 def test_limit_of_computing_begins_anew_with_each_item(confined_for_all):
     limits = Limits(cpu_s=1)
     with confined_for_all.open(
-        functions.compute_between_items, {"seconds": 0.9}, refuse=Refused, limits=limits
+        functions.compute_between_items, {"seconds": 0.75}, refuse=Refused, limits=limits
     ) as talk:
         assert list(talk) == [0, 1, 2]
 
